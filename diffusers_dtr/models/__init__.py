@@ -1,0 +1,1 @@
+"""Denoisers whose residual blocks are routed, as subclasses of diffusers' models."""

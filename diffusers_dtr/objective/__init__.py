@@ -1,0 +1,1 @@
+"""Training objectives over noise levels: weighting, clusters of timesteps, balancing."""

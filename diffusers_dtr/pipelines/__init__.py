@@ -1,0 +1,1 @@
+"""Pipelines that sample from routed denoisers."""

@@ -1,0 +1,1 @@
+"""What training scripts share: data, arguments, checkpoints, validation."""
