@@ -1,0 +1,83 @@
+"""What all routed models share: their routing, and making one from a plain diffusers model."""
+
+from __future__ import annotations
+
+import accelerate
+import torch
+from diffusers import ModelMixin
+
+from ..routing import ChannelRouting, check_routing
+
+
+class RoutedModelMixin:
+    """Gives a diffusers model the routing that its config describes."""
+
+    routing: ChannelRouting
+
+    def _init_routing(self, widths: set[int]) -> None:
+        """Read the routing from the config; call it before any layer is built, so that a bad value costs nothing."""
+        config = self.config
+        self.routing = ChannelRouting(
+            alpha=config.routing_alpha,
+            beta=config.routing_beta,
+            routing_type=config.routing_type,
+            seed=config.routing_seed,
+            timestep_range=config.routing_timestep_range,
+        )
+        for width in widths:
+            check_routing(beta=config.routing_beta, num_channels=width)
+
+    def set_routing_beta(self, beta: float | None) -> None:
+        """Route with another share of active channels from now on; None returns to `config.routing_beta`.
+
+        For warming up from the unrouted model: a fine-tuning run that starts at 1 starts exactly at the pretrained
+        model. The config, and so what is saved, does not change. A compiled model is not compiled again.
+
+        Args:
+            beta: Share of active channels, in (0, 1], or None.
+
+        Raises:
+            ValueError: For a `beta` outside (0, 1].
+        """
+        self.routing.set_beta(beta)
+
+    @classmethod
+    def _from_state(
+        cls, source: ModelMixin, config: dict, state_dict: dict[str, torch.Tensor], *, copy: bool
+    ) -> ModelMixin:
+        """A model of this class with `config` and exactly the weights in `state_dict`, in the mode of `source`."""
+        with accelerate.init_empty_weights():
+            model = cls.from_config(config)
+        if copy:
+            state_dict = {key: value.clone() for key, value in state_dict.items()}
+        model.load_state_dict(state_dict, strict=True, assign=True)
+        buffers = dict(source.named_buffers())
+        for name, buffer in list(model.named_buffers()):
+            if name in buffers:
+                module, _, attribute = name.rpartition(".")
+                value = buffers[name].clone() if copy else buffers[name]
+                assert buffer.shape == value.shape
+                setattr(model.get_submodule(module), attribute, value)
+        return model.train(source.training)
+
+
+def timestep_batch(timestep: torch.Tensor | float, sample: torch.Tensor) -> torch.Tensor:
+    """One timestep per sample, on the sample's device.
+
+    Args:
+        timestep: Scalar or `(batch,)`.
+        sample: `(batch, ...)`.
+
+    Returns:
+        `(batch,)`.
+
+    Raises:
+        ValueError: If `timestep` is neither a scalar nor of shape `(batch,)` or `(1,)`.
+    """
+    if not torch.is_tensor(timestep):
+        timestep = torch.tensor(timestep, device=sample.device)
+    if timestep.ndim > 1 or timestep.numel() not in (1, sample.shape[0]):
+        raise ValueError(
+            f"`timestep` must be a scalar or of shape (batch,) = ({sample.shape[0]},), got {tuple(timestep.shape)}."
+        )
+    return timestep.to(sample.device).reshape(-1).expand(sample.shape[0])

@@ -1,0 +1,404 @@
+"""The class-conditional diffusion transformer (DiT, arXiv 2212.09748) with routed blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import DiTTransformer2DModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin, FeedForward
+from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import LabelEmbedding, PatchEmbed, TimestepEmbedding, Timesteps
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.normalization import AdaLayerNormZero
+from torch import nn
+
+from ..routing import routed_residual
+from .per_block_embedders import PER_BLOCK_CLASS_NAMES, share_embedders
+from .presets import DIT_PRESETS
+from .routed_model import RoutedModelMixin, timestep_batch
+
+
+class TimestepLabelEmbedding(nn.Module):
+    """The sum of a timestep's and a class label's embedding, with labels dropped at random in training mode.
+
+    Args:
+        embedding_dim: Width of the embedding.
+        num_classes: Number of classes, or None for a model without labels.
+        class_dropout_prob: Probability with which a sample's label becomes the null class in training mode.
+        freq_shift: Sinusoid frequencies are 10000 ** (-i / (128 - freq_shift)).
+    """
+
+    def __init__(self, embedding_dim: int, num_classes: int | None, class_dropout_prob: float, freq_shift: int):
+        super().__init__()
+        self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=freq_shift)
+        self.timestep_embedder = TimestepEmbedding(256, embedding_dim)
+        self.class_embedder = (
+            None if num_classes is None else LabelEmbedding(num_classes, embedding_dim, class_dropout_prob)
+        )
+
+    def forward(
+        self, timestep: torch.Tensor, class_labels: torch.Tensor | None, hidden_dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Embed `(batch,)` timesteps and labels as `(batch, embedding_dim)`."""
+        embedding = self.timestep_embedder(self.time_proj(timestep).to(dtype=hidden_dtype))
+        return embedding if self.class_embedder is None else embedding + self.class_embedder(class_labels)
+
+
+class DTRTransformerBlock(nn.Module):
+    """A DiT block (adaLN-Zero) that is routed as a whole: attention and MLP both work on the masked stream."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_attention_heads: int,
+        attention_head_dim: int,
+        dropout: float,
+        attention_bias: bool,
+        activation_fn: str,
+        upcast_attention: bool,
+        norm_elementwise_affine: bool,
+        norm_eps: float,
+    ):
+        super().__init__()
+        self.norm1 = AdaLayerNormZero(dim)
+        self.attn1 = Attention(
+            query_dim=dim,
+            heads=num_attention_heads,
+            dim_head=attention_head_dim,
+            dropout=dropout,
+            bias=attention_bias,
+            upcast_attention=upcast_attention,
+        )
+        self.norm3 = nn.LayerNorm(dim, norm_eps, norm_elementwise_affine)
+        self.ff = FeedForward(dim, dropout=dropout, activation_fn=activation_fn)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        conditioning: torch.Tensor,
+        mask: torch.Tensor | None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+    ) -> torch.Tensor:
+        """Route and transform the tokens.
+
+        Args:
+            hidden_states: `(batch, tokens, dim)`.
+            conditioning: `(batch, dim)`.
+            mask: Bool `(batch, 1, dim)`, or None for the unrouted block.
+            cross_attention_kwargs: Passed on to the attention processor.
+
+        Returns:
+            `(batch, tokens, dim)`.
+        """
+        return routed_residual(self._transform, hidden_states, mask, conditioning, cross_attention_kwargs or {})
+
+    def _transform(self, hidden_states, conditioning, cross_attention_kwargs):
+        normed, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.norm1(hidden_states, emb=conditioning)
+        attended = self.attn1(normed, **cross_attention_kwargs)
+        hidden_states = gate_msa.unsqueeze(1) * attended + hidden_states
+        normed = self.norm3(hidden_states) * (1 + scale_mlp[:, None]) + shift_mlp[:, None]
+        return gate_mlp.unsqueeze(1) * self.ff(normed) + hidden_states
+
+
+class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMixin, PeftAdapterMixin):
+    r"""A class-conditional or unconditional diffusion transformer with Denoising Task Routing (arXiv 2310.07138).
+
+    A [`~diffusers.DiTTransformer2DModel`] whose blocks each see the window of channels that belongs to the timestep.
+    It differs from its base class in three more ways. The conditioning is embedded once per forward call, not once
+    per block, so it has the original DiT's parameter count, and a training sample's label is dropped in all blocks or
+    in none. New models are initialised as DiT is (adaLN-Zero). And inputs may be rectangular.
+
+    Parameters:
+        num_attention_heads (`int`, defaults to 16): Number of attention heads.
+        attention_head_dim (`int`, defaults to 72): Channels per head; the width C is their product.
+        in_channels (`int`, defaults to 4): Channels of the input.
+        out_channels (`int`, *optional*): Channels of the output; twice `in_channels` where the model learns its
+            variance. Defaults to `in_channels`.
+        num_layers (`int`, defaults to 28): Number of blocks.
+        dropout (`float`, defaults to 0.0): Dropout probability inside the blocks.
+        norm_num_groups (`int`, defaults to 32): Kept for the base class's configs; DiT has no group normalisation.
+        attention_bias (`bool`, defaults to `True`): Whether query, key and value projections have a bias.
+        sample_size (`int`, defaults to 32): Side of the (latent) images that the position table is made for.
+        patch_size (`int`, defaults to 2): Side of the patches that become tokens.
+        activation_fn (`str`, defaults to `"gelu-approximate"`): Activation of the MLPs.
+        num_embeds_ada_norm (`int`, *optional*, defaults to 1000): Number of classes, or None for an unconditional
+            model.
+        upcast_attention (`bool`, defaults to `False`): Whether attention is computed in float32.
+        norm_type (`str`, defaults to `"ada_norm_zero"`): The only value there is.
+        norm_elementwise_affine (`bool`, defaults to `False`): Whether the norm before the MLP has parameters.
+        norm_eps (`float`, defaults to 1e-5): Epsilon of the norm before the MLP. The original DiT uses 1e-6.
+        class_dropout_prob (`float`, defaults to 0.1): Probability with which a label is replaced by the null class in
+            training mode, for classifier-free guidance. At 0 there is no null class.
+        freq_shift (`int`, defaults to 1): Sinusoid frequencies are $10000^{-i / (128 - freq\_shift)}$. The original
+            DiT uses 0.
+        routing_alpha (`float`, defaults to 4.0): How late the channel window starts to slide, > 0.
+        routing_beta (`float`, defaults to 0.8): Share of the channels that are active, in (0, 1]; 1 is the unrouted
+            model, to the bit.
+        routing_type (`str`, defaults to `"dtr"`): `"dtr"`, `"random"` (the paper's baseline) or `"none"`.
+        routing_seed (`int`, defaults to 0): Seed of random routing.
+        routing_timestep_range (`tuple[float, float]`, *optional*): The timesteps between which the window slides.
+            Defaults to (0, 999).
+
+    Raises:
+        ValueError: For a routing that does not exist (see [`~diffusers_dtr.routing.check_routing`]), before any
+            memory is spent.
+    """
+
+    _no_split_modules = ("DTRTransformerBlock",)
+    _repeated_blocks = ("DTRTransformerBlock",)
+    _supports_group_offloading = True
+
+    @register_to_config
+    def __init__(
+        self,
+        num_attention_heads: int = 16,
+        attention_head_dim: int = 72,
+        in_channels: int = 4,
+        out_channels: int | None = None,
+        num_layers: int = 28,
+        dropout: float = 0.0,
+        norm_num_groups: int = 32,
+        attention_bias: bool = True,
+        sample_size: int = 32,
+        patch_size: int = 2,
+        activation_fn: str = "gelu-approximate",
+        num_embeds_ada_norm: int | None = 1000,
+        upcast_attention: bool = False,
+        norm_type: str = "ada_norm_zero",
+        norm_elementwise_affine: bool = False,
+        norm_eps: float = 1e-5,
+        class_dropout_prob: float = 0.1,
+        freq_shift: int = 1,
+        routing_alpha: float = 4.0,
+        routing_beta: float = 0.8,
+        routing_type: str = "dtr",
+        routing_seed: int = 0,
+        routing_timestep_range: Sequence[float] | None = None,
+    ):
+        # Not the base class's constructor: it gives every block a timestep and a label embedder of its own.
+        super(DiTTransformer2DModel, self).__init__()
+        self.inner_dim = num_attention_heads * attention_head_dim
+        self._init_routing({self.inner_dim})
+        if norm_type != "ada_norm_zero":
+            raise ValueError(f'`norm_type` must be "ada_norm_zero", got {norm_type!r}.')
+        if not 0 <= class_dropout_prob < 1:
+            raise ValueError(f"`class_dropout_prob` must be in [0, 1), got {class_dropout_prob!r}.")
+        if num_embeds_ada_norm is not None and num_embeds_ada_norm < 1:
+            raise ValueError(
+                f"`num_embeds_ada_norm`, the number of classes, must be at least 1, or None, got {num_embeds_ada_norm!r}."
+            )
+        if sample_size % patch_size != 0:
+            raise ValueError(f"`sample_size` must be a multiple of `patch_size`={patch_size}, got {sample_size}.")
+
+        self.attention_head_dim = attention_head_dim
+        self.out_channels = in_channels if out_channels is None else out_channels
+        # diffusers' DiTPipeline computes with the config's value, which must therefore be a number.
+        self.register_to_config(out_channels=self.out_channels)
+        self.gradient_checkpointing = False
+        self.height = self.width = sample_size
+        self.patch_size = patch_size
+
+        self.pos_embed = PatchEmbed(
+            height=sample_size,
+            width=sample_size,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            embed_dim=self.inner_dim,
+        )
+        self.emb = TimestepLabelEmbedding(self.inner_dim, num_embeds_ada_norm, class_dropout_prob, freq_shift)
+        self.transformer_blocks = nn.ModuleList(
+            DTRTransformerBlock(
+                self.inner_dim,
+                num_attention_heads,
+                attention_head_dim,
+                dropout=dropout,
+                attention_bias=attention_bias,
+                activation_fn=activation_fn,
+                upcast_attention=upcast_attention,
+                norm_elementwise_affine=norm_elementwise_affine,
+                norm_eps=norm_eps,
+            )
+            for _ in range(num_layers)
+        )
+        self.norm_out = nn.LayerNorm(self.inner_dim, elementwise_affine=False, eps=1e-6)
+        self.proj_out_1 = nn.Linear(self.inner_dim, 2 * self.inner_dim)
+        self.proj_out_2 = nn.Linear(self.inner_dim, patch_size * patch_size * self.out_channels)
+        self._init_weights()
+
+    @property
+    def null_class(self) -> int | None:
+        """The label that stands for "no label", or None for a model that was not trained with one."""
+        has_null_class = self.config.num_embeds_ada_norm is not None and self.config.class_dropout_prob > 0
+        return self.config.num_embeds_ada_norm if has_null_class else None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor | float | None = None,
+        class_labels: torch.LongTensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """Denoise.
+
+        Args:
+            hidden_states: Noisy input, `(batch, in_channels, height, width)`; both sides multiples of `patch_size`.
+            timestep: Scalar or `(batch,)`, integers or real numbers.
+            class_labels: `(batch,)`, in [0, num_embeds_ada_norm], the last being the null class where there is one.
+                None means the null class, or the only class of a model that has just one.
+            cross_attention_kwargs: Passed on to the attention processors.
+            return_dict: Whether to return an output object rather than a tuple.
+
+        Returns:
+            The prediction, `(batch, out_channels, height, width)`, as `sample` of a
+            [`~diffusers.models.modeling_outputs.Transformer2DModelOutput`] or as the only element of a tuple.
+
+        Raises:
+            ValueError: If `timestep` is missing or of the wrong shape, the sides are not multiples of `patch_size`,
+                or labels are missing although there is more than one class and no null class.
+        """
+        if timestep is None:
+            raise ValueError("`timestep` must be given: the conditioning and the routing depend on it.")
+        batch_size, _, height, width = hidden_states.shape
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"Height and width of `hidden_states` must be multiples of `patch_size`={self.patch_size}, "
+                f"got {height}x{width}."
+            )
+        timestep = timestep_batch(timestep, hidden_states)
+        mask = self.routing.mask(timestep, self.inner_dim)
+        mask = None if mask is None else mask[:, None, :]
+
+        hidden_states = self.pos_embed(hidden_states)
+        if class_labels is None:
+            class_labels = self._default_labels(batch_size, hidden_states.device)
+        conditioning = self.emb(timestep, class_labels, hidden_dtype=hidden_states.dtype)
+
+        for block in self.transformer_blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(
+                    block, hidden_states, conditioning, mask, cross_attention_kwargs
+                )
+            else:
+                hidden_states = block(hidden_states, conditioning, mask, cross_attention_kwargs)
+
+        shift, scale = self.proj_out_1(F.silu(conditioning)).chunk(2, dim=1)
+        hidden_states = self.norm_out(hidden_states) * (1 + scale[:, None]) + shift[:, None]
+        hidden_states = self.proj_out_2(hidden_states)
+        output = self._unpatchify(hidden_states, height // self.patch_size, width // self.patch_size)
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def _default_labels(self, batch_size: int, device: torch.device) -> torch.Tensor | None:
+        num_classes = self.config.num_embeds_ada_norm
+        if num_classes is None:
+            return None
+        if self.null_class is None and num_classes > 1:
+            raise ValueError(
+                f"`class_labels` must be given: the model has {num_classes} classes and no null class "
+                "(`class_dropout_prob` is 0)."
+            )
+        label = 0 if self.null_class is None else self.null_class
+        return torch.full((batch_size,), label, device=device)
+
+    def _unpatchify(self, tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        patch_size = self.patch_size
+        patches = tokens.reshape(-1, height, width, patch_size, patch_size, self.out_channels)
+        patches = torch.einsum("nhwpqc->nchpwq", patches)
+        return patches.reshape(-1, self.out_channels, height * patch_size, width * patch_size)
+
+    def _init_weights(self) -> None:
+        """Initialise as the original DiT does (arXiv 2212.09748, Section 3.2, adaLN-Zero)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.constant_(module.bias, 0)
+        for block in self.transformer_blocks:
+            # The original's query, key and value are one matrix, whose fan-out is three times as large.
+            for projection in (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v):
+                nn.init.xavier_uniform_(projection.weight, gain=2**-0.5)
+            nn.init.constant_(block.norm1.linear.weight, 0)
+        nn.init.xavier_uniform_(self.pos_embed.proj.weight.flatten(1))
+        nn.init.constant_(self.pos_embed.proj.bias, 0)
+        nn.init.normal_(self.emb.timestep_embedder.linear_1.weight, std=0.02)
+        nn.init.normal_(self.emb.timestep_embedder.linear_2.weight, std=0.02)
+        if self.emb.class_embedder is not None:
+            nn.init.normal_(self.emb.class_embedder.embedding_table.weight, std=0.02)
+        nn.init.constant_(self.proj_out_1.weight, 0)
+        nn.init.constant_(self.proj_out_2.weight, 0)
+
+    @classmethod
+    def from_preset(cls, preset: str, **config) -> DTRTransformer2DModel:
+        """A new model of one of the published sizes, with the original's epsilon and frequencies.
+
+        Args:
+            preset: "DiT-S/2" and so on: S, B, L or XL, and a patch size of 2, 4 or 8.
+            **config: Config values that differ from the published ones, such as `sample_size`, `in_channels`,
+                `out_channels`, `num_embeds_ada_norm` or the routing.
+
+        Raises:
+            ValueError: If there is no such preset.
+        """
+        if preset not in DIT_PRESETS:
+            raise ValueError(f"`preset` must be one of {', '.join(DIT_PRESETS)}, got {preset!r}.")
+        return cls(**{**DIT_PRESETS[preset], **config})
+
+    @classmethod
+    def from_transformer(cls, transformer: DiTTransformer2DModel, **routing) -> DTRTransformer2DModel:
+        """The routed model with the weights of a plain one, which is left as it is.
+
+        Args:
+            transformer: A [`~diffusers.DiTTransformer2DModel`] whose blocks' embedders are identical, as they are in
+                published checkpoints.
+            **routing: Config values that the plain model does not have: `routing_alpha`, `routing_beta`, ...
+
+        Returns:
+            A model with copies of the weights, on the same device, of the same dtype and in the same mode.
+
+        Raises:
+            ValueError: If the embedders of a block differ from those of the first one; it names the block.
+        """
+        state_dict = share_embedders(transformer.state_dict())
+        return cls._from_state(transformer, {**transformer.config, **routing}, state_dict, copy=True)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> DTRTransformer2DModel:
+        """Load from a folder or the Hub, as [`~diffusers.ModelMixin.from_pretrained`] does.
+
+        Checkpoints of diffusers' own DiT, which repeat the embedders in every block, load too.
+
+        Args:
+            pretrained_model_name_or_path: Folder or repository.
+            **kwargs: All arguments of [`~diffusers.ModelMixin.from_pretrained`], and config values such as
+                `routing_beta` that replace saved ones.
+
+        Raises:
+            ValueError: If the embedders of a diffusers DiT differ between blocks, or if `device_map` or
+                `quantization_config` is given for one.
+        """
+        hub_arguments = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
+        config = cls.load_config(
+            pretrained_model_name_or_path, **{name: kwargs[name] for name in hub_arguments if name in kwargs}
+        )
+        if config.get("_class_name") not in PER_BLOCK_CLASS_NAMES:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+        for name in ("device_map", "quantization_config"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"`{name}` does not work for a checkpoint of `{config['_class_name']}`, whose layout is converted "
+                    f"while loading. Load it without, save it with `save_pretrained`, and load that with `{name}`."
+                )
+        own_config = set(cls._get_init_keys(cls)) - set(cls._get_init_keys(DiTTransformer2DModel))
+        overrides = {name: kwargs.pop(name) for name in own_config & set(kwargs)}
+        with_info = kwargs.pop("output_loading_info", False)
+        plain, info = DiTTransformer2DModel.from_pretrained(
+            pretrained_model_name_or_path, output_loading_info=True, **kwargs
+        )
+        model = cls._from_state(plain, {**plain.config, **overrides}, share_embedders(plain.state_dict()), copy=False)
+        return (model, info) if with_info else model

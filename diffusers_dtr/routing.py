@@ -1,0 +1,295 @@
+"""Channel masks from timesteps, and the one operation that routes a residual block through them.
+
+Denoising Task Routing (arXiv 2310.07138) gives every timestep a window of active channels that slides as the noise
+level grows. Nothing here has parameters, knows a model or keeps state between calls. The window is that of the
+authors' released code; their project page shows another one, whose width changes with the timestep.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from numbers import Real
+
+import torch
+
+
+ROUTING_TYPES = ("dtr", "random", "none")
+DEFAULT_TIMESTEP_RANGE = (0, 999)
+
+# Random routing tells at least this many timesteps apart, however narrow the range (flow matching's is [0, 1]).
+_MIN_RANDOM_LEVELS = 1000
+
+
+def routing_mask(
+    timestep: torch.Tensor | float,
+    num_channels: int,
+    *,
+    alpha: float = 4.0,
+    beta: float = 0.8,
+    timestep_range: Sequence[float] = DEFAULT_TIMESTEP_RANGE,
+) -> torch.Tensor:
+    r"""Which channels a residual block sees at a timestep (DTR, arXiv 2310.07138, Section 4).
+
+    With C channels, $C_\beta = \lfloor \beta C \rfloor$ of them active and
+    $\tau = \mathrm{clamp}((t - t_{min}) / (t_{max} - t_{min}), 0, 1)$, channel c is active if
+    $s(t) \le c < s(t) + C_\beta$ for $s(t) = \mathrm{round}((C - C_\beta) \tau^\alpha)$, where halves round to even.
+
+    Args:
+        timestep: Scalar or `(batch,)`, of any real type: what the denoiser is called with, low meaning nearly clean.
+            Timesteps outside `timestep_range` count as its nearest end.
+        num_channels: C, the width of the block.
+        alpha: How late the window starts to slide, > 0. At 1 it slides evenly; the larger, the more of the slide
+            happens at high noise levels.
+        beta: Share of the channels that are active, in (0, 1].
+        timestep_range: (t_min, t_max), the timesteps at which the window stands at the first and last channels.
+
+    Returns:
+        Bool tensor `(batch, num_channels)` on the device of `timestep`; batch is 1 for a scalar.
+
+    Raises:
+        ValueError: For `alpha` <= 0, `beta` outside (0, 1], a window of zero channels, an empty `timestep_range`, or
+            a timestep that is NaN.
+    """
+    check_routing(alpha=alpha, beta=beta, timestep_range=timestep_range, num_channels=num_channels)
+    timestep = _as_batch(timestep)
+    _check_no_nan(timestep)
+    return _sliding_window(timestep, num_channels, alpha, beta, timestep_range)
+
+
+def random_routing_mask(
+    timestep: torch.Tensor | float,
+    num_channels: int,
+    *,
+    seed: int = 0,
+    beta: float = 0.8,
+    timestep_range: Sequence[float] = DEFAULT_TIMESTEP_RANGE,
+) -> torch.Tensor:
+    r"""Random channels for every timestep: the baseline that DTR is compared with (arXiv 2310.07138, Section 5).
+
+    A timestep's $\lfloor \beta C \rfloor$ active channels are those of the smallest hash of (seed, timestep, channel),
+    so they are the same on every platform and no table is kept. Real-valued timesteps are first rounded to
+    max(t_max - t_min, 999) + 1 equidistant levels over `timestep_range`.
+
+    Args:
+        timestep: Scalar or `(batch,)`, as in [`routing_mask`].
+        num_channels: Width of the block.
+        seed: Non-negative integer below 2**32.
+        beta: Share of the channels that are active, in (0, 1].
+        timestep_range: (t_min, t_max).
+
+    Returns:
+        Bool tensor `(batch, num_channels)` on the device of `timestep`.
+
+    Raises:
+        ValueError: As [`routing_mask`], and for a `seed` outside [0, 2**32).
+    """
+    check_routing(beta=beta, timestep_range=timestep_range, seed=seed, num_channels=num_channels)
+    timestep = _as_batch(timestep)
+    _check_no_nan(timestep)
+    return _random_channels(timestep, num_channels, seed, beta, timestep_range)
+
+
+def routed_residual(
+    block: Callable[..., torch.Tensor], hidden_states: torch.Tensor, mask: torch.Tensor | None, *args, **kwargs
+) -> torch.Tensor:
+    """Apply a residual block to the masked channels and carry the others past it: Block(m ⊙ x) + (1 − m) ⊙ x.
+
+    Args:
+        block: Called as `block(masked, *args, **kwargs)`. It keeps its own residual connections.
+        hidden_states: Input of any shape that `mask` broadcasts to.
+        mask: Bool tensor, true where a channel is active, or None for the unrouted block.
+        *args: Passed on to `block`.
+        **kwargs: Passed on to `block`.
+
+    Returns:
+        Tensor of the shape of `block`'s output.
+    """
+    if mask is None:
+        return block(hidden_states, *args, **kwargs)
+    # Selecting rather than multiplying: an inactive channel's infinity must not turn into NaN.
+    masked = torch.where(mask, hidden_states, 0)
+    return block(masked, *args, **kwargs) + torch.where(mask, 0, hidden_states)
+
+
+class ChannelRouting:
+    """The routing of one model: computes the masks of a forward call from its timesteps.
+
+    Args:
+        alpha: As in [`routing_mask`].
+        beta: As in [`routing_mask`]. At 1, and for `routing_type="none"`, there is no mask and the model is the unrouted one.
+        routing_type: "dtr" (the sliding window), "random" (the paper's baseline) or "none".
+        seed: Seed of random routing.
+        timestep_range: (t_min, t_max), or None for (0, 999).
+
+    Raises:
+        ValueError: For any value that [`check_routing`] refuses.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 4.0,
+        beta: float = 0.8,
+        routing_type: str = "dtr",
+        seed: int = 0,
+        timestep_range: Sequence[float] | None = None,
+    ):
+        timestep_range = DEFAULT_TIMESTEP_RANGE if timestep_range is None else tuple(timestep_range)
+        check_routing(alpha=alpha, beta=beta, routing_type=routing_type, seed=seed, timestep_range=timestep_range)
+        self.alpha = alpha
+        self.beta = beta
+        self.routing_type = routing_type
+        self.seed = seed
+        self.timestep_range = timestep_range
+        self._beta_override: torch.Tensor | None = None
+
+    def set_beta(self, beta: float | None) -> None:
+        """Use another share of active channels from now on, or the configured one again for None.
+
+        Meant for a warm-up from 1 to the configured share: in a compiled model the value may change without a new
+        graph.
+
+        Args:
+            beta: Share in (0, 1], or None.
+
+        Raises:
+            ValueError: For a `beta` outside (0, 1].
+        """
+        if beta is None:
+            self._beta_override = None
+            return
+        check_routing(beta=beta)
+        # A tensor, because a compiler would bake a Python number into the graph.
+        if self._beta_override is None:
+            self._beta_override = torch.tensor(beta, dtype=torch.float64)
+        else:
+            self._beta_override.fill_(beta)
+
+    @property
+    def is_active(self) -> bool:
+        """Whether blocks are routed at all."""
+        return self.routing_type != "none" and (self.beta < 1 or self._beta_override is not None)
+
+    def mask(self, timestep: torch.Tensor, num_channels: int) -> torch.Tensor | None:
+        """The mask for blocks of one width in one forward call.
+
+        Args:
+            timestep: `(batch,)`, any real type. On a CPU a NaN is an error; elsewhere it is not looked for, because
+                that would wait for the device, and shows as NaN in the model's own timestep embedding.
+            num_channels: Width of the blocks.
+
+        Returns:
+            Bool tensor `(batch, num_channels)` on the device of `timestep`, or None where nothing is routed.
+
+        Raises:
+            ValueError: For a window of zero channels, or a NaN timestep on a CPU.
+        """
+        if not self.is_active:
+            return None
+        if timestep.device.type == "cpu" and not torch.compiler.is_compiling():
+            _check_no_nan(timestep)
+        beta = self.beta if self._beta_override is None else self._beta_override
+        if self.routing_type == "random":
+            return _random_channels(timestep, num_channels, self.seed, beta, self.timestep_range)
+        return _sliding_window(timestep, num_channels, self.alpha, beta, self.timestep_range)
+
+
+def check_routing(
+    *,
+    alpha: float = 4.0,
+    beta: float = 0.8,
+    routing_type: str = "dtr",
+    seed: int = 0,
+    timestep_range: Sequence[float] = DEFAULT_TIMESTEP_RANGE,
+    num_channels: int | None = None,
+) -> None:
+    """Refuse settings that name no routing.
+
+    Args:
+        alpha: Must be a finite number > 0.
+        beta: Must be in (0, 1].
+        routing_type: Must be one of "dtr", "random", "none".
+        seed: Must be an integer in [0, 2**32).
+        timestep_range: Must be two finite numbers, the first smaller.
+        num_channels: Width for which the window must hold at least one channel, or None not to check that.
+
+    Raises:
+        ValueError: Naming the argument, what is allowed, and what came.
+    """
+    if not _is_number(alpha) or not alpha > 0:
+        raise ValueError(f"`routing_alpha` must be a number > 0, got {alpha!r}.")
+    if not _is_number(beta) or not 0 < beta <= 1:
+        raise ValueError(f"`routing_beta`, the share of active channels, must be in (0, 1], got {beta!r}.")
+    if routing_type not in ROUTING_TYPES:
+        raise ValueError(f"`routing_type` must be one of {', '.join(ROUTING_TYPES)}, got {routing_type!r}.")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"`routing_seed` must be an integer in [0, 2**32), got {seed!r}.")
+    if len(timestep_range) != 2 or not all(map(_is_number, timestep_range)) or timestep_range[0] >= timestep_range[1]:
+        raise ValueError(
+            f"`routing_timestep_range` must be (t_min, t_max) with finite t_min < t_max, got {timestep_range!r}."
+        )
+    if num_channels is not None and int(beta * num_channels) < 1:
+        raise ValueError(
+            f"`routing_beta`={beta} leaves none of {num_channels} channels active: int({beta} * {num_channels}) = 0. "
+            f"It must be at least 1/{num_channels}."
+        )
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _as_batch(timestep: torch.Tensor | float) -> torch.Tensor:
+    timestep = torch.as_tensor(timestep, dtype=None if torch.is_tensor(timestep) else torch.float64)
+    if timestep.ndim > 1:
+        raise ValueError(f"`timestep` must be a scalar or of shape (batch,), got shape {tuple(timestep.shape)}.")
+    return timestep.reshape(-1)
+
+
+def _check_no_nan(timestep: torch.Tensor) -> None:
+    if timestep.is_floating_point() and timestep.isnan().any():
+        index = int(timestep.isnan().nonzero()[0])
+        raise ValueError(f"`timestep` must be a number everywhere, got NaN at index {index}.")
+
+
+def _position(timestep: torch.Tensor, timestep_range: Sequence[float]) -> torch.Tensor:
+    """τ in [0, 1], `(batch, 1)`."""
+    # float32 moves the window of some timesteps by a channel; MPS has nothing wider.
+    wide = torch.float32 if timestep.device.type == "mps" else torch.float64
+    low, high = timestep_range
+    return ((timestep.to(wide) - low) / (high - low)).clamp(0, 1)[:, None]
+
+
+def _num_active(beta: float | torch.Tensor, num_channels: int) -> int | torch.Tensor:
+    if isinstance(beta, torch.Tensor):
+        return (beta * num_channels).long().clamp(min=1)
+    num_active = int(beta * num_channels)
+    if num_active < 1:
+        check_routing(beta=beta, num_channels=num_channels)
+    return num_active
+
+
+def _sliding_window(timestep, num_channels, alpha, beta, timestep_range) -> torch.Tensor:
+    num_active = _num_active(beta, num_channels)
+    start = torch.round((num_channels - num_active) * _position(timestep, timestep_range) ** alpha)
+    channels = torch.arange(num_channels, device=timestep.device)
+    return (start <= channels) & (channels < start + num_active)
+
+
+def _random_channels(timestep, num_channels, seed, beta, timestep_range) -> torch.Tensor:
+    num_active = _num_active(beta, num_channels)
+    steps = max(timestep_range[1] - timestep_range[0], _MIN_RANDOM_LEVELS - 1)
+    level = torch.round(_position(timestep, timestep_range) * steps).long()
+    channels = torch.arange(num_channels, device=timestep.device)
+    key = _hash(_hash(level ^ seed) ^ channels)
+    # Ties between hashes go to the lower channel, so that the rank of a channel is well defined everywhere.
+    order = (key * num_channels + channels).argsort(dim=-1)
+    return order.argsort(dim=-1) < num_active
+
+
+def _hash(value: torch.Tensor) -> torch.Tensor:
+    """Mix 32-bit integers, held in int64, by two multiply-xorshift rounds (the finaliser of MurmurHash3)."""
+    value = value & 0xFFFFFFFF
+    value = ((value ^ (value >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
+    value = ((value ^ (value >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
+    return value ^ (value >> 16)
