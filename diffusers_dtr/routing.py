@@ -107,9 +107,8 @@ def routed_residual(
     """
     if mask is None:
         return block(hidden_states, *args, **kwargs)
-    # Selecting rather than multiplying: an inactive channel's infinity must not turn into NaN.
-    masked = torch.where(mask, hidden_states, 0)
-    return block(masked, *args, **kwargs) + torch.where(mask, 0, hidden_states)
+    output = block(hidden_states * mask, *args, **kwargs)
+    return torch.addcmul(output, hidden_states, (~mask).to(hidden_states.dtype))
 
 
 class ChannelRouting:

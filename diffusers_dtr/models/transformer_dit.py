@@ -381,7 +381,15 @@ class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMi
             ValueError: If the embedders of a diffusers DiT differ between blocks, or if `device_map` or
                 `quantization_config` is given for one.
         """
-        hub_arguments = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
+        hub_arguments = (
+            "cache_dir",
+            "force_download",
+            "proxies",
+            "local_files_only",
+            "token",
+            "revision",
+            "subfolder",
+        )
         config = cls.load_config(
             pretrained_model_name_or_path, **{name: kwargs[name] for name in hub_arguments if name in kwargs}
         )

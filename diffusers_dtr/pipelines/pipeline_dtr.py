@@ -1,0 +1,382 @@
+"""Class-conditional and unconditional image generation, in latent or pixel space."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from operator import index
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    DiTTransformer2DModel,
+    ImagePipelineOutput,
+    ModelMixin,
+    SchedulerMixin,
+)
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+
+from ..latents import decode_latents, vae_scale_factor
+from ..noise_levels import uses_learned_variance
+
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+class DTRPipeline(DiffusionPipeline):
+    r"""Pipeline for image generation with a class-conditional or unconditional denoiser.
+
+    This model inherits from [`~diffusers.DiffusionPipeline`], whose saving, loading, offloading and device handling
+    apply.
+
+    Args:
+        scheduler ([`~diffusers.SchedulerMixin`]): Scheduler that the denoiser is sampled with.
+        transformer ([`DTRTransformer2DModel`], *optional*): Denoiser. Exactly one of `transformer` and `unet`.
+        unet ([`~diffusers.UNet2DModel`], *optional*): Denoiser.
+        vae ([`~diffusers.AutoencoderKL`], *optional*): Decoder of a denoiser that works on latents. Without it the
+            denoiser's output is the image, in [-1, 1].
+        id2label (`dict[int, str]`, *optional*): Names of the classes. Names separated by commas are synonyms, as in
+            ImageNet's.
+
+    Raises:
+        ValueError: Unless exactly one of `transformer` and `unet` is given.
+    """
+
+    model_cpu_offload_seq = "transformer->unet->vae"
+    _optional_components = ["transformer", "unet", "vae"]  # noqa: RUF012 - diffusers reads a list here
+    _callback_tensor_inputs = ("latents",)
+
+    def __init__(
+        self,
+        scheduler: SchedulerMixin,
+        transformer: ModelMixin | None = None,
+        unet: ModelMixin | None = None,
+        vae: AutoencoderKL | None = None,
+        id2label: dict[int, str] | None = None,
+    ):
+        super().__init__()
+        if (transformer is None) == (unet is None):
+            given = "both" if unet is not None else "neither"
+            raise ValueError(f"Exactly one of `transformer` and `unet` must be given, got {given}.")
+        self.register_modules(scheduler=scheduler, transformer=transformer, unet=unet, vae=vae)
+        # JSON, in which `model_index.json` keeps them, has no integer keys.
+        id2label = None if id2label is None else {str(key): name for key, name in id2label.items()}
+        self.register_to_config(id2label=id2label)
+        self.vae_scale_factor = 1 if vae is None else vae_scale_factor(vae)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @property
+    def denoiser(self) -> ModelMixin:
+        """The transformer or U-Net."""
+        return self.transformer if self.transformer is not None else self.unet
+
+    @property
+    def null_class(self) -> int | None:
+        """The label that the denoiser was trained with in place of dropped ones, or None if there is none."""
+        if isinstance(self.denoiser, DiTTransformer2DModel) and not hasattr(self.denoiser, "null_class"):
+            return self.denoiser.config.num_embeds_ada_norm
+        return getattr(self.denoiser, "null_class", None)
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes, or None for an unconditional denoiser."""
+        config = self.denoiser.config
+        return config.get("num_embeds_ada_norm") if self.transformer is not None else config.get("num_class_embeds")
+
+    @property
+    def labels(self) -> dict[str, list[int]]:
+        """The classes that each name stands for; more than one where `id2label` repeats a name."""
+        labels: dict[str, list[int]] = {}
+        for key, names in (self.config.id2label or {}).items():
+            for name in dict.fromkeys([names, *(part.strip() for part in names.split(","))]):
+                labels.setdefault(name, []).append(int(key))
+        return dict(sorted(labels.items()))
+
+    def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
+        """Map names to class labels.
+
+        Args:
+            label: One name or several.
+
+        Returns:
+            One label per name.
+
+        Raises:
+            ValueError: If a name is unknown or stands for more than one class.
+        """
+        names = [label] if isinstance(label, str) else list(label)
+        labels = self.labels
+        for name in names:
+            if name not in labels:
+                known = ", ".join(list(labels)[:20]) or "none, because the pipeline has no `id2label`"
+                raise ValueError(f"`class_labels` has no class named {name!r}. Known names: {known}.")
+            if len(labels[name]) > 1:
+                raise ValueError(
+                    f"`class_labels`: {name!r} names the classes {labels[name]}; pass one of these numbers."
+                )
+        return [labels[name][0] for name in names]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | Sequence[int | str] | torch.Tensor | None = None,
+        num_images: int | None = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+        num_inference_steps: int = 50,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[DTRPipeline, int, Any, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_batch_size: int | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        r"""Generate images.
+
+        Args:
+            class_labels (`int`, `str`, a sequence of these or `torch.Tensor`, *optional*):
+                One class per image, as numbers or as names in `id2label`. None generates without a label, for a
+                denoiser that has a null class or no classes.
+            num_images (`int`, *optional*, defaults to 1):
+                How many images to generate where no `class_labels` say so.
+            guidance_scale (`float`, *optional*, defaults to 1.0):
+                Classifier-free guidance $w$ in $\epsilon_\emptyset + w (\epsilon_c - \epsilon_\emptyset)$
+                (arXiv 2207.12598); off at 1 or below.
+            guidance_interval (`tuple[float, float]`, *optional*):
+                Guide only at timesteps in this closed interval (arXiv 2404.07724). Everywhere by default.
+            num_inference_steps (`int`, *optional*, defaults to 50):
+                Number of denoising steps.
+            generator (`torch.Generator` or list of these, *optional*):
+                Source of all randomness; a list has one for every image, which makes an image independent of the
+                others.
+            latents (`torch.Tensor`, *optional*):
+                Gaussian noise to start from, `(images, in_channels, height, width)` of the denoiser. Drawn from
+                `generator` by default.
+            height (`int`, *optional*): Height of the images in pixels; the denoiser's own by default.
+            width (`int`, *optional*): Width of the images in pixels; the denoiser's own by default.
+            output_type (`str`, *optional*, defaults to `"pil"`):
+                `"pil"`, `"np"` (`(images, height, width, channels)` in [0, 1]), `"pt"` (`(images, channels, height,
+                width)` in [0, 1]) or `"latent"` (the denoiser's own space).
+            return_dict (`bool`, *optional*, defaults to `True`):
+                Whether to return an [`~diffusers.ImagePipelineOutput`] rather than a tuple.
+            callback_on_step_end (`Callable`, *optional*):
+                Called as `callback(pipeline, step, timestep, tensors)` after every step; it may return replacements.
+            callback_on_step_end_tensor_inputs (sequence of `str`, *optional*):
+                The tensors that the callback gets; `"latents"` is the only one there is.
+            max_batch_size (`int`, *optional*):
+                Denoise and decode at most this many images at once, to save memory. Does not change the images.
+
+        Examples:
+        ```py
+        >>> import torch
+        >>> from diffusers_dtr import DTRPipeline
+
+        >>> pipe = DTRPipeline.from_pretrained("demo/pipeline")
+        >>> images = pipe(
+        ...     class_labels=["seven", 3], guidance_scale=1.5, generator=torch.manual_seed(0)
+        ... ).images
+        ```
+
+        Returns:
+            [`~diffusers.ImagePipelineOutput`] or a tuple whose only element is the images.
+
+        Raises:
+            ValueError: For arguments that do not fit each other or the denoiser, before any work is done.
+        """
+        labels = self._resolve_labels(class_labels, num_images)
+        batch_size = len(labels) if labels is not None else (1 if num_images is None else num_images)
+        guided = guidance_scale > 1
+        self._check_inputs(
+            batch_size, labels, guided, guidance_interval, num_inference_steps, generator, output_type, max_batch_size
+        )
+        self._check_callback(callback_on_step_end_tensor_inputs)
+        shape = self._latent_shape(batch_size, height, width)
+        if latents is not None and tuple(latents.shape) != shape:
+            raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}.")
+
+        device = self._execution_device
+        labels = None if labels is None else torch.tensor(labels, device=device)
+        latents = randn_tensor(shape, generator, device, self.denoiser.dtype) if latents is None else latents
+        latents = latents.to(device, self.denoiser.dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        timesteps = self.scheduler.timesteps
+        low, high = (-float("inf"), float("inf")) if guidance_interval is None else guidance_interval
+        # Asked once, because every look at a timestep on the device waits for it.
+        scales = [guidance_scale if guided and low <= t <= high else 1.0 for t in timesteps.tolist()]
+        step_kwargs = self._step_kwargs(generator)
+        max_batch_size = max_batch_size or batch_size
+
+        with _eval_mode(self.denoiser, self.vae), self.progress_bar(total=len(timesteps)) as progress_bar:
+            for step, (timestep, scale) in enumerate(zip(timesteps, scales, strict=True)):
+                model_input = latents
+                if hasattr(self.scheduler, "scale_model_input"):
+                    model_input = self.scheduler.scale_model_input(latents, timestep)
+                prediction = self.predict(model_input, timestep, labels, scale, max_batch_size)
+                latents = self.scheduler.step(prediction, timestep, latents, **step_kwargs, return_dict=False)[0]
+                latents = latents.to(self.denoiser.dtype)
+                if callback_on_step_end is not None:
+                    tensors = {"latents": latents} if callback_on_step_end_tensor_inputs else {}
+                    latents = callback_on_step_end(self, step, timestep, tensors).pop("latents", latents)
+                progress_bar.update()
+            images = latents if output_type == "latent" else self._decode(latents, max_batch_size)
+
+        if output_type != "latent":
+            images = self.image_processor.postprocess(images, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def predict(
+        self,
+        model_input: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor | None,
+        guidance_scale: float = 1.0,
+        max_batch_size: int | None = None,
+    ) -> torch.Tensor:
+        """What the scheduler's step is given: the guided prediction, with a learned variance if the scheduler uses it.
+
+        Args:
+            model_input: `(images, channels, height, width)`.
+            timestep: Scalar.
+            class_labels: `(images,)`, or None.
+            guidance_scale: Guided above 1. Only the prediction is; a learned variance is that of the labelled half.
+            max_batch_size: Evaluate at most this many images at once.
+
+        Returns:
+            `(images, channels, height, width)`, or twice the channels with a variance.
+        """
+        slices = model_input.split(max_batch_size or len(model_input))
+        label_slices = [None] * len(slices) if class_labels is None else class_labels.split(len(slices[0]))
+        outputs = [
+            self._predict_slice(inputs, timestep, labels, guidance_scale)
+            for inputs, labels in zip(slices, label_slices, strict=True)
+        ]
+        output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        keep_variance = uses_learned_variance(self.scheduler)
+        return output if keep_variance else output[:, : model_input.shape[1]]
+
+    def _predict_slice(self, inputs, timestep, labels, guidance_scale):
+        if guidance_scale <= 1:
+            return self._evaluate(inputs, timestep, labels)
+        null_labels = torch.full_like(labels, self.null_class)
+        output = self._evaluate(torch.cat([inputs, inputs]), timestep, torch.cat([labels, null_labels]))
+        labelled, unlabelled = output.chunk(2)
+        channels = inputs.shape[1]
+        guided = unlabelled[:, :channels].lerp(labelled[:, :channels], guidance_scale)
+        return torch.cat([guided, labelled[:, channels:]], dim=1)
+
+    def _evaluate(self, inputs, timestep, labels):
+        timestep = timestep.to(inputs.device).expand(len(inputs))
+        return self.denoiser(inputs, timestep, class_labels=labels, return_dict=False)[0]
+
+    def _decode(self, latents: torch.Tensor, max_batch_size: int) -> torch.Tensor:
+        if self.vae is None:
+            return latents
+        return torch.cat([decode_latents(self.vae, part) for part in latents.split(max_batch_size)])
+
+    def _resolve_labels(self, class_labels, num_images) -> list[int] | None:
+        if class_labels is None:
+            if self.num_classes is not None and self.null_class is None and self.num_classes > 1:
+                raise ValueError(
+                    f"`class_labels` must be given: the denoiser has {self.num_classes} classes and no null class."
+                )
+            return None
+        if num_images is not None:
+            raise ValueError(
+                f"`num_images`={num_images} and `class_labels` cannot both be given: labels count images."
+            )
+        if isinstance(class_labels, torch.Tensor):
+            class_labels = class_labels.reshape(-1).tolist()
+        elif isinstance(class_labels, (int, str)):
+            class_labels = [class_labels]
+        labels = [self.get_label_ids(label)[0] if isinstance(label, str) else index(label) for label in class_labels]
+        if self.num_classes is None:
+            raise ValueError("`class_labels` must be None: the denoiser is unconditional. Use `num_images`.")
+        highest = self.num_classes - 1 if self.null_class is None else self.null_class
+        for label in labels:
+            if not 0 <= label <= highest:
+                raise ValueError(f"`class_labels` must be in [0, {highest}], got {label}.")
+        return labels
+
+    def _check_inputs(
+        self,
+        batch_size,
+        labels,
+        guided,
+        guidance_interval,
+        num_inference_steps,
+        generator,
+        output_type,
+        max_batch_size,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"At least one image must be asked for, got {batch_size}.")
+        if guided and self.null_class is None:
+            raise ValueError(
+                "`guidance_scale` must be 1: the denoiser has no null class to be guided away from. Train it with "
+                "`class_dropout_prob` above 0."
+            )
+        if guided and labels is None:
+            raise ValueError("`guidance_scale` above 1 needs `class_labels` to guide towards.")
+        if guidance_interval is not None and (
+            len(guidance_interval) != 2 or guidance_interval[0] > guidance_interval[1]
+        ):
+            raise ValueError(
+                f"`guidance_interval` must be (low, high) timesteps, low <= high, got {guidance_interval}."
+            )
+        if num_inference_steps < 1:
+            raise ValueError(f"`num_inference_steps` must be at least 1, got {num_inference_steps}.")
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"`generator` must have one generator per image: {batch_size}, got {len(generator)}.")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
+        if max_batch_size is not None and max_batch_size < 1:
+            raise ValueError(f"`max_batch_size` must be at least 1, got {max_batch_size}.")
+        config = self.denoiser.config
+        if uses_learned_variance(self.scheduler) and config.out_channels != 2 * config.in_channels:
+            raise ValueError(
+                f"The scheduler expects a learned variance (`variance_type`={self.scheduler.config.variance_type!r}), "
+                f"but the denoiser predicts {config.out_channels} channels for {config.in_channels}."
+            )
+
+    def _check_callback(self, tensor_inputs) -> None:
+        unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, got {unknown}."
+            )
+
+    def _latent_shape(self, batch_size, height, width) -> tuple[int, int, int, int]:
+        sample_size = self.denoiser.config.sample_size
+        sizes = list(sample_size) if isinstance(sample_size, (tuple, list)) else [sample_size, sample_size]
+        for axis, (name, pixels) in enumerate((("height", height), ("width", width))):
+            if pixels is None:
+                continue
+            if pixels < 1 or pixels % self.vae_scale_factor:
+                raise ValueError(f"`{name}` must be a multiple of {self.vae_scale_factor}, got {pixels}.")
+            sizes[axis] = pixels // self.vae_scale_factor
+        return (batch_size, self.denoiser.config.in_channels, *sizes)
+
+    def _step_kwargs(self, generator) -> dict[str, Any]:
+        accepted = inspect.signature(self.scheduler.step).parameters
+        return {"generator": generator} if "generator" in accepted else {}
+
+
+@contextmanager
+def _eval_mode(*models: ModelMixin | None) -> Iterator[None]:
+    """In training mode a denoiser would drop labels at random; whatever was in training mode is again afterwards."""
+    training = [module for model in models if model is not None for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
