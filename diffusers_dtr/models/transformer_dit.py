@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -190,7 +191,7 @@ class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMi
             raise ValueError(f"`class_dropout_prob` must be in [0, 1), got {class_dropout_prob!r}.")
         if num_embeds_ada_norm is not None and num_embeds_ada_norm < 1:
             raise ValueError(
-                f"`num_embeds_ada_norm`, the number of classes, must be at least 1, or None, got {num_embeds_ada_norm!r}."
+                f"`num_embeds_ada_norm`, the number of classes, must be >= 1 or None, got {num_embeds_ada_norm!r}."
             )
         if sample_size % patch_size != 0:
             raise ValueError(f"`sample_size` must be a multiple of `patch_size`={patch_size}, got {sample_size}.")
@@ -381,18 +382,7 @@ class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMi
             ValueError: If the embedders of a diffusers DiT differ between blocks, or if `device_map` or
                 `quantization_config` is given for one.
         """
-        hub_arguments = (
-            "cache_dir",
-            "force_download",
-            "proxies",
-            "local_files_only",
-            "token",
-            "revision",
-            "subfolder",
-        )
-        config = cls.load_config(
-            pretrained_model_name_or_path, **{name: kwargs[name] for name in hub_arguments if name in kwargs}
-        )
+        config = cls.load_config(pretrained_model_name_or_path, **kwargs)
         if config.get("_class_name") not in PER_BLOCK_CLASS_NAMES:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
@@ -402,8 +392,8 @@ class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMi
                     f"`{name}` does not work for a checkpoint of `{config['_class_name']}`, whose layout is converted "
                     f"while loading. Load it without, save it with `save_pretrained`, and load that with `{name}`."
                 )
-        own_config = set(cls._get_init_keys(cls)) - set(cls._get_init_keys(DiTTransformer2DModel))
-        overrides = {name: kwargs.pop(name) for name in own_config & set(kwargs)}
+        own_config = signature(cls).parameters.keys() - signature(DiTTransformer2DModel).parameters.keys()
+        overrides = {name: kwargs.pop(name) for name in own_config & kwargs.keys()}
         with_info = kwargs.pop("output_loading_info", False)
         plain, info = DiTTransformer2DModel.from_pretrained(
             pretrained_model_name_or_path, output_loading_info=True, **kwargs
