@@ -116,7 +116,7 @@ class ChannelRouting:
 
     Args:
         alpha: As in [`routing_mask`].
-        beta: As in [`routing_mask`]. At 1, and for `routing_type="none"`, there is no mask and the model is the unrouted one.
+        beta: As in [`routing_mask`]. At 1 there is no mask, and the model is the unrouted one.
         routing_type: "dtr" (the sliding window), "random" (the paper's baseline) or "none".
         seed: Seed of random routing.
         timestep_range: (t_min, t_max), or None for (0, 999).

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 
+import accelerate
 import torch
 
 from .transformer_dit import DTRTransformer2DModel
@@ -67,13 +68,15 @@ def convert_original_dit(
     weights = {key: value for key, value in state_dict.items() if not key.endswith(_MASK_BUFFER)}
     position_table = weights.pop("pos_embed", None)
     config = {**_infer_config(weights, num_attention_heads, class_dropout_prob, position_table), **config}
-    model = DTRTransformer2DModel(**config)
+    with accelerate.init_empty_weights():
+        model = DTRTransformer2DModel(**config)
     converted = _rename(weights)
     _check_same_names(converted, model.state_dict())
     if position_table is not None:
         _check_fixed_positions(position_table, model.pos_embed.pos_embed)
-    model.load_state_dict(converted, strict=True)
-    return model.to(weights["x_embedder.proj.weight"].dtype).eval()
+    # Copies, also because query, key and value would otherwise share memory, which safetensors cannot save.
+    model.load_state_dict({key: value.clone() for key, value in converted.items()}, strict=True, assign=True)
+    return model.eval()
 
 
 def _infer_config(weights, num_attention_heads, class_dropout_prob, position_table) -> dict:
