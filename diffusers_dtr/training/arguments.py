@@ -1,0 +1,193 @@
+"""The command-line flags that all training scripts share, under the names that diffusers' example scripts use."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from ..routing import ROUTING_TYPES, check_routing
+
+
+def positive_int(text: str) -> int:
+    """Parse an integer >= 1 for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def non_negative_int(text: str) -> int:
+    """Parse an integer >= 0 for argparse."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
+    return value
+
+
+def json_config(text: str) -> dict:
+    """Parse a JSON object, or the path of a file that holds one, for argparse."""
+    try:
+        config = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise argparse.ArgumentTypeError(f"must be a JSON object or a file that holds one: {error}") from error
+    if not isinstance(config, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {type(config).__name__}")
+    return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the images and their preparation."""
+    group = parser.add_argument_group("data")
+    add = group.add_argument
+    add("--dataset_name", help="Dataset on the Hub, or a local folder that 🤗 datasets can load.")
+    add("--dataset_config_name", help="Configuration of the dataset, if it has several.")
+    add("--train_data_dir", help="Folder of images, one subfolder per class, in 🤗 datasets' imagefolder layout.")
+    add("--train_split", default="train", help="Split to train on.")
+    add("--validation_split", help="Split for the held-out loss, which is measured with every validation.")
+    add("--cache_dir", help="Where downloaded datasets and models are kept.")
+    add("--image_column", default="image", help="Column with the images.")
+    add("--label_column", default="label", help="Column with the class labels.")
+    add("--resolution", type=positive_int, default=32, help="Side of the training images in pixels.")
+    add("--center_crop", action="store_true", help="Crop the middle rather than a random part.")
+    add("--random_flip", action="store_true", help="Mirror half of the images.")
+    add(
+        "--unreadable_images",
+        choices=("error", "skip"),
+        default="error",
+        help="What to do about an image that cannot be decoded: stop, or take the next one and report it.",
+    )
+    add("--dataloader_num_workers", type=non_negative_int, default=0, help="Processes that load images.")
+    add("--vae_name_or_path", help="Autoencoder in whose latent space the model works. Pixels without it.")
+    add("--cache_latents", action="store_true", help="Encode all images once, before training.")
+
+
+def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the training loop, its optimizer and the average of its weights."""
+    group = parser.add_argument_group("optimization")
+    add = group.add_argument
+    add("--seed", type=non_negative_int, default=0, help="Seed of everything random in the run.")
+    add("--train_batch_size", type=positive_int, default=16, help="Images per process and forward call.")
+    add("--num_train_epochs", type=positive_int, default=100, help="Used if --max_train_steps is not given.")
+    add("--max_train_steps", type=positive_int, help="Number of optimizer steps.")
+    add("--gradient_accumulation_steps", type=positive_int, default=1, help="Forward calls per optimizer step.")
+    add("--gradient_checkpointing", action="store_true", help="Save memory by computing activations twice.")
+    add("--learning_rate", type=float, default=1e-4, help="Peak learning rate.")
+    add("--lr_scheduler", default="constant", help="As in diffusers' `get_scheduler`: constant, cosine, linear, ...")
+    add("--lr_warmup_steps", type=non_negative_int, default=0, help="Steps over which the learning rate rises.")
+    add("--adam_beta1", type=float, default=0.9)
+    add("--adam_beta2", type=float, default=0.999)
+    add("--adam_weight_decay", type=float, default=0.0)
+    add("--adam_epsilon", type=float, default=1e-8)
+    add("--max_grad_norm", type=float, default=1.0, help="Gradients are scaled down to this norm.")
+    add("--use_ema", action="store_true", help="Average the weights, and save and sample the average.")
+    add("--ema_max_decay", type=float, default=0.9999, help="Largest decay of the average.")
+    add("--ema_inv_gamma", type=float, default=1.0, help="Inverse gamma of the decay's warm-up.")
+    add("--ema_power", type=float, default=0.75, help="Power of the decay's warm-up.")
+    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="Defaults to accelerate's configuration.")
+    add("--allow_tf32", action="store_true", help="Let Ampere and newer GPUs multiply matrices in TF32.")
+    add("--compile", action="store_true", help="Compile the model with torch.compile.")
+
+
+def add_noise_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the noise schedule and the loss."""
+    group = parser.add_argument_group("noise schedule and loss")
+    add = group.add_argument
+    add(
+        "--noise_schedule",
+        choices=("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"),
+        default="linear",
+        help="`beta_schedule` of the DDPMScheduler.",
+    )
+    add("--num_train_timesteps", type=positive_int, default=1000, help="Number of timesteps T.")
+    add("--prediction_type", choices=("epsilon", "sample", "v_prediction"), default="epsilon")
+    add("--learn_sigma", action="store_true", help="Learn the variance too, by the variational bound.")
+    add("--loss_weighting", choices=("constant", "min_snr", "p2", "soft_min_snr", "debiased"), default="constant")
+    add("--snr_gamma", type=float, default=5.0, help="γ of min-SNR weighting.")
+
+
+def add_routing_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of Denoising Task Routing; what is not given is the pretrained model's, or the default."""
+    group = parser.add_argument_group("denoising task routing")
+    add = group.add_argument
+    add("--routing_alpha", type=float, help="How late the channel window slides, > 0. Default 4.")
+    add("--routing_beta", type=float, help="Share of active channels, in (0, 1]; 1 is unrouted. Default 0.8.")
+    add("--routing_type", choices=ROUTING_TYPES, help="Default dtr.")
+    add("--routing_seed", type=non_negative_int, help="Seed of random routing.")
+    add(
+        "--routing_warmup_steps",
+        type=non_negative_int,
+        default=0,
+        help="Steps over which the share falls from 1, the unrouted model, to its target.",
+    )
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of outputs: checkpoints, validation, tracking and the Hub."""
+    group = parser.add_argument_group("outputs")
+    add = group.add_argument
+    add("--output_dir", required=True, help="Folder of checkpoints, samples and the final pipeline.")
+    add("--checkpointing_steps", type=positive_int, default=500, help="Steps between checkpoints.")
+    add("--checkpoints_total_limit", type=positive_int, help="How many checkpoints to keep.")
+    add("--resume_from_checkpoint", help="A checkpoint's folder, or `latest`.")
+    add("--validation_steps", type=positive_int, help="Steps between sample grids. None without it.")
+    add("--num_validation_images", type=positive_int, default=16, help="Images of a grid.")
+    add("--validation_guidance_scale", type=float, default=1.0)
+    add("--validation_num_inference_steps", type=positive_int, default=50)
+    add("--logging_steps", type=positive_int, default=10, help="Steps between readings of the loss.")
+    add("--logging_dir", default="logs", help="Folder of the tracker's files inside the output folder.")
+    add("--report_to", default="tensorboard", help="tensorboard, wandb, trackio, all or none.")
+    add("--push_to_hub", action="store_true", help="Upload the final pipeline and its card.")
+    add("--hub_model_id", help="Repository to push to. Defaults to the name of the output folder.")
+    add("--hub_token", help="Token to push with. Defaults to the one of `hf auth login`.")
+    add("--hub_private_repo", action="store_true", help="Make the repository private.")
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Stop with a message about arguments that do not fit each other.
+
+    Args:
+        parser: Reports the error and exits.
+        args: What was parsed.
+    """
+    if (args.dataset_name is None) == (args.train_data_dir is None):
+        parser.error("exactly one of --dataset_name and --train_data_dir must be given")
+    if args.cache_latents and args.vae_name_or_path is None:
+        parser.error("--cache_latents needs --vae_name_or_path")
+    if args.cache_latents and not args.center_crop:
+        parser.error("--cache_latents needs --center_crop: a random crop would be encoded anew every time")
+    if args.max_train_steps is not None and args.routing_warmup_steps > args.max_train_steps:
+        parser.error("--routing_warmup_steps must not exceed --max_train_steps: the run would end before its target")
+    given = routing_config(args)
+    given = {name if name == "routing_type" else name.removeprefix("routing_"): given[name] for name in given}
+    try:
+        check_routing(**given)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def routing_config(args: argparse.Namespace) -> dict:
+    """The model config values that the routing flags set.
+
+    Args:
+        args: What was parsed.
+
+    Returns:
+        Those of `routing_alpha`, `routing_beta`, `routing_type` and `routing_seed` that were given.
+    """
+    names = ("routing_alpha", "routing_beta", "routing_type", "routing_seed")
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def warmed_up_beta(step: int, warmup_steps: int, target: float) -> float:
+    """Share of active channels at a step of a linear warm-up from the unrouted model.
+
+    Args:
+        step: Optimizer steps done.
+        warmup_steps: Steps until the target is reached; 0 for no warm-up.
+        target: The configured share.
+
+    Returns:
+        1 at step 0, `target` from `warmup_steps` on.
+    """
+    return target if step >= warmup_steps else 1.0 - (1.0 - target) * step / warmup_steps

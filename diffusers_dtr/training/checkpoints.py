@@ -1,0 +1,186 @@
+"""Checkpoints that are either complete or not there, and resuming from them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from pathlib import Path
+
+from accelerate import Accelerator
+from diffusers import ModelMixin
+from diffusers.training_utils import EMAModel
+
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "training_state.json"
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_PARTIAL_SUFFIX = ".partial"
+
+
+class Checkpoints:
+    """The checkpoints of one run: `output_dir/checkpoint-<step>` holding all that accelerate saves, model and EMA.
+
+    A checkpoint is written beside its final name and renamed when complete, and renamed away before it is deleted: a
+    process that dies at any moment leaves no half of one under a name that counts.
+
+    Args:
+        accelerator: Its prepared model, optimizer and scheduler, and whatever is registered with it, are saved.
+        output_dir: The run's folder.
+        model_name: Folder of the model inside a checkpoint ("transformer" or "unet"), as in a saved pipeline.
+        model_class: Class of the model.
+        ema: Average of the model's weights, saved as `<model_name>_ema`, or None.
+        total_limit: How many checkpoints to keep; the oldest go once a new one is complete. None keeps all.
+
+    Raises:
+        ValueError: For a `total_limit` below 1.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        output_dir: str | Path,
+        model_name: str,
+        model_class: type[ModelMixin],
+        ema: EMAModel | None = None,
+        total_limit: int | None = None,
+    ):
+        if total_limit is not None and total_limit < 1:
+            raise ValueError(f"`checkpoints_total_limit` must be at least 1, got {total_limit}.")
+        self.accelerator = accelerator
+        self.output_dir = Path(output_dir)
+        self.model_name = model_name
+        self.model_class = model_class
+        self.ema = ema
+        self.total_limit = total_limit
+        accelerator.register_save_state_pre_hook(self._save_models)
+        accelerator.register_load_state_pre_hook(self._load_models)
+
+    def save(self, step: int, settings: dict) -> Path:
+        """Write the checkpoint of a step; all processes must call this.
+
+        Args:
+            step: Number of optimizer steps done.
+            settings: What the order of data and noise depends on, compared on resuming.
+
+        Returns:
+            The checkpoint's folder.
+        """
+        final = self.output_dir / f"checkpoint-{step}"
+        partial = final.with_name(final.name + _PARTIAL_SUFFIX)
+        if self.accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(partial))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            (partial / STATE_FILE).write_text(json.dumps({"global_step": step, "settings": settings}, indent=2))
+            if final.exists():
+                _remove(final)
+            partial.rename(final)
+            logger.info("Saved %s", final)
+            for old in self._complete()[: -self.total_limit] if self.total_limit is not None else []:
+                _remove(old)
+        self.accelerator.wait_for_everyone()
+        return final
+
+    def latest(self) -> Path | None:
+        """The complete checkpoint of the highest step, or None."""
+        complete = self._complete()
+        return complete[-1] if complete else None
+
+    def resume(self, resume_from_checkpoint: str | None, settings: dict) -> int:
+        """Load a checkpoint into everything prepared.
+
+        Args:
+            resume_from_checkpoint: A checkpoint's folder, or its name in the run's folder, or "latest", or None to
+                load nothing. "latest" in a run without any checkpoint loads nothing either.
+            settings: As given to `save`. A difference is warned about: the run then goes on, but not as it would have.
+
+        Returns:
+            Number of optimizer steps that the checkpoint holds; 0 where nothing was loaded.
+
+        Raises:
+            ValueError: If the folder is not a complete checkpoint.
+        """
+        if resume_from_checkpoint is None:
+            return 0
+        if resume_from_checkpoint == "latest":
+            path = self.latest()
+            if path is None:
+                logger.info("No checkpoint in the output folder yet: starting from the beginning.")
+                return 0
+        else:
+            path = Path(resume_from_checkpoint)
+            path = path if path.is_dir() else self.output_dir / resume_from_checkpoint
+        if not (path / STATE_FILE).is_file():
+            raise ValueError(
+                f"`resume_from_checkpoint` must be a complete checkpoint or `latest`, got {resume_from_checkpoint!r}. "
+                f"Complete ones here: {', '.join(p.name for p in self._complete()) or 'none'}."
+            )
+        state = json.loads((path / STATE_FILE).read_text())
+        changed = [key for key in settings if state["settings"].get(key) != settings[key]]
+        for key in changed:
+            logger.warning(
+                "`%s` was %s and is %s now: the rest of the run will differ from the uninterrupted one.",
+                key,
+                state["settings"].get(key),
+                settings[key],
+            )
+        self.accelerator.load_state(str(path))
+        logger.info("Resumed from %s", path)
+        return state["global_step"]
+
+    def _complete(self) -> list[Path]:
+        by_step = {
+            int(match[1]): path
+            for path in self.output_dir.glob("checkpoint-*")
+            if (match := _CHECKPOINT.fullmatch(path.name)) and (path / STATE_FILE).is_file()
+        }
+        return [by_step[step] for step in sorted(by_step)]
+
+    def _save_models(self, models, weights, output_dir) -> None:
+        model = self.accelerator.unwrap_model(models[0], keep_torch_compile=False)
+        if self.accelerator.is_main_process:
+            model.save_pretrained(Path(output_dir) / self.model_name)
+            if self.ema is not None:
+                self.ema.save_pretrained(str(Path(output_dir) / f"{self.model_name}_ema"))
+        # What is popped here accelerate does not save a second time.
+        weights.clear()
+
+    def _load_models(self, models, input_dir) -> None:
+        model = self.accelerator.unwrap_model(models.pop(), keep_torch_compile=False)
+        saved = self.model_class.from_pretrained(Path(input_dir) / self.model_name)
+        model.load_state_dict(saved.state_dict())
+        if self.ema is None:
+            return
+        averaged, state = load_ema(Path(input_dir) / f"{self.model_name}_ema", self.model_class)
+        device = self.ema.shadow_params[0].device
+        self.ema.load_state_dict({**state, "shadow_params": averaged})
+        self.ema.to(device=device)
+
+
+def load_ema(path: Path, model_class: type[ModelMixin]) -> tuple[list, dict]:
+    """Read what `EMAModel.save_pretrained` wrote.
+
+    Args:
+        path: Its folder.
+        model_class: Class of the averaged model.
+
+    Returns:
+        The averaged parameters, in the model's order, and the averaging's own state.
+    """
+    model = model_class.from_pretrained(path)
+    config = json.loads((path / "config.json").read_text())
+    names = ("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power")
+    return [parameter.detach() for parameter in model.parameters()], {name: config[name] for name in names}
+
+
+def _remove(checkpoint: Path) -> None:
+    doomed = checkpoint.with_name(checkpoint.name + _PARTIAL_SUFFIX)
+    shutil.rmtree(doomed, ignore_errors=True)
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)

@@ -1,0 +1,81 @@
+"""The output folder of a run: never over what is there, and never half a pipeline."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+
+
+PIPELINE_INDEX = "model_index.json"
+RECORD_FILE = "training_config.json"
+
+_PARTIAL = ".pipeline.partial"
+_PREVIOUS = ".pipeline.previous"
+
+
+def prepare_output_dir(output_dir: str | Path, resuming: bool) -> Path:
+    """Make the folder of a new run, or check that of a resumed one.
+
+    Args:
+        output_dir: The folder.
+        resuming: Whether the run goes on with what is there.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If a run that does not resume would write into a folder that holds a pipeline or checkpoints.
+    """
+    output_dir = Path(output_dir)
+    if not resuming and output_dir.is_dir():
+        present = [PIPELINE_INDEX] if (output_dir / PIPELINE_INDEX).exists() else []
+        present += sorted(path.name for path in output_dir.glob("checkpoint-*") if not path.suffix)
+        if present:
+            raise ValueError(
+                f"`output_dir`={str(output_dir)!r} already holds {', '.join(present[:4])}. Choose another folder, "
+                "remove it, or go on with `--resume_from_checkpoint latest`."
+            )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    return output_dir
+
+
+def save_pipeline(pipeline: DiffusionPipeline, output_dir: str | Path) -> None:
+    """Save a pipeline into a run's folder, beside its final place first, then by renaming.
+
+    `model_index.json` is moved last, so that the folder loads as a pipeline only when all of it is there.
+
+    Args:
+        pipeline: What to save.
+        output_dir: The run's folder; a pipeline that it holds is replaced once the new one is complete.
+    """
+    output_dir = Path(output_dir)
+    partial, previous = output_dir / _PARTIAL, output_dir / _PREVIOUS
+    shutil.rmtree(partial, ignore_errors=True)
+    pipeline.save_pretrained(partial)
+    shutil.rmtree(previous, ignore_errors=True)
+    previous.mkdir(parents=True)
+    if (output_dir / PIPELINE_INDEX).exists():
+        (output_dir / PIPELINE_INDEX).rename(previous / PIPELINE_INDEX)
+    for entry in sorted(partial.iterdir(), key=lambda path: path.name == PIPELINE_INDEX):
+        target = output_dir / entry.name
+        if target.exists():
+            target.rename(previous / entry.name)
+        entry.rename(target)
+    shutil.rmtree(previous)
+    partial.rmdir()
+
+
+def save_record(record: dict, output_dir: str | Path) -> None:
+    """Write a run's record (settings, versions, results) as JSON, replacing an older one only when complete.
+
+    Args:
+        record: JSON-serialisable.
+        output_dir: The run's folder.
+    """
+    path = Path(output_dir) / RECORD_FILE
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    partial.replace(path)
