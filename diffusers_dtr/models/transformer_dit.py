@@ -294,6 +294,28 @@ class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMi
         output = self._unpatchify(hidden_states, height // self.patch_size, width // self.patch_size)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
+    @torch.no_grad()
+    def replace_classes(self, num_classes: int | None) -> None:
+        """Prepare for fine-tuning on other classes: a new label embedding, in which only the null class is kept.
+
+        Args:
+            num_classes: Number of the new classes, or None for no labels at all.
+
+        Raises:
+            ValueError: For a number below 1.
+        """
+        if num_classes is not None and num_classes < 1:
+            raise ValueError(f"`num_classes` must be at least 1, or None, got {num_classes!r}.")
+        old = self.emb.class_embedder
+        self.emb.class_embedder = None
+        if num_classes is not None:
+            new = LabelEmbedding(num_classes, self.inner_dim, self.config.class_dropout_prob)
+            nn.init.normal_(new.embedding_table.weight, std=0.02)
+            if old is not None and self.null_class is not None:
+                new.embedding_table.weight[-1] = old.embedding_table.weight[-1]
+            self.emb.class_embedder = new.to(self.device, self.dtype).train(self.training)
+        self.register_to_config(num_embeds_ada_norm=num_classes)
+
     def _default_labels(self, batch_size: int, device: torch.device) -> torch.Tensor | None:
         num_classes = self.config.num_embeds_ada_norm
         if num_classes is None:

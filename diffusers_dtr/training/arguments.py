@@ -43,8 +43,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dataset_name", help="Dataset on the Hub, or a local folder that 🤗 datasets can load.")
     add("--dataset_config_name", help="Configuration of the dataset, if it has several.")
     add("--train_data_dir", help="Folder of images, one subfolder per class, in 🤗 datasets' imagefolder layout.")
-    add("--train_split", default="train", help="Split to train on.")
-    add("--validation_split", help="Split for the held-out loss, which is measured with every validation.")
+    add("--train_split", default="train", help="Split of --dataset_name to train on.")
+    add("--validation_split", help="Split of --dataset_name for the held-out loss.")
+    add("--validation_data_dir", help="Folder of images for the held-out loss, laid out as --train_data_dir.")
     add("--cache_dir", help="Where downloaded datasets and models are kept.")
     add("--image_column", default="image", help="Column with the images.")
     add("--label_column", default="label", help="Column with the class labels.")
@@ -132,6 +133,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--resume_from_checkpoint", help="A checkpoint's folder, or `latest`.")
     add("--validation_steps", type=positive_int, help="Steps between sample grids. None without it.")
     add("--num_validation_images", type=positive_int, default=16, help="Images of a grid.")
+    add("--max_held_out_images", type=positive_int, default=1024, help="How many images the held-out loss is of.")
     add("--validation_guidance_scale", type=float, default=1.0)
     add("--validation_num_inference_steps", type=positive_int, default=50)
     add("--logging_steps", type=positive_int, default=10, help="Steps between readings of the loss.")
@@ -152,6 +154,12 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     """
     if (args.dataset_name is None) == (args.train_data_dir is None):
         parser.error("exactly one of --dataset_name and --train_data_dir must be given")
+    if args.validation_split is not None and args.dataset_name is None:
+        parser.error(
+            "--validation_split is a split of --dataset_name; with --train_data_dir use --validation_data_dir"
+        )
+    if args.validation_split is not None and args.validation_data_dir is not None:
+        parser.error("at most one of --validation_split and --validation_data_dir can be given")
     if args.cache_latents and args.vae_name_or_path is None:
         parser.error("--cache_latents needs --vae_name_or_path")
     if args.cache_latents and not args.center_crop:

@@ -12,6 +12,8 @@ from accelerate import Accelerator
 from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 
+from .ema import load_ema_state
+
 
 logger = logging.getLogger(__name__)
 
@@ -157,26 +159,9 @@ class Checkpoints:
         model.load_state_dict(saved.state_dict())
         if self.ema is None:
             return
-        averaged, state = load_ema(Path(input_dir) / f"{self.model_name}_ema", self.model_class)
         device = self.ema.shadow_params[0].device
-        self.ema.load_state_dict({**state, "shadow_params": averaged})
+        self.ema.load_state_dict(load_ema_state(Path(input_dir) / f"{self.model_name}_ema", self.model_class))
         self.ema.to(device=device)
-
-
-def load_ema(path: Path, model_class: type[ModelMixin]) -> tuple[list, dict]:
-    """Read what `EMAModel.save_pretrained` wrote.
-
-    Args:
-        path: Its folder.
-        model_class: Class of the averaged model.
-
-    Returns:
-        The averaged parameters, in the model's order, and the averaging's own state.
-    """
-    model = model_class.from_pretrained(path)
-    config = json.loads((path / "config.json").read_text())
-    names = ("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power")
-    return [parameter.detach() for parameter in model.parameters()], {name: config[name] for name in names}
 
 
 def _remove(checkpoint: Path) -> None:

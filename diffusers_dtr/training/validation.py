@@ -1,0 +1,145 @@
+"""Validation that is the same for every model and every run: fixed images, noise, timesteps and seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers.utils import make_image_grid
+from PIL import Image
+
+from ..noise_levels import NoiseLevels
+from ..objective.clustering import TimestepClusters
+from .randomness import derive_seed
+
+
+# Not the run's seed: two runs are compared on the same noise.
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class HeldOutLosses:
+    """Mean squared error of the prediction on held-out images.
+
+    Attributes:
+        mean: Over all timesteps.
+        per_cluster: Over the timesteps of each cluster.
+    """
+
+    mean: float
+    per_cluster: tuple[float, ...]
+
+
+class HeldOutLoss:
+    """Denoising loss on fixed held-out images with fixed noise, at timesteps that cover the schedule evenly.
+
+    Every image is noised once, or `evaluations_per_image` times. Which timestep an image gets is drawn once and for
+    all, so that the same numbers come back for the same model, whatever the batch size or number of processes.
+
+    Args:
+        levels: Noise levels that the denoiser was trained for.
+        clusters: Clusters of timesteps to average over.
+        clean: Held-out images or latents, `(images, channels, height, width)`.
+        class_labels: `(images,)`, or None.
+        evaluations_per_image: Noised copies of every image.
+        batch_size: Samples per forward call.
+
+    Raises:
+        ValueError: If there are fewer samples than clusters.
+    """
+
+    def __init__(
+        self,
+        levels: NoiseLevels,
+        clusters: TimestepClusters,
+        clean: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        evaluations_per_image: int = 1,
+        batch_size: int = 64,
+    ):
+        self.levels = levels
+        self.clusters = clusters
+        self.clean = clean
+        self.class_labels = class_labels
+        self.batch_size = batch_size
+        self.num_samples = len(clean) * evaluations_per_image
+        if self.num_samples < len(clusters):
+            raise ValueError(
+                f"Held-out loss over {len(clusters)} clusters needs at least as many samples, got {self.num_samples}: "
+                "raise `evaluations_per_image`."
+            )
+        generator = torch.Generator().manual_seed(derive_seed(_SEED, self.num_samples))
+        places = (torch.randperm(self.num_samples, generator=generator) + 0.5) / self.num_samples
+        grid = levels.timesteps
+        timesteps = grid[(places * len(grid)).long()]
+        self.timesteps = timesteps.long() if torch.equal(timesteps, timesteps.round()) else timesteps.float()
+
+    def __call__(
+        self,
+        denoise: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor],
+        accelerator: Accelerator,
+    ) -> HeldOutLosses:
+        """Measure a denoiser; all processes must call this.
+
+        Args:
+            denoise: Called with the model input, timesteps and labels of a batch; returns the model output. The model
+                should be in eval mode, in which it drops no labels.
+            accelerator: Its processes share the work.
+
+        Returns:
+            The losses.
+        """
+        totals = torch.zeros(2, len(self.clusters), dtype=torch.float64, device=accelerator.device)
+        batches = torch.arange(self.num_samples).split(self.batch_size)
+        for number in range(accelerator.process_index, len(batches), accelerator.num_processes):
+            timesteps = self.timesteps[batches[number]].to(accelerator.device)
+            losses = self._losses(denoise, batches[number], timesteps, accelerator.device)
+            cluster = self.clusters.assign(timesteps)
+            totals[0].index_add_(0, cluster, losses.double())
+            totals[1].index_add_(0, cluster, torch.ones_like(losses, dtype=torch.float64))
+        sums, counts = accelerator.reduce(totals, "sum").cpu()
+        return HeldOutLosses((sums.sum() / counts.sum()).item(), tuple((sums / counts).tolist()))
+
+    @torch.no_grad()
+    def _losses(self, denoise, indices, timesteps, device) -> torch.Tensor:
+        images = indices % len(self.clean)
+        clean = self.clean[images]
+        noise = torch.stack([self._noise(index, clean.shape[1:]) for index in indices.tolist()])
+        clean, noise = clean.to(device), noise.to(device)
+        labels = None if self.class_labels is None else self.class_labels[images].to(device)
+        noisy = self.levels.add_noise(clean, noise, timesteps)
+        output = denoise(self.levels.model_input(noisy, timesteps), timesteps, labels)[:, : clean.shape[1]]
+        return (output.float() - self.levels.target(clean, noise, timesteps)).square().flatten(1).mean(1)
+
+    def _noise(self, index: int, shape: Sequence[int]) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(derive_seed(_SEED, self.num_samples, index))
+        return torch.randn(*shape, generator=generator)
+
+
+def validation_labels(num_images: int, num_classes: int | None) -> list[int] | None:
+    """Class labels of a sample grid: the classes in turn, or None for an unconditional model."""
+    return None if num_classes is None else [index % num_classes for index in range(num_images)]
+
+
+def save_sample_grid(images: list[Image.Image], columns: int, path: str | Path) -> Image.Image:
+    """Write images as one picture, row by row.
+
+    Args:
+        images: Of equal size; the last row is filled up with black.
+        columns: Images per row.
+        path: PNG to write.
+
+    Returns:
+        The picture.
+    """
+    columns = min(columns, len(images))
+    missing = -len(images) % columns
+    images = images + [Image.new(images[0].mode, images[0].size) for _ in range(missing)]
+    grid = make_image_grid(images, rows=len(images) // columns, cols=columns)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    grid.save(path)
+    return grid
