@@ -1,0 +1,127 @@
+"""The denoising loss: weighted squared error, and the variational bound of a learned variance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from diffusers import SchedulerMixin
+from torch import Tensor
+
+from diffusers_dtr.noise_levels import NoiseLevels
+from diffusers_dtr.objective.weighting import sample_weights
+
+
+@dataclass(frozen=True)
+class DenoisingLossOutput:
+    """Loss of a batch, in float32 or wider.
+
+    Attributes:
+        loss: Mean of `per_sample`, a scalar.
+        per_sample: `(B,)`, `mse` plus `variational_bound`.
+        mse: `(B,)`, weighted mean squared error against the target.
+        variational_bound: `(B,)` in bits per dimension, not weighted; None if the denoiser predicts no variance.
+    """
+
+    loss: Tensor
+    per_sample: Tensor
+    mse: Tensor
+    variational_bound: Tensor | None
+
+
+class DenoisingLoss:
+    """Loss of a denoiser for the schedule, prediction type and process of a diffusers scheduler.
+
+    With as many output channels as the clean samples have, the loss is the weighted mean squared error against the
+    scheduler's target. With twice as many, the second half is taken for the variance values of Improved DDPM, and
+    their variational bound is added (L_hybrid of Nichol and Dhariwal, arXiv 2102.09672, the bound not rescaled).
+
+    Args:
+        noise_scheduler: The scheduler whose `add_noise` or `scale_noise` the training uses.
+        weighting: How squared errors are weighted by noise level, see
+            [`~diffusers_dtr.objective.weighting.sample_weights`]: a name, or a function of `(levels, timesteps)`.
+        snr_gamma: γ of "min_snr" and "soft_min_snr".
+        p2_k: k of "p2".
+        p2_gamma: γ of "p2".
+        logit_mean: Location of "logit_normal".
+        logit_std: Scale of "logit_normal".
+
+    Attributes:
+        levels: The [`~diffusers_dtr.noise_levels.NoiseLevels`] of the scheduler, for noisy samples and model inputs.
+
+    Raises:
+        TypeError: If the scheduler cannot be trained with.
+        ValueError: If `weighting` or one of its numbers is not allowed.
+
+    Example:
+        >>> import torch
+        >>> from diffusers import DDPMScheduler
+        >>> from diffusers_dtr.objective.denoising_loss import DenoisingLoss
+        >>> loss_fn = DenoisingLoss(DDPMScheduler(), weighting="min_snr")
+        >>> clean, noise, timesteps = torch.zeros(2, 3, 8, 8), torch.ones(2, 3, 8, 8), torch.tensor([10, 900])
+        >>> noisy = loss_fn.levels.add_noise(clean, noise, timesteps)
+        >>> model_output = torch.zeros(2, 3, 8, 8)  # of the denoiser, for levels.model_input(noisy, timesteps)
+        >>> loss_fn(model_output, clean, noise, timesteps).per_sample
+        tensor([0.0110, 1.0000])
+    """
+
+    def __init__(
+        self,
+        noise_scheduler: SchedulerMixin,
+        weighting: str | Callable[[NoiseLevels, Tensor], Tensor] = "constant",
+        snr_gamma: float = 5.0,
+        *,
+        p2_k: float = 1.0,
+        p2_gamma: float = 1.0,
+        logit_mean: float = 0.0,
+        logit_std: float = 1.0,
+    ):
+        self.levels = NoiseLevels(noise_scheduler)
+        self._weights = partial(
+            sample_weights,
+            self.levels,
+            weighting=weighting,
+            snr_gamma=snr_gamma,
+            p2_k=p2_k,
+            p2_gamma=p2_gamma,
+            logit_mean=logit_mean,
+            logit_std=logit_std,
+        )
+        if not callable(weighting):
+            self._weights(self.levels.timesteps[:1])  # a wrong name or number shows before training starts
+
+    def __call__(self, model_output: Tensor, clean: Tensor, noise: Tensor, timesteps: Tensor) -> DenoisingLossOutput:
+        """Loss of a batch.
+
+        Args:
+            model_output: Denoiser output `(B, C, ...)`, or `(B, 2C, ...)` with variance values, in any float dtype.
+            clean: Clean samples `(B, C, ...)`.
+            noise: The noise that was added to them, in the same shape.
+            timesteps: `(B,)`, as the denoiser was called with.
+
+        Returns:
+            The loss, and what it is made of per sample.
+
+        Raises:
+            ValueError: If the shapes do not fit together, or variance values meet a scheduler without betas.
+        """
+        channels = clean.shape[1] if clean.ndim > 1 else None
+        if channels is None or model_output.shape not in (clean.shape, (len(clean), 2 * channels, *clean.shape[2:])):
+            raise ValueError(
+                "`model_output` must have the shape of `clean`, or that with twice the channels, "
+                f"got {tuple(model_output.shape)} and {tuple(clean.shape)}."
+            )
+        # Errors of half precision inputs are squared and summed in float32: half precision would round them away.
+        model_output, clean, noise = (
+            sample.to(torch.promote_types(sample.dtype, torch.float32)) for sample in (model_output, clean, noise)
+        )
+        squared_error = (model_output[:, :channels] - self.levels.target(clean, noise, timesteps)) ** 2
+        mse = squared_error.flatten(1).mean(1)
+        mse = self._weights(timesteps).to(mse) * mse
+        if model_output.shape == clean.shape:
+            return DenoisingLossOutput(mse.mean(), mse, mse, None)
+        noisy = self.levels.add_noise(clean, noise, timesteps)
+        bound = self.levels.variational_bound(model_output, clean, noisy, timesteps)
+        return DenoisingLossOutput((mse + bound).mean(), mse + bound, mse, bound)
