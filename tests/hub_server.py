@@ -16,6 +16,7 @@ import re
 import socket
 import sys
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -166,7 +167,7 @@ class Request:
 
 
 @dataclass(kw_only=True)
-class Fault:
+class Fault(ABC):
     """Something that goes wrong for the next `times` requests whose method and path match (regular expressions)."""
 
     method: str
@@ -176,8 +177,9 @@ class Fault:
     def matches(self, method: str, path: str) -> bool:
         return self.times > 0 and bool(re.fullmatch(self.method, method) and re.search(self.path, path))
 
+    @abstractmethod
     def play(self, exchange: Exchange) -> None:
-        raise NotImplementedError
+        """Do instead of `exchange.send(exchange.answer(exchange.read()))` what this fault is about."""
 
 
 @dataclass(kw_only=True)
@@ -250,16 +252,7 @@ class Exchange(BaseHTTPRequestHandler):
 
     def read(self, limit: int = sys.maxsize) -> bytes:
         """The request's body, or its first `limit` bytes."""
-        if self.headers.get("Transfer-Encoding") != "chunked":
-            return self.rfile.read(min(limit, int(self.headers.get("Content-Length", 0))))
-        body = b""
-        while size := int(self.rfile.readline(), 16):
-            body += self.rfile.read(min(size, limit - len(body)))
-            if len(body) == limit:
-                return body
-            self.rfile.readline()
-        self.rfile.readline()
-        return body
+        return self.rfile.read(min(limit, int(self.headers.get("Content-Length", 0))))
 
     def answer(self, body: bytes) -> Reply:
         return self.server.answer(self.command, self.path, self.headers, body)
@@ -297,7 +290,7 @@ def route(method: str, pattern: str) -> Callable[[Callable[..., Reply]], Callabl
 
 
 class HubServer(ThreadingHTTPServer):
-    """The Hub. It serves from the moment it is made, on a port of its own, until `close`.
+    """The Hub. It serves from the moment it is made, on a port of its own, for as long as the process lives.
 
     Attributes:
         url: What `HF_ENDPOINT` has to be.
@@ -305,7 +298,7 @@ class HubServer(ThreadingHTTPServer):
         repos: Repository by kind ("models", "datasets", "spaces") and id.
         requests: Method and path, as sent, of every request so far.
         faults: What goes wrong next: the first fault that matches a request and is not used up is played.
-        errors: Exceptions raised in the server itself. A test that leaves any has found a gap in this file.
+        errors: What went wrong in the server itself. A test that leaves any has found a gap in this file.
         part_size: Larger LFS files are uploaded in several parts of this many bytes.
         page_size: Entries per page of a tree listing.
     """
@@ -331,16 +324,9 @@ class HubServer(ThreadingHTTPServer):
         self._lfs: dict[str, bytes] = {}
         self._parts: dict[tuple[str, int], bytes] = {}
 
-    def close(self) -> None:
-        self.shutdown()
-        self.server_close()
-
-    def repo(self, repo_id: str, kind: str = "models") -> Repo:
-        return self.repos[kind, repo_id]
-
-    def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
+    def files(self, repo_id: str, revision: str = "main", kind: str = "models") -> dict[str, bytes]:
         """Content by path, for assertions about what was pushed."""
-        return {path: blob.data for path, blob in self.repo(repo_id).resolve(revision).files.items()}
+        return {path: blob.data for path, blob in self.repos[kind, repo_id].resolve(revision).files.items()}
 
     # ---- plumbing
 
@@ -371,7 +357,9 @@ class HubServer(ThreadingHTTPServer):
                         return handler(self, Request(parse_qs(url.query), headers, body, user), **arguments)
                     except HubError as error:
                         return error.reply
-        raise NotImplementedError(f"the test Hub has no {method} {target}")
+        gap = f"the test Hub has no {method} {target}"
+        self.errors.append(NotImplementedError(gap))
+        return HubError(501, gap).reply
 
     # ---- who may do what
 

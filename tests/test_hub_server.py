@@ -408,3 +408,9 @@ def test_a_used_up_fault_lets_requests_through(hub: HubServer, api: HfApi, repo:
         with pytest.raises(BadRequestError):
             api.model_info(REPO)
     assert api.model_info(REPO).sha == repo
+
+
+def test_what_the_hub_does_not_serve_fails_the_test(hub: HubServer, api: HfApi) -> None:
+    with pytest.raises(HfHubHTTPError, match="501"):
+        api.get_user_overview("owner")
+    assert "no GET /api/users/owner" in str(hub.errors.pop())
