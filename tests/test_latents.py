@@ -1,0 +1,141 @@
+import pytest
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
+
+from diffusers_dtr.latents import LatentNormalization, decode_latents, encode_images, encode_moments, vae_scale_factor
+
+
+def tiny_vae(**config) -> AutoencoderKL:
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 8),
+        norm_num_groups=2,
+        **config,
+    ).eval()
+
+
+def tiny_dc() -> AutoencoderDC:
+    torch.manual_seed(0)
+    return AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_out_channels=(4, 4),
+        decoder_block_out_channels=(4, 4),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_block_types="ResBlock",
+        decoder_block_types="ResBlock",
+        encoder_qkv_multiscales=((), ()),
+        decoder_qkv_multiscales=((), ()),
+        scaling_factor=0.5,
+    ).eval()
+
+
+def tiny_taesd() -> AutoencoderTiny:
+    torch.manual_seed(0)
+    return AutoencoderTiny(
+        encoder_block_out_channels=(4, 4),
+        decoder_block_out_channels=(4, 4),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+        scaling_factor=0.5,
+    ).eval()
+
+
+def tiny_vq() -> VQModel:
+    torch.manual_seed(0)
+    return VQModel(block_out_channels=(4,), norm_num_groups=2, num_vq_embeddings=8, scaling_factor=0.5).eval()
+
+
+def images(count: int = 2) -> torch.Tensor:
+    return torch.rand(count, 3, 8, 8, generator=torch.manual_seed(1)) * 2 - 1
+
+
+def test_latents_are_the_normalised_sample_of_the_posterior():
+    vae = tiny_vae(scaling_factor=0.3, shift_factor=0.7)
+    latents = encode_images(vae, images(), torch.Generator().manual_seed(5))
+    sample = vae.encode(images()).latent_dist.sample(torch.Generator().manual_seed(5))
+    torch.testing.assert_close(latents, (sample - 0.7) * 0.3)
+
+
+def test_means_and_deviations_are_per_channel():
+    mean, std = [0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 3.0, 4.0]
+    vae = tiny_vae(scaling_factor=0.5, latents_mean=mean, latents_std=std)
+    latents = encode_images(vae, images(), torch.Generator().manual_seed(5))
+    sample = vae.encode(images()).latent_dist.sample(torch.Generator().manual_seed(5))
+    expected = torch.stack([(sample[:, c] - mean[c]) * 0.5 / std[c] for c in range(4)], dim=1)
+    torch.testing.assert_close(latents, expected)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"scaling_factor": 0.18215},
+        {"scaling_factor": 1.5, "shift_factor": -0.4},
+        {"scaling_factor": 0.5, "latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [1.0, 2.0, 3.0, 4.0]},
+    ],
+)
+def test_decoding_undoes_the_normalisation(config):
+    vae = tiny_vae(**config)
+    raw = torch.randn(2, 4, 4, 4, generator=torch.manual_seed(2))
+    with torch.no_grad():
+        decoded = decode_latents(vae, LatentNormalization.from_vae(vae).normalize(raw))
+        torch.testing.assert_close(decoded, vae.decode(raw).sample, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make_vae", [tiny_dc, tiny_taesd, tiny_vq])
+def test_deterministic_autoencoders_have_no_posterior_to_sample(make_vae):
+    vae = make_vae()
+    mean, std = encode_moments(vae, images())
+    assert std is None
+    latents = encode_images(vae, images(), torch.Generator().manual_seed(5))
+    torch.testing.assert_close(latents, mean * 0.5)
+    assert latents.shape[-1] * vae_scale_factor(vae) == images().shape[-1]
+    assert decode_latents(vae, latents).shape == images().shape
+
+
+def test_one_generator_per_sample_makes_a_sample_independent_of_its_batch():
+    vae = tiny_vae()
+    together = encode_images(vae, images(), [torch.Generator().manual_seed(seed) for seed in (7, 8)])
+    alone = encode_images(vae, images()[1:], [torch.Generator().manual_seed(8)])
+    torch.testing.assert_close(together[1:], alone)
+
+
+def test_latents_are_float32_and_images_in_the_precision_of_the_vae():
+    vae = tiny_vae().to(torch.bfloat16)
+    latents = encode_images(vae, images(), torch.Generator().manual_seed(5))
+    assert latents.dtype == torch.float32
+    assert decode_latents(vae, latents).dtype == torch.bfloat16
+
+
+def test_encoding_keeps_no_graph():
+    assert not encode_images(tiny_vae(), images(), torch.Generator().manual_seed(5)).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"scaling_factor": None}, "`vae` must have `scaling_factor`"),
+        ({"latents_mean": [0.0] * 4}, "go together"),
+        ({"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4, "shift_factor": 0.1}, "both"),
+    ],
+)
+def test_an_unclear_normalisation_is_an_error(config, message):
+    vae = tiny_vae()
+    vae.register_to_config(**config)
+    with pytest.raises(ValueError, match=message):
+        encode_images(vae, images())
+
+
+def test_scale_factor_is_the_size_of_an_image_over_that_of_its_latents():
+    vae = tiny_vae()
+    assert vae_scale_factor(vae) == 8 // encode_moments(vae, images())[0].shape[-1] == 2
+
+
+def test_a_vae_whose_scale_factor_is_unknown_is_an_error():
+    vae = tiny_vae()
+    vae.register_to_config(block_out_channels=None)
+    with pytest.raises(ValueError, match="spatial_compression_ratio"):
+        vae_scale_factor(vae)
