@@ -1,0 +1,168 @@
+"""Which images and labels to train on: found by 🤗 datasets and checked before training starts."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import datasets
+import numpy as np
+from PIL import Image
+
+from .images import UnreadableImageError, decode_image
+
+
+@dataclass(frozen=True)
+class TrainingImages:
+    """Encoded images and their labels, as [`load_training_images`] returns them.
+
+    Attributes:
+        dataset: Its rows hold encoded images, under `image_column`.
+        image_column: Name of the column.
+        labels: `(rows,)`, int64, or None without labels.
+        num_classes: Labels are in [0, num_classes). None without labels.
+        id2label: Names of the classes, or None if the dataset has none.
+    """
+
+    dataset: datasets.Dataset
+    image_column: str
+    labels: np.ndarray | None = None
+    num_classes: int | None = None
+    id2label: dict[int, str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def name(self, row: int) -> str:
+        """What to call a row's image in a message: the row, and its path if it has one."""
+        path = (self.dataset[row][self.image_column] or {}).get("path")
+        return f"{path} (row {row})" if path else f"row {row}"
+
+    def read(self, row: int) -> Image.Image:
+        """Decodes a row's image, see [`~diffusers_dtr.training.images.decode_image`].
+
+        Raises:
+            UnreadableImageError: If it cannot be decoded. The message names it.
+        """
+        try:
+            return decode_image(self.dataset[row][self.image_column])
+        except UnreadableImageError as error:
+            raise UnreadableImageError(
+                f"The image {self.name(row)} cannot be read: {error}. Mend it or leave it out, or pass "
+                "`--unreadable_images skip` to train without such images."
+            ) from error
+
+
+def load_training_images(
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    train_data_dir: str | os.PathLike | None = None,
+    split: str = "train",
+    image_column: str = "image",
+    label_column: str | None = "label",
+    num_classes: int | None = None,
+    cache_dir: str | os.PathLike | None = None,
+) -> TrainingImages:
+    """Finds images, and checks their columns and labels without decoding any.
+
+    Args:
+        dataset_name: A dataset on the Hub, or a local folder that `datasets.load_dataset` can read.
+        dataset_config_name: Configuration of the dataset.
+        train_data_dir: A folder, all images in which are the training data. If it has one folder of images per class,
+            their names are the labels.
+        split: Which split, as in `load_dataset` ("train", "train[:1000]"). All of a folder is "train".
+        image_column: Column of images.
+        label_column: Column of labels, class labels or integers. None for training without labels.
+        num_classes: Number of classes, if it is not the dataset's own: that of its class labels, or the highest label
+            plus one.
+        cache_dir: Where `datasets` keeps what it prepares.
+
+    Raises:
+        ValueError: Unless exactly one of `dataset_name` and `train_data_dir` is given; if a column is missing or of a
+            wrong type; if a label is missing or outside [0, num_classes); if there are no images.
+    """
+    if (dataset_name is None) == (train_data_dir is None):
+        given = "neither" if dataset_name is None else "both"
+        raise ValueError(f"Exactly one of `dataset_name` and `train_data_dir` must be given, got {given}.")
+    if train_data_dir is None:
+        dataset = datasets.load_dataset(dataset_name, dataset_config_name, split=split, cache_dir=cache_dir)
+    else:
+        if not os.path.isdir(train_data_dir):
+            raise ValueError(f"`train_data_dir` must be a folder, got {os.fspath(train_data_dir)!r}.")
+        # Without a pattern, `datasets` takes a class folder called "train" or "test" for a split.
+        files = {"train": os.path.join(train_data_dir, "**")}
+        dataset = datasets.load_dataset("imagefolder", data_files=files, split=split, cache_dir=cache_dir)
+    return training_images(dataset, image_column, label_column, num_classes)
+
+
+def training_images(
+    dataset: datasets.Dataset,
+    image_column: str = "image",
+    label_column: str | None = "label",
+    num_classes: int | None = None,
+) -> TrainingImages:
+    """The second half of [`load_training_images`], for a dataset that is loaded already.
+
+    Args:
+        dataset: A map-style dataset.
+        image_column: Column of images.
+        label_column: Column of labels, or None.
+        num_classes: Number of classes, or None to take it from the dataset.
+
+    Raises:
+        ValueError: As [`load_training_images`].
+    """
+    if len(dataset) == 0:
+        raise ValueError("`dataset` must have at least one row, got an empty one.")
+    _check_column(dataset, image_column, "image_column")
+    feature = dataset.features[image_column]
+    if not isinstance(feature, datasets.Image):
+        raise ValueError(
+            f"`image_column` must name a column of images, got {image_column!r}, which holds {feature}. Choose the "
+            "column with `--image_column`, or cast it to `datasets.Image()`."
+        )
+    images = dataset.select_columns([image_column]).with_format(None)
+    # Undecoded, so that a file that cannot be decoded can be named.
+    images = images.cast_column(image_column, datasets.Image(decode=False))
+    if label_column is None:
+        return TrainingImages(images, image_column)
+    _check_column(dataset, label_column, "label_column")
+    names = getattr(dataset.features[label_column], "names", None)
+    labels = _read_labels(dataset, label_column)
+    if num_classes is None:
+        num_classes = int(labels.max()) + 1 if names is None else len(names)
+    _check_labels(labels, num_classes, label_column)
+    id2label = None if names is None else dict(enumerate(names[:num_classes]))
+    return TrainingImages(images, image_column, labels, num_classes, id2label)
+
+
+def _check_column(dataset: datasets.Dataset, column: str, argument: str) -> None:
+    if column not in dataset.column_names:
+        raise ValueError(
+            f"`{argument}` must be one of the dataset's columns, {', '.join(dataset.column_names)}, got {column!r}. "
+            f"Choose another with `--{argument}`."
+        )
+
+
+def _read_labels(dataset: datasets.Dataset, column: str) -> np.ndarray:
+    feature = dataset.features[column]
+    if not isinstance(feature, (datasets.ClassLabel, datasets.Value)) or "int" not in feature.dtype:
+        raise ValueError(
+            f"`label_column` must hold class labels or integers, got {column!r}, which holds {feature}. Choose "
+            "another with `--label_column`, or make class labels of it with `dataset.class_encode_column`."
+        )
+    labels = dataset.select_columns([column]).with_format("arrow")[:].column(column)
+    if labels.null_count:
+        row = int(np.argmax(labels.is_null().to_numpy()))
+        raise ValueError(f"`label_column` must have a label in every row, got none in row {row} of {column!r}.")
+    return labels.to_numpy().astype(np.int64)
+
+
+def _check_labels(labels: np.ndarray, num_classes: int, column: str) -> None:
+    wrong = (labels < 0) | (labels >= num_classes)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise ValueError(
+            f"`label_column` must hold labels in [0, {num_classes}), got {labels[row]} in row {row} of {column!r} "
+            f"({int(wrong.sum())} such rows). Choose another with `--label_column`, or set `num_classes`."
+        )

@@ -1,0 +1,85 @@
+"""Samples of images, each a function of (seed, epoch, index), and batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+from PIL import Image
+from torch.utils.data import Dataset, default_collate
+
+from .batches import Draw, generator_for
+from .data import TrainingImages
+from .images import ImageTransform, UnreadableImageError
+
+
+ON_UNREADABLE = ("error", "skip")
+
+
+class ImageDataset(Dataset):
+    """Images as tensors. A sample depends on (seed, epoch, index) alone.
+
+    Args:
+        images: Images and labels.
+        transform: How an image becomes a tensor.
+        seed: Seed of the run, >= 0.
+        on_unreadable: What to do about an image that cannot be read. "error" raises. "skip" puts the next readable row
+            in its place, its label too, so that batches keep their size; the sample names the rows passed over.
+
+    Raises:
+        ValueError: For an unknown `on_unreadable`.
+    """
+
+    def __init__(self, images: TrainingImages, transform: ImageTransform, *, seed: int, on_unreadable: str = "error"):
+        if on_unreadable not in ON_UNREADABLE:
+            raise ValueError(f"`on_unreadable` must be one of {', '.join(ON_UNREADABLE)}, got {on_unreadable!r}.")
+        self.images = images
+        self.transform = transform
+        self.seed = seed
+        self.on_unreadable = on_unreadable
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
+        """The sample of an (epoch, index), as [`~diffusers_dtr.training.batches.TrainingBatches`] yields them.
+
+        Returns:
+            `pixel_values` `(channels, resolution, resolution)` in [-1, 1]; `labels`, if there are any; `epoch` and
+            `index`; `unreadable`, the names of the rows that were passed over.
+
+        Raises:
+            UnreadableImageError: If the image cannot be read and is not to be skipped, or if none can be read.
+        """
+        epoch, index = item
+        image, row, unreadable = self._read(index)
+        augmentation = self.transform.draw(generator_for(Draw.AUGMENTATION, self.seed, epoch, index))
+        sample = {"pixel_values": self.transform(image, augmentation), "epoch": epoch, "index": index}
+        if self.images.labels is not None:
+            sample["labels"] = int(self.images.labels[row])
+        return sample | {"unreadable": unreadable}
+
+    def _read(self, index: int) -> tuple[Image.Image, int, list[str]]:
+        unreadable = []
+        for row in chain(range(index, len(self)), range(index)):
+            try:
+                return self.images.read(row), row, unreadable
+            except UnreadableImageError:
+                if self.on_unreadable == "error":
+                    raise
+                unreadable.append(self.images.name(row))
+        raise UnreadableImageError(f"None of the {len(self)} images can be read, such as {unreadable[0]}.")
+
+
+def collate_samples(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Makes a batch of samples of [`ImageDataset`] or [`~diffusers_dtr.training.latents.LatentDataset`].
+
+    Returns:
+        What the samples hold, stacked along a first dimension, `labels`, `epoch` and `index` as int64 `(batch,)`; and
+        `unreadable`, the names of all images that were passed over for this batch, for a training loop to count and
+        to log once each.
+    """
+    unreadable = [name for sample in samples for name in sample["unreadable"]]
+    tensors = [{key: value for key, value in sample.items() if key != "unreadable"} for sample in samples]
+    return default_collate(tensors) | {"unreadable": unreadable}

@@ -1,0 +1,162 @@
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from diffusers_dtr.training.images import Augmentation, ImageTransform, UnreadableImageError, decode_image
+
+
+def encode(image: Image.Image, file_format: str = "PNG", **options) -> dict:
+    file = BytesIO()
+    image.save(file, file_format, **options)
+    return {"bytes": file.getvalue(), "path": None}
+
+
+def to_tensor(image: Image.Image, file_format: str = "PNG", channels: int = 3, **options) -> torch.Tensor:
+    transform = ImageTransform(resolution=image.height, channels=channels, center_crop=True)
+    return transform(decode_image(encode(image, file_format, **options)), Augmentation())
+
+
+def level(value: int) -> float:
+    return value / 127.5 - 1
+
+
+def noise_image(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, len(mode)), dtype=np.uint8)
+    return Image.fromarray(pixels.squeeze())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
+def test_every_mode_becomes_the_channels_of_the_model(mode, channels):
+    pixels = to_tensor(Image.new("RGB", (4, 4), "white").convert(mode), channels=channels)
+    assert pixels.dtype == torch.float32
+    assert torch.equal(pixels, torch.ones(channels, 4, 4))
+
+
+def test_black_is_minus_one_and_channels_come_first():
+    pixels = to_tensor(Image.new("RGB", (2, 2), (0, 255, 51)))
+    assert pixels[:, 0, 0].tolist() == pytest.approx([-1, 1, level(51)])
+
+
+def test_grey_values_of_16_bits_are_scaled():
+    grey = np.array([[0, 257, 32896, 65535]] * 4, dtype=np.uint16)
+    for file_format in ("PNG", "TIFF"):
+        pixels = to_tensor(Image.fromarray(grey), file_format, channels=1)
+        assert pixels[0, 0].tolist() == pytest.approx([-1, level(1), level(128), 1], abs=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_white(mode):
+    image = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    options = {}
+    if mode == "P":
+        image, options = Image.new("P", (4, 4), 0), {"transparency": 0}
+    assert torch.equal(to_tensor(image if mode == "P" else image.convert(mode), **options), torch.ones(3, 4, 4))
+
+
+def test_what_is_half_transparent_is_mixed_with_white():
+    pixels = to_tensor(Image.new("RGBA", (2, 2), (0, 255, 0, 51)), channels=3)
+    assert pixels[:, 0, 0].tolist() == pytest.approx([level(204), 1, level(204)])
+
+
+def test_cmyk_becomes_rgb():
+    pixels = to_tensor(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=100)
+    assert pixels[:, 8, 8].tolist() == pytest.approx([1, -1, -1], abs=0.05)
+
+
+def test_exif_orientation_is_applied():
+    image = Image.new("RGB", (6, 4), "black")
+    image.paste("white", (0, 0, 6, 2))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side: to be turned clockwise
+    upright = decode_image(encode(image, exif=exif))
+    assert upright.size == (4, 6)
+    assert upright.getpixel((0, 3)) == (0, 0, 0)
+    assert upright.getpixel((3, 3)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: b"", lambda data: b"not an image", lambda data: data[:200], lambda data: data[:30]]
+)
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG"])
+def test_damaged_images_are_unreadable(file_format, damage):
+    data = encode(noise_image(40, 40), file_format)["bytes"]
+    with pytest.raises(UnreadableImageError):
+        decode_image({"bytes": damage(data), "path": None})
+
+
+def test_missing_images_are_unreadable(tmp_path):
+    with pytest.raises(UnreadableImageError, match="none"):
+        decode_image(None)
+    with pytest.raises(UnreadableImageError, match="FileNotFoundError"):
+        decode_image({"bytes": None, "path": str(tmp_path / "gone.png")})
+
+
+@pytest.mark.parametrize(
+    "values", [np.full((2, 2), 0.5, np.float32), np.full((2, 2), 70000, np.int32), np.full((2, 2), -1, np.int32)]
+)
+def test_grey_values_without_a_defined_range_are_unreadable(values):
+    with pytest.raises(UnreadableImageError):
+        decode_image(encode(Image.fromarray(values), "TIFF"))
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 8), (8, 11), (3, 5), (50, 20), (1, 7), (6, 6)])
+def test_images_of_every_size_fill_the_resolution(size):
+    transform = ImageTransform(resolution=8)
+    for crop in (None, (0.0, 0.0), (0.999, 0.999)):
+        assert transform(noise_image(*size), Augmentation(crop=crop)).shape == (3, 8, 8)
+
+
+def test_resizing_is_bilinear_with_antialiasing_on_the_shorter_side():
+    image = noise_image(31, 20)
+    resized = np.asarray(image.resize((15, 10), Image.Resampling.BILINEAR))  # 15 = int(31 * 10 / 20)
+    expected = torch.from_numpy(resized[:, 2:12].copy()).permute(2, 0, 1) / 127.5 - 1
+    torch.testing.assert_close(ImageTransform(10)(image, Augmentation()), expected)
+
+
+def test_an_image_of_the_right_size_is_not_changed():
+    image = noise_image(8, 8)
+    expected = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
+    torch.testing.assert_close(ImageTransform(8)(image, Augmentation(crop=(0.7, 0.7))), expected)
+
+
+def test_random_crops_reach_every_position_equally_often():
+    ramp = Image.fromarray(np.tile(np.arange(6, dtype=np.uint8), (3, 1)))
+    transform = ImageTransform(3, channels=1)
+    generator = torch.Generator().manual_seed(0)
+    lefts = [round((float(transform(ramp, transform.draw(generator))[0, 0, 0]) + 1) * 127.5) for _ in range(400)]
+    assert set(lefts) == {0, 1, 2, 3}
+    assert min(lefts.count(left) for left in range(4)) > 70
+
+
+def test_flipping_mirrors_what_was_cropped():
+    image, transform = noise_image(12, 8), ImageTransform(8)
+    plain, flipped = (transform(image, Augmentation(flip, crop=(0.3, 0.3))) for flip in (False, True))
+    assert torch.equal(flipped, plain.flip(-1))
+
+
+@given(st.integers(0, 2**32))
+def test_flips_are_the_same_with_and_without_random_crops(seed):
+    center, random = ImageTransform(8, center_crop=True, random_flip=True), ImageTransform(8, random_flip=True)
+    draws = [transform.draw(torch.Generator().manual_seed(seed)) for transform in (center, random)]
+    assert draws[0].flip == draws[1].flip
+    assert draws[0].crop is None
+    assert draws[1].crop is not None
+
+
+def test_half_of_the_images_are_flipped_if_any():
+    generator = torch.Generator().manual_seed(0)
+    flips = [ImageTransform(8, random_flip=True).draw(generator).flip for _ in range(400)]
+    assert 160 < sum(flips) < 240
+    assert not any(ImageTransform(8).draw(generator).flip for _ in range(20))
+
+
+@pytest.mark.parametrize("wrong", [{"resolution": 0}, {"channels": 4}, {"channels": 2}])
+def test_arguments_out_of_range_are_named(wrong):
+    with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` must be"):
+        ImageTransform(**{"resolution": 8} | wrong)
