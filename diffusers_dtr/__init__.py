@@ -3,10 +3,15 @@
 # diffusers looks for the base class of a component in the namespace of the component's library.
 from diffusers import ModelMixin
 
-from .diffusers_registration import register_library
+from .diffusers_registration import register_library, register_pipeline
+from .latents import decode_latents, encode_images, vae_scale_factor
 from .models.convert_original_dit import convert_original_dit
 from .models.presets import DIT_PRESETS
 from .models.transformer_dit import DTRTransformer2DModel
+from .noise_levels import NoiseLevels
+from .objective.clustering import TimestepClusters, cluster_timesteps
+from .objective.denoising_loss import DenoisingLoss
+from .pipelines.pipeline_dtr import DTRPipeline
 from .routing import random_routing_mask, routing_mask
 
 
@@ -14,11 +19,20 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DIT_PRESETS",
+    "DTRPipeline",
     "DTRTransformer2DModel",
+    "DenoisingLoss",
     "ModelMixin",
+    "NoiseLevels",
+    "TimestepClusters",
+    "cluster_timesteps",
     "convert_original_dit",
+    "decode_latents",
+    "encode_images",
     "random_routing_mask",
     "routing_mask",
+    "vae_scale_factor",
 ]
 
 register_library()
+register_pipeline(DTRPipeline)

@@ -1,1 +1,64 @@
 """What training scripts share: data, arguments, checkpoints, validation."""
+
+from .arguments import (
+    add_data_arguments,
+    add_noise_arguments,
+    add_optimization_arguments,
+    add_routing_arguments,
+    add_run_arguments,
+    check_arguments,
+    json_config,
+    routing_config,
+    warmed_up_beta,
+)
+from .checkpoints import Checkpoints
+from .clean_samples import (
+    UnreadableImages,
+    build_dataset,
+    build_loader,
+    clean_samples,
+    held_out_samples,
+    load_images,
+)
+from .ema import averaged_weights
+from .loss_monitor import LossMonitor
+from .outputs import prepare_output_dir, save_pipeline, save_record
+from .randomness import derive_seed, shared_generator, step_generator
+from .record import run_record, tracker_config
+from .tracking import log_image
+from .validation import HeldOutLoss, HeldOutLosses, save_sample_grid, validation_labels
+
+
+__all__ = [
+    "Checkpoints",
+    "HeldOutLoss",
+    "HeldOutLosses",
+    "LossMonitor",
+    "UnreadableImages",
+    "add_data_arguments",
+    "add_noise_arguments",
+    "add_optimization_arguments",
+    "add_routing_arguments",
+    "add_run_arguments",
+    "averaged_weights",
+    "build_dataset",
+    "build_loader",
+    "check_arguments",
+    "clean_samples",
+    "derive_seed",
+    "held_out_samples",
+    "json_config",
+    "load_images",
+    "log_image",
+    "prepare_output_dir",
+    "routing_config",
+    "run_record",
+    "save_pipeline",
+    "save_record",
+    "save_sample_grid",
+    "shared_generator",
+    "step_generator",
+    "tracker_config",
+    "validation_labels",
+    "warmed_up_beta",
+]

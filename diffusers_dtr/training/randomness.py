@@ -34,3 +34,13 @@ def step_generator(seed: int, step: int, process_index: int, device: torch.devic
         A generator on `device`.
     """
     return torch.Generator(device).manual_seed(derive_seed(seed, step, process_index))
+
+
+def shared_generator(seed: int, step: int) -> torch.Generator:
+    """The generator, on the CPU, of what all processes draw alike in one forward call.
+
+    Args:
+        seed: The run's seed.
+        step: Number of the forward call, counted over the whole run.
+    """
+    return torch.Generator().manual_seed(derive_seed(seed, step, 2**32))

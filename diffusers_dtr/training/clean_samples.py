@@ -1,0 +1,172 @@
+"""From a script's arguments to the clean samples that it trains and validates on: pixels, or a VAE's latents."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import ModelMixin
+from torch.utils.data import DataLoader, Dataset
+
+from ..latents import encode_images
+from .batches import TrainingBatches
+from .data import TrainingImages, load_training_images
+from .images import ImageTransform
+from .latents import cache_latents, posterior_generators
+from .samples import ImageDataset, collate_samples
+
+
+logger = logging.getLogger(__name__)
+
+
+def load_images(args: argparse.Namespace, label_column: str | None) -> TrainingImages:
+    """The images that the data flags name; see [`load_training_images`] for what is checked.
+
+    Args:
+        args: Parsed flags of [`add_data_arguments`].
+        label_column: Column of labels, or None to train without.
+    """
+    return load_training_images(
+        dataset_name=args.dataset_name,
+        dataset_config_name=args.dataset_config_name,
+        train_data_dir=args.train_data_dir,
+        split=args.train_split if args.train_data_dir is None else "train",
+        image_column=args.image_column,
+        label_column=label_column,
+        cache_dir=args.cache_dir,
+    )
+
+
+def build_dataset(
+    args: argparse.Namespace, images: TrainingImages, channels: int, vae: ModelMixin | None, accelerator: Accelerator
+) -> Dataset:
+    """The training samples as a dataset of pixels, or of cached latents.
+
+    Args:
+        args: Parsed flags.
+        images: What [`load_images`] returned.
+        channels: Channels of the images: 1 or 3.
+        vae: Autoencoder of `--cache_latents`, or None.
+        accelerator: Its main process encodes, the others wait.
+    """
+    transform = ImageTransform(args.resolution, channels, args.center_crop, args.random_flip)
+    if not args.cache_latents:
+        return ImageDataset(images, transform, seed=args.seed, on_unreadable=args.unreadable_images)
+    with accelerator.main_process_first():
+        return cache_latents(
+            vae,
+            images,
+            transform,
+            Path(args.output_dir) / "latents",
+            seed=args.seed,
+            batch_size=args.train_batch_size,
+            num_workers=args.dataloader_num_workers,
+            on_unreadable=args.unreadable_images,
+        )
+
+
+def build_loader(args: argparse.Namespace, dataset: Dataset, accelerator: Accelerator, global_step: int) -> DataLoader:
+    """Endless batches of this process from an optimizer step on; not to be given to `Accelerator.prepare`.
+
+    Args:
+        args: Parsed flags.
+        dataset: What [`build_dataset`] returned.
+        accelerator: Tells the processes.
+        global_step: Optimizer steps already done.
+    """
+    batches = TrainingBatches(
+        len(dataset),
+        args.train_batch_size,
+        seed=args.seed,
+        num_processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+        start_step=global_step * args.gradient_accumulation_steps,
+    )
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate_samples,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+        # Without a generator of its own, making an iterator would advance the global one.
+        generator=torch.Generator(),
+    )
+
+
+def clean_samples(
+    batch: dict[str, Any], vae: ModelMixin | None, seed: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What the denoiser learns to recover from a batch, and its labels.
+
+    Args:
+        batch: Of [`build_loader`].
+        vae: Encodes pixels; None where pixels are what is learned, or latents are cached.
+        seed: Seed of the run, from which a sample's latent is drawn.
+        device: Where the results lie.
+
+    Returns:
+        Pixels in [-1, 1] or normalised latents `(batch, channels, height, width)`, and labels `(batch,)` or None.
+    """
+    labels = batch["labels"].to(device, non_blocking=True) if "labels" in batch else None
+    if "latents" in batch:
+        return batch["latents"].to(device, non_blocking=True), labels
+    pixel_values = batch["pixel_values"].to(device, non_blocking=True)
+    if vae is None:
+        return pixel_values, labels
+    return encode_images(vae, pixel_values, posterior_generators(seed, batch["epoch"], batch["index"])), labels
+
+
+def held_out_samples(
+    args: argparse.Namespace, label_column: str | None, channels: int, vae: ModelMixin | None, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """Clean samples for the held-out loss, without flips or random crops, the same for every run.
+
+    Args:
+        args: Parsed flags.
+        label_column: Column of labels, or None.
+        channels: Channels of the images.
+        vae: Autoencoder, or None.
+        device: Where images are encoded.
+
+    Returns:
+        Samples and labels on the CPU, or None if no validation data are named.
+    """
+    if args.validation_split is None and args.validation_data_dir is None:
+        return None
+    images = load_training_images(
+        dataset_name=args.dataset_name if args.validation_data_dir is None else None,
+        dataset_config_name=args.dataset_config_name if args.validation_data_dir is None else None,
+        train_data_dir=args.validation_data_dir,
+        split=args.validation_split or "train",
+        image_column=args.image_column,
+        label_column=label_column,
+        cache_dir=args.cache_dir,
+    )
+    transform = ImageTransform(args.resolution, channels, center_crop=True, random_flip=False)
+    dataset = ImageDataset(images, transform, seed=0, on_unreadable=args.unreadable_images)
+    batches = TrainingBatches(len(dataset), args.train_batch_size, seed=0)
+    wanted = min(len(dataset), args.max_held_out_images)
+    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate_samples, generator=torch.Generator())
+    parts = [clean_samples(batch, vae, 0, device) for batch in islice(loader, -(-wanted // args.train_batch_size))]
+    clean = torch.cat([part.cpu() for part, _ in parts])[:wanted]
+    labels = None if label_column is None else torch.cat([part.cpu() for _, part in parts])[:wanted]
+    return clean, labels
+
+
+class UnreadableImages:
+    """Counts the images that were passed over because they could not be read, and logs each once."""
+
+    def __init__(self):
+        self.names: set[str] = set()
+
+    def update(self, names: list[str]) -> None:
+        """Take in a batch's `unreadable`."""
+        for name in dict.fromkeys(names):
+            if name not in self.names:
+                self.names.add(name)
+                logger.warning("Cannot read %s; another image takes its place (%d so far).", name, len(self.names))
