@@ -10,8 +10,8 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from diffusers_dtr.noise_levels import NoiseLevels
-from diffusers_dtr.objective.weighting import sample_weights
+from ..noise_levels import NoiseLevels
+from .weighting import sample_weights
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diffusers_dtr.noise_levels import NoiseLevels
+from ..noise_levels import NoiseLevels
 
 
 def sample_weights(
