@@ -1,6 +1,6 @@
 import pytest
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderRAE, AutoencoderTiny, VQModel
 
 from diffusers_dtr.latents import LatentNormalization, decode_latents, encode_images, encode_moments, vae_scale_factor
 
@@ -108,6 +108,26 @@ def test_latents_are_float32_and_images_in_the_precision_of_the_vae():
     latents = encode_images(vae, images(), torch.Generator().manual_seed(5))
     assert latents.dtype == torch.float32
     assert decode_latents(vae, latents).dtype == torch.bfloat16
+
+
+def test_half_precision_latents_are_denormalised_in_float32():
+    vae = tiny_vae(scaling_factor=0.3, shift_factor=5.0)
+    latents = encode_images(vae, images(), torch.Generator().manual_seed(5)).bfloat16()
+    assert torch.equal(decode_latents(vae, latents), decode_latents(vae, latents.float()))
+
+
+def test_an_autoencoder_that_normalises_itself_is_refused():
+    vae = AutoencoderRAE(
+        encoder_hidden_size=64,
+        encoder_num_hidden_layers=1,
+        decoder_hidden_size=8,
+        decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=2,
+        decoder_intermediate_size=8,
+        encoder_input_size=28,
+    )
+    with pytest.raises(ValueError, match="AutoencoderRAE"):
+        encode_images(vae, torch.rand(1, 3, 28, 28))
 
 
 def test_encoding_keeps_no_graph():

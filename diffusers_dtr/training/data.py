@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from dataclasses import dataclass
 
@@ -90,8 +91,11 @@ def load_training_images(
         if not os.path.isdir(train_data_dir):
             raise ValueError(f"`train_data_dir` must be a folder, got {os.fspath(train_data_dir)!r}.")
         # Without a pattern, `datasets` takes a class folder called "train" or "test" for a split.
-        files = {"train": os.path.join(train_data_dir, "**")}
-        dataset = datasets.load_dataset("imagefolder", data_files=files, split=split, cache_dir=cache_dir)
+        files = {"train": os.path.join(glob.escape(os.fspath(train_data_dir)), "**")}
+        try:
+            dataset = datasets.load_dataset("imagefolder", data_files=files, split=split, cache_dir=cache_dir)
+        except ValueError as error:  # "corresponds to no data" does not tell which folder has none
+            raise ValueError(f"`train_data_dir`={os.fspath(train_data_dir)!r} cannot be loaded: {error}") from error
     return training_images(dataset, image_column, label_column, num_classes)
 
 

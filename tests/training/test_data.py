@@ -59,6 +59,18 @@ def test_exactly_one_source_is_needed(given):
         load_training_images(**given)
 
 
+def test_folders_may_be_named_like_patterns(tmp_path):
+    folder = make_folder(tmp_path / "data [1]*")
+    assert len(load_training_images(train_data_dir=folder, cache_dir=tmp_path / "cache")) == 4
+
+
+def test_a_folder_without_images_is_named(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "notes.txt").write_text("no image")
+    with pytest.raises(ValueError, match=r"`train_data_dir`='.*data' cannot be loaded"):
+        load_training_images(train_data_dir=tmp_path / "data", cache_dir=tmp_path / "cache")
+
+
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ValueError, match="gone"):
         load_training_images(train_data_dir=tmp_path / "gone")
@@ -80,8 +92,10 @@ def test_a_dataset_without_rows_is_an_error():
         training_images(table([0]).select([]))
 
 
-def test_integers_are_labels():
-    images = training_images(table([3, 0, 4]))
+@pytest.mark.parametrize("dtype", ["int64", "uint8"])
+def test_integers_are_labels(dtype):
+    images = training_images(table([3, 0, 4], datasets.Value(dtype)))
+    assert images.labels.dtype == np.int64
     assert (images.labels.tolist(), images.num_classes, images.id2label) == ([3, 0, 4], 5, None)
 
 
