@@ -8,14 +8,17 @@ authors' released code; their project page shows another one, whose width change
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from numbers import Real
+from typing import TypeVar
 
 import torch
 
 
 ROUTING_TYPES = ("dtr", "random", "none")
 DEFAULT_TIMESTEP_RANGE = (0, 999)
+
+_Integers = TypeVar("_Integers", int, torch.Tensor)
 
 # Random routing tells at least this many timesteps apart, however narrow the range (flow matching's is [0, 1]).
 _MIN_RANDOM_LEVELS = 1000
@@ -120,6 +123,7 @@ class ChannelRouting:
         routing_type: "dtr" (the sliding window), "random" (the paper's baseline) or "none".
         seed: Seed of random routing.
         timestep_range: (t_min, t_max), or None for (0, 999).
+        widths: Widths of the blocks to route; in each, the window must hold at least one channel.
 
     Raises:
         ValueError: For any value that [`check_routing`] refuses.
@@ -132,14 +136,17 @@ class ChannelRouting:
         routing_type: str = "dtr",
         seed: int = 0,
         timestep_range: Sequence[float] | None = None,
+        widths: Collection[int] = (),
     ):
-        timestep_range = DEFAULT_TIMESTEP_RANGE if timestep_range is None else tuple(timestep_range)
+        timestep_range = DEFAULT_TIMESTEP_RANGE if timestep_range is None else timestep_range
         check_routing(alpha=alpha, beta=beta, routing_type=routing_type, seed=seed, timestep_range=timestep_range)
+        _check_widths(beta, widths)
         self.alpha = alpha
         self.beta = beta
         self.routing_type = routing_type
         self.seed = seed
-        self.timestep_range = timestep_range
+        self.timestep_range = tuple(timestep_range)
+        self._widths = frozenset(widths)
         self._beta_override: torch.Tensor | None = None
 
     def set_beta(self, beta: float | None) -> None:
@@ -152,17 +159,14 @@ class ChannelRouting:
             beta: Share in (0, 1], or None.
 
         Raises:
-            ValueError: For a `beta` outside (0, 1].
+            ValueError: For a `beta` outside (0, 1], or one that leaves a block no active channel.
         """
-        if beta is None:
-            self._beta_override = None
-            return
-        check_routing(beta=beta)
-        # A tensor, because a compiler would bake a Python number into the graph.
-        if self._beta_override is None:
-            self._beta_override = torch.tensor(beta, dtype=torch.float64)
-        else:
-            self._beta_override.fill_(beta)
+        if beta is not None:
+            check_routing(beta=beta)
+            _check_widths(beta, self._widths)
+        # A tensor, because a compiler would bake a Python number into the graph; a new one each time, because a
+        # backward pass may still need the old.
+        self._beta_override = None if beta is None else torch.tensor(beta, dtype=torch.float64)
 
     @property
     def is_active(self) -> bool:
@@ -175,13 +179,13 @@ class ChannelRouting:
         Args:
             timestep: `(batch,)`, any real type. On a CPU a NaN is an error; elsewhere it is not looked for, because
                 that would wait for the device, and shows as NaN in the model's own timestep embedding.
-            num_channels: Width of the blocks.
+            num_channels: Width of the blocks, one of `widths`.
 
         Returns:
             Bool tensor `(batch, num_channels)` on the device of `timestep`, or None where nothing is routed.
 
         Raises:
-            ValueError: For a window of zero channels, or a NaN timestep on a CPU.
+            ValueError: For a NaN timestep on a CPU.
         """
         if not self.is_active:
             return None
@@ -223,19 +227,28 @@ def check_routing(
         raise ValueError(f"`routing_type` must be one of {', '.join(ROUTING_TYPES)}, got {routing_type!r}.")
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise ValueError(f"`routing_seed` must be an integer in [0, 2**32), got {seed!r}.")
-    if len(timestep_range) != 2 or not all(map(_is_number, timestep_range)) or timestep_range[0] >= timestep_range[1]:
+    if not _is_range(timestep_range):
         raise ValueError(
             f"`routing_timestep_range` must be (t_min, t_max) with finite t_min < t_max, got {timestep_range!r}."
         )
     if num_channels is not None and int(beta * num_channels) < 1:
         raise ValueError(
             f"`routing_beta`={beta} leaves none of {num_channels} channels active: int({beta} * {num_channels}) = 0. "
-            f"It must be at least 1/{num_channels}."
+            "It must come to at least one channel."
         )
+
+
+def _check_widths(beta: float, widths: Collection[int]) -> None:
+    for width in widths:
+        check_routing(beta=beta, num_channels=width)
 
 
 def _is_number(value) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_range(value) -> bool:
+    return isinstance(value, Sequence) and len(value) == 2 and all(map(_is_number, value)) and value[0] < value[1]
 
 
 def _as_batch(timestep: torch.Tensor | float) -> torch.Tensor:
@@ -260,12 +273,8 @@ def _position(timestep: torch.Tensor, timestep_range: Sequence[float]) -> torch.
 
 
 def _num_active(beta: float | torch.Tensor, num_channels: int) -> int | torch.Tensor:
-    if isinstance(beta, torch.Tensor):
-        return (beta * num_channels).long().clamp(min=1)
-    num_active = int(beta * num_channels)
-    if num_active < 1:
-        check_routing(beta=beta, num_channels=num_channels)
-    return num_active
+    num_active = beta * num_channels
+    return num_active.long() if torch.is_tensor(num_active) else int(num_active)
 
 
 def _sliding_window(timestep, num_channels, alpha, beta, timestep_range) -> torch.Tensor:
@@ -280,13 +289,14 @@ def _random_channels(timestep, num_channels, seed, beta, timestep_range) -> torc
     steps = max(timestep_range[1] - timestep_range[0], _MIN_RANDOM_LEVELS - 1)
     level = torch.round(_position(timestep, timestep_range) * steps).long()
     channels = torch.arange(num_channels, device=timestep.device)
-    key = _hash(_hash(level ^ seed) ^ channels)
+    # The seed is mixed first: else (seed, timestep) and (0, seed ^ timestep) would have the same channels.
+    key = _hash(_hash(level ^ _hash(seed)) ^ channels)
     # Ties between hashes go to the lower channel, so that the rank of a channel is well defined everywhere.
     order = (key * num_channels + channels).argsort(dim=-1)
     return order.argsort(dim=-1) < num_active
 
 
-def _hash(value: torch.Tensor) -> torch.Tensor:
+def _hash(value: _Integers) -> _Integers:
     """Mix 32-bit integers, held in int64, by two multiply-xorshift rounds (the finaliser of MurmurHash3)."""
     value = value & 0xFFFFFFFF
     value = ((value ^ (value >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from inspect import signature
+
 import accelerate
 import torch
 from diffusers import ModelMixin
 
-from ..routing import ChannelRouting, check_routing
+from ..routing import ChannelRouting
 
 
 class RoutedModelMixin:
@@ -23,31 +25,36 @@ class RoutedModelMixin:
             routing_type=config.routing_type,
             seed=config.routing_seed,
             timestep_range=config.routing_timestep_range,
+            widths=widths,
         )
-        for width in widths:
-            check_routing(beta=config.routing_beta, num_channels=width)
 
     def set_routing_beta(self, beta: float | None) -> None:
         """Route with another share of active channels from now on; None returns to `config.routing_beta`.
 
         For warming up from the unrouted model: a fine-tuning run that starts at 1 starts exactly at the pretrained
-        model. The config, and so what is saved, does not change. A compiled model is not compiled again.
+        model. The config, and so what is saved, does not change. A compiled model has one graph for all shares set
+        here, and another for the configured one.
 
         Args:
             beta: Share of active channels, in (0, 1], or None.
 
         Raises:
-            ValueError: For a `beta` outside (0, 1].
+            ValueError: For a `beta` outside (0, 1], or one that leaves a block no active channel.
         """
         self.routing.set_beta(beta)
 
     @classmethod
     def _from_state(
-        cls, source: ModelMixin, config: dict, state_dict: dict[str, torch.Tensor], *, copy: bool
+        cls, source: ModelMixin, state_dict: dict[str, torch.Tensor], *, copy: bool, **config
     ) -> ModelMixin:
-        """A model of this class with `config` and exactly the weights in `state_dict`, in the mode of `source`."""
+        """A model of this class with the config and mode of `source`, but for `config`, and exactly these weights."""
+        # diffusers would only log that it ignores them.
+        known = signature(cls).parameters.keys()
+        unknown = sorted(config.keys() - known)
+        if unknown:
+            raise TypeError(f"`{unknown[0]}` is not a config value of `{cls.__name__}`. It has {', '.join(known)}.")
         with accelerate.init_empty_weights():
-            model = cls.from_config(config)
+            model = cls.from_config({**source.config, **config})
         if copy:
             state_dict = {key: value.clone() for key, value in state_dict.items()}
         model.load_state_dict(state_dict, strict=True, assign=True)

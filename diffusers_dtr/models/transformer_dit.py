@@ -153,6 +153,8 @@ class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMi
     _no_split_modules = ("DTRTransformerBlock",)
     _repeated_blocks = ("DTRTransformerBlock",)
     _supports_group_offloading = True
+    # As in the base class, where the embedders are part of the blocks' norms.
+    _skip_layerwise_casting_patterns = ("pos_embed", "norm", "^emb$")
 
     @register_to_config
     def __init__(
@@ -384,10 +386,10 @@ class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMi
             A model with copies of the weights, on the same device, of the same dtype and in the same mode.
 
         Raises:
+            TypeError: If a name in `routing` is not one of a config value.
             ValueError: If the embedders of a block differ from those of the first one; it names the block.
         """
-        state_dict = share_embedders(transformer.state_dict())
-        return cls._from_state(transformer, {**transformer.config, **routing}, state_dict, copy=True)
+        return cls._from_state(transformer, share_embedders(transformer.state_dict()), copy=True, **routing)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> DTRTransformer2DModel:
@@ -420,5 +422,5 @@ class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMi
         plain, info = DiTTransformer2DModel.from_pretrained(
             pretrained_model_name_or_path, output_loading_info=True, **kwargs
         )
-        model = cls._from_state(plain, {**plain.config, **overrides}, share_embedders(plain.state_dict()), copy=False)
+        model = cls._from_state(plain, share_embedders(plain.state_dict()), copy=False, **overrides)
         return (model, info) if with_info else model

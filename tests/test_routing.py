@@ -1,0 +1,310 @@
+import copy
+import math
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from diffusers_dtr.routing import ChannelRouting, random_routing_mask, routed_residual, routing_mask
+
+
+# s(t), the first active channel at t = 0..999, as the authors' implementation computes it.
+REFERENCE = safe_open(Path(__file__).parent / "fixtures" / "masks.safetensors", "pt")
+TIMESTEPS = torch.arange(1000)
+
+alphas = st.sampled_from([0.5, 1, 2, 4.0, 8])
+betas = st.floats(0.1, 1)
+widths = st.integers(10, 200)
+timesteps = st.one_of(st.integers(-10, 1010), st.floats(-1e6, 1e6), st.sampled_from([-math.inf, math.inf]))
+ranges = st.tuples(st.floats(-1000, 1000), st.floats(0.1, 2000)).map(lambda pair: (pair[0], sum(pair)))
+
+# Channels 0 to 15 that random routing keeps, by (seed, timestep).
+RANDOM_ROUTING = {
+    (0, 0): "xxxxx.xxx..xxxx.",
+    (0, 1): "xxxxx.xxxxxx..x.",
+    (0, 500): "xxx.xx.xxxxxx..x",
+    (0, 998): "xx..xxxxx..xxxxx",
+    (0, 999): ".xxx.xxxx.xx.xxx",
+    (7, 0): "xxx.xxx.xxxx.xx.",
+    (7, 1): "xx...xxxxx.xxxxx",
+    (7, 500): ".xxxxx.xxxxxx..x",
+    (7, 998): "xxxxx.xxxx.x..xx",
+    (7, 999): "xx..xxxxxx.xx.xx",
+}
+
+
+def reference_table(key):
+    _, channels, beta, alpha = key.split("_")
+    settings = {"beta": float(beta.removeprefix("beta")), "alpha": float(alpha.removeprefix("alpha"))}
+    return int(channels.removeprefix("C")), settings, REFERENCE.get_tensor(key).long(), int(REFERENCE.metadata()[key])
+
+
+def window(start, num_active, num_channels):
+    channels = torch.arange(num_channels)
+    return (start[:, None] <= channels) & (channels < start[:, None] + num_active)
+
+
+# The window.
+
+
+@pytest.mark.parametrize("key", REFERENCE.keys())
+def test_masks_equal_the_authors_table(key):
+    num_channels, settings, start, num_active = reference_table(key)
+    expected = window(start, num_active, num_channels)
+    assert torch.equal(routing_mask(TIMESTEPS, num_channels, **settings), expected)
+    assert torch.equal(routing_mask(TIMESTEPS.float(), num_channels, **settings), expected)
+
+
+def test_there_are_a_hundred_reference_tables():
+    assert len(REFERENCE.keys()) == 100
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.float16, torch.float32, torch.float64])
+def test_every_dtype_that_holds_the_timesteps_gives_the_same_masks(dtype):
+    assert torch.equal(routing_mask(TIMESTEPS.to(dtype), 384), routing_mask(TIMESTEPS, 384))
+
+
+@pytest.mark.parametrize("t", [0, 411, 999])
+def test_a_scalar_is_a_batch_of_one(t):
+    expected = routing_mask(TIMESTEPS, 384)[t : t + 1]
+    for timestep in (t, float(t), torch.tensor(t), torch.tensor(float(t)), [t]):
+        assert torch.equal(routing_mask(timestep, 384), expected)
+
+
+@given(t=timesteps, num_channels=widths, alpha=alphas, beta=betas, timestep_range=ranges)
+def test_the_window_is_that_of_the_formula_for_real_timesteps(t, num_channels, alpha, beta, timestep_range):
+    low, high = timestep_range
+    num_active = int(beta * num_channels)
+    tau = min(max((t - low) / (high - low), 0.0), 1.0)
+    start = round((num_channels - num_active) * tau**alpha)
+    mask = routing_mask(t, num_channels, alpha=alpha, beta=beta, timestep_range=timestep_range)
+    assert mask.dtype == torch.bool
+    assert torch.equal(mask, window(torch.tensor([start]), num_active, num_channels))
+
+
+def test_halves_round_to_the_even_channel():
+    start = routing_mask(torch.tensor([1, 3, 5]), 20, alpha=1, beta=0.5, timestep_range=(0, 20)).int().argmax(1)
+    assert start.tolist() == [0, 2, 2]
+
+
+def test_the_number_of_active_channels_is_truncated():
+    assert routing_mask(TIMESTEPS, 384, beta=0.2).sum(1).unique().tolist() == [76]  # 76.8
+
+
+@given(t=st.lists(st.floats(-2000, 2000), min_size=2, max_size=20), num_channels=widths, alpha=alphas, beta=betas)
+def test_the_window_only_moves_towards_later_channels(t, num_channels, alpha, beta):
+    start = routing_mask(torch.tensor(sorted(t)), num_channels, alpha=alpha, beta=beta).int().argmax(1)
+    assert (start.diff() >= 0).all()
+
+
+@given(num_channels=widths, alpha=alphas, beta=betas, timestep_range=ranges, beyond=st.floats(0, 1e9))
+def test_timesteps_out_of_range_count_as_its_nearest_end(num_channels, alpha, beta, timestep_range, beyond):
+    low, high = timestep_range
+    t = torch.tensor([low - beyond, low, high, high + beyond], dtype=torch.float64)
+    mask = routing_mask(t, num_channels, alpha=alpha, beta=beta, timestep_range=timestep_range)
+    num_active = int(beta * num_channels)
+    assert mask[:2, :num_active].all()
+    assert mask[2:, num_channels - num_active :].all()
+    assert (mask.sum(1) == num_active).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mask_of", [routing_mask, random_routing_mask])
+def test_masks_on_a_gpu_equal_those_on_the_cpu(mask_of):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    for t in (TIMESTEPS, TIMESTEPS.float() + 0.05):
+        mask = mask_of(t.cuda(), 384)
+        assert mask.is_cuda
+        assert torch.equal(mask.cpu(), mask_of(t, 384))
+
+
+# Random channels.
+
+
+@pytest.mark.parametrize(("seed", "timestep"), RANDOM_ROUTING)
+def test_random_channels_are_the_recorded_ones_on_every_platform(seed, timestep):
+    mask = random_routing_mask(timestep, 16, seed=seed)[0]
+    assert "".join("x" if active else "." for active in mask) == RANDOM_ROUTING[seed, timestep]
+
+
+@given(beta=betas, num_channels=widths, seed=st.integers(0, 2**32 - 1))
+def test_random_routing_keeps_as_many_channels_at_every_timestep(beta, num_channels, seed):
+    mask = random_routing_mask(TIMESTEPS[::100], num_channels, seed=seed, beta=beta)
+    assert (mask.sum(1) == int(beta * num_channels)).all()
+
+
+def test_random_routing_is_uniform_and_tells_all_timesteps_apart():
+    mask = random_routing_mask(TIMESTEPS, 100, seed=3)
+    # A share of 0.8 over 1000 draws has a standard deviation of 0.013; this allows five.
+    assert (mask.double().mean(0) - 0.8).abs().max() < 0.064
+    assert len(mask.unique(dim=0)) == 1000
+
+
+def test_no_mask_of_one_seed_is_found_under_another():
+    both = torch.cat([random_routing_mask(TIMESTEPS, 100, seed=seed) for seed in (1, 7)])
+    assert len(both.unique(dim=0)) == 2000
+
+
+def test_random_routing_rounds_real_timesteps_to_equidistant_levels():
+    assert torch.equal(random_routing_mask(978.05, 64), random_routing_mask(978, 64))
+    assert torch.equal(random_routing_mask(5000.0, 64), random_routing_mask(999, 64))
+    sigma = torch.arange(1000, dtype=torch.float64) / 999
+    assert torch.equal(random_routing_mask(sigma, 64, timestep_range=(0, 1)), random_routing_mask(TIMESTEPS, 64))
+    many = random_routing_mask(torch.arange(5000), 64, timestep_range=(0, 4999))
+    assert len(many.unique(dim=0)) == 5000
+
+
+# What is refused.
+
+
+REFUSED = [
+    ({"beta": 0}, r"`routing_beta`.* must be in \(0, 1\], got 0\."),
+    ({"beta": 1.01}, r"`routing_beta`.* must be in \(0, 1\], got 1\.01\."),
+    ({"beta": math.nan}, r"`routing_beta`.* must be in \(0, 1\], got nan\."),
+    ({"beta": "0.8"}, r"`routing_beta`.* must be in \(0, 1\], got '0.8'\."),
+    ({"alpha": 0}, r"`routing_alpha` must be a number > 0, got 0\."),
+    ({"alpha": -1.0}, r"`routing_alpha` must be a number > 0, got -1\.0\."),
+    ({"alpha": math.inf}, r"`routing_alpha` must be a number > 0, got inf\."),
+    ({"timestep_range": (5, 5)}, r"`routing_timestep_range` must be .* t_min < t_max, got \(5, 5\)\."),
+    ({"timestep_range": (0, math.inf)}, r"`routing_timestep_range` must be .* finite .*, got \(0, inf\)\."),
+    ({"timestep_range": (1, 2, 3)}, r"`routing_timestep_range` must be \(t_min, t_max\).*, got \(1, 2, 3\)\."),
+    ({"timestep_range": 1000}, r"`routing_timestep_range` must be \(t_min, t_max\).*, got 1000\."),
+    ({"seed": -1}, r"`routing_seed` must be an integer in \[0, 2\*\*32\), got -1\."),
+    ({"seed": 1.5}, r"`routing_seed` must be an integer .*, got 1\.5\."),
+]
+SETTINGS = {
+    routing_mask: {"alpha", "beta", "timestep_range"},
+    random_routing_mask: {"beta", "timestep_range", "seed"},
+    ChannelRouting: {"alpha", "beta", "timestep_range", "seed"},
+}
+
+
+@pytest.mark.parametrize(
+    ("mask_of", "settings", "message"),
+    [(mask_of, *row) for mask_of in SETTINGS for row in REFUSED if row[0].keys() <= SETTINGS[mask_of]],
+)
+def test_settings_that_name_no_routing_are_refused(mask_of, settings, message):
+    with pytest.raises(ValueError, match=message):
+        mask_of(**settings) if mask_of is ChannelRouting else mask_of(0, 16, **settings)
+
+
+@pytest.mark.parametrize("mask_of", [routing_mask, random_routing_mask])
+def test_a_window_without_channels_is_refused(mask_of):
+    with pytest.raises(ValueError, match=r"`routing_beta`=0\.05 .*16 channels.* = 0\. It must come to at least one"):
+        mask_of(0, 16, beta=0.05)
+    assert mask_of(0, 16, beta=1 / 16).sum() == 1
+
+
+@pytest.mark.parametrize("mask_of", [routing_mask, random_routing_mask])
+def test_timesteps_that_are_no_batch_of_numbers_are_refused(mask_of):
+    with pytest.raises(ValueError, match=r"`timestep` must be a number everywhere, got NaN at index 1\."):
+        mask_of(torch.tensor([1.0, math.nan]), 16)
+    with pytest.raises(ValueError, match=r"`timestep` must be a number everywhere, got NaN at index 0\."):
+        mask_of(math.nan, 16)
+    with pytest.raises(ValueError, match=r"`timestep` must be .*\(batch,\), got shape \(2, 1\)\."):
+        mask_of(torch.zeros(2, 1), 16)
+
+
+def test_an_unknown_routing_type_is_refused():
+    with pytest.raises(ValueError, match=r"`routing_type` must be one of dtr, random, none, got 'dtrr'\."):
+        ChannelRouting(routing_type="dtrr")
+
+
+# One residual block.
+
+
+def test_a_block_sees_the_active_channels_and_the_others_pass_it_by():
+    x = torch.randn(2, 3, 8, dtype=torch.float64)
+    mask = routing_mask(torch.tensor([0, 999]), 8, beta=0.5)[:, None]
+    seen = []
+
+    def block(hidden_states, scale, *, shift):
+        seen.append(hidden_states)
+        return scale * hidden_states.flip(-1) + hidden_states + shift
+
+    y = routed_residual(block, x, mask, 2, shift=3)
+    masked = torch.where(mask, x, 0)
+    assert torch.equal(seen[0], masked)
+    assert torch.equal(y, 2 * masked.flip(-1) + masked + 3 + torch.where(mask, 0, x))
+
+
+def test_without_a_mask_or_with_all_channels_active_the_block_is_untouched():
+    x = torch.randn(2, 3, 8)
+    linear = torch.nn.Linear(8, 8)
+    expected = linear(x)
+    assert torch.equal(routed_residual(linear, x, None), expected)
+    assert torch.equal(routed_residual(linear, x, torch.ones(2, 1, 8, dtype=torch.bool)), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_routing_keeps_the_dtype(dtype):
+    x = torch.randn(2, 8).to(dtype)
+    assert routed_residual(torch.sin, x, routing_mask(3, 8)).dtype == dtype
+
+
+# The routing of one model.
+
+
+@pytest.mark.parametrize("settings", [{"beta": 1}, {"beta": 1.0, "routing_type": "random"}, {"routing_type": "none"}])
+def test_nothing_is_masked_where_nothing_is_routed(settings):
+    routing = ChannelRouting(**settings)
+    assert not routing.is_active
+    assert routing.mask(TIMESTEPS, 16) is None
+
+
+def test_the_routing_type_decides_between_window_and_random_channels():
+    t, settings = TIMESTEPS[::37], {"beta": 0.4, "timestep_range": (10, 500)}
+    routing = ChannelRouting(alpha=2, **settings)
+    assert torch.equal(routing.mask(t, 64), routing_mask(t, 64, alpha=2, **settings))
+    routing = ChannelRouting(alpha=2, routing_type="random", seed=5, **settings)
+    assert torch.equal(routing.mask(t, 64), random_routing_mask(t, 64, seed=5, **settings))
+
+
+@given(beta=betas, num_channels=widths, routing_type=st.sampled_from(["dtr", "random"]))
+def test_a_beta_set_later_gives_the_masks_of_a_configured_one(beta, num_channels, routing_type):
+    routing = ChannelRouting(beta=0.8, routing_type=routing_type)
+    configured = routing.mask(TIMESTEPS[::100], num_channels)
+    routing.set_beta(beta)
+    expected = ChannelRouting(beta=beta, routing_type=routing_type).mask(TIMESTEPS[::100], num_channels)
+    mask = routing.mask(TIMESTEPS[::100], num_channels)
+    assert mask.all() if expected is None else torch.equal(mask, expected)
+    routing.set_beta(None)
+    assert torch.equal(routing.mask(TIMESTEPS[::100], num_channels), configured)
+
+
+def test_a_beta_set_later_is_checked_like_a_configured_one():
+    with pytest.raises(ValueError, match=r"`routing_beta`=0\.05 leaves none of 16 channels active"):
+        ChannelRouting(beta=0.05, widths=[32, 16])
+    routing = ChannelRouting(widths=[32, 16])
+    for beta in (0.05, 0, 1.5):
+        with pytest.raises(ValueError, match="routing_beta"):
+            routing.set_beta(beta)
+    assert torch.equal(routing.mask(TIMESTEPS, 16), routing_mask(TIMESTEPS, 16))
+
+
+def test_a_beta_set_in_inference_mode_can_be_set_again_outside():
+    routing = ChannelRouting()
+    with torch.inference_mode():
+        routing.set_beta(1.0)
+    routing.set_beta(0.5)
+    assert torch.equal(routing.mask(TIMESTEPS, 16), routing_mask(TIMESTEPS, 16, beta=0.5))
+
+
+def test_a_nan_timestep_is_found_on_the_cpu():
+    with pytest.raises(ValueError, match="NaN at index 0"):
+        ChannelRouting().mask(torch.tensor([math.nan]), 16)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda routing: pickle.loads(pickle.dumps(routing))])
+def test_a_copy_routes_alike_and_goes_its_own_way(copied):
+    routing = ChannelRouting(beta=0.5)
+    routing.set_beta(0.7)
+    other = copied(routing)
+    assert torch.equal(other.mask(TIMESTEPS, 16), routing.mask(TIMESTEPS, 16))
+    other.set_beta(0.2)
+    assert torch.equal(routing.mask(TIMESTEPS, 16), routing_mask(TIMESTEPS, 16, beta=0.7))
