@@ -151,7 +151,15 @@ def cache_latents(
     if not folder.exists():
         upright = ImageDataset(images, replace(transform, random_flip=False), seed=seed, on_unreadable=on_unreadable)
         in_order = ((0, index) for index in range(len(images)))
-        loader = DataLoader(upright, batch_size, sampler=in_order, num_workers=num_workers, collate_fn=list)
+        loader = DataLoader(
+            upright,
+            batch_size,
+            sampler=in_order,
+            num_workers=num_workers,
+            collate_fn=list,
+            # Else the global generator would go on, and a run that finds the cache would differ from this one.
+            generator=torch.Generator(),
+        )
         folder.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as unfinished:
             partial = Path(unfinished) / folder.name

@@ -129,6 +129,13 @@ def test_a_second_run_encodes_nothing(folder, monkeypatch):
     assert not torch.equal(cache(folder, seed=8)[2, 3]["latents"], first)
 
 
+def test_making_a_cache_leaves_the_global_generator_alone(folder):
+    vae, images = tiny_vae(), load(folder)
+    state = torch.get_rng_state()
+    cache(folder, vae=vae, images=images)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_decoding_workers_make_the_same_cache(folder, monkeypatch):
     alone = cache(folder).moments
     (only,) = caches(folder)
