@@ -237,3 +237,13 @@ def test_a_cache_made_by_skipping_is_an_error_for_a_run_that_does_not_skip(folde
 def test_random_crops_cannot_be_cached(folder):
     with pytest.raises(ValueError, match="--center_crop"):
         cache(folder, transform=replace(TRANSFORM, center_crop=False))
+
+
+def test_a_cache_that_cannot_be_renamed_is_an_error(folder, monkeypatch):
+    def refuse(*_):
+        raise PermissionError("refused")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(PermissionError, match="refused"):
+        cache(folder)
+    assert caches(folder) == []
