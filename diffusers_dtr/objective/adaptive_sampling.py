@@ -1,0 +1,212 @@
+"""Timesteps fitted to the data: clusters are drawn as often as a running estimate of their loss asks for.
+
+The idea is that of the loss-second-moment resampler of Improved DDPM (arXiv 2102.09672, Section 3.3), on clusters
+instead of single timesteps, so that the estimate settles within a few hundred steps, and with stratified draws.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .clustering import TimestepClusters
+
+
+STATISTICS = ("mean", "second_moment", "variance")
+
+
+class AdaptiveTimestepSampler:
+    r"""Draws timesteps with a density, relative to uniform ones, that follows the loss of their cluster.
+
+    With the statistic $s_i$ of cluster i of width $w_i$, every timestep of that cluster has the density
+    $d_i = f + (1 - f) s_i T / \sum_j w_j s_j$, where f is the floor: no timestep is ever drawn less than f times as
+    often as uniformly, and no correcting weight $1 / d_i$ exceeds 1 / f. Until each cluster has been observed the
+    density is 1.
+
+    The statistic is of the losses handed to [`update`]: "mean", "second_moment" for $\sqrt{E[L^2]}$, which gives the
+    corrected mean loss its least variance where draws are independent (Improved DDPM, arXiv 2102.09672, Eq. 18), or
+    "variance" for $\sqrt{E[L^2] - E[L]^2}$, which does so where every cluster gets many samples of a batch (Neyman
+    1934). Where the batch gives a cluster one sample or none, rounding its share adds a variance that grows with the
+    mean loss, which "variance" leaves out of account.
+
+    Losses are summed where they lie. Only every `interval` updates they enter the running estimate on the CPU, and
+    that is the one time the host waits for the device.
+
+    Args:
+        clusters: The clusters of timesteps.
+        statistic: "mean", "second_moment" or "variance".
+        decay: What the past counts each time new losses enter the estimate, in [0, 1).
+        floor: Least density relative to uniform timesteps, in (0, 1].
+        interval: Number of updates after which their losses enter the estimate, >= 1.
+        corrected: Whether [`weights`] keep the expectation that the loss has under uniform timesteps. If not, they are
+            1, and training dwells on what is drawn more often.
+
+    Raises:
+        ValueError: For an argument outside these ranges.
+
+    Example:
+        >>> import torch
+        >>> from diffusers_dtr.objective.adaptive_sampling import AdaptiveTimestepSampler
+        >>> from diffusers_dtr.objective.clustering import TimestepClusters
+        >>> clusters = TimestepClusters([0, 500, 1000])
+        >>> sampler = AdaptiveTimestepSampler(clusters, statistic="mean", floor=0.2, interval=1)
+        >>> sampler.update(torch.tensor([100, 900]), torch.tensor([1.0, 3.0]))
+        >>> sampler.shares
+        tensor([0.3000, 0.7000], dtype=torch.float64)
+    """
+
+    def __init__(
+        self,
+        clusters: TimestepClusters,
+        *,
+        statistic: str = "second_moment",
+        decay: float = 0.9,
+        floor: float = 0.1,
+        interval: int = 50,
+        corrected: bool = True,
+    ):
+        if statistic not in STATISTICS:
+            raise ValueError(f"`statistic` must be one of {', '.join(STATISTICS)}, got {statistic!r}.")
+        if not 0 <= decay < 1:
+            raise ValueError(f"`decay` must be in [0, 1), got {decay}.")
+        if not 0 < floor <= 1:
+            raise ValueError(f"`floor` must be in (0, 1], got {floor}.")
+        if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
+            raise ValueError(f"`interval` must be an integer >= 1, got {interval!r}.")
+        self.clusters = clusters
+        self.statistic = statistic
+        self.decay = decay
+        self.floor = floor
+        self.interval = interval
+        self.corrected = corrected
+        # Number, sum and sum of squares of each cluster's losses, decayed; and of those that have not entered yet.
+        # These tensors are replaced, never written to, so that a state dict may hold them.
+        self._moments = torch.zeros(len(clusters), 3, dtype=torch.float64, device="cpu")
+        self._pending = torch.zeros_like(self._moments)
+        self._num_pending = 0
+
+    @property
+    def shares(self) -> torch.Tensor:
+        """Expected part of a batch in each cluster, float64 `(k,)` on the CPU, of sum 1."""
+        widths = torch.tensor([len(cluster) for cluster in self.clusters], dtype=torch.float64, device="cpu")
+        uniform = widths / widths.sum()
+        fitted = uniform * self._statistic()
+        # Zero losses everywhere prefer no cluster.
+        fitted = fitted / fitted.sum() if fitted.sum() > 0 else uniform
+        return self.floor * uniform + (1 - self.floor) * fitted
+
+    def sample(
+        self,
+        batch_size: int,
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        process_index: int = 0,
+        num_processes: int = 1,
+    ) -> torch.Tensor:
+        """Draw timesteps with the current density, stratified over the clusters.
+
+        Arguments, result and errors are those of [`TimestepClusters.sample`]. Processes draw one global batch together
+        if they were updated alike.
+        """
+        return self.clusters.sample(
+            batch_size,
+            shares=self.shares,
+            generator=generator,
+            device=device,
+            process_index=process_index,
+            num_processes=num_processes,
+        )
+
+    def density(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """How much more often than uniformly these timesteps are drawn at present, as [`TimestepClusters.density`]."""
+        return self.clusters.density(timesteps, shares=self.shares)
+
+    def weights(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """What to multiply the losses of drawn timesteps with. To be asked for before the next [`update`].
+
+        Args:
+            timesteps: `(batch,)`.
+
+        Returns:
+            float32 tensor `(batch,)` on their device: 1 / density, whose expectation over draws is 1, or ones if not
+            `corrected`.
+        """
+        if self.corrected:
+            return 1 / self.density(timesteps)
+        return torch.ones(timesteps.shape, dtype=torch.float32, device=timesteps.device)
+
+    def update(self, timesteps: torch.Tensor, losses: torch.Tensor) -> None:
+        """Observe losses. With several processes, those of the global batch: pass what `accelerator.gather` returns.
+
+        Losses that are infinite or NaN, from a step that mixed precision is going to skip, are not observed.
+
+        Args:
+            timesteps: `(batch,)`.
+            losses: `(batch,)`, one per sample, not yet multiplied with [`weights`]; gradients are not followed.
+
+        Raises:
+            ValueError: If the shapes differ.
+        """
+        if timesteps.ndim != 1 or timesteps.shape != losses.shape:
+            raise ValueError(
+                f"`timesteps` and `losses` must have the same shape (batch,), got {tuple(timesteps.shape)} and "
+                f"{tuple(losses.shape)}."
+            )
+        real = self._pending.dtype if losses.device.type != "mps" else torch.float32
+        losses = losses.detach().to(real)
+        observed = losses.isfinite()
+        losses = losses.where(observed, 0)
+        moments = torch.stack([observed.to(real), losses, losses.square()], dim=1)
+        # A product rather than a scattered sum: its order of summation is the same on every process.
+        clusters = torch.arange(len(self.clusters), device=losses.device)
+        membership = (clusters[:, None] == self.clusters.assign(timesteps)).to(real)
+        self._pending = self._pending.to(losses.device, real) + membership @ moments
+        self._num_pending += 1
+        if self._num_pending == self.interval:
+            self._moments = self.decay * self._moments + self._pending.to("cpu", torch.float64)
+            self._pending = torch.zeros_like(self._pending)
+            self._num_pending = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that decides the draws to come, for an exact resume; tensors on the CPU."""
+        return {
+            "boundaries": list(self.clusters.boundaries),
+            "moments": self._moments,
+            "pending": self._pending.to("cpu", torch.float64),
+            "num_pending": self._num_pending,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what [`state_dict`] returned.
+
+        Args:
+            state_dict: From a sampler with the same clusters.
+
+        Raises:
+            ValueError: If its clusters are others, or its keys.
+        """
+        expected = self.state_dict().keys()
+        if state_dict.keys() != expected:
+            raise ValueError(f"`state_dict` must have the keys {sorted(expected)}, got {sorted(state_dict)}.")
+        if tuple(state_dict["boundaries"]) != self.clusters.boundaries:
+            raise ValueError(
+                f"`state_dict` must be of clusters with the boundaries {list(self.clusters.boundaries)}, "
+                f"got {list(state_dict['boundaries'])}."
+            )
+        self._moments = state_dict["moments"].to("cpu", torch.float64)
+        self._pending = state_dict["pending"].to("cpu", torch.float64)
+        self._num_pending = int(state_dict["num_pending"])
+
+    def _statistic(self) -> torch.Tensor:
+        """Statistic of each cluster's losses, in units of the loss, float64 `(k,)`; ones until all are observed."""
+        count, total, square = self._moments.unbind(dim=1)
+        if not (count > 0).all():
+            return torch.ones_like(count)
+        mean, second_moment = total / count, square / count
+        if self.statistic == "mean":
+            return mean.clamp(min=0)
+        if self.statistic == "second_moment":
+            return second_moment.sqrt()
+        return (second_moment - mean.square()).clamp(min=0).sqrt()
