@@ -1,0 +1,77 @@
+"""How long interval clustering takes: the exact optimum by cost and number of timesteps. Prints JSON.
+
+python examples/benchmarks/benchmark_clustering.py --num_timesteps 1000 4000 --num_clusters 8 --repeats 9
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+
+import torch
+from diffusers import DDPMScheduler
+
+from diffusers_dtr import cluster_timesteps
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num_timesteps", type=int, nargs="+", default=[1000, 4000], metavar="T")
+    parser.add_argument("--num_clusters", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=9, help="Timed runs of each; their median is reported.")
+    parser.add_argument("--warmup", type=int, default=1, help="Untimed runs of each first.")
+    parser.add_argument("--num_threads", type=int, default=None, help="PyTorch's threads; its own choice by default.")
+    return parser.parse_args()
+
+
+def problems(num_timesteps):
+    """The arguments of one clustering by each cost; a linear schedule of any length spans the same noise levels."""
+    scheduler = DDPMScheduler(num_timesteps, beta_start=0.1 / num_timesteps, beta_end=20 / num_timesteps)
+    affinity = torch.rand(num_timesteps, num_timesteps, generator=torch.Generator().manual_seed(0))
+    return {"snr": (scheduler, "snr"), "timestep": (num_timesteps, "timestep"), "affinity": (num_timesteps, affinity)}
+
+
+def median_seconds(run, repeats, warmup):
+    seconds = []
+    for _ in range(warmup + repeats):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[warmup:])
+
+
+def main():
+    args = parse_args()
+    if args.num_threads is not None:
+        torch.set_num_threads(args.num_threads)
+    results = []
+    for num_timesteps in args.num_timesteps:
+        for name, (subject, cost) in problems(num_timesteps).items():
+            clusters = cluster_timesteps(subject, args.num_clusters, cost)
+            seconds = median_seconds(
+                lambda subject=subject, cost=cost: cluster_timesteps(subject, args.num_clusters, cost),
+                args.repeats,
+                args.warmup,
+            )
+            results.append(
+                {
+                    "cost": name,
+                    "num_timesteps": num_timesteps,
+                    "median_ms": round(1000 * seconds, 3),
+                    "boundaries": clusters.boundaries,
+                }
+            )
+    report = {
+        "num_clusters": args.num_clusters,
+        "repeats": args.repeats,
+        "num_threads": torch.get_num_threads(),
+        "machine": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "results": results,
+    }
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()
