@@ -1,0 +1,227 @@
+"""Balancing: how clusters are weighed against each other. Here is what needs no gradients of single clusters.
+
+A balancing maps the losses of a batch to the scalar to minimise. Every formula here is affine in the samples' losses,
+each of which counts 1/B: the mean over processes is the value for the global batch, however its samples are spread
+over processes and clusters, and a cluster that a batch has no samples of adds nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+BALANCINGS = ("uniform", "uncertainty", "continuous_uncertainty")
+
+# Beyond, one of signal and noise is lost to float32; schedules that reach pure noise have infinite values.
+_MAX_LOG_SNR = 20.0
+
+
+@dataclass(frozen=True)
+class ClusterLosses:
+    """Losses of one process's batch, and the cluster and noise level that each sample belongs to.
+
+    Attributes:
+        per_sample: `(B,)`.
+        clusters: int64 `(B,)` in [0, k).
+        log_snr: `(B,)` in [−∞, ∞].
+        num_clusters: k.
+    """
+
+    per_sample: Tensor
+    clusters: Tensor
+    log_snr: Tensor
+    num_clusters: int
+
+    @cached_property
+    def contributions(self) -> Tensor:
+        """What each cluster adds to the mean loss, `(k,)`: n_i·L_i / B for n_i samples of mean loss L_i."""
+        return self._sums / len(self.per_sample)
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """Number of samples in each cluster, int64 `(k,)`."""
+        return self._membership.sum(1)
+
+    @cached_property
+    def means(self) -> Tensor:
+        """Mean loss of each cluster, `(k,)`; 0 where there are no samples."""
+        return self._sums / self.counts.clamp(min=1)
+
+    @cached_property
+    def _membership(self) -> Tensor:
+        return torch.arange(self.num_clusters, device=self.clusters.device)[:, None] == self.clusters
+
+    @cached_property
+    def _sums(self) -> Tensor:
+        # Neither a scattered sum, whose order varies on a GPU, nor a product, which autocast rounds.
+        return torch.where(self._membership, self.per_sample, 0).sum(1)
+
+
+class Balancing(nn.Module):
+    """Base of all balancings: a module from the losses of a batch to the scalar to minimise.
+
+    Attributes:
+        num_clusters: The number of clusters it is made for; None if any.
+    """
+
+    num_clusters: int | None = None
+
+    def forward(self, losses: ClusterLosses) -> Tensor:
+        """The loss to minimise, a scalar, of which the mean over processes is meant.
+
+        Args:
+            losses: The losses of this process's batch.
+
+        Returns:
+            Scalar tensor.
+        """
+        raise NotImplementedError
+
+
+class UniformBalancing(Balancing):
+    """The mean over samples: every cluster counts as much as it has samples."""
+
+    def forward(self, losses: ClusterLosses) -> Tensor:
+        """The mean loss; see [`Balancing`]."""
+        return losses.per_sample.mean()
+
+
+class UncertaintyWeighting(Balancing):
+    r"""Uncertainty weighting: a learned log variance $s_i$ for each cluster (Kendall et al., arXiv 1705.07115).
+
+    The loss is $\sum_i \frac{1}{2} (e^{-s_i} c_i + s_i)$ with the contribution $c_i = n_i L_i / B$ of a cluster with
+    $n_i$ of the B samples and mean loss $L_i$. For equal counts, $c_i = L_i / k$, this is the formula of the released
+    code of ANT (arXiv 2306.00354). For unequal ones $s_i$ settles at $\log E[c_i]$, and every cluster's samples
+    together count as much as any other's.
+
+    With several processes the gradient of the log variances is averaged over them in the backward pass, so that they
+    stay the same everywhere without `DistributedDataParallel`; inside it they are averaged twice, to the same result.
+
+    Args:
+        num_clusters: k.
+
+    Attributes:
+        log_variance: The parameter s, `(k,)`, zeros at first.
+    """
+
+    def __init__(self, num_clusters: int):
+        super().__init__()
+        self.num_clusters = num_clusters
+        self.log_variance = nn.Parameter(torch.zeros(num_clusters))
+
+    def forward(self, losses: ClusterLosses) -> Tensor:
+        """The weighted losses and their regulariser; see [`Balancing`]."""
+        log_variance = _with_averaged_gradient(self.log_variance)
+        return 0.5 * ((-log_variance).exp() * losses.contributions + log_variance).sum()
+
+
+class ContinuousUncertainty(Balancing):
+    r"""Uncertainty as a learned function u of the noise level: the mean of $L / e^u + u$ (EDM2, arXiv 2312.02696).
+
+    u settles at the logarithm of the expected loss at each noise level, so that all levels count alike and nothing
+    jumps at the edges of clusters. As in EDM2, u is linear in random Fourier features
+    $\sqrt{2} \cos(2 \pi (f_j x + \phi_j))$, $f_j \sim N(0, 1)$, $\phi_j \sim U(0, 1)$, of EDM's noise conditioning
+    $x = \frac{1}{4} \log \sigma = -\frac{1}{8} \log \mathrm{SNR}$. Unlike there, it starts from u = 0, which is the
+    plain mean, and is the mean over the features instead of their sum over the root of their number: an Adam step of
+    some learning rate then moves u about as far as it moves a cluster's log variance.
+
+    Log SNRs are clamped to [−20, 20]. Gradients are averaged over processes as in [`UncertaintyWeighting`].
+
+    Args:
+        num_features: Number of Fourier features, >= 1.
+        seed: Seed of their frequencies and phases.
+
+    Attributes:
+        weight: The parameter, one weight per feature, zeros at first.
+
+    Raises:
+        ValueError: If `num_features` is less than 1.
+    """
+
+    frequencies: Tensor
+    phases: Tensor
+
+    def __init__(self, num_features: int = 128, *, seed: int = 0):
+        super().__init__()
+        if num_features < 1:
+            raise ValueError(f"`num_features` must be at least 1, got {num_features}.")
+        generator = torch.Generator("cpu").manual_seed(seed)
+        self.register_buffer("frequencies", torch.randn(num_features, generator=generator, device="cpu"))
+        self.register_buffer("phases", torch.rand(num_features, generator=generator, device="cpu"))
+        self.weight = nn.Parameter(torch.zeros(num_features))
+
+    def forward(self, losses: ClusterLosses) -> Tensor:
+        """The weighted losses and their regulariser; see [`Balancing`]."""
+        u = self._uncertainty(losses.log_snr, _with_averaged_gradient(self.weight))
+        return (losses.per_sample * (-u).exp() + u).mean()
+
+    def log_uncertainty(self, log_snr: Tensor) -> Tensor:
+        """The learned function u.
+
+        Args:
+            log_snr: Natural logarithm of the SNR, of any shape.
+
+        Returns:
+            Tensor of the same shape.
+        """
+        return self._uncertainty(log_snr, self.weight)
+
+    def _uncertainty(self, log_snr: Tensor, weight: Tensor) -> Tensor:
+        noise_level = -log_snr.clamp(-_MAX_LOG_SNR, _MAX_LOG_SNR).to(weight.dtype) / 8
+        angles = 2 * math.pi * (noise_level[..., None] * self.frequencies + self.phases)
+        return (math.sqrt(2) * angles.cos() * weight).mean(-1)
+
+
+def make_balancing(name: str, num_clusters: int) -> Balancing:
+    """The balancing of this name.
+
+    Args:
+        name: "uniform", "uncertainty" or "continuous_uncertainty".
+        num_clusters: k.
+
+    Returns:
+        The balancing, in its initial state.
+
+    Raises:
+        ValueError: For another name.
+    """
+    if name == "uniform":
+        return UniformBalancing()
+    if name == "uncertainty":
+        return UncertaintyWeighting(num_clusters)
+    if name == "continuous_uncertainty":
+        return ContinuousUncertainty()
+    raise ValueError(
+        f"`balancing` must be one of {', '.join(BALANCINGS)}, or a balancing such as GradientBalancer, got {name!r}."
+    )
+
+
+def num_processes() -> int:
+    """How many processes train together; 1 without `torch.distributed`."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _with_averaged_gradient(parameter: Tensor) -> Tensor:
+    """The parameter itself, whose gradient will be the mean over processes of what they computed."""
+    return _AverageGradient.apply(parameter) if num_processes() > 1 else parameter
+
+
+class _AverageGradient(torch.autograd.Function):
+    # Its backward runs before any of the denoiser's, which comes earlier in the graph: all processes call their
+    # collectives, these and DistributedDataParallel's, in the same order.
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, parameter: Tensor) -> Tensor:
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total / dist.get_world_size()

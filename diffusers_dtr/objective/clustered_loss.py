@@ -1,0 +1,199 @@
+"""The clustered loss: the denoising loss of every sample, and the balancing of the clusters they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import SchedulerMixin
+from torch import Tensor, nn
+
+from ..noise_levels import NoiseLevels
+from .balancing import Balancing, ClusterLosses, make_balancing
+from .clustering import TimestepClusters
+from .denoising_loss import DenoisingLoss
+
+
+# Of the balancing's own parameters, as in the released code of ANT.
+_LEARNING_RATE = 0.025
+
+
+@dataclass(frozen=True)
+class ClusteredLossOutput:
+    """Losses of one process's batch, in float32 or wider.
+
+    Attributes:
+        loss: What to call backward on, a scalar. Its mean over processes is the loss of the global batch.
+        per_sample: `(B,)`, `mse` plus `variational_bound`.
+        per_cluster: `(k,)`, mean of `per_sample` in each cluster, without gradient; 0 where `counts` is 0.
+        counts: int64 `(k,)`, samples in each cluster. Means over several batches or processes are those of
+            `per_cluster` weighted with `counts`.
+        mse: `(B,)`, weighted mean squared error against the target.
+        variational_bound: `(B,)` in bits per dimension; None if the denoiser predicts no variance.
+    """
+
+    loss: Tensor
+    per_sample: Tensor
+    per_cluster: Tensor
+    counts: Tensor
+    mse: Tensor
+    variational_bound: Tensor | None
+
+
+class ClusteredLoss(nn.Module):
+    """Denoising loss with balanced clusters of timesteps.
+
+    A module, because balancing may learn parameters and keep state: give the optimizer its `parameter_groups()`, move
+    it to the device and save its `state_dict` with the denoiser's (`accelerator.register_for_checkpointing(loss_fn)`,
+    or `accelerator.prepare(loss_fn)` after the groups were taken). In a process group its parameters are kept alike
+    on all processes; one step on N processes equals the step on one with the same global batch.
+
+    A batch may lack some clusters, and have unequal numbers of samples in others: each sample counts 1/B. With
+    [`TimestepClusters.sample`] all clusters have as many, up to one, if the global batch has at least k samples.
+
+    Args:
+        noise_scheduler: The scheduler whose `add_noise` or `scale_noise` the training uses.
+        clusters: Clusters of its training timesteps, from [`cluster_timesteps`].
+        weighting: How squared errors are weighted by noise level, see [`DenoisingLoss`].
+        balancing: "uniform" (the plain mean), "uncertainty" ([`UncertaintyWeighting`]), "continuous_uncertainty"
+            ([`ContinuousUncertainty`]), or a [`Balancing`], such as a [`GradientBalancer`] of the denoiser.
+        **weighting_settings: `snr_gamma` and other numbers of the weighting, as [`DenoisingLoss`] has them.
+
+    Attributes:
+        levels: The [`NoiseLevels`] of the scheduler, for noisy samples and model inputs.
+        clusters: The clusters.
+        balancing: The [`Balancing`].
+
+    Raises:
+        TypeError: If the scheduler cannot be trained with, or `balancing` is neither a name nor a balancing.
+        ValueError: If the clusters are not of the scheduler's timesteps, the balancing is for another number of
+            clusters, or an argument is not allowed.
+
+    Example:
+        >>> import torch
+        >>> from diffusers import DDPMScheduler
+        >>> from diffusers_dtr.objective.clustered_loss import ClusteredLoss
+        >>> from diffusers_dtr.objective.clustering import cluster_timesteps
+        >>> scheduler = DDPMScheduler()
+        >>> clusters = cluster_timesteps(scheduler, num_clusters=2)
+        >>> loss_fn = ClusteredLoss(scheduler, clusters, weighting="min_snr", balancing="uncertainty")
+        >>> clean, noise = torch.zeros(4, 3, 8, 8), torch.ones(4, 3, 8, 8)
+        >>> timesteps = clusters.sample(4, generator=torch.Generator().manual_seed(0))
+        >>> noisy = loss_fn.levels.add_noise(clean, noise, timesteps)
+        >>> model_output = torch.zeros(4, 3, 8, 8)  # of the denoiser, for levels.model_input(noisy, timesteps)
+        >>> out = loss_fn(model_output, clean, noise, timesteps)
+        >>> out.counts
+        tensor([2, 2])
+        >>> bool(torch.isclose(out.loss, out.per_sample.mean() / 2))
+        True
+    """
+
+    def __init__(
+        self,
+        noise_scheduler: SchedulerMixin,
+        clusters: TimestepClusters,
+        weighting: str | Callable[[NoiseLevels, Tensor], Tensor] = "constant",
+        balancing: str | Balancing = "uniform",
+        **weighting_settings: float,
+    ):
+        super().__init__()
+        self._denoising_loss = DenoisingLoss(noise_scheduler, weighting, **weighting_settings)
+        self.levels = self._denoising_loss.levels
+        self.clusters = clusters
+        self._check_clusters()
+        self.balancing = make_balancing(balancing, len(clusters)) if isinstance(balancing, str) else balancing
+        if not isinstance(self.balancing, Balancing):
+            raise TypeError(f"`balancing` must be a name or a Balancing, got {type(balancing).__name__}.")
+        if self.balancing.num_clusters not in (None, len(clusters)):
+            raise ValueError(
+                f"`balancing` must be for the {len(clusters)} clusters of `clusters`, "
+                f"got one for {self.balancing.num_clusters}: pass it `num_clusters={len(clusters)}`."
+            )
+
+    @property
+    def log_variance(self) -> nn.Parameter:
+        """Log variances of uncertainty weighting, `(k,)`; an AttributeError with any other balancing."""
+        return self.balancing.log_variance
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Optimizer groups of the balancing's parameters; none if it learns nothing.
+
+        Returns:
+            A list to append to the denoiser's groups: learning rate 0.025 and no weight decay.
+        """
+        parameters = list(self.parameters())
+        return [{"params": parameters, "lr": _LEARNING_RATE, "weight_decay": 0.0}] if parameters else []
+
+    def forward(
+        self,
+        model_output: Tensor,
+        clean: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        sample_weights: Tensor | None = None,
+    ) -> ClusteredLossOutput:
+        """Loss of a batch.
+
+        Args:
+            model_output: Denoiser output `(B, C, ...)`, or `(B, 2C, ...)` with variance values, in any float dtype.
+            clean: Clean samples `(B, C, ...)`.
+            noise: The noise that was added to them, in the same shape.
+            timesteps: `(B,)`, as the denoiser was called with.
+            sample_weights: `(B,)`, what each sample's loss counts besides, such as [`AdaptiveTimestepSampler.weights`]
+                for timesteps that are not drawn uniformly. It enters `loss` only.
+
+        Returns:
+            The loss, and what it is made of.
+
+        Raises:
+            ValueError: If the shapes do not fit together, or variance values meet a scheduler without betas.
+        """
+        losses = self._denoising_loss(model_output, clean, noise, timesteps)
+        assignment = self.clusters.assign(timesteps), self.levels.log_snr(timesteps), len(self.clusters)
+        observed = ClusterLosses(losses.per_sample.detach(), *assignment)
+        if sample_weights is not None and sample_weights.shape != timesteps.shape:
+            raise ValueError(
+                f"`sample_weights` must have the shape of `timesteps`, {tuple(timesteps.shape)}, "
+                f"got {tuple(sample_weights.shape)}."
+            )
+        balanced = losses.per_sample if sample_weights is None else losses.per_sample * sample_weights
+        return ClusteredLossOutput(
+            loss=self.balancing(ClusterLosses(balanced, *assignment)),
+            per_sample=losses.per_sample,
+            per_cluster=observed.means,
+            counts=observed.counts,
+            mse=losses.mse,
+            variational_bound=losses.variational_bound,
+        )
+
+    def get_extra_state(self) -> Tensor:
+        """The clusters' boundaries, saved so that a state is only ever loaded for the same clusters."""
+        return torch.tensor(self.clusters.boundaries, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Check saved boundaries.
+
+        Args:
+            state: What `get_extra_state` returned.
+
+        Raises:
+            ValueError: If they are those of other clusters.
+        """
+        if tuple(state.tolist()) != self.clusters.boundaries:
+            raise ValueError(
+                f"`state_dict` must be of clusters with the boundaries {list(self.clusters.boundaries)}, "
+                f"got {state.tolist()}."
+            )
+
+    def _check_clusters(self) -> None:
+        num_timesteps = self.levels.num_train_timesteps
+        if (
+            self.clusters.num_train_timesteps != num_timesteps
+            or TimestepClusters(self.clusters.boundaries, self.levels.timesteps) != self.clusters
+        ):
+            raise ValueError(
+                f"`clusters` must be of the {num_timesteps} training timesteps of `noise_scheduler`, got "
+                f"{self.clusters}: make them with cluster_timesteps(noise_scheduler, ...)."
+            )
