@@ -1,0 +1,326 @@
+"""Gradient balancing: clusters weighed by how their gradients agree. The weightings are torchjd's.
+
+This is what torchjd leaves to its users: the Gramian of the clusters' gradients across processes and under loss
+scaling, one set of weights for all processes, solving only every few steps, and saving what weightings remember.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial, reduce
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .balancing import Balancing, ClusterLosses, num_processes
+
+
+if TYPE_CHECKING:
+    from torchjd.aggregation import WeightedAggregator, Weighting
+
+
+# Attributes in which torchjd's stateful weightings remember earlier calls: neither their `state_dict` nor any other
+# public access covers them. The name of NashMTL's weighting is not exported.
+_MEMORY = {
+    "CRMOGMWeighting": ("_lambda",),
+    "GradVacWeighting": ("_phi_t",),
+    "PCDWeighting": ("_sq_norm_ema", "_n_steps"),
+    "_NashMTLWeighting": ("prvs_alpha",),
+}
+
+
+class GradientBalancer(Balancing):
+    r"""Balancing by the Gramian of the clusters' gradients: PCGrad, NashMTL and other weightings of torchjd.
+
+    Let $c_i = n_i L_i / B$ be the contribution of cluster i to the mean loss. Every `update_every` training steps
+    the gradients $g_i$ of $c_i$ are computed in k backward passes, and the weighting turns their Gramian
+    $G_{ij} = \langle g_i, g_j \rangle$ into weights. The loss is $\sum_i w_i c_i$: one backward pass of it gives the
+    weighted sum of the gradients, in `.grad`, through hooks and accumulation like any other loss.
+
+    * **Several processes**: $g_i$ are the gradients of the global batch, so one step on N processes equals the step
+      on one. Each process adds up an N-th of every gradient. All of them have to call the loss in the same steps.
+    * **Gradient accumulation**: weights are of the current micro-batch. With `update_every` set to the number of
+      micro-batches in an optimizer step, or a multiple of it, all of them are weighed alike.
+    * **Mixed precision**: with `scaler`, gradients are computed of scaled losses, as they are in training, and the
+      Gramian of unscaled ones. A Gramian that overflowed leaves the weights as they were; the scaler skips that step.
+    * **Clusters without samples** in the global batch have no gradient to balance: that step leaves all weights as
+      they were, and warns. `TimestepClusters.sample` draws from every cluster if the global batch has k samples.
+    * **Memory**: with P parameters in `module` and N processes, 4·k·P/N bytes for the gradients (float32), once P for
+      the current one, and with N > 1 once more for sending it, while the graph of the forward pass is kept.
+    * **Time**: k backward passes per update, besides the usual one. The host waits for the device once per update.
+
+    A part of the denoiser for `module`, such as its last block, makes updates cheaper in both: the Gramian is then of
+    the gradients in this part, while all of the denoiser is trained.
+
+    Weights are torchjd's as they are: PCGrad's are 1 where no gradients conflict, MGDA's sum to 1, and NashMTL's are
+    scaled down where the update's norm would exceed 1. In evaluation mode, and without gradients, the last weights are
+    used; they are ones at first. Models compiled with `torch.compile` need
+    `torch._functorch.config.donated_buffer = False`, since their graph is used repeatedly.
+
+    Args:
+        module: Module whose trainable parameters the gradients are taken of: the denoiser, before or after
+            `accelerator.prepare`, or a part of it. Their values are not touched.
+        weighting: "pcgrad" (arXiv 2001.06782), "nash_mtl" (arXiv 2202.01017), "aligned_mtl" (arXiv 2305.19000),
+            "imtl_g" (Liu et al., ICLR 2021), "mgda" (arXiv 1810.04650); or an instance of a torchjd weighting or
+            weighted aggregator, if it is a function of the Gramian.
+        num_clusters: k, at least 1.
+        update_every: Number of training steps (calls with gradients, in training mode) that use the same weights.
+        scaler: The scaler of float16 training, `accelerator.scaler`.
+        seed: Seed of random weightings (the order of PCGrad's projections); the same on all processes.
+
+    Attributes:
+        weights: `(k,)`, the current weights.
+
+    Raises:
+        ImportError: Without torchjd, or what the weighting needs of its extras.
+        TypeError: If `weighting` is neither a name nor such an instance.
+        ValueError: If another argument is out of its range.
+
+    Example:
+        >>> import torch
+        >>> from diffusers import DDPMScheduler
+        >>> from diffusers_dtr.objective.clustered_loss import ClusteredLoss
+        >>> from diffusers_dtr.objective.clustering import cluster_timesteps
+        >>> from diffusers_dtr.objective.gradient_balancing import GradientBalancer
+        >>> scheduler, denoiser = DDPMScheduler(), torch.nn.Conv2d(3, 3, 1)
+        >>> clusters = cluster_timesteps(scheduler, num_clusters=4)
+        >>> balancer = GradientBalancer(denoiser, "pcgrad", num_clusters=4)
+        >>> loss_fn = ClusteredLoss(scheduler, clusters, balancing=balancer)
+        >>> clean, noise = torch.zeros(8, 3, 8, 8), torch.ones(8, 3, 8, 8)
+        >>> timesteps = clusters.sample(8, generator=torch.Generator().manual_seed(0))
+        >>> noisy = loss_fn.levels.add_noise(clean, noise, timesteps)
+        >>> loss_fn(denoiser(noisy), clean, noise, timesteps).loss.backward()
+    """
+
+    weights: Tensor
+
+    def __init__(
+        self,
+        module: nn.Module,
+        weighting: str | Weighting | WeightedAggregator = "pcgrad",
+        num_clusters: int = 8,
+        *,
+        update_every: int = 1,
+        scaler: torch.amp.GradScaler | None = None,
+        seed: int = 0,
+    ):
+        super().__init__()
+        for name, value in {"num_clusters": num_clusters, "update_every": update_every}.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` must be an integer >= 1, got {value!r}.")
+        if not any(parameter.requires_grad for parameter in module.parameters()):
+            raise ValueError("`module` must have trainable parameters, got none.")
+        self.num_clusters = num_clusters
+        self.update_every = update_every
+        self.seed = seed
+        self.scaler = scaler
+        # In tuples, because modules in attributes become part of the state dict.
+        self._module = (module,)
+        self._weighting = (_weighting_of_gramian(weighting, num_clusters),)
+        self._step = 0
+        self.register_buffer("weights", torch.ones(num_clusters))
+        self.register_state_dict_post_hook(_save)
+        self.register_load_state_dict_pre_hook(_load)
+
+    def forward(self, losses: ClusterLosses) -> Tensor:
+        """The weighted contributions of the clusters; see [`Balancing`]."""
+        if self.training and torch.is_grad_enabled():
+            if self._step % self.update_every == 0:
+                self._update(losses.contributions)
+            self._step += 1
+        return (self.weights * losses.contributions).sum()
+
+    def _update(self, contributions: Tensor) -> None:
+        gramian = self._gramian(contributions)
+        if not gramian.isfinite().all():
+            return
+        without_gradient = (gramian.diagonal() == 0).nonzero()[:, 0].tolist()
+        if without_gradient:
+            warnings.warn(
+                f"The clusters {without_gradient} had no samples with a gradient: the weights stay as they were. "
+                f"Draw timesteps with TimestepClusters.sample, in global batches of at least {self.num_clusters}.",
+                stacklevel=2,
+            )
+            return
+        weights = self._solve(gramian).to(self.weights)
+        if num_processes() > 1:
+            # Solvers of machines that round differently may stop at different weights.
+            dist.broadcast(weights, src=0)
+        self.weights = weights
+
+    def _gramian(self, contributions: Tensor) -> Tensor:
+        """Gramian of the clusters' gradients in the global batch, float64 `(k, k)` on the CPU."""
+        # Not torchjd's autogram engine, which avoids keeping gradients: gradients of the global batch have inner
+        # products across processes, of which it computes only those within one. It also runs modules a second time
+        # under vmap, which routing masks that belong to the call, label dropout and checkpointing do not survive.
+        parameters = [parameter for parameter in self._module[0].parameters() if parameter.requires_grad]
+        scale = 1 if self.scaler is None else self.scaler.scale(contributions.new_ones(()))
+        processes = num_processes()
+        if processes > 1:
+            _check_not_sharded(self._module[0], parameters)
+        size = -(-sum(parameter.numel() for parameter in parameters) // processes)
+        dtype = reduce(torch.promote_types, (parameter.dtype for parameter in parameters), torch.float32)
+        rows = torch.empty(self.num_clusters, size, dtype=dtype, device=parameters[0].device)
+        gramian = torch.zeros(self.num_clusters, self.num_clusters, dtype=dtype, device=rows.device)
+        for i, contribution in enumerate((contributions * scale).unbind()):
+            _write_gradient(contribution, parameters, rows[i])
+            with torch.autocast(rows.device.type, enabled=False):
+                gramian[i, : i + 1] = torch.mv(rows[: i + 1], rows[i])  # unlike matrix products, never in TF32
+        if processes > 1:
+            dist.all_reduce(gramian)
+        gramian = (gramian / (scale * processes) ** 2).to("cpu").double()
+        return gramian + gramian.tril(-1).T
+
+    def _solve(self, gramian: Tensor) -> Tensor:
+        # torchjd draws from the global generator, whose state differs between processes and is not ours to advance.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.seed + self._step)
+            return self._weighting[0](gramian)
+
+
+def _write_gradient(loss: Tensor, parameters: list[nn.Parameter], out: Tensor) -> None:
+    """Write this process's part of the gradient, summed over processes, as a flat vector.
+
+    `torch.autograd.grad` reaches no parameter's `.grad`, and so none of the hooks with which
+    `DistributedDataParallel` counts gradients that are ready.
+    """
+    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
+    flat = [gradient.reshape(-1) for gradient in gradients]
+    if num_processes() == 1:
+        torch.cat(flat, out=out)
+        return
+    padded = out.new_zeros(len(out) * num_processes())
+    torch.cat(flat, out=padded[: sum(map(len, flat))])
+    # Its name until torch 2.12, which warns of it from 2.13 on.
+    reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    reduce_scatter(out, padded)
+
+
+def _check_not_sharded(module: nn.Module, parameters: list[nn.Parameter]) -> None:
+    # Needed in process groups only, and slow to import.
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+
+    if any(isinstance(parameter, DTensor) for parameter in parameters) or any(
+        isinstance(part, FullyShardedDataParallel) for part in module.modules()
+    ):
+        raise TypeError(
+            "`module` must hold its parameters whole on every process, as with DistributedDataParallel; gradients of "
+            "sharded ones (FSDP, tensor parallelism) cannot be balanced."
+        )
+
+
+def _torchjd() -> ModuleType:
+    try:
+        from torchjd import aggregation
+    except ImportError as error:
+        raise ImportError('Gradient balancing needs torchjd: pip install "diffusers-dtr[balancing]".') from error
+    return aggregation
+
+
+def _weighting_of_gramian(weighting: str | Weighting | WeightedAggregator, num_clusters: int) -> Weighting:
+    """What maps a `(k, k)` Gramian to `(k,)` weights, for any of the ways to name a weighting."""
+    torchjd = _torchjd()
+    if isinstance(weighting, str):
+        weighting = _named_weighting(weighting, num_clusters)
+    if isinstance(weighting, torchjd.GramianWeightedAggregator):
+        weighting = weighting.gramian_weighting
+    elif isinstance(weighting, torchjd.WeightedAggregator):
+        # Its weighting wants the gradients, but any matrix with their Gramian leads to the same weights.
+        weighting = weighting.weighting << _square_root
+    if not isinstance(weighting, torchjd.Weighting):
+        raise TypeError(
+            "`weighting` must be a name, or a weighting or weighted aggregator of torchjd.aggregation, "
+            f"got {type(weighting).__name__}."
+        )
+    for part in weighting.modules():
+        if _is_stateful(part) and type(part).__name__ not in _MEMORY:
+            raise TypeError(
+                "`weighting` must depend on the Gramian only, and on earlier ones in a way that can be saved, got "
+                f"{type(part).__name__}, which wants more or keeps other state."
+            )
+    return weighting
+
+
+def _named_weighting(name: str, num_clusters: int) -> WeightedAggregator:
+    torchjd = _torchjd()
+    constructors = {
+        "aligned_mtl": torchjd.AlignedMTL,
+        "imtl_g": torchjd.IMTLG,
+        "mgda": torchjd.MGDA,
+        "nash_mtl": partial(torchjd.NashMTL, num_clusters),
+        "pcgrad": torchjd.PCGrad,
+    }
+    if name not in constructors:
+        raise ValueError(
+            f"`weighting` must be one of {', '.join(constructors)}, or an instance of a torchjd weighting, "
+            f"got {name!r}."
+        )
+    try:
+        return constructors[name]()
+    except ImportError as error:
+        raise ImportError(
+            f'`weighting="{name}"` needs an extra of torchjd: pip install "diffusers-dtr[balancing]".'
+        ) from error
+
+
+def _square_root(gramian: Tensor) -> Tensor:
+    """A `(k, k)` matrix whose rows have this Gramian."""
+    eigenvalues, eigenvectors = torch.linalg.eigh(gramian)
+    return eigenvectors * eigenvalues.clamp(min=0).sqrt()
+
+
+def _is_stateful(part: nn.Module) -> bool:
+    from torchjd import Stateful
+
+    return isinstance(part, Stateful)
+
+
+def _save(balancer: GradientBalancer, state_dict: dict[str, Any], prefix: str, local_metadata: dict) -> None:
+    """State dict hook: the step, and what the weighting remembers, as tensors."""
+    state_dict[f"{prefix}step"] = torch.tensor(balancer._step, device="cpu")
+    for name, (part, attribute) in _memory(balancer).items():
+        if getattr(part, attribute) is not None:
+            state_dict[f"{prefix}memory.{name}"] = torch.as_tensor(getattr(part, attribute)).clone()
+
+
+def _load(
+    balancer: GradientBalancer,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: dict,
+    strict: bool,
+    *keys: list,
+) -> None:
+    """The hook that reads what `_save` wrote. Keys that it leaves in the state dict are reported as unexpected."""
+    missing, _, _ = keys
+    if f"{prefix}step" not in state_dict:
+        missing.append(f"{prefix}step")
+        return
+    balancer._step = int(state_dict.pop(f"{prefix}step"))
+    memory = _memory(balancer)
+    saved = {
+        name: state_dict.pop(f"{prefix}memory.{name}") for name in memory if f"{prefix}memory.{name}" in state_dict
+    }
+    for part in balancer._weighting[0].modules():
+        if _is_stateful(part):
+            part.reset()
+    if saved:
+        # A weighting prepares its state in its first call, and would do so over whatever was put there before.
+        balancer._solve(torch.eye(balancer.num_clusters, dtype=torch.float64, device="cpu"))
+    for name, value in saved.items():
+        part, attribute = memory[name]
+        is_tensor = isinstance(getattr(part, attribute), Tensor)
+        setattr(part, attribute, value.cpu().clone() if is_tensor else value.cpu().numpy().copy())
+
+
+def _memory(balancer: GradientBalancer) -> dict[str, tuple[nn.Module, str]]:
+    """Where the weighting remembers earlier calls: the module and its attribute, by name."""
+    return {
+        f"{path}.{attribute}" if path else attribute: (part, attribute)
+        for path, part in balancer._weighting[0].named_modules()
+        for attribute in _MEMORY.get(type(part).__name__, ())
+    }

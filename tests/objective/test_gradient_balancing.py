@@ -1,0 +1,370 @@
+import copy
+import io
+import sys
+from functools import partial
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from torch import nn
+from torchjd import Stateful, aggregation
+from two_processes import global_batch, small_denoiser
+
+from diffusers_dtr import DTRTransformer2DModel
+from diffusers_dtr.objective.balancing import ClusterLosses
+from diffusers_dtr.objective.clustered_loss import ClusteredLoss
+from diffusers_dtr.objective.clustering import cluster_timesteps
+from diffusers_dtr.objective.gradient_balancing import GradientBalancer
+
+
+K = 4
+SCHEDULER = DDPMScheduler()
+CLUSTERS = cluster_timesteps(SCHEDULER, K)
+# Constructors, because some of these remember earlier calls.
+WEIGHTINGS = {
+    "pcgrad": (lambda: "pcgrad", aggregation.PCGrad),
+    "nash_mtl": (lambda: "nash_mtl", partial(aggregation.NashMTL, K)),
+    "mgda": (lambda: "mgda", aggregation.MGDA),
+    "imtl_g": (lambda: "imtl_g", aggregation.IMTLG),
+    "aligned_mtl": (lambda: "aligned_mtl", aggregation.AlignedMTL),
+    "CAGrad": (partial(aggregation.CAGrad, 0.5), partial(aggregation.CAGrad, 0.5)),
+    "FairGradWeighting": (partial(aggregation.FairGradWeighting, 1.0), partial(aggregation.FairGrad, 1.0)),
+}
+STATEFUL = {
+    # Solved to the end, its weights depend on earlier ones only where the solver fails.
+    "NashMTL": partial(aggregation.NashMTL, K, optim_niter=1),
+    "GradVac": aggregation.GradVac,
+    "PCDWeighting": partial(aggregation.PCDWeighting, 0.5),
+    "CRMOGMWeighting": lambda: aggregation.CRMOGMWeighting(aggregation.GradVacWeighting()),
+}
+
+
+@pytest.fixture
+def denoiser():
+    return small_denoiser(torch.Generator().manual_seed(0))
+
+
+def balanced_loss(balancer, denoiser, seed=0):
+    clean, noise, timesteps = global_batch(torch.Generator().manual_seed(seed))
+    loss_fn = ClusteredLoss(SCHEDULER, CLUSTERS, balancing=balancer)
+    return loss_fn(denoiser(loss_fn.levels.add_noise(clean, noise, timesteps)), clean, noise, timesteps).loss
+
+
+def contributions(denoiser, seed=0):
+    clean, noise, timesteps = global_batch(torch.Generator().manual_seed(seed))
+    loss_fn = ClusteredLoss(SCHEDULER, CLUSTERS)
+    out = loss_fn(denoiser(loss_fn.levels.add_noise(clean, noise, timesteps)), clean, noise, timesteps)
+    clusters = CLUSTERS.assign(timesteps)
+    return ClusterLosses(out.per_sample, clusters, torch.zeros(len(clusters)), K).contributions
+
+
+def jacobian(denoiser, seed=0):
+    rows = [
+        torch.autograd.grad(contribution, list(denoiser.parameters()), retain_graph=True)
+        for contribution in contributions(denoiser, seed)
+    ]
+    return torch.stack([torch.cat([gradient.flatten() for gradient in row]) for row in rows])
+
+
+def gradient(denoiser):
+    return torch.cat([parameter.grad.flatten() for parameter in denoiser.parameters()])
+
+
+def saved(module):
+    """The state dict as it comes back from a file."""
+    file = io.BytesIO()
+    torch.save(module.state_dict(), file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def test_the_clusters_conflict_here(denoiser):
+    gramian = jacobian(denoiser) @ jacobian(denoiser).T
+    assert (gramian < 0).any()
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_gradient_is_what_torchjd_makes_of_the_jacobian(denoiser, name):
+    make_weighting, make_aggregator = WEIGHTINGS[name]
+    torch.manual_seed(3)
+    # In float64, as ours solves; and random orders drawn from the same seed.
+    expected = make_aggregator()(jacobian(denoiser).double()).float()
+    balanced_loss(GradientBalancer(denoiser, make_weighting(), K, seed=3), denoiser).backward()
+    torch.testing.assert_close(gradient(denoiser), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+def test_nothing_reaches_grad_before_backward_which_accumulates(denoiser):
+    loss = balanced_loss(GradientBalancer(denoiser, "pcgrad", K), denoiser)
+    assert all(parameter.grad is None for parameter in denoiser.parameters())
+    loss.backward()
+    once = gradient(denoiser)
+    balanced_loss(GradientBalancer(denoiser, "pcgrad", K), denoiser).backward()
+    torch.testing.assert_close(gradient(denoiser), 2 * once)
+
+
+def test_the_gramian_may_be_of_a_part_of_the_denoiser(denoiser):
+    balancer = GradientBalancer(denoiser[1], "mgda", K)
+    balanced_loss(balancer, denoiser).backward()
+    size = sum(parameter.numel() for parameter in denoiser[1].parameters())
+    rows = jacobian(denoiser)[:, -size:].double()
+    expected = aggregation.MGDAWeighting()(rows @ rows.T).float()
+    torch.testing.assert_close(balancer.weights, expected, rtol=1e-4, atol=1e-5)
+    assert denoiser[0].weight.grad.abs().max() > 0
+
+
+def test_frozen_and_unused_parameters_do_no_harm(denoiser):
+    expected = GradientBalancer(denoiser, "mgda", K)
+    balanced_loss(expected, denoiser)
+    denoiser.unused = nn.Linear(1, 1)
+    denoiser.frozen = nn.Linear(1, 1).requires_grad_(False)
+    balancer = GradientBalancer(denoiser, "mgda", K)
+    balanced_loss(balancer, denoiser[:2])
+    torch.testing.assert_close(balancer.weights, expected.weights, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_are_solved_for_every_few_steps(denoiser):
+    balancer = GradientBalancer(denoiser, "mgda", K, update_every=3)
+    weights = []
+    for seed in range(7):
+        balanced_loss(balancer, denoiser, seed)
+        weights.append(balancer.weights)
+    changes = [step for step in range(1, 7) if not torch.equal(weights[step], weights[step - 1])]
+    assert changes == [3, 6]
+
+
+def test_evaluation_uses_the_last_weights(denoiser):
+    balancer = GradientBalancer(denoiser, "mgda", K)
+    assert torch.equal(balancer.weights, torch.ones(K))
+    balanced_loss(balancer, denoiser)
+    weights = balancer.weights
+    with torch.no_grad():
+        loss = balanced_loss(balancer, denoiser, seed=1)
+    torch.testing.assert_close(loss, weights @ contributions(denoiser, seed=1))
+    balanced_loss(balancer.eval(), denoiser, seed=1)
+    assert torch.equal(balancer.weights, weights)
+
+
+def test_two_losses_may_wait_for_backward(denoiser):
+    balancer = GradientBalancer(denoiser, "mgda", K)
+    losses = [balanced_loss(balancer, denoiser, seed) for seed in range(2)]
+    for seed, loss in enumerate(losses):
+        denoiser.zero_grad()
+        loss.backward()
+        fresh = GradientBalancer(denoiser, "mgda", K)
+        expected = torch.autograd.grad(balanced_loss(fresh, denoiser, seed), list(denoiser.parameters()))
+        torch.testing.assert_close(gradient(denoiser), torch.cat([part.flatten() for part in expected]))
+
+
+def test_loss_scaling_leaves_weights_as_they_are(denoiser):
+    plain = GradientBalancer(denoiser, "pcgrad", K)
+    balanced_loss(plain, denoiser)
+    scaled = GradientBalancer(denoiser, "pcgrad", K, scaler=torch.amp.GradScaler("cpu", init_scale=2.0**16))
+    balanced_loss(scaled, denoiser)
+    torch.testing.assert_close(scaled.weights, plain.weights)
+
+
+class HalfPrecisionGradient(torch.autograd.Function):
+    """What a backward pass in float16 does to small gradients."""
+
+    @staticmethod
+    def forward(ctx, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.half().float()
+
+
+def tiny_losses(denoiser):
+    per_sample = HalfPrecisionGradient.apply(contributions(denoiser)) * 2.0**-30
+    return ClusterLosses(per_sample, torch.arange(K), torch.zeros(K), K)
+
+
+def test_loss_scaling_saves_gradients_from_underflow(denoiser):
+    expected = GradientBalancer(denoiser, "mgda", K)
+    balanced_loss(expected, denoiser)
+    scaled = GradientBalancer(denoiser, "mgda", K, scaler=torch.amp.GradScaler("cpu", init_scale=2.0**20))
+    scaled(tiny_losses(denoiser))
+    torch.testing.assert_close(scaled.weights, expected.weights)
+    with pytest.warns(UserWarning, match="no samples with a gradient"):
+        GradientBalancer(denoiser, "mgda", K)(tiny_losses(denoiser))
+
+
+def test_gradients_that_overflow_leave_weights_as_they_were(denoiser):
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    balancer = GradientBalancer(denoiser, "mgda", K, scaler=scaler)
+    balanced_loss(balancer, denoiser)
+    weights = balancer.weights
+    scaler.update(2.0**66)
+    balanced_loss(balancer, denoiser, seed=1)
+    assert torch.equal(balancer.weights, weights)
+
+
+def test_autocast_does_not_round_the_gramian(denoiser):
+    per_sample = contributions(denoiser)
+    expected = GradientBalancer(denoiser, "mgda", K)
+    expected(ClusterLosses(per_sample, torch.arange(K), torch.zeros(K), K))
+    balancer = GradientBalancer(denoiser, "mgda", K)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = balancer(ClusterLosses(per_sample, torch.arange(K), torch.zeros(K), K))
+    assert loss.dtype == torch.float32
+    assert torch.equal(balancer.weights, expected.weights)
+
+
+def test_bfloat16_denoisers_have_a_float32_gramian(denoiser):
+    balancer = GradientBalancer(denoiser.bfloat16(), "mgda", K)
+    loss_fn = ClusteredLoss(SCHEDULER, CLUSTERS, balancing=balancer)
+    clean, noise, timesteps = global_batch(torch.Generator().manual_seed(0))
+    loss_fn(denoiser(loss_fn.levels.add_noise(clean, noise, timesteps).bfloat16()), clean, noise, timesteps)
+    assert balancer.weights.dtype == torch.float32
+    assert balancer.weights.sum().item() == pytest.approx(1)
+    assert not torch.equal(balancer.weights, balancer.weights.bfloat16().float())
+
+
+def test_a_cluster_without_samples_leaves_weights_as_they_were_and_warns(denoiser):
+    balancer = GradientBalancer(denoiser, "mgda", K)
+    balanced_loss(balancer, denoiser)
+    weights = balancer.weights
+    losses = ClusterLosses(contributions(denoiser)[:3], torch.tensor([0, 1, 3]), torch.zeros(3), K)
+    with pytest.warns(UserWarning, match=r"clusters \[2\] had no samples .* global batches of at least 4"):
+        loss = balancer(losses)
+    assert torch.equal(balancer.weights, weights)
+    torch.testing.assert_close(loss, weights @ losses.contributions)
+
+
+def test_random_orders_come_from_the_seed_alone(denoiser):
+    def weights(seed, global_seed):
+        torch.manual_seed(global_seed)
+        state = torch.get_rng_state()
+        balancer = GradientBalancer(denoiser, "pcgrad", K, seed=seed)
+        seen = [(balanced_loss(balancer, denoiser), balancer.weights)[1] for _ in range(4)]
+        assert torch.equal(torch.get_rng_state(), state)
+        return torch.stack(seen)
+
+    first = weights(seed=0, global_seed=1)
+    assert torch.equal(first, weights(seed=0, global_seed=2))
+    assert not torch.equal(first, weights(seed=10, global_seed=1))
+    assert any(not torch.equal(first[0], row) for row in first[1:])
+
+
+def test_checkpointed_blocks_with_routing_give_the_same_gradient():
+    torch.manual_seed(0)
+    denoiser = DTRTransformer2DModel(
+        2, 8, in_channels=2, num_layers=2, sample_size=4, num_embeds_ada_norm=None, routing_beta=0.5
+    ).train()
+    for parameter in denoiser.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    clean, noise, timesteps = global_batch(torch.Generator().manual_seed(0))
+    gradients = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            denoiser.enable_gradient_checkpointing()
+        loss_fn = ClusteredLoss(SCHEDULER, CLUSTERS, balancing=GradientBalancer(denoiser, "mgda", K))
+        denoiser.zero_grad()
+        loss_fn(denoiser(clean, timesteps).sample, clean, noise, timesteps).loss.backward()
+        gradients.append(gradient(denoiser))
+    torch.testing.assert_close(*gradients)
+
+
+def test_the_denoiser_is_no_part_of_the_balancer(denoiser):
+    balancer = GradientBalancer(denoiser, "pcgrad", K)
+    assert list(balancer.parameters()) == []
+    assert set(balancer.state_dict()) == {"weights", "step"}
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_a_resumed_run_has_the_weights_of_the_uninterrupted_one(denoiser, name):
+    def steps(loss_fn, seeds):
+        weights = []
+        for seed in seeds:
+            balanced_loss(loss_fn.balancing, denoiser, seed)
+            weights.append(loss_fn.balancing.weights)
+        return torch.stack(weights)
+
+    def loss_fn():
+        balancer = GradientBalancer(denoiser, STATEFUL[name](), K, update_every=2)
+        return ClusteredLoss(SCHEDULER, CLUSTERS, balancing=balancer)
+
+    uninterrupted = loss_fn()
+    steps(uninterrupted, range(5))
+    state = saved(uninterrupted)
+    before = copy.deepcopy(state)
+    expected = steps(uninterrupted, range(5, 10))
+    resumed, used = loss_fn(), loss_fn()
+    resumed.load_state_dict(state)
+    assert torch.equal(steps(resumed, range(5, 10)), expected)
+    steps(used, range(7, 10))
+    used.load_state_dict(state)
+    assert torch.equal(steps(used, range(5, 10)), expected)
+    assert all(torch.equal(state[key], before[key]) for key in before)
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_earlier_gramians_matter_to_these_weightings(denoiser, name):
+    used = GradientBalancer(denoiser, STATEFUL[name](), K)
+    for seed in (5, 0):
+        balanced_loss(used, denoiser, seed)
+    fresh = GradientBalancer(denoiser, STATEFUL[name](), K)
+    balanced_loss(fresh, denoiser)
+    assert not torch.equal(used.weights, fresh.weights)
+
+
+def test_an_untouched_state_makes_a_used_weighting_forget(denoiser):
+    used = GradientBalancer(denoiser, aggregation.GradVac(), K)
+    balanced_loss(used, denoiser, seed=5)
+    fresh = GradientBalancer(denoiser, aggregation.GradVac(), K)
+    used.load_state_dict(saved(fresh))
+    balanced_loss(used, denoiser)
+    balanced_loss(fresh, denoiser)
+    assert torch.equal(used.weights, fresh.weights)
+
+
+def test_states_with_other_keys_are_refused(denoiser):
+    nash = GradientBalancer(denoiser, "nash_mtl", K).state_dict()
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*memory.weighting.prvs_alpha"):
+        GradientBalancer(denoiser, "pcgrad", K).load_state_dict(nash)
+    with pytest.raises(RuntimeError, match=r"Missing key.*step"):
+        GradientBalancer(denoiser, "pcgrad", K).load_state_dict({"weights": torch.ones(K)})
+
+
+def test_torchjd_keeps_state_in_no_other_weightings():
+    """A new one is refused until somebody has looked where it keeps its state."""
+    stateful = {name for name in aggregation.__all__ if issubclass(getattr(aggregation, name), Stateful)}
+    saved_ones = {"CRMOGMWeighting", "GradVac", "GradVacWeighting", "NashMTL", "PCD", "PCDWeighting"}
+    refused_ones = {"ExcessMTL", "ExcessMTLWeighting", "MoDoWeighting", "SDMGradWeighting"}
+    assert stateful == saved_ones | refused_ones
+
+
+@pytest.mark.parametrize(
+    ("weighting", "message"),
+    [
+        (aggregation.ExcessMTL(), "depend on the Gramian only.*got ExcessMTLWeighting"),
+        (aggregation.MoDoWeighting(), "depend on the Gramian only.*got MoDoWeighting"),
+        (aggregation.CRMOGMWeighting(aggregation.SDMGradWeighting()), "got SDMGradWeighting"),
+        (aggregation.GradDrop(), "must be a name, or a weighting.*got GradDrop"),
+        (torch.nn.Identity(), "must be a name, or a weighting.*got Identity"),
+    ],
+)
+def test_weightings_that_are_no_function_of_the_gramian_are_refused(denoiser, weighting, message):
+    with pytest.raises(TypeError, match=message):
+        GradientBalancer(denoiser, weighting, K)
+
+
+def test_arguments_out_of_range_are_refused(denoiser):
+    with pytest.raises(ValueError, match=r"`weighting` must be one of aligned_mtl, .* got 'pc_grad'"):
+        GradientBalancer(denoiser, "pc_grad", K)
+    with pytest.raises(ValueError, match="`update_every` must be an integer >= 1, got 0"):
+        GradientBalancer(denoiser, update_every=0)
+    with pytest.raises(ValueError, match=r"`num_clusters` must be an integer >= 1, got 2\.0"):
+        GradientBalancer(denoiser, num_clusters=2.0)
+    with pytest.raises(ValueError, match="`module` must have trainable parameters"):
+        GradientBalancer(denoiser.requires_grad_(False))
+
+
+def test_missing_packages_are_named_with_our_extra(denoiser, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ecos", None)
+    with pytest.raises(ImportError, match=r'nash_mtl.*pip install "diffusers-dtr\[balancing\]"'):
+        GradientBalancer(denoiser, "nash_mtl", K)
+    monkeypatch.setitem(sys.modules, "torchjd", None)
+    with pytest.raises(ImportError, match=r'torchjd: pip install "diffusers-dtr\[balancing\]"'):
+        GradientBalancer(denoiser, "pcgrad", K)

@@ -1,0 +1,123 @@
+"""The same training with one process and with two, and a pair of processes to run it in. They import this file."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from diffusers import DDPMScheduler
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from diffusers_dtr.objective.clustered_loss import ClusteredLoss
+from diffusers_dtr.objective.clustering import cluster_timesteps
+from diffusers_dtr.objective.gradient_balancing import GradientBalancer
+
+
+class ProcessPair:
+    """Two processes that stay alive between calls, because starting them is what takes the time."""
+
+    def __init__(self):
+        self._executor = ProcessPoolExecutor(2, mp_context=get_context("spawn"))
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """What `function(*args)` returns in each of the two processes of a group."""
+        with tempfile.TemporaryDirectory() as folder:
+            store = str(Path(folder) / "store")
+            futures = [self._executor.submit(_in_group, store, rank, function, *args) for rank in range(2)]
+            return [future.result(timeout=120) for future in futures]
+
+    def close(self) -> None:
+        self._executor.shutdown()
+
+
+def _in_group(store: str, rank: int, function: Callable[..., Any], *args: Any) -> Any:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    try:
+        return function(*args)
+    finally:
+        dist.destroy_process_group()
+
+
+def train(balancing: str, update_every: int = 1, micro_batches: int = 1, prepare_loss: bool = False) -> dict[str, Any]:
+    """Three SGD steps on a fixed sequence of global batches, of which each process takes an equal part.
+
+    Timesteps are drawn without strata, so that processes have unequal numbers of samples in the clusters. The global
+    random states differ between processes.
+    """
+    world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(100 + rank)
+    denoiser = small_denoiser(generator)
+    wrapped = DistributedDataParallel(denoiser) if world > 1 else denoiser
+    scheduler = DDPMScheduler()
+    clusters = cluster_timesteps(scheduler, num_clusters=4)
+    if balancing in ("pcgrad", "nash_mtl"):
+        balancing = GradientBalancer(wrapped, balancing, num_clusters=4, update_every=update_every)
+    loss_fn = ClusteredLoss(scheduler, clusters, balancing=balancing)
+    optimizer = torch.optim.SGD([{"params": denoiser.parameters(), "lr": 0.1}, *loss_fn.parameter_groups()])
+    loss_module = DistributedDataParallel(loss_fn) if prepare_loss and world > 1 else loss_fn
+
+    losses = []
+    for _ in range(3):
+        for micro_batch in range(micro_batches):
+            batch = [part.chunk(world)[rank] for part in global_batch(generator)]
+            last = micro_batch == micro_batches - 1
+            with contextlib.nullcontext() if last or world == 1 else wrapped.no_sync():
+                loss = loss_module(wrapped(loss_fn.levels.add_noise(*batch)), *batch).loss
+                (loss / micro_batches).backward()
+            losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return {
+        "denoiser": {name: value.clone() for name, value in denoiser.state_dict().items()},
+        "loss_fn": {name: value.clone() for name, value in loss_fn.state_dict().items()},
+        "losses": losses,
+    }
+
+
+def small_denoiser(generator: torch.Generator) -> nn.Module:
+    """65 parameters, which no two processes can share equally, near half the identity: clusters pull either way."""
+    denoiser = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(3, 2, 1))
+    with torch.no_grad():
+        for layer in denoiser:
+            nn.init.dirac_(layer.weight).mul_(0.7)
+            nn.init.zeros_(layer.bias)
+        for parameter in denoiser.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return denoiser
+
+
+def global_batch(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Clean samples and noise `(16, 2, 4, 4)`, and timesteps in each of four clusters, but not in each half."""
+    clean, noise = torch.randn(2, 16, 2, 4, 4, generator=generator)
+    timesteps = torch.randint(1000, (16,), generator=generator)
+    timesteps[[0, 5, 9, 14]] = torch.tensor([30, 370, 630, 900])
+    return clean, noise, timesteps
+
+
+def balance_sharded_denoiser() -> str:
+    """The message with which a denoiser sharded by FSDP is refused."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_module
+
+    denoiser = distribute_module(small_denoiser(torch.Generator().manual_seed(0)), init_device_mesh("cpu", (2,)))
+    scheduler = DDPMScheduler()
+    clusters = cluster_timesteps(scheduler, num_clusters=4)
+    loss_fn = ClusteredLoss(scheduler, clusters, balancing=GradientBalancer(denoiser, num_clusters=4))
+    clean, noise, timesteps = global_batch(torch.Generator().manual_seed(0))
+    try:
+        loss_fn(clean.clone().requires_grad_(), clean, noise, timesteps)
+    except TypeError as error:
+        return str(error)
+    raise AssertionError("the sharded denoiser was not refused")
