@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from inspect import signature
-
 import accelerate
 import torch
 from diffusers import ModelMixin
@@ -48,13 +46,10 @@ class RoutedModelMixin:
         cls, source: ModelMixin, state_dict: dict[str, torch.Tensor], *, copy: bool, **config
     ) -> ModelMixin:
         """A model of this class with the config and mode of `source`, but for `config`, and exactly these weights."""
-        # diffusers would only log that it ignores them.
-        known = signature(cls).parameters.keys()
-        unknown = sorted(config.keys() - known)
-        if unknown:
-            raise TypeError(f"`{unknown[0]}` is not a config value of `{cls.__name__}`. It has {', '.join(known)}.")
+        # Not `from_config`, which ignores unknown names, and new values of what the source had left at its default.
+        source_config = {name: value for name, value in source.config.items() if not name.startswith("_")}
         with accelerate.init_empty_weights():
-            model = cls.from_config({**source.config, **config})
+            model = cls(**{**source_config, **config})
         if copy:
             state_dict = {key: value.clone() for key, value in state_dict.items()}
         model.load_state_dict(state_dict, strict=True, assign=True)

@@ -1,0 +1,185 @@
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from diffusers_dtr import DTRTransformer2DModel, convert_original_dit
+
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+REFERENCES = ["dtr_dit_tiny", "dtr_dit_unconditional"]
+# float32 against float32, computed in another order.
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+class Reference:
+    """A checkpoint under the authors' names, with inputs and the outputs of the authors' implementation."""
+
+    def __init__(self, name):
+        with safe_open(FIXTURES / f"{name}.safetensors", "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dictionary
+            self.metadata = file.metadata()
+        prefix = "checkpoint."
+        self.state_dict = {
+            key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)
+        }
+        self.tensors = tensors
+        self.routing_beta = float(self.metadata["beta"])
+
+    def convert(self, **config):
+        config = {"routing_beta": self.routing_beta, **config}
+        return convert_original_dit(self.state_dict, int(self.metadata["num_heads"]), **config)
+
+    def outputs(self, model):
+        names = {"hidden_states": "sample", "timestep": "timestep", "class_labels": "class_labels"}
+        with torch.no_grad():
+            return model(**{argument: self.tensors[name] for argument, name in names.items()}).sample
+
+
+@pytest.fixture(params=REFERENCES)
+def reference(request):
+    return Reference(request.param)
+
+
+@pytest.fixture
+def tiny():
+    return Reference("dtr_dit_tiny")
+
+
+def test_outputs_are_the_authors_routed_and_unrouted(reference):
+    model = reference.convert()
+    torch.testing.assert_close(reference.outputs(model), reference.tensors["output_routed"], **CLOSE)
+    for unrouted in (reference.convert(routing_beta=1.0), reference.convert(routing_type="none")):
+        torch.testing.assert_close(reference.outputs(unrouted), reference.tensors["output_unrouted"], **CLOSE)
+
+
+def test_guided_outputs_are_the_authors(tiny):
+    model = tiny.convert()
+    sample, labels = tiny.tensors["cfg_sample"], tiny.tensors["cfg_class_labels"]
+    null = torch.full_like(labels, model.null_class)
+    with torch.no_grad():
+        both = model(sample.repeat(2, 1, 1, 1), tiny.tensors["cfg_timestep"], torch.cat([labels, null])).sample
+    conditional, unconditional = both.chunk(2)
+    guided = conditional.clone()
+    guided[:, :4] = unconditional[:, :4] + 2 * (conditional - unconditional)[:, :4]
+    torch.testing.assert_close(guided, tiny.tensors["cfg_output_scale2"], **CLOSE)
+
+
+def test_a_null_class_stands_in_for_missing_labels(reference):
+    model, tensors = reference.convert(), reference.tensors
+    label = model.null_class or 0
+    with torch.no_grad():
+        expected = model(tensors["sample"], tensors["timestep"], torch.full((7,), label)).sample
+        assert torch.equal(model(tensors["sample"], tensors["timestep"]).sample, expected)
+
+
+@pytest.mark.parametrize("change", [{"norm_eps": 1e-5}, {"freq_shift": 1}])
+def test_the_conventions_of_diffusers_give_other_outputs(tiny, change):
+    outputs = tiny.outputs(tiny.convert(**change))
+    assert not torch.allclose(outputs, tiny.tensors["output_routed"], **CLOSE)
+
+
+def test_the_architecture_is_read_off_the_shapes(reference):
+    config, metadata = reference.convert().config, {**reference.metadata}
+    conditional = int(metadata["num_classes"]) > 1
+    assert config.num_layers == int(metadata["depth"])
+    assert config.num_attention_heads * config.attention_head_dim == int(metadata["hidden_size"])
+    assert config.patch_size == int(metadata["patch_size"])
+    assert config.sample_size == int(metadata["input_size"])
+    assert config.in_channels == int(metadata["in_channels"])
+    assert config.out_channels == 2 * config.in_channels
+    assert config.num_embeds_ada_norm == int(metadata["num_classes"])
+    assert config.class_dropout_prob == (0.1 if conditional else 0.0)
+    assert (config.norm_eps, config.freq_shift) == (1e-6, 0)
+
+
+def test_no_parameter_is_added_or_lost(reference):
+    model = reference.convert()
+    count = sum(parameter.numel() for parameter in model.parameters()) + model.pos_embed.pos_embed.numel()
+    assert count == int(reference.metadata["parameters_with_pos_embed"])
+    assert not model.training
+
+
+def test_config_that_shapes_do_not_tell_is_passed_on(tiny):
+    config = tiny.convert(routing_alpha=2.0, routing_timestep_range=(0, 499), routing_seed=7).config
+    assert (config.routing_alpha, config.routing_timestep_range, config.routing_seed) == (2.0, (0, 499), 7)
+
+
+def test_a_table_may_hold_classes_only(tiny):
+    model = tiny.convert(class_dropout_prob=0.0)
+    assert model.config.num_embeds_ada_norm == 11
+    assert model.null_class is None
+
+
+def test_mask_buffers_are_ignored(tiny):
+    for block in range(3):
+        # Of the wrong contents and size: they must not be looked at.
+        tiny.state_dict[f"blocks.{block}.router._unit_mapping"] = torch.zeros(10, 64)
+    torch.testing.assert_close(tiny.outputs(tiny.convert()), tiny.tensors["output_routed"], **CLOSE)
+
+
+def test_the_position_table_may_be_missing_if_the_size_is_given(tiny):
+    del tiny.state_dict["pos_embed"]
+    torch.testing.assert_close(tiny.outputs(tiny.convert(sample_size=8)), tiny.tensors["output_routed"], **CLOSE)
+
+
+def test_a_converted_model_is_saved_and_shares_nothing_with_its_source(tiny, tmp_path):
+    model = tiny.convert()
+    expected = tiny.outputs(model)
+    for tensor in tiny.state_dict.values():
+        tensor.zero_()
+    assert torch.equal(tiny.outputs(model), expected)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(tiny.outputs(DTRTransformer2DModel.from_pretrained(tmp_path)), expected)
+
+
+def test_half_precision_weights_stay_so(tiny):
+    tiny.state_dict = {key: value.half() for key, value in tiny.state_dict.items() if key != "pos_embed"}
+    assert {parameter.dtype for parameter in tiny.convert(sample_size=8).parameters()} == {torch.float16}
+
+
+def rename(state_dict):
+    state_dict["blocks.1.extra.weight"] = state_dict.pop("blocks.1.attn.proj.weight")
+
+
+def swap_positions(state_dict):
+    state_dict["pos_embed"] = state_dict["pos_embed"].flip(1)
+
+
+def cut(key, rows):
+    def damage(state_dict):
+        state_dict[key] = state_dict[key][:rows]
+
+    return damage
+
+
+def drop(key):
+    return lambda state_dict: state_dict.pop(key)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (dict.clear, r"`state_dict` must be that of an original DiT, but it has no `x_embedder\.proj\.weight`"),
+        (drop("y_embedder.embedding_table.weight"), r"has no `y_embedder\.embedding_table\.weight`"),
+        (drop("blocks.1.mlp.fc2.bias"), r"lacks the tensor that becomes `transformer_blocks\.1\.ff\.net\.2\.bias`"),
+        (rename, r"that an original DiT does not have: `blocks\.1\.extra\.weight`"),
+        (
+            cut("blocks.2.mlp.fc1.bias", 8),
+            r"becomes `transformer_blocks\.2\.ff\.net\.0\.proj\.bias` must .*\(256,\), got \(8,",
+        ),
+        (cut("blocks.0.mlp.fc1.weight", 128), r"`blocks\.0\.mlp\.fc1\.weight` must have 4 x 64 rows .*, got 128"),
+        (swap_positions, r"`pos_embed` must be the fixed sine-cosine table .* shape \(1, 16, 64\).* other values"),
+    ],
+)
+def test_what_is_not_an_original_dit_is_refused(tiny, damage, message):
+    damage(tiny.state_dict)
+    with pytest.raises(ValueError, match=message):
+        tiny.convert()
+
+
+@pytest.mark.parametrize("heads", [0, 5])
+def test_heads_must_divide_the_width(tiny, heads):
+    with pytest.raises(ValueError, match=rf"`num_attention_heads` must divide the width 64, got {heads}\."):
+        convert_original_dit(tiny.state_dict, heads)

@@ -1,0 +1,423 @@
+import copy
+import inspect
+import math
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import DiTTransformer2DModel
+from diffusers.models.attention_processor import AttnProcessor
+from tiny_dit import NUM_CLASSES, TIMESTEPS, inputs, output, routed_dit
+
+from diffusers_dtr import DTRTransformer2DModel, random_routing_mask, routing_mask
+
+
+REAL_TIMESTEPS = torch.tensor([-3.5, 700.25, 978.05, 1500.0], dtype=torch.float64)
+
+
+# What is computed.
+
+
+def layer_norm(x, eps):
+    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + eps).sqrt()
+
+
+def reference_block(block, x, conditioning, eps):
+    """A DiT block after arXiv 2212.09748, Figure 3, written out."""
+    modulation = F.linear(F.silu(conditioning), block.norm1.linear.weight, block.norm1.linear.bias)
+    shift1, scale1, gate1, shift2, scale2, gate2 = modulation[:, None].chunk(6, -1)
+
+    normed = layer_norm(x, 1e-6) * (1 + scale1) + shift1
+    projections = (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v)
+    q, k, v = (projection(normed).unflatten(-1, (2, 8)).transpose(1, 2) for projection in projections)
+    attended = (q @ k.mT / math.sqrt(8)).softmax(-1) @ v
+    x = x + gate1 * block.attn1.to_out[0](attended.transpose(1, 2).flatten(2))
+
+    hidden = block.ff.net[0].proj(layer_norm(x, eps) * (1 + scale2) + shift2)
+    return x + gate2 * block.ff.net[2](F.gelu(hidden, approximate="tanh"))
+
+
+def reference_forward(model, hidden_states, timestep, class_labels, mask):
+    """The routed model, block by block: Block(m ⊙ x) + (1 − m) ⊙ x."""
+    height, width = hidden_states.shape[2] // 2, hidden_states.shape[3] // 2
+    mask = mask[:, None].to(hidden_states.dtype)
+    x = model.pos_embed(hidden_states)
+    conditioning = model.emb(timestep, class_labels, hidden_dtype=x.dtype)
+    for block in model.transformer_blocks:
+        x = reference_block(block, mask * x, conditioning, model.config.norm_eps) + (1 - mask) * x
+    shift, scale = model.proj_out_1(F.silu(conditioning))[:, None].chunk(2, -1)
+    tokens = model.proj_out_2(layer_norm(x, 1e-6) * (1 + scale) + shift)
+    image = tokens.new_empty(len(tokens), 8, 2 * height, 2 * width)
+    for row in range(height):
+        for column in range(width):
+            patch = tokens[:, row * width + column].reshape(-1, 2, 2, 8).permute(0, 3, 1, 2)
+            image[:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2] = patch
+    return image
+
+
+@pytest.mark.parametrize("size", [(8, 8), (4, 12)])
+@pytest.mark.parametrize("timestep", [TIMESTEPS, REAL_TIMESTEPS])
+@pytest.mark.parametrize("routing_type", ["dtr", "random"])
+def test_the_model_computes_the_routed_block_formula(routing_type, timestep, size):
+    model = routed_dit(routing_type=routing_type, routing_beta=0.6, routing_alpha=2.0, routing_seed=3).double()
+    arguments = inputs(timestep, size)
+    arguments["hidden_states"] = arguments["hidden_states"].double()
+    if routing_type == "dtr":
+        mask = routing_mask(timestep, 16, alpha=2.0, beta=0.6)
+    else:
+        mask = random_routing_mask(timestep, 16, seed=3, beta=0.6)
+    with torch.no_grad():
+        expected = reference_forward(model, **arguments, mask=mask)
+    torch.testing.assert_close(output(model, **arguments), expected, rtol=1e-11, atol=1e-11)
+
+
+def test_the_routing_range_is_that_of_the_config():
+    model, arguments = routed_dit(routing_timestep_range=(0.0, 1.0)), inputs(torch.tensor([0.0, 0.25, 0.9, 1.0]))
+    mask = routing_mask(arguments["timestep"], 16, timestep_range=(0.0, 1.0))
+    with torch.no_grad():
+        expected = reference_forward(model, **arguments, mask=mask)
+    torch.testing.assert_close(output(model, **arguments), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("routing_type", ["dtr", "random"])
+def test_a_share_of_one_is_the_unrouted_model_to_the_bit(routing_type):
+    unrouted = output(routed_dit(routing_type="none"))
+    model = routed_dit(routing_type=routing_type)
+    assert not torch.equal(output(model), unrouted)
+    model.set_routing_beta(1.0)
+    assert torch.equal(output(model), unrouted)
+    assert torch.equal(output(routed_dit(routing_type=routing_type, routing_beta=1.0)), unrouted)
+
+
+def test_a_share_set_later_is_that_of_the_config_until_taken_back():
+    model = routed_dit(routing_beta=0.8)
+    configured = output(model)
+    model.set_routing_beta(0.5)
+    assert torch.equal(output(model), output(routed_dit(routing_beta=0.5)))
+    assert model.config.routing_beta == 0.8
+    model.set_routing_beta(None)
+    assert torch.equal(output(model), configured)
+
+
+@pytest.mark.parametrize("timestep", [TIMESTEPS, REAL_TIMESTEPS])
+def test_a_mixed_batch_equals_single_samples(timestep):
+    model, batch = routed_dit(), inputs(timestep)
+    singles = [output(model, **{name: value[i : i + 1] for name, value in batch.items()}) for i in range(4)]
+    torch.testing.assert_close(output(model, **batch), torch.cat(singles), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("t", [978, 978.05])
+def test_one_timestep_counts_for_the_whole_batch(t):
+    model, batch = routed_dit(), inputs()
+    expected = output(model, **{**batch, "timestep": torch.tensor([t] * 4)})
+    for timestep in (t, torch.tensor(t), torch.tensor([t])):
+        assert torch.equal(output(model, **{**batch, "timestep": timestep}), expected)
+
+
+def test_fractions_of_a_timestep_matter():
+    model = routed_dit()
+    assert not torch.equal(
+        output(model, **inputs(torch.tensor([978.05]))), output(model, **inputs(torch.tensor([978])))
+    )
+
+
+def test_the_conditioning_is_embedded_once_per_forward():
+    model, calls = routed_dit(), []
+    model.emb.register_forward_hook(lambda *_: calls.append(1))
+    output(model)
+    assert len(calls) == 1
+
+
+def test_return_dict_chooses_between_tuple_and_output():
+    model = routed_dit()
+    with torch.no_grad():
+        assert torch.equal(model(**inputs(), return_dict=False)[0], output(model))
+
+
+# Labels.
+
+
+def test_a_label_is_dropped_in_all_blocks_or_in_none():
+    model = routed_dit(class_dropout_prob=0.5)
+    batch = inputs(torch.full((64,), 500))
+    conditional = output(model, **batch)
+    unconditional = output(model, **{**batch, "class_labels": torch.full((64,), NUM_CLASSES)})
+    torch.manual_seed(0)
+    trained = output(model.train(), **batch)
+    dropped = (trained == unconditional).flatten(1).all(1)
+    kept = (trained == conditional).flatten(1).all(1)
+    assert (dropped | kept).all()
+    assert 16 < (dropped & ~kept).sum() < 48
+
+
+def test_no_labels_mean_the_null_class_or_the_only_class():
+    for model, label in ((routed_dit(), NUM_CLASSES), (routed_dit(num_embeds_ada_norm=1, class_dropout_prob=0.0), 0)):
+        batch = inputs()
+        expected = output(model, **{**batch, "class_labels": torch.full((4,), label)})
+        assert torch.equal(output(model, **{**batch, "class_labels": None}), expected)
+
+
+def test_without_label_dropout_there_is_no_null_class():
+    model = routed_dit(class_dropout_prob=0.0)
+    assert model.null_class is None
+    assert model.emb.class_embedder.embedding_table.num_embeddings == NUM_CLASSES
+    with pytest.raises(ValueError, match=r"`class_labels` must be given: the model has 5 classes and no null class"):
+        output(model, **{**inputs(), "class_labels": None})
+    batch = {**inputs(), "class_labels": torch.tensor([0, 1, 2, 3])}
+    assert torch.equal(output(model.train(), **batch), output(model.eval(), **batch))
+
+
+def test_an_unconditional_model_needs_no_labels():
+    model = routed_dit(num_embeds_ada_norm=None)
+    assert model.null_class is None
+    assert model.emb.class_embedder is None
+    assert output(model, **{**inputs(), "class_labels": None}).shape == (4, 8, 8, 8)
+
+
+def test_other_classes_keep_the_null_class():
+    model = routed_dit().to(torch.bfloat16).train()
+    null = model.emb.class_embedder.embedding_table.weight[-1].clone()
+    model.replace_classes(3)
+    table = model.emb.class_embedder.embedding_table.weight
+    assert table.shape == (4, 16)
+    assert table.dtype == torch.bfloat16
+    assert torch.equal(table[-1], null)
+    assert model.emb.class_embedder.training
+    assert model.config.num_embeds_ada_norm == model.null_class == 3
+    model.replace_classes(None)
+    assert model.emb.class_embedder is None
+    with pytest.raises(ValueError, match="`num_classes` must be at least 1, or None, got 0"):
+        model.replace_classes(0)
+
+
+# Training.
+
+
+def gradients(model, *betas):
+    """Of one backward pass after a forward pass at each share, at different timesteps."""
+    losses = []
+    for i, beta in enumerate(betas):
+        model.set_routing_beta(beta)
+        losses.append(model(**inputs((TIMESTEPS + 300 * i) % 1000)).sample.square().mean())
+    return torch.autograd.grad(sum(losses), list(model.parameters()))
+
+
+@pytest.mark.parametrize("betas", [(None,), (None, None), (0.5, 0.9)])
+def test_checkpointing_gives_the_same_gradients_also_for_two_forwards_before_one_backward(betas):
+    model = routed_dit()
+    expected = gradients(model, *betas)
+    model.enable_gradient_checkpointing()
+    blocks_run = []
+    model.transformer_blocks[0].register_forward_pre_hook(lambda *_: blocks_run.append(1))
+    assert all(map(torch.equal, gradients(model, *betas), expected))
+    assert len(blocks_run) == 2 * len(betas)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_inactive_channels_get_gradients_only_past_the_block(share):
+    block = routed_dit(norm_elementwise_affine=True).transformer_blocks[0]
+    x = torch.randn(2, 16, 16, requires_grad=True)
+    mask = routing_mask(torch.tensor([0, 999]), 16, beta=share)[:, None]
+    weight = torch.randn(2, 16, 16)
+    (gradient,) = torch.autograd.grad((weight * block(x, torch.randn(2, 16), mask)).sum(), x)
+    inactive = ~mask.expand_as(x)
+    assert torch.equal(gradient[inactive], weight[inactive])
+    assert not torch.isclose(gradient[~inactive], weight[~inactive]).any()
+
+
+def test_initialisation_is_that_of_the_original_dit():
+    torch.manual_seed(0)
+    model = DTRTransformer2DModel(4, 32, num_layers=2, sample_size=8, num_embeds_ada_norm=100)
+    width = 128
+
+    def xavier(fan_in, fan_out):
+        return math.sqrt(6 / (fan_in + fan_out))
+
+    for block in model.transformer_blocks:
+        assert not block.norm1.linear.weight.any()
+        # One matrix in the original: its fan-out is that of query, key and value together.
+        for layer in (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v):
+            assert_uniform(layer.weight, xavier(width, 3 * width))
+        assert_uniform(block.attn1.to_out[0].weight, xavier(width, width))
+        assert_uniform(block.ff.net[0].proj.weight, xavier(width, 4 * width))
+        assert_uniform(block.ff.net[2].weight, xavier(4 * width, width))
+    assert_uniform(model.pos_embed.proj.weight, xavier(4 * 2 * 2, width))
+    assert not model.proj_out_1.weight.any()
+    assert not model.proj_out_2.weight.any()
+    assert not any(parameter.any() for name, parameter in model.named_parameters() if name.endswith(".bias"))
+    timestep_embedder, table = model.emb.timestep_embedder, model.emb.class_embedder.embedding_table
+    for weight in (timestep_embedder.linear_1.weight, timestep_embedder.linear_2.weight, table.weight):
+        assert abs(weight.mean()) < 1e-3
+        assert weight.std().item() == pytest.approx(0.02, rel=0.05)
+        assert weight.abs().max() > 0.05
+
+
+def assert_uniform(weight, bound):
+    assert 0.98 * bound < weight.abs().max() <= bound * (1 + 1e-6)
+    assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+
+
+def test_a_new_model_predicts_zero_and_its_blocks_are_the_identity():
+    model = DTRTransformer2DModel(2, 8, num_layers=2, sample_size=8)
+    tokens = torch.randn(4, 16, 16)
+    mask = routing_mask(TIMESTEPS, 16)[:, None]
+    assert torch.equal(model.transformer_blocks[1](tokens, torch.randn(4, 16), mask), tokens)
+    assert not output(model).any()
+
+
+# Compilation, copies, threads, precision.
+
+
+@pytest.fixture
+def compiled():
+    """Compiles a model as a whole; a second graph is an error."""
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield lambda model, backend: torch.compile(model, fullgraph=True, backend=backend)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("routing_type", ["dtr", "random"])
+def test_one_graph_serves_all_timesteps_and_a_warm_up_of_the_share(compiled, routing_type):
+    model = routed_dit(routing_type=routing_type)
+    fast = compiled(model, "eager")
+    for beta in (1.0, 0.9, 0.8, 0.3):
+        model.set_routing_beta(beta)
+        for shift in (0, 17):
+            batch = inputs((TIMESTEPS + shift) % 1000)
+            assert torch.equal(output(fast, **batch), output(model, **batch))
+
+
+@pytest.mark.parametrize("config", [{}, {"routing_beta": 1.0}, {"num_embeds_ada_norm": None}])
+def test_one_graph_serves_all_timesteps_without_labels(compiled, config):
+    model = routed_dit(**config)
+    fast = compiled(model, "eager")
+    for shift in (0.0, 0.05):
+        batch = {**inputs(TIMESTEPS + shift), "class_labels": None}
+        assert torch.equal(output(fast, **batch), output(model, **batch))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_compiled_model_trains_like_the_eager_one(compiled, checkpointing):
+    model = routed_dit()
+    expected = [gradients(model, beta) for beta in (1.0, 0.5)]
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    model.compile(fullgraph=True)
+    for beta, wanted in zip((1.0, 0.5), expected, strict=True):
+        torch.testing.assert_close(gradients(model, beta), wanted, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_computes_the_same_and_goes_its_own_way(copied):
+    model = routed_dit()
+    other, expected = copied(model), output(model)
+    assert torch.equal(output(other), expected)
+    other.set_routing_beta(0.5)
+    assert not torch.equal(output(other), expected)
+    assert torch.equal(output(model), expected)
+
+
+def test_threads_share_one_model():
+    model = routed_dit()
+    batches = [inputs(torch.tensor([t, 999 - t])) for t in range(0, 960, 30)]
+    expected = [output(model, **batch) for batch in batches]
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda batch: output(model, **batch), batches))
+    assert all(map(torch.equal, results, expected))
+
+
+@pytest.mark.parametrize("timestep", [TIMESTEPS, REAL_TIMESTEPS])
+def test_half_precision_routes_the_same_channels(timestep):
+    model, batch = routed_dit(), inputs(timestep)
+    expected = output(model, **batch)
+    half = output(model.bfloat16(), **{**batch, "hidden_states": batch["hidden_states"].bfloat16()})
+    assert half.dtype == torch.bfloat16
+    assert (half - expected).norm() < 0.05 * expected.norm()
+
+
+def test_autocast_computes_the_same():
+    model = routed_dit()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = output(model)
+    assert (half - output(model)).norm() < 0.05 * output(model).norm()
+
+
+def test_attention_processors_can_be_exchanged_and_projections_fused():
+    model = routed_dit()
+    expected = output(model)
+    assert len(model.attn_processors) == 3
+    model.set_attn_processor(AttnProcessor())
+    torch.testing.assert_close(output(model), expected, rtol=1e-4, atol=1e-5)
+    model.set_attn_processor({name: copy.copy(AttnProcessor()) for name in model.attn_processors})
+    model.fuse_qkv_projections()
+    torch.testing.assert_close(output(model), expected, rtol=1e-4, atol=1e-5)
+
+
+# Config and errors.
+
+
+def test_the_signature_is_the_base_class_with_additions():
+    ours, theirs = (inspect.signature(cls).parameters for cls in (DTRTransformer2DModel, DiTTransformer2DModel))
+    assert list(ours)[: len(theirs)] == list(theirs)
+    assert all(ours[name].default == theirs[name].default for name in theirs)
+
+
+def test_positional_arguments_are_recorded_under_their_names():
+    config = DTRTransformer2DModel(2, 8, 3, 6, 1, sample_size=8).config
+    names = ("num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "num_layers", "sample_size")
+    assert [config[name] for name in names] == [2, 8, 3, 6, 1, 8]
+
+
+def test_output_channels_default_to_the_input_channels_in_the_config_too():
+    model = routed_dit(out_channels=None)
+    assert model.config.out_channels == model.out_channels == 4
+    assert output(model).shape == (4, 4, 8, 8)
+
+
+def test_everything_that_is_saved_is_a_parameter_and_routing_saves_nothing():
+    names = set(routed_dit().state_dict())
+    assert names == {name for name, _ in routed_dit().named_parameters()}
+    assert (
+        names
+        == set(routed_dit(routing_type="random").state_dict())
+        == set(routed_dit(routing_type="none").state_dict())
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"routing_beta": 0.0}, r"`routing_beta`.* must be in \(0, 1\], got 0\.0\."),
+        ({"routing_beta": 0.05}, r"`routing_beta`=0\.05 leaves none of 16 channels active"),
+        ({"routing_alpha": 0}, r"`routing_alpha` must be a number > 0, got 0\."),
+        ({"routing_type": "window"}, r"`routing_type` must be one of dtr, random, none, got 'window'\."),
+        ({"routing_seed": -1}, r"`routing_seed` must be an integer in .*, got -1\."),
+        ({"routing_timestep_range": (1, 0)}, r"`routing_timestep_range` must be \(t_min, t_max\) .*, got \(1, 0\)\."),
+        ({"norm_type": "ada_norm"}, r"`norm_type` must be \"ada_norm_zero\", got 'ada_norm'\."),
+        ({"class_dropout_prob": 1.0}, r"`class_dropout_prob` must be in \[0, 1\), got 1\.0\."),
+        ({"num_embeds_ada_norm": 0}, r"`num_embeds_ada_norm`.* must be >= 1 or None, got 0\."),
+        ({"sample_size": 9}, r"`sample_size` must be a multiple of `patch_size`=2, got 9\."),
+    ],
+)
+def test_a_config_that_describes_no_model_is_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        routed_dit(**config)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"timestep": None}, r"`timestep` must be given"),
+        ({"timestep": torch.zeros(3)}, r"`timestep` must be .*\(batch,\) = \(4,\), got \(3,\)\."),
+        ({"timestep": torch.zeros(4, 1)}, r"`timestep` must be .*\(batch,\) = \(4,\), got \(4, 1\)\."),
+        ({"timestep": math.nan}, r"`timestep` must be a number everywhere, got NaN at index 0\."),
+        ({"hidden_states": torch.zeros(4, 4, 8, 7)}, r"multiples of `patch_size`=2, got 8x7\."),
+    ],
+)
+def test_inputs_that_cannot_be_denoised_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        output(routed_dit(), **{**inputs(), **arguments})
