@@ -8,6 +8,7 @@ from .arguments import (
     add_run_arguments,
     check_arguments,
     json_config,
+    noise_config,
     routing_config,
     warmed_up_beta,
 )
@@ -22,8 +23,9 @@ from .clean_samples import (
 )
 from .ema import averaged_weights
 from .loss_monitor import LossMonitor
+from .optimizer import build_lr_scheduler, build_optimizer
 from .outputs import prepare_output_dir, save_pipeline, save_record
-from .randomness import derive_seed, shared_generator, step_generator
+from .randomness import derive_seed, noise_generator, seed_model, timestep_generator
 from .record import run_record, tracker_config
 from .tracking import log_image
 from .validation import HeldOutLoss, HeldOutLosses, save_sample_grid, validation_labels
@@ -43,6 +45,8 @@ __all__ = [
     "averaged_weights",
     "build_dataset",
     "build_loader",
+    "build_lr_scheduler",
+    "build_optimizer",
     "check_arguments",
     "clean_samples",
     "derive_seed",
@@ -50,14 +54,16 @@ __all__ = [
     "json_config",
     "load_images",
     "log_image",
+    "noise_config",
+    "noise_generator",
     "prepare_output_dir",
     "routing_config",
     "run_record",
     "save_pipeline",
     "save_record",
     "save_sample_grid",
-    "shared_generator",
-    "step_generator",
+    "seed_model",
+    "timestep_generator",
     "tracker_config",
     "validation_labels",
     "warmed_up_beta",

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 from ..routing import ROUTING_TYPES, check_routing
+
+
+# Those of diffusers' `get_scheduler` that the flags say enough for.
+_LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+_TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 def positive_int(text: str) -> int:
@@ -74,7 +80,7 @@ def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gradient_accumulation_steps", type=positive_int, default=1, help="Forward calls per optimizer step.")
     add("--gradient_checkpointing", action="store_true", help="Save memory by computing activations twice.")
     add("--learning_rate", type=float, default=1e-4, help="Peak learning rate.")
-    add("--lr_scheduler", default="constant", help="As in diffusers' `get_scheduler`: constant, cosine, linear, ...")
+    add("--lr_scheduler", choices=_LR_SCHEDULERS, default="constant", help="Course of the learning rate.")
     add("--lr_warmup_steps", type=non_negative_int, default=0, help="Steps over which the learning rate rises.")
     add("--adam_beta1", type=float, default=0.9)
     add("--adam_beta2", type=float, default=0.999)
@@ -91,17 +97,16 @@ def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_noise_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of the noise schedule and the loss."""
+    """Add the flags of the loss and of the noise schedule, which is a pretrained pipeline's unless given."""
     group = parser.add_argument_group("noise schedule and loss")
     add = group.add_argument
     add(
         "--noise_schedule",
         choices=("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"),
-        default="linear",
-        help="`beta_schedule` of the DDPMScheduler.",
+        help="`beta_schedule` of the DDPMScheduler. Default linear.",
     )
-    add("--num_train_timesteps", type=positive_int, default=1000, help="Number of timesteps T.")
-    add("--prediction_type", choices=("epsilon", "sample", "v_prediction"), default="epsilon")
+    add("--num_train_timesteps", type=positive_int, help="Number of timesteps T. Default 1000.")
+    add("--prediction_type", choices=("epsilon", "sample", "v_prediction"), help="Default epsilon.")
     add("--learn_sigma", action="store_true", help="Learn the variance too, by the variational bound.")
     add("--loss_weighting", choices=("constant", "min_snr", "p2", "soft_min_snr", "debiased"), default="constant")
     add("--snr_gamma", type=float, default=5.0, help="γ of min-SNR weighting.")
@@ -138,7 +143,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--validation_num_inference_steps", type=positive_int, default=50)
     add("--logging_steps", type=positive_int, default=10, help="Steps between readings of the loss.")
     add("--logging_dir", default="logs", help="Folder of the tracker's files inside the output folder.")
-    add("--report_to", default="tensorboard", help="tensorboard, wandb, trackio, all or none.")
+    add("--report_to", choices=(*_TRACKERS, "none"), default="tensorboard", help="Where losses and samples go.")
     add("--push_to_hub", action="store_true", help="Upload the final pipeline and its card.")
     add("--hub_model_id", help="Repository to push to. Defaults to the name of the output folder.")
     add("--hub_token", help="Token to push with. Defaults to the one of `hf auth login`.")
@@ -166,6 +171,12 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error("--cache_latents needs --center_crop: a random crop would be encoded anew every time")
     if args.max_train_steps is not None and args.routing_warmup_steps > args.max_train_steps:
         parser.error("--routing_warmup_steps must not exceed --max_train_steps: the run would end before its target")
+    if args.lr_scheduler == "constant" and args.lr_warmup_steps > 0:
+        parser.error("--lr_warmup_steps has no effect on --lr_scheduler constant: use constant_with_warmup")
+    if args.report_to in _TRACKERS and find_spec(args.report_to) is None:
+        parser.error(f"--report_to {args.report_to} needs the package {args.report_to}, which is not installed")
+    if args.report_to == "wandb" and args.hub_token is not None:
+        parser.error("--report_to wandb uploads the command line, and --hub_token with it: use `hf auth login`")
     given = routing_config(args)
     given = {name if name == "routing_type" else name.removeprefix("routing_"): given[name] for name in given}
     try:
@@ -185,6 +196,23 @@ def routing_config(args: argparse.Namespace) -> dict:
     """
     names = ("routing_alpha", "routing_beta", "routing_type", "routing_seed")
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def noise_config(args: argparse.Namespace) -> dict:
+    """The config values of a DDPMScheduler that the flags of the noise schedule set.
+
+    Args:
+        args: What was parsed.
+
+    Returns:
+        Those of `beta_schedule`, `num_train_timesteps` and `prediction_type` that were given.
+    """
+    flags = {
+        "beta_schedule": args.noise_schedule,
+        "num_train_timesteps": args.num_train_timesteps,
+        "prediction_type": args.prediction_type,
+    }
+    return {name: value for name, value in flags.items() if value is not None}
 
 
 def warmed_up_beta(step: int, warmup_steps: int, target: float) -> float:

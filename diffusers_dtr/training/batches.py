@@ -20,8 +20,7 @@ from .randomness import derive_seed
 class Draw(IntEnum):
     """What is drawn for an epoch or a sample. Two draws for the same one are independent."""
 
-    # Spelt out, because small numbers would hash like others: (seed, step, process) is the seed of a step's noise, and
-    # equals (seed, step, process, 0).
+    # Spelt out, because small numbers would hash like others: (seed, epoch, index, 0) equals (seed, epoch, index).
     ORDER = int.from_bytes(b"order", "big")
     AUGMENTATION = int.from_bytes(b"augmentation", "big")
     POSTERIOR = int.from_bytes(b"posterior", "big")

@@ -13,6 +13,7 @@ from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 
 from .ema import load_ema_state
+from .loss_monitor import not_finite
 
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ class Checkpoints:
         accelerator: Its prepared model, optimizer and scheduler, and whatever is registered with it, are saved.
         output_dir: The run's folder.
         model_name: Folder of the model inside a checkpoint ("transformer" or "unet"), as in a saved pipeline.
-        model_class: Class of the model.
+        model: The model itself, on which the optimizer works.
         ema: Average of the model's weights, saved as `<model_name>_ema`, or None.
         total_limit: How many checkpoints to keep; the oldest go once a new one is complete. None keeps all.
 
@@ -46,7 +47,7 @@ class Checkpoints:
         accelerator: Accelerator,
         output_dir: str | Path,
         model_name: str,
-        model_class: type[ModelMixin],
+        model: ModelMixin,
         ema: EMAModel | None = None,
         total_limit: int | None = None,
     ):
@@ -55,7 +56,7 @@ class Checkpoints:
         self.accelerator = accelerator
         self.output_dir = Path(output_dir)
         self.model_name = model_name
-        self.model_class = model_class
+        self.model = model
         self.ema = ema
         self.total_limit = total_limit
         accelerator.register_save_state_pre_hook(self._save_models)
@@ -70,11 +71,19 @@ class Checkpoints:
 
         Returns:
             The checkpoint's folder.
+
+        Raises:
+            FloatingPointError: If a weight is not finite; it names the last good checkpoint.
         """
+        # A finite loss can have gradients that are not, and the next loss would be too late for this checkpoint.
+        if not all(weight.isfinite().all() for weight in self.model.parameters()):
+            raise not_finite("The weights were", step, self.latest())
         final = self.output_dir / f"checkpoint-{step}"
         partial = final.with_name(final.name + _PARTIAL_SUFFIX)
         if self.accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
+            # Of this step or any other: what a process left that died here.
+            for abandoned in self.output_dir.glob(f"checkpoint-*{_PARTIAL_SUFFIX}"):
+                shutil.rmtree(abandoned)
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(partial))
         self.accelerator.wait_for_everyone()
@@ -84,15 +93,15 @@ class Checkpoints:
                 _remove(final)
             partial.rename(final)
             logger.info("Saved %s", final)
-            for old in self._complete()[: -self.total_limit] if self.total_limit is not None else []:
-                _remove(old)
+            if self.total_limit is not None:
+                for old in list(self._complete().values())[: -self.total_limit]:
+                    _remove(old)
         self.accelerator.wait_for_everyone()
         return final
 
     def latest(self) -> Path | None:
         """The complete checkpoint of the highest step, or None."""
-        complete = self._complete()
-        return complete[-1] if complete else None
+        return next(reversed(self._complete().values()), None)
 
     def resume(self, resume_from_checkpoint: str | None, settings: dict) -> int:
         """Load a checkpoint into everything prepared.
@@ -106,7 +115,8 @@ class Checkpoints:
             Number of optimizer steps that the checkpoint holds; 0 where nothing was loaded.
 
         Raises:
-            ValueError: If the folder is not a complete checkpoint.
+            ValueError: If the folder is not a complete checkpoint, has no averaged weights for a run that averages, or
+                if the run's folder holds checkpoints of later steps.
         """
         if resume_from_checkpoint is None:
             return 0
@@ -121,9 +131,16 @@ class Checkpoints:
         if not (path / STATE_FILE).is_file():
             raise ValueError(
                 f"`resume_from_checkpoint` must be a complete checkpoint or `latest`, got {resume_from_checkpoint!r}. "
-                f"Complete ones here: {', '.join(p.name for p in self._complete()) or 'none'}."
+                f"Complete ones here: {', '.join(p.name for p in self._complete().values()) or 'none'}."
             )
         state = json.loads((path / STATE_FILE).read_text())
+        # They would be taken for this run's: by `latest`, and by what counts how many to keep.
+        later = [other.name for step, other in self._complete().items() if step > state["global_step"]]
+        if later:
+            raise ValueError(
+                f"`resume_from_checkpoint`={resume_from_checkpoint!r} is of step {state['global_step']}, but "
+                f"{self.output_dir} holds {', '.join(later)}. Remove what is later, or choose another `--output_dir`."
+            )
         changed = [key for key in settings if state["settings"].get(key) != settings[key]]
         for key in changed:
             logger.warning(
@@ -132,35 +149,44 @@ class Checkpoints:
                 state["settings"].get(key),
                 settings[key],
             )
+        if self.ema is not None and not (path / self._ema_name).is_dir():
+            raise ValueError(
+                f"`use_ema` must be what it was: the checkpoint {path} has no averaged weights to go on with."
+            )
         self.accelerator.load_state(str(path))
+        # Forward calls since the last optimizer step, had the number of them in a step not changed.
+        self.accelerator.step = 0
         logger.info("Resumed from %s", path)
         return state["global_step"]
 
-    def _complete(self) -> list[Path]:
+    def _complete(self) -> dict[int, Path]:
         by_step = {
             int(match[1]): path
             for path in self.output_dir.glob("checkpoint-*")
             if (match := _CHECKPOINT.fullmatch(path.name)) and (path / STATE_FILE).is_file()
         }
-        return [by_step[step] for step in sorted(by_step)]
+        return dict(sorted(by_step.items()))
+
+    @property
+    def _ema_name(self) -> str:
+        return f"{self.model_name}_ema"
 
     def _save_models(self, models, weights, output_dir) -> None:
-        model = self.accelerator.unwrap_model(models[0], keep_torch_compile=False)
         if self.accelerator.is_main_process:
-            model.save_pretrained(Path(output_dir) / self.model_name)
+            self.model.save_pretrained(Path(output_dir) / self.model_name)
             if self.ema is not None:
-                self.ema.save_pretrained(str(Path(output_dir) / f"{self.model_name}_ema"))
+                self.ema.save_pretrained(str(Path(output_dir) / self._ema_name))
         # What is popped here accelerate does not save a second time.
         weights.clear()
 
     def _load_models(self, models, input_dir) -> None:
-        model = self.accelerator.unwrap_model(models.pop(), keep_torch_compile=False)
-        saved = self.model_class.from_pretrained(Path(input_dir) / self.model_name)
-        model.load_state_dict(saved.state_dict())
+        models.clear()
+        saved = type(self.model).from_pretrained(Path(input_dir) / self.model_name)
+        self.model.load_state_dict(saved.state_dict())
         if self.ema is None:
             return
         device = self.ema.shadow_params[0].device
-        self.ema.load_state_dict(load_ema_state(Path(input_dir) / f"{self.model_name}_ema", self.model_class))
+        self.ema.load_state_dict(load_ema_state(Path(input_dir) / self._ema_name, type(self.model)))
         self.ema.to(device=device)
 
 

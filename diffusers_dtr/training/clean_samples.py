@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers import ModelMixin
 from torch.utils.data import DataLoader, Dataset
 
@@ -122,40 +123,54 @@ def clean_samples(
 
 
 def held_out_samples(
-    args: argparse.Namespace, label_column: str | None, channels: int, vae: ModelMixin | None, device: torch.device
+    args: argparse.Namespace, images: TrainingImages, channels: int, vae: ModelMixin | None, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """Clean samples for the held-out loss, without flips or random crops, the same for every run.
 
     Args:
         args: Parsed flags.
-        label_column: Column of labels, or None.
+        images: The training images, whose classes these must have.
         channels: Channels of the images.
         vae: Autoencoder, or None.
         device: Where images are encoded.
 
     Returns:
         Samples and labels on the CPU, or None if no validation data are named.
+
+    Raises:
+        ValueError: If their classes are not those of the training images.
     """
     if args.validation_split is None and args.validation_data_dir is None:
         return None
-    images = load_training_images(
+    held_out = load_training_images(
         dataset_name=args.dataset_name if args.validation_data_dir is None else None,
         dataset_config_name=args.dataset_config_name if args.validation_data_dir is None else None,
         train_data_dir=args.validation_data_dir,
         split=args.validation_split or "train",
         image_column=args.image_column,
-        label_column=label_column,
+        label_column=None if images.labels is None else args.label_column,
+        num_classes=images.num_classes,
         cache_dir=args.cache_dir,
     )
+    # A folder that lacks a class would number the others differently.
+    if held_out.id2label != images.id2label:
+        raise ValueError(
+            "The validation images must have the classes of the training images, "
+            f"{_class_names(images)}, got {_class_names(held_out)}."
+        )
     transform = ImageTransform(args.resolution, channels, center_crop=True, random_flip=False)
-    dataset = ImageDataset(images, transform, seed=0, on_unreadable=args.unreadable_images)
+    dataset = ImageDataset(held_out, transform, seed=0, on_unreadable=args.unreadable_images)
     batches = TrainingBatches(len(dataset), args.train_batch_size, seed=0)
     wanted = min(len(dataset), args.max_held_out_images)
     loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate_samples, generator=torch.Generator())
     parts = [clean_samples(batch, vae, 0, device) for batch in islice(loader, -(-wanted // args.train_batch_size))]
     clean = torch.cat([part.cpu() for part, _ in parts])[:wanted]
-    labels = None if label_column is None else torch.cat([part.cpu() for _, part in parts])[:wanted]
+    labels = None if held_out.labels is None else torch.cat([part.cpu() for _, part in parts])[:wanted]
     return clean, labels
+
+
+def _class_names(images: TrainingImages) -> str:
+    return "numbers" if images.id2label is None else ", ".join(images.id2label.values())
 
 
 class UnreadableImages:
@@ -170,3 +185,7 @@ class UnreadableImages:
             if name not in self.names:
                 self.names.add(name)
                 logger.warning("Cannot read %s; another image takes its place (%d so far).", name, len(self.names))
+
+    def gather(self) -> list[str]:
+        """The names that all processes have seen, sorted; all of them must call this."""
+        return sorted(set(gather_object(sorted(self.names))))

@@ -6,6 +6,25 @@ import torch
 from accelerate import Accelerator
 
 
+def not_finite(what: str, step: int, last_checkpoint: object) -> FloatingPointError:
+    """The error that stops a diverged run, and says where to go on.
+
+    Args:
+        what: Subject and verb: "The loss was".
+        step: The optimizer step at which it was seen.
+        last_checkpoint: The place to go on from, or None.
+    """
+    resume = (
+        f"The last good checkpoint is {last_checkpoint}; go on from it with `--resume_from_checkpoint`"
+        if last_checkpoint is not None
+        else "There is no checkpoint before it; start again"
+    )
+    return FloatingPointError(
+        f"{what} not finite at step {step}. {resume}, with a lower `--learning_rate`, a smaller `--max_grad_norm`, or "
+        "another `--mixed_precision`."
+    )
+
+
 class LossMonitor:
     """Averages losses on the device and reads them now and then; notices one that is not finite.
 
@@ -48,15 +67,7 @@ class LossMonitor:
         bad = self.accelerator.gather(self._first_bad.reshape(1))
         bad = bad[bad >= 0].tolist()
         if bad:
-            resume = (
-                f"The last good checkpoint is {last_checkpoint}; go on from it with `--resume_from_checkpoint`"
-                if last_checkpoint is not None
-                else "There is no checkpoint before it; start again"
-            )
-            raise FloatingPointError(
-                f"The loss was not finite at step {min(bad)}. {resume}, with a lower `--learning_rate`, a smaller "
-                "`--max_grad_norm`, or another `--mixed_precision`."
-            )
+            raise not_finite("The loss was", min(bad), last_checkpoint)
         mean = (total / max(self._count, 1)).item()
         self._sum.zero_()
         self._count = 0

@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
@@ -34,7 +33,9 @@ logger = get_logger(__name__)
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     group = parser.add_argument_group("model")
     source = group.add_mutually_exclusive_group(required=True)
     source.add_argument("--model_preset", choices=DIT_PRESETS, help="Published size to train from scratch.")
@@ -47,7 +48,9 @@ def parse_args(argv=None):
         "--pretrained_model_name_or_path",
         help="Pipeline to fine-tune: ours or a DiTPipeline.",
     )
-    group.add_argument("--class_dropout_prob", type=float, default=0.1, help="Share of labels that are dropped.")
+    group.add_argument(
+        "--class_dropout_prob", type=float, help="Share of labels that are dropped. Default 0.1, or the pretrained."
+    )
     training.add_data_arguments(parser)
     training.add_optimization_arguments(parser)
     training.add_noise_arguments(parser)
@@ -70,49 +73,69 @@ def load_vae(args):
     return None
 
 
-def load_transformer(args, latent_channels, sample_size, num_classes):
-    routing = training.routing_config(args)
+def load_noise_scheduler(args):
+    config = training.noise_config(args)
+    if args.pretrained_model_name_or_path is None:
+        return DDPMScheduler(**config)
+    return DDPMScheduler.from_pretrained(
+        args.pretrained_model_name_or_path, subfolder="scheduler", cache_dir=args.cache_dir, **config
+    )
+
+
+def load_transformer(args, noise_scheduler, latent_channels, sample_size, num_classes):
+    given = {
+        **training.routing_config(args),
+        "routing_timestep_range": (0, noise_scheduler.config.num_train_timesteps - 1),
+        "sample_size": sample_size,
+    }
+    if args.class_dropout_prob is not None:
+        given["class_dropout_prob"] = args.class_dropout_prob
     if args.pretrained_model_name_or_path is not None:
-        model = DTRTransformer2DModel.from_pretrained(
-            args.pretrained_model_name_or_path, subfolder="transformer", cache_dir=args.cache_dir, **routing
-        )
-        if model.config.num_embeds_ada_norm != num_classes:
-            logger.info(f"New label embedding: {model.config.num_embeds_ada_norm} classes before, {num_classes} now.")
-            model.replace_classes(num_classes)
-        return model.train()
-    config = DIT_PRESETS[args.model_preset] if args.model_config is None else args.model_config
+        return load_pretrained_transformer(args, given, latent_channels, num_classes)
+    # The presets are made for latents; pixels have three channels.
+    config = args.model_config or {**DIT_PRESETS[args.model_preset], "in_channels": 3}
     channels = latent_channels or config.get("in_channels", 3)
     shape = {
         "in_channels": channels,
         "out_channels": 2 * channels if args.learn_sigma else channels,
-        "sample_size": sample_size,
         "num_embeds_ada_norm": num_classes,
-        "class_dropout_prob": args.class_dropout_prob,
-        "routing_timestep_range": (0, args.num_train_timesteps - 1),
     }
-    return DTRTransformer2DModel(**{**config, **shape, **routing})
+    return DTRTransformer2DModel(**{**config, **shape, **given})
 
 
-def load_noise_scheduler(args, model, in_latents):
-    learned_variance = model.config.out_channels == 2 * model.config.in_channels
-    config = {
-        "variance_type": "learned_range" if learned_variance else "fixed_small",
-        "clip_sample": not in_latents,
-    }
-    if args.pretrained_model_name_or_path is not None:
-        return DDPMScheduler.from_pretrained(
-            args.pretrained_model_name_or_path, subfolder="scheduler", cache_dir=args.cache_dir, **config
-        )
-    return DDPMScheduler(
-        num_train_timesteps=args.num_train_timesteps,
-        beta_schedule=args.noise_schedule,
-        prediction_type=args.prediction_type,
-        **config,
+def load_pretrained_transformer(args, given, latent_channels, num_classes):
+    model = DTRTransformer2DModel.from_pretrained(
+        args.pretrained_model_name_or_path, subfolder="transformer", cache_dir=args.cache_dir, **given
     )
+    if latent_channels not in (None, model.config.in_channels):
+        raise ValueError(
+            f"The autoencoder's latents have {latent_channels} channels, but the pretrained model has "
+            f"`in_channels`={model.config.in_channels}. Leave out `--vae_name_or_path` to use the pipeline's own."
+        )
+    if args.learn_sigma and not learns_variance(model):
+        raise ValueError("`--learn_sigma` needs a pretrained model that predicts a variance, and this one does not.")
+    if model.config.num_embeds_ada_norm != num_classes:
+        logger.info(f"New label embedding: {model.config.num_embeds_ada_norm} classes before, {num_classes} now.")
+        model.replace_classes(num_classes)
+    return model.train()
 
 
-def build_pipeline(model, noise_scheduler, vae, images):
-    pipeline = DTRPipeline(scheduler=noise_scheduler, transformer=model, vae=vae, id2label=images.id2label)
+def learns_variance(model):
+    return model.config.out_channels == 2 * model.config.in_channels
+
+
+def build_pipeline(args, model, noise_scheduler, vae, images):
+    scheduler = DDPMScheduler.from_config(
+        noise_scheduler.config,
+        variance_type="learned_range" if learns_variance(model) else "fixed_small",
+        clip_sample=vae is None,
+    )
+    pipeline = DTRPipeline(scheduler=scheduler, transformer=model, vae=vae, id2label=images.id2label)
+    if args.validation_guidance_scale > 1 and pipeline.null_class is None:
+        raise ValueError(
+            f"`--validation_guidance_scale` must be 1, got {args.validation_guidance_scale}: without dropped labels "
+            "(`--class_dropout_prob`) the model has no null class to be guided away from."
+        )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -158,6 +181,8 @@ def main(args):
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         level=logging.INFO if accelerator.is_local_main_process else logging.ERROR,
     )
+    # It announces every file of a checkpoint.
+    logging.getLogger("accelerate").setLevel(logging.WARNING)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
 
     # 1. Images, and the autoencoder in whose latent space they are learned, if there is one
@@ -168,11 +193,11 @@ def main(args):
     sample_size = args.resolution // (1 if vae is None else vae_scale_factor(vae))
 
     # 2. Denoiser, noise schedule and loss
+    noise_scheduler = load_noise_scheduler(args)
     torch.manual_seed(args.seed)
-    model = load_transformer(
-        args, None if vae is None else vae.config.latent_channels, sample_size, images.num_classes
-    )
-    noise_scheduler = load_noise_scheduler(args, model, in_latents=vae is not None)
+    latent_channels = None if vae is None else vae.config.latent_channels
+    model = load_transformer(args, noise_scheduler, latent_channels, sample_size, images.num_classes)
+    pipeline = build_pipeline(args, model, noise_scheduler, vae, images)
     loss_fn = DenoisingLoss(noise_scheduler, args.loss_weighting, snr_gamma=args.snr_gamma)
     clusters = cluster_timesteps(noise_scheduler, num_clusters=1, cost="uniform")
     if args.gradient_checkpointing:
@@ -196,36 +221,28 @@ def main(args):
     # 3. Data, whose order and augmentation depend on the seed and the step alone
     image_channels = model.config.in_channels if vae is None else vae.config.in_channels
     dataset = training.build_dataset(args, images, image_channels, vae, accelerator)
-    held_out = training.held_out_samples(args, args.label_column, image_channels, vae, accelerator.device)
+    held_out = training.held_out_samples(args, images, image_channels, vae, accelerator.device)
     if held_out is not None:
         eighths = cluster_timesteps(noise_scheduler, num_clusters=8, cost="uniform")
         held_out = training.HeldOutLoss(loss_fn.levels, eighths, *held_out)
-    global_batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    micro_batches = accelerator.num_processes * args.gradient_accumulation_steps
+    global_batch_size = args.train_batch_size * micro_batches
     if args.max_train_steps is None:
         args.max_train_steps = math.ceil(args.num_train_epochs * len(dataset) / global_batch_size)
 
-    # 4. Optimizer
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer=optimizer,
-        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
-        num_training_steps=args.max_train_steps * accelerator.num_processes,
-    )
-    denoiser, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
-
-    # 5. Go on from a checkpoint
+    # 4. Optimizer, and going on from a checkpoint
+    denoiser, optimizer = accelerator.prepare(model, training.build_optimizer(args, model))
     checkpoints = training.Checkpoints(
-        accelerator, output_dir, "transformer", DTRTransformer2DModel, ema, args.checkpoints_total_limit
+        accelerator, output_dir, "transformer", model, ema, args.checkpoints_total_limit
     )
-    settings = {"seed": args.seed, "global_batch_size": global_batch_size, "num_images": len(dataset)}
+    settings = {
+        "seed": args.seed,
+        "train_batch_size": args.train_batch_size,
+        "global_batch_size": global_batch_size,
+        "num_images": len(dataset),
+    }
     global_step = checkpoints.resume(args.resume_from_checkpoint, settings)
+    lr_scheduler = training.build_lr_scheduler(args, optimizer, global_step)
     loader = training.build_loader(args, dataset, accelerator, global_step)
     if accelerator.is_main_process and args.report_to != "none":
         accelerator.init_trackers("class-conditional", config=training.tracker_config(args))
@@ -236,12 +253,11 @@ def main(args):
     )
     unreadable = training.UnreadableImages()
     monitor = training.LossMonitor(accelerator)
-    pipeline = build_pipeline(model, noise_scheduler, vae, images)
     progress_bar = tqdm(
         total=args.max_train_steps, initial=global_step, desc="Steps", disable=not accelerator.is_local_main_process
     )
 
-    # 6. Train
+    # 5. Train
     model.train()
     first_batch = global_step * args.gradient_accumulation_steps
     for number, batch in enumerate(loader, start=first_batch):
@@ -253,18 +269,19 @@ def main(args):
             if args.routing_warmup_steps
             else None
         )
-        # Label drops and dropout read the global generator.
-        torch.manual_seed(training.derive_seed(args.seed, number, accelerator.process_index))
-        generator = training.step_generator(args.seed, number, accelerator.process_index, accelerator.device)
+        micro_batch = number * accelerator.num_processes + accelerator.process_index
+        training.seed_model(args.seed, micro_batch)
         with accelerator.accumulate(denoiser):
             clean, class_labels = training.clean_samples(batch, vae, args.seed, accelerator.device)
-            noise = torch.randn(clean.shape, generator=generator, device=accelerator.device)
+            noise_generator = training.noise_generator(args.seed, micro_batch, accelerator.device)
+            noise = torch.randn(clean.shape, generator=noise_generator, device=accelerator.device)
+            # One draw for the whole step, of which this is a part
             timesteps = clusters.sample(
                 len(clean),
-                generator=training.shared_generator(args.seed, number),
+                generator=training.timestep_generator(args.seed, global_step),
                 device=accelerator.device,
-                process_index=accelerator.process_index,
-                num_processes=accelerator.num_processes,
+                process_index=micro_batch % micro_batches,
+                num_processes=micro_batches,
             )
             noisy = loss_fn.levels.add_noise(clean, noise, timesteps)
             model_input = loss_fn.levels.model_input(noisy, timesteps)
@@ -275,12 +292,12 @@ def main(args):
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(denoiser.parameters(), args.max_grad_norm)
             optimizer.step()
-            lr_scheduler.step()
             optimizer.zero_grad()
         if not accelerator.sync_gradients:
             continue
 
         global_step += 1
+        lr_scheduler.step()
         progress_bar.update()
         if ema is not None:
             ema.step(model.parameters())
@@ -297,16 +314,17 @@ def main(args):
                 validate(args, accelerator, pipeline, held_out, global_step)
     progress_bar.close()
 
-    # 7. Save the pipeline, and share it
+    # 6. Save the pipeline, and share it
     model.set_routing_beta(None)
     if ema is not None:
         ema.copy_to(model.parameters())
     results = validate(args, accelerator, pipeline, held_out, global_step)
+    unreadable_images = unreadable.gather()
     if accelerator.is_main_process:
         training.save_pipeline(pipeline, output_dir)
         seconds = time.perf_counter() - start_time
         record = training.run_record(
-            args, sys.argv, accelerator, seconds, results=results, unreadable_images=sorted(unreadable.names)
+            args, sys.argv, accelerator, seconds, results=results, unreadable_images=unreadable_images
         )
         training.save_record(record, output_dir)
         logger.info(f"Saved the pipeline in {output_dir}")

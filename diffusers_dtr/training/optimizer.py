@@ -1,0 +1,53 @@
+"""The optimizer and the learning rate that the flags ask for, from the start and after resuming alike."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from diffusers.optimization import get_scheduler
+from torch.optim.lr_scheduler import LambdaLR
+
+
+def build_optimizer(args: argparse.Namespace, model: torch.nn.Module) -> torch.optim.AdamW:
+    """AdamW with the hyperparameters of the flags, which loading a checkpoint leaves as they are.
+
+    PyTorch would restore the old ones: a run that is resumed with a lower learning rate would go on with the old.
+
+    Args:
+        args: Parsed flags of [`add_optimization_arguments`].
+        model: Its parameters are optimized.
+    """
+    optimizer = torch.optim.AdamW(
+        # A learning rate schedule that begins in the middle takes the peak from here.
+        [{"params": list(model.parameters()), "initial_lr": args.learning_rate}],
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
+    optimizer.register_load_state_dict_pre_hook(_keep_hyperparameters)
+    return optimizer
+
+
+def build_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, global_step: int) -> LambdaLR:
+    """The learning rate as a function of the step alone; not to be given to `Accelerator.prepare`.
+
+    Args:
+        args: Parsed flags; `max_train_steps` is a number by now.
+        optimizer: Of [`build_optimizer`], as it came from `Accelerator.prepare`.
+        global_step: Optimizer steps already done.
+    """
+    return get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+        last_epoch=global_step - 1,
+    )
+
+
+def _keep_hyperparameters(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    groups = zip(optimizer.param_groups, state_dict["param_groups"], strict=True)
+    return {**state_dict, "param_groups": [{**own, "params": saved["params"]} for own, saved in groups]}
