@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
-from huggingface_hub import create_repo, upload_folder
+from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 
 
-# What a run leaves in its folder that is of no use to others.
-_PRIVATE_PATTERNS = ("checkpoint-*/**", "checkpoint-*.partial/**", ".pipeline.*/**", "latents/**")
+# What a run leaves in its folder that is of no use to others, or not complete. A `*` matches `/` too.
+_PRIVATE_PATTERNS = ("checkpoint-*/*", ".pipeline.*/*", "latents*/*", "*.partial")
 
 
 def save_model_card(output_dir: str | Path, description: str, tags: list[str], base_model: str | None = None) -> Path:
@@ -19,21 +18,20 @@ def save_model_card(output_dir: str | Path, description: str, tags: list[str], b
         output_dir: The run's folder.
         description: Markdown that says what the model is and how it was trained.
         tags: Tags for the Hub.
-        base_model: Model that was fine-tuned, or None.
+        base_model: Model that was fine-tuned, or None. A local folder is left out, because the Hub refuses cards that
+            name one.
 
     Returns:
         The card's path.
     """
-    path = Path(output_dir) / "README.md"
+    output_dir = Path(output_dir)
+    path = output_dir / "README.md"
     if not path.exists():
-        card = load_or_create_model_card(
-            repo_id_or_path=str(output_dir),
-            from_training=True,
-            base_model=base_model,
-            model_description=description,
-            inference=True,
-        )
-        populate_model_card(card, tags=tags).save(path)
+        if base_model is not None and Path(base_model).is_dir():
+            base_model = None
+        metadata = ModelCardData(library_name="diffusers", tags=list(tags), base_model=base_model)
+        content = f"---\n{metadata.to_yaml()}\n---\n\n# {output_dir.resolve().name}\n\n{description}\n"
+        ModelCard(content).save(path)
     return path
 
 
@@ -41,7 +39,7 @@ def push_run(output_dir: str | Path, repo_id: str | None, token: str | None, pri
     """Upload a run's pipeline, card, samples and logs, but not its checkpoints.
 
     Args:
-        output_dir: The run's folder.
+        output_dir: The run's folder. Its files replace those of the same name in the repository, the card too.
         repo_id: Repository; by default one named after the folder, in the user's namespace.
         token: Token, or None for the one that is logged in.
         private: Whether a new repository is private.

@@ -1,0 +1,150 @@
+"""What a finished run shares: its card, and which of its files."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+from hub_server import AnswerStatus
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import RepositoryNotFoundError
+
+from diffusers_dtr import DTRPipeline, DTRTransformer2DModel
+from diffusers_dtr.hub import push_run, save_model_card
+
+
+SHARED = {
+    "README.md",
+    "logs/events.out",
+    "model_index.json",
+    "samples/step-00000010.png",
+    "training_config.json",
+    "transformer/config.json",
+    "transformer/diffusion_pytorch_model.safetensors",
+}
+KEPT = {
+    ".pipeline.partial/model_index.json",
+    ".pipeline.previous/transformer/config.json",
+    "checkpoint-10/optimizer.bin",
+    "checkpoint-10/transformer/config.json",
+    "checkpoint-20.partial/optimizer.bin",
+    "latents-0123/moments.npy",
+    "latents/0123/moments.npy",
+    "training_config.partial",
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The folder of a run, with everything that one can leave behind."""
+    for path in SHARED | KEPT:
+        (tmp_path / "digits" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "digits" / path).write_text(path)
+    return tmp_path / "digits"
+
+
+def push(run, repo_id="owner/digits", token=None, private=False, message="End of training"):
+    return push_run(run, repo_id, token, private, message)
+
+
+def files(repo_id="owner/digits"):
+    return set(HfApi().list_repo_files(repo_id)) - {".gitattributes"}
+
+
+# ---- uploading
+
+
+def test_pipeline_card_samples_and_logs_are_uploaded_and_nothing_else(hub, run):
+    push(run)
+    assert files() == SHARED
+
+
+def test_the_address_is_that_of_a_commit_with_the_message(hub, run):
+    url = push(run, message="Trained")
+    (commit, *_) = HfApi().list_repo_commits("owner/digits")
+    assert commit.title == "Trained"
+    assert url == f"{hub.url}/owner/digits/commit/{commit.commit_id}"
+
+
+def test_a_repository_is_named_after_the_folder_unless_it_is_named(hub, run, monkeypatch):
+    monkeypatch.chdir(run)
+    push(".", repo_id=None)
+    push(run, repo_id="owner/other")
+    assert files("owner/digits") == files("owner/other") == SHARED
+
+
+def test_a_new_repository_is_private_where_asked(hub, run):
+    for private in (False, True):
+        push(run, repo_id=f"owner/private-{private}", private=private)
+        assert HfApi().model_info(f"owner/private-{private}").private is private
+    with pytest.raises(RepositoryNotFoundError):
+        HfApi(token="hf_guest").model_info("owner/private-True")
+
+
+def test_the_given_token_is_used(hub, run, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    push(run, repo_id=None, token="hf_guest")
+    assert files("guest/digits") == SHARED
+
+
+def test_pushing_again_adds_to_the_repository(hub, run):
+    push(run)
+    (run / "samples" / "step-00000020.png").write_text("new")
+    push(run)
+    assert files() == SHARED | {"samples/step-00000020.png"}
+
+
+def test_a_failed_upload_is_an_error(hub, run):
+    hub.faults.append(AnswerStatus(method="POST", path="/commit/", status=403))
+    with pytest.raises(OSError, match="403"):
+        push(run)
+
+
+def test_a_pushed_run_is_a_pipeline(hub, tmp_path):
+    model = DTRTransformer2DModel(num_attention_heads=2, attention_head_dim=8, num_layers=1, sample_size=8)
+    DTRPipeline(scheduler=DDIMScheduler(), transformer=model).save_pretrained(tmp_path)
+    save_model_card(tmp_path, "A model.", ["diffusers-dtr"])
+    push(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained("owner/digits").transformer
+    assert torch.equal(loaded.pos_embed.proj.weight, model.pos_embed.proj.weight)
+
+
+# ---- card
+
+
+def test_the_card_says_what_the_model_is(tmp_path):
+    description = "Trained with `--name={{ value }}`.\n\n| a | b |\n| --- | --- |"
+    path = save_model_card(tmp_path / ".", description, ["diffusers", "diffusers-dtr"], base_model="owner/base")
+    assert path == tmp_path / "README.md"
+    card = ModelCard.load(path)
+    assert card.data.library_name == "diffusers"
+    assert card.data.tags == ["diffusers", "diffusers-dtr"]
+    assert card.data.base_model == "owner/base"
+    assert card.text.strip() == f"# {tmp_path.name}\n\n{description}"
+
+
+def test_a_local_base_model_is_not_named(tmp_path):
+    (tmp_path / "base").mkdir()
+    for base_model in (None, str(tmp_path / "base")):
+        path = save_model_card(tmp_path, "A model.", [], base_model=base_model)
+        assert ModelCard.load(path).data.base_model is None
+        path.unlink()
+
+
+def test_a_card_is_made_without_asking_the_hub_about_a_folder_that_looks_like_a_repository(hub, tmp_path, monkeypatch):
+    HfApi().create_repo("owner/digits")
+    ModelCard("somebody else's").push_to_hub("owner/digits")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "digits").mkdir(parents=True)
+    hub.requests.clear()
+    assert "A model." in save_model_card("owner/digits", "A model.", []).read_text()
+    assert hub.requests == []
+
+
+def test_a_card_edited_by_hand_is_kept_and_pushed(hub, run):
+    edited = "---\ntags: [mine]\n---\nWritten by hand: ä, 🤗.\r\n".encode()
+    (run / "README.md").write_bytes(edited)
+    save_model_card(run, "A model.", ["diffusers-dtr"])
+    push(run)
+    with open(HfApi().hf_hub_download("owner/digits", "README.md"), "rb") as file:
+        assert file.read() == edited
