@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import index
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from diffusers import (
@@ -18,9 +18,9 @@ from diffusers import (
     SchedulerMixin,
 )
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers.utils.torch_utils import randn_tensor, unwrap_module
 
-from ..latents import decode_latents, vae_scale_factor
+from ..latents import LatentNormalization, vae_scale_factor
 from ..noise_levels import uses_learned_variance
 
 
@@ -30,20 +30,21 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 class DTRPipeline(DiffusionPipeline):
     r"""Pipeline for image generation with a class-conditional or unconditional denoiser.
 
-    This model inherits from [`~diffusers.DiffusionPipeline`], whose saving, loading, offloading and device handling
+    This pipeline inherits from [`~diffusers.DiffusionPipeline`], whose saving, loading, offloading and device handling
     apply.
 
     Args:
         scheduler ([`~diffusers.SchedulerMixin`]): Scheduler that the denoiser is sampled with.
         transformer ([`DTRTransformer2DModel`], *optional*): Denoiser. Exactly one of `transformer` and `unet`.
-        unet ([`~diffusers.UNet2DModel`], *optional*): Denoiser.
+        unet ([`~diffusers.UNet2DModel`], *optional*): Denoiser. Classes are its `num_class_embeds`.
         vae ([`~diffusers.AutoencoderKL`], *optional*): Decoder of a denoiser that works on latents. Without it the
             denoiser's output is the image, in [-1, 1].
         id2label (`dict[int, str]`, *optional*): Names of the classes. Names separated by commas are synonyms, as in
             ImageNet's.
 
     Raises:
-        ValueError: Unless exactly one of `transformer` and `unet` is given.
+        ValueError: Unless exactly one of `transformer` and `unet` is given, and it is unconditional or has numbered
+            classes.
     """
 
     model_cpu_offload_seq = "transformer->unet->vae"
@@ -56,13 +57,19 @@ class DTRPipeline(DiffusionPipeline):
         transformer: ModelMixin | None = None,
         unet: ModelMixin | None = None,
         vae: AutoencoderKL | None = None,
-        id2label: dict[int, str] | None = None,
+        id2label: dict | None = None,
     ):
         super().__init__()
         if (transformer is None) == (unet is None):
             given = "both" if unet is not None else "neither"
             raise ValueError(f"Exactly one of `transformer` and `unet` must be given, got {given}.")
         self.register_modules(scheduler=scheduler, transformer=transformer, unet=unet, vae=vae)
+        class_embed_type = self.denoiser.config.get("class_embed_type")
+        if class_embed_type == "identity" or (class_embed_type is not None and self.num_classes is None):
+            raise ValueError(
+                "`unet` must be unconditional or have numbered classes (`num_class_embeds`), got `class_embed_type`="
+                f"{class_embed_type!r} and `num_class_embeds`={self.num_classes}."
+            )
         # JSON, in which `model_index.json` keeps them, has no integer keys.
         id2label = None if id2label is None else {str(key): name for key, name in id2label.items()}
         self.register_to_config(id2label=id2label)
@@ -77,9 +84,10 @@ class DTRPipeline(DiffusionPipeline):
     @property
     def null_class(self) -> int | None:
         """The label that the denoiser was trained with in place of dropped ones, or None if there is none."""
-        if isinstance(self.denoiser, DiTTransformer2DModel) and not hasattr(self.denoiser, "null_class"):
-            return self.denoiser.config.num_embeds_ada_norm
-        return getattr(self.denoiser, "null_class", None)
+        denoiser = unwrap_module(self.denoiser)
+        # diffusers' own DiT always drops labels, but has no attribute that says so.
+        default = denoiser.config.num_embeds_ada_norm if isinstance(denoiser, DiTTransformer2DModel) else None
+        return getattr(denoiser, "null_class", default)
 
     @property
     def num_classes(self) -> int | None:
@@ -143,7 +151,7 @@ class DTRPipeline(DiffusionPipeline):
         Args:
             class_labels (`int`, `str`, a sequence of these or `torch.Tensor`, *optional*):
                 One class per image, as numbers or as names in `id2label`. None generates without a label, for a
-                denoiser that has a null class or no classes.
+                denoiser that has a null class, or fewer than two classes.
             num_images (`int`, *optional*, defaults to 1):
                 How many images to generate where no `class_labels` say so.
             guidance_scale (`float`, *optional*, defaults to 1.0):
@@ -155,10 +163,10 @@ class DTRPipeline(DiffusionPipeline):
                 Number of denoising steps.
             generator (`torch.Generator` or list of these, *optional*):
                 Source of all randomness; a list has one for every image, which makes an image independent of the
-                others.
+                others, up to rounding.
             latents (`torch.Tensor`, *optional*):
-                Gaussian noise to start from, `(images, in_channels, height, width)` of the denoiser. Drawn from
-                `generator` by default.
+                Gaussian noise of variance 1 to start from, `(images, in_channels, height, width)` of the denoiser.
+                Drawn from `generator` by default.
             height (`int`, *optional*): Height of the images in pixels; the denoiser's own by default.
             width (`int`, *optional*): Width of the images in pixels; the denoiser's own by default.
             output_type (`str`, *optional*, defaults to `"pil"`):
@@ -167,11 +175,13 @@ class DTRPipeline(DiffusionPipeline):
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return an [`~diffusers.ImagePipelineOutput`] rather than a tuple.
             callback_on_step_end (`Callable`, *optional*):
-                Called as `callback(pipeline, step, timestep, tensors)` after every step; it may return replacements.
+                Called as `callback(pipeline, step, timestep, tensors)` after every step; it may return a dictionary
+                with replacements of the tensors.
             callback_on_step_end_tensor_inputs (sequence of `str`, *optional*):
                 The tensors that the callback gets; `"latents"` is the only one there is.
             max_batch_size (`int`, *optional*):
-                Denoise and decode at most this many images at once, to save memory. Does not change the images.
+                Denoise and decode at most this many images at once, to save memory. Changes the images by no more
+                than rounding.
 
         Examples:
         ```py
@@ -188,28 +198,32 @@ class DTRPipeline(DiffusionPipeline):
             [`~diffusers.ImagePipelineOutput`] or a tuple whose only element is the images.
 
         Raises:
-            ValueError: For arguments that do not fit each other or the denoiser, before any work is done.
+            ValueError: For arguments that do not fit each other, the denoiser or the scheduler, before any work is
+                done.
+            TypeError: For `class_labels` that are neither integers nor names.
         """
-        labels = self._resolve_labels(class_labels, num_images)
-        batch_size = len(labels) if labels is not None else (1 if num_images is None else num_images)
-        guided = guidance_scale > 1
-        self._check_inputs(
-            batch_size, labels, guided, guidance_interval, num_inference_steps, generator, output_type, max_batch_size
-        )
+        batch_size, labels = self._resolve_labels(class_labels, num_images)
+        self._check_sampling(batch_size, num_inference_steps, generator, output_type, max_batch_size)
+        self._check_guidance(guidance_scale, guidance_interval, class_labels)
         self._check_callback(callback_on_step_end_tensor_inputs)
+        self._check_channels()
         shape = self._latent_shape(batch_size, height, width)
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}.")
 
+        decodes = self.vae is not None and output_type != "latent"
+        normalization = LatentNormalization.from_vae(self.vae) if decodes else None
+
         device = self._execution_device
         labels = None if labels is None else torch.tensor(labels, device=device)
-        latents = randn_tensor(shape, generator, device, self.denoiser.dtype) if latents is None else latents
-        latents = latents.to(device, self.denoiser.dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        # First, because `init_noise_sigma` depends on the timesteps.
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         timesteps = self.scheduler.timesteps
+        latents = randn_tensor(shape, generator, device, self.denoiser.dtype) if latents is None else latents
+        latents = latents.to(device, self.denoiser.dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)
         low, high = (-float("inf"), float("inf")) if guidance_interval is None else guidance_interval
         # Asked once, because every look at a timestep on the device waits for it.
-        scales = [guidance_scale if guided and low <= t <= high else 1.0 for t in timesteps.tolist()]
+        scales = [guidance_scale if low <= t <= high else 1.0 for t in timesteps.tolist()]
         step_kwargs = self._step_kwargs(generator)
         max_batch_size = max_batch_size or batch_size
 
@@ -223,9 +237,9 @@ class DTRPipeline(DiffusionPipeline):
                 latents = latents.to(self.denoiser.dtype)
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents} if callback_on_step_end_tensor_inputs else {}
-                    latents = callback_on_step_end(self, step, timestep, tensors).pop("latents", latents)
+                    latents = (callback_on_step_end(self, step, timestep, tensors) or {}).get("latents", latents)
                 progress_bar.update()
-            images = latents if output_type == "latent" else self._decode(latents, max_batch_size)
+            images = latents if normalization is None else self._decode(latents, normalization, max_batch_size)
 
         if output_type != "latent":
             images = self.image_processor.postprocess(images, output_type=output_type)
@@ -276,61 +290,48 @@ class DTRPipeline(DiffusionPipeline):
         timestep = timestep.to(inputs.device).expand(len(inputs))
         return self.denoiser(inputs, timestep, class_labels=labels, return_dict=False)[0]
 
-    def _decode(self, latents: torch.Tensor, max_batch_size: int) -> torch.Tensor:
-        if self.vae is None:
-            return latents
-        return torch.cat([decode_latents(self.vae, part) for part in latents.split(max_batch_size)])
+    def _decode(self, latents: torch.Tensor, normalization: LatentNormalization, max_batch_size: int) -> torch.Tensor:
+        # Latents stay on the device they are on: that of an offloaded VAE is not the one it runs on.
+        latents = normalization.denormalize(latents.float()).to(self.vae.dtype)
+        return torch.cat([self.vae.decode(part, return_dict=False)[0] for part in latents.split(max_batch_size)])
 
-    def _resolve_labels(self, class_labels, num_images) -> list[int] | None:
+    def _resolve_labels(self, class_labels, num_images) -> tuple[int, list[int] | None]:
+        """The number of images, and their labels unless the denoiser is unconditional."""
         if class_labels is None:
-            if self.num_classes is not None and self.null_class is None and self.num_classes > 1:
-                raise ValueError(
-                    f"`class_labels` must be given: the denoiser has {self.num_classes} classes and no null class."
-                )
-            return None
+            batch_size = 1 if num_images is None else num_images
+            label = self._label_of_unlabelled()
+            return batch_size, None if label is None else [label] * batch_size
         if num_images is not None:
             raise ValueError(
                 f"`num_images`={num_images} and `class_labels` cannot both be given: labels count images."
             )
+        if self.num_classes is None:
+            raise ValueError("`class_labels` must be None: the denoiser is unconditional. Use `num_images`.")
         if isinstance(class_labels, torch.Tensor):
             class_labels = class_labels.reshape(-1).tolist()
         elif isinstance(class_labels, (int, str)):
             class_labels = [class_labels]
+        if not all(isinstance(label, (str, SupportsIndex)) for label in class_labels):
+            raise TypeError(f"`class_labels` must be integers or names, got {class_labels!r}.")
         labels = [self.get_label_ids(label)[0] if isinstance(label, str) else index(label) for label in class_labels]
-        if self.num_classes is None:
-            raise ValueError("`class_labels` must be None: the denoiser is unconditional. Use `num_images`.")
         highest = self.num_classes - 1 if self.null_class is None else self.null_class
         for label in labels:
             if not 0 <= label <= highest:
                 raise ValueError(f"`class_labels` must be in [0, {highest}], got {label}.")
-        return labels
+        return len(labels), labels
 
-    def _check_inputs(
-        self,
-        batch_size,
-        labels,
-        guided,
-        guidance_interval,
-        num_inference_steps,
-        generator,
-        output_type,
-        max_batch_size,
-    ) -> None:
+    def _label_of_unlabelled(self) -> int | None:
+        if self.null_class is not None or self.num_classes is None:
+            return self.null_class
+        if self.num_classes > 1:
+            raise ValueError(
+                f"`class_labels` must be given: the denoiser has {self.num_classes} classes and no null class."
+            )
+        return 0
+
+    def _check_sampling(self, batch_size, num_inference_steps, generator, output_type, max_batch_size) -> None:
         if batch_size < 1:
-            raise ValueError(f"At least one image must be asked for, got {batch_size}.")
-        if guided and self.null_class is None:
-            raise ValueError(
-                "`guidance_scale` must be 1: the denoiser has no null class to be guided away from. Train it with "
-                "`class_dropout_prob` above 0."
-            )
-        if guided and labels is None:
-            raise ValueError("`guidance_scale` above 1 needs `class_labels` to guide towards.")
-        if guidance_interval is not None and (
-            len(guidance_interval) != 2 or guidance_interval[0] > guidance_interval[1]
-        ):
-            raise ValueError(
-                f"`guidance_interval` must be (low, high) timesteps, low <= high, got {guidance_interval}."
-            )
+            raise ValueError(f"`num_images` or `class_labels` must ask for at least one image, got {batch_size}.")
         if num_inference_steps < 1:
             raise ValueError(f"`num_inference_steps` must be at least 1, got {num_inference_steps}.")
         if isinstance(generator, list) and len(generator) != batch_size:
@@ -339,11 +340,41 @@ class DTRPipeline(DiffusionPipeline):
             raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
         if max_batch_size is not None and max_batch_size < 1:
             raise ValueError(f"`max_batch_size` must be at least 1, got {max_batch_size}.")
-        config = self.denoiser.config
-        if uses_learned_variance(self.scheduler) and config.out_channels != 2 * config.in_channels:
+
+    def _check_guidance(self, guidance_scale, guidance_interval, class_labels) -> None:
+        if guidance_scale > 1 and self.null_class is None:
             raise ValueError(
-                f"The scheduler expects a learned variance (`variance_type`={self.scheduler.config.variance_type!r}), "
-                f"but the denoiser predicts {config.out_channels} channels for {config.in_channels}."
+                f"`guidance_scale` must be 1, got {guidance_scale}: the denoiser has no null class to be guided away "
+                "from. Train it with `class_dropout_prob` above 0."
+            )
+        if guidance_scale > 1 and class_labels is None:
+            raise ValueError(
+                f"`guidance_scale`={guidance_scale}, which is above 1, needs `class_labels` to guide towards."
+            )
+        if guidance_interval is not None and (
+            len(guidance_interval) != 2 or guidance_interval[0] > guidance_interval[1]
+        ):
+            raise ValueError(
+                f"`guidance_interval` must be (low, high) timesteps, low <= high, got {guidance_interval}."
+            )
+
+    def _check_channels(self) -> None:
+        """The denoiser must predict what the scheduler's step takes, with a variance only to use or to drop."""
+        config, scheduler = self.denoiser.config, self.scheduler
+        name, variance_type = type(scheduler).__name__, scheduler.config.get("variance_type")
+        channels = config.in_channels
+        predicted = channels if config.out_channels is None else config.out_channels
+        allowed = [2 * channels] if uses_learned_variance(scheduler) else [channels, 2 * channels]
+        if predicted not in allowed:
+            raise ValueError(
+                f"The denoiser must predict {' or '.join(map(str, allowed))} channels, from {channels}, for {name} "
+                f"with `variance_type`={variance_type!r}, got {predicted}."
+            )
+        if channels > 3 and _keeps_three_channels(scheduler):
+            raise ValueError(
+                f"`scheduler` must have no `variance_type` for a denoiser of {channels} channels, got "
+                f"{variance_type!r}, with which {name} keeps only the first 3. Use "
+                f"`{name}.from_config(pipe.scheduler.config, variance_type=None)`."
             )
 
     def _check_callback(self, tensor_inputs) -> None:
@@ -354,19 +385,47 @@ class DTRPipeline(DiffusionPipeline):
             )
 
     def _latent_shape(self, batch_size, height, width) -> tuple[int, int, int, int]:
-        sample_size = self.denoiser.config.sample_size
+        config = self.denoiser.config
+        sample_size = config.sample_size
         sizes = list(sample_size) if isinstance(sample_size, (tuple, list)) else [sample_size, sample_size]
+        # A U-Net halves its input between one width and the next, and must be able to double it again.
+        patch_size = config.patch_size if self.transformer is not None else 2 ** (len(config.block_out_channels) - 1)
+        multiple = self.vae_scale_factor * patch_size
         for axis, (name, pixels) in enumerate((("height", height), ("width", width))):
-            if pixels is None:
-                continue
-            if pixels < 1 or pixels % self.vae_scale_factor:
-                raise ValueError(f"`{name}` must be a multiple of {self.vae_scale_factor}, got {pixels}.")
-            sizes[axis] = pixels // self.vae_scale_factor
-        return (batch_size, self.denoiser.config.in_channels, *sizes)
+            if pixels is not None and (pixels < 1 or pixels % multiple):
+                raise ValueError(f"`{name}` must be a multiple of {multiple}, got {pixels}.")
+            if pixels is None and sizes[axis] is None:
+                raise ValueError(f"`{name}` must be given: the denoiser's config has no `sample_size`.")
+            sizes[axis] = sizes[axis] if pixels is None else pixels // self.vae_scale_factor
+        denoiser = unwrap_module(self.denoiser)
+        knows_squares_alone = isinstance(denoiser, DiTTransformer2DModel) and not hasattr(denoiser, "routing")
+        if knows_squares_alone and sizes[0] != sizes[1]:
+            raise ValueError(
+                f"`height` and `width` must be equal for {type(denoiser).__name__}, got {height} and {width}. Convert "
+                "it with `DTRTransformer2DModel.from_transformer`, which takes rectangular images."
+            )
+        return (batch_size, config.in_channels, *sizes)
 
     def _step_kwargs(self, generator) -> dict[str, Any]:
         accepted = inspect.signature(self.scheduler.step).parameters
         return {"generator": generator} if "generator" in accepted else {}
+
+
+def _keeps_three_channels(scheduler: SchedulerMixin) -> bool:
+    """Whether the scheduler's step drops a learned variance by taking three channels, whatever it is given.
+
+    The DPM-Solvers and SASolver do so. Others can have the value in their config too, from the scheduler that theirs
+    was made of, but have no such argument.
+    """
+    if (
+        uses_learned_variance(scheduler)
+        or "variance_type" not in inspect.signature(type(scheduler).__init__).parameters
+    ):
+        return False
+    return (
+        scheduler.config.variance_type in ("learned", "learned_range")
+        and scheduler.config.prediction_type == "epsilon"
+    )
 
 
 @contextmanager

@@ -1,0 +1,635 @@
+"""Sampling: what reaches the denoiser and the scheduler, what comes back, and what is refused before any work."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import accelerate
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+    UNet2DModel,
+    UniPCMultistepScheduler,
+)
+from PIL import Image
+from safetensors import safe_open
+
+from diffusers_dtr import DTRPipeline, DTRTransformer2DModel, convert_original_dit
+
+
+REFERENCE = Path(__file__).parents[1] / "fixtures" / "dtr_dit_tiny.safetensors"
+
+# Images of a batch and of single samples differ by the order in which matrix products are summed.
+ROUNDING = {"rtol": 1e-4, "atol": 1e-5}
+
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+DIT = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "num_layers": 2,
+    "sample_size": 8,
+    "num_embeds_ada_norm": 10,
+}
+UNET = {
+    "sample_size": 8,
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D"),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "attention_head_dim": 8,
+}
+VAE = {
+    "latent_channels": 4,
+    "block_out_channels": (4, 4),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "norm_num_groups": 2,
+    "sample_size": 16,
+}
+
+
+def randomize(model, seed=0):
+    """Weights that make every output depend on every input; a new DiT's output is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
+    return model.eval()
+
+
+def make_dit(cls=DTRTransformer2DModel, **config):
+    return randomize(cls(**{**DIT, **config}))
+
+
+def make_unet(**config):
+    return randomize(UNet2DModel(**{**UNET, **config}))
+
+
+def make_vae():
+    return randomize(AutoencoderKL(**VAE))
+
+
+def make_pipeline(denoiser=None, scheduler=None, **components):
+    denoiser = make_dit() if denoiser is None else denoiser
+    name = "unet" if isinstance(denoiser, UNet2DModel) else "transformer"
+    pipeline = DTRPipeline(scheduler=scheduler or DDIMScheduler(), **{name: denoiser}, **components)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def sample(pipeline, class_labels=(3, 7), seed=0, **arguments):
+    """Samples of the denoiser's own space, `(images, channels, height, width)`."""
+    defaults = {"num_inference_steps": 4, "generator": seeded(seed), "output_type": "latent"}
+    return pipeline(class_labels, **{**defaults, **arguments}).images
+
+
+def record_inputs(model):
+    """The positional and keyword arguments of every call of `model` from now on."""
+    calls = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+    return calls
+
+
+# ---- schedulers
+
+LEARNED = {"out_channels": 8}
+SCHEDULERS = {
+    "DDPM": (DDPMScheduler, {}, {}),
+    "DDPM, learned variance": (DDPMScheduler, {"variance_type": "learned_range"}, LEARNED),
+    "DDPM, learned variance dropped": (DDPMScheduler, {}, LEARNED),
+    "DDIM": (DDIMScheduler, {}, {}),
+    "DDIM, learned variance dropped": (DDIMScheduler, {}, LEARNED),
+    "PNDM": (PNDMScheduler, {}, {}),
+    "PNDM without Runge-Kutta": (PNDMScheduler, {"skip_prk_steps": True}, {}),
+    "Euler": (EulerDiscreteScheduler, {}, {}),
+    "Euler, leading": (EulerDiscreteScheduler, {"timestep_spacing": "leading"}, {}),
+    "EulerAncestral": (EulerAncestralDiscreteScheduler, {}, {}),
+    "Heun": (HeunDiscreteScheduler, {}, {}),
+    "DPMSolver": (DPMSolverMultistepScheduler, {}, {}),
+    "DPMSolver, learned variance": (
+        DPMSolverMultistepScheduler,
+        {"variance_type": "learned_range"},
+        {"in_channels": 3, "out_channels": 6},
+    ),
+    "SDE-DPMSolver": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}, {}),
+    "UniPC": (UniPCMultistepScheduler, {}, {}),
+    "EDMEuler": (EDMEulerScheduler, {}, {"routing_timestep_range": (-1.6, 1.1)}),
+    "FlowMatchEuler": (FlowMatchEulerDiscreteScheduler, {"shift": 3.0}, {}),
+}
+
+
+def documented_loop(scheduler, model, class_labels, steps, generator):
+    """Sampling as the schedulers' documentation writes it."""
+    labels = torch.tensor(class_labels)
+    shape = (len(labels), model.config.in_channels, 8, 8)
+    scheduler.set_timesteps(steps)
+    latents = torch.randn(shape, generator=generator) * getattr(scheduler, "init_noise_sigma", 1)
+    is_stochastic = isinstance(scheduler, (DDPMScheduler, EulerAncestralDiscreteScheduler))
+    is_stochastic |= scheduler.config.get("algorithm_type") == "sde-dpmsolver++"
+    for t in scheduler.timesteps:
+        has_scaling = not isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+        model_input = scheduler.scale_model_input(latents, t) if has_scaling else latents
+        output = model(model_input, t.expand(len(labels)), class_labels=labels).sample
+        if not (isinstance(scheduler, DDPMScheduler) and scheduler.config.variance_type == "learned_range"):
+            output = output[:, : shape[1]]
+        latents = scheduler.step(output, t, latents, **({"generator": generator} if is_stochastic else {})).prev_sample
+    return latents
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@torch.no_grad()
+def test_sampling_equals_the_schedulers_documented_loop_to_the_bit(name):
+    scheduler_class, scheduler_config, model_config = SCHEDULERS[name]
+    model = make_dit(**model_config)
+    expected = documented_loop(scheduler_class(**scheduler_config), model, [3, 7], 4, seeded())
+    pipeline = make_pipeline(model, scheduler_class(**scheduler_config))
+    assert torch.isfinite(expected).all()
+    assert torch.equal(sample(pipeline), expected)
+    # The scheduler's state, and its noise level of another number of steps, are gone with the next call.
+    sample(pipeline, num_inference_steps=5)
+    assert torch.equal(sample(pipeline), expected)
+
+
+def test_the_learned_variance_changes_samples_only_where_the_scheduler_uses_it():
+    with_variance = make_dit(out_channels=8)
+    other = make_dit(out_channels=8)
+    with torch.no_grad():
+        # The last axis of the output layer is (row, column, channel) of a patch.
+        other.proj_out_2.bias.view(4, 8)[:, 4:] += 1
+    for scheduler, uses_it in ((DDPMScheduler(variance_type="learned_range"), True), (DDPMScheduler(), False)):
+        samples = [sample(make_pipeline(model, scheduler)) for model in (with_variance, other)]
+        assert torch.equal(*samples) is not uses_it
+
+
+@pytest.mark.parametrize("scheduler_class", [DDIMScheduler, EulerDiscreteScheduler])
+def test_a_variance_type_left_over_from_the_training_scheduler_is_no_obstacle(scheduler_class):
+    scheduler = scheduler_class.from_config(DDPMScheduler(variance_type="learned_range").config)
+    assert scheduler.config.variance_type == "learned_range"
+    model = make_dit(out_channels=8)
+    assert torch.equal(sample(make_pipeline(model, scheduler)), sample(make_pipeline(model, scheduler_class())))
+
+
+def test_given_latents_replace_the_noise_of_the_generator():
+    pipeline = make_pipeline(scheduler=EulerDiscreteScheduler())
+    noise = torch.randn(2, 4, 8, 8, generator=seeded(5))
+    assert torch.equal(sample(pipeline, latents=noise, generator=None), sample(pipeline, seed=5))
+
+
+# ---- guidance
+
+
+@torch.no_grad()
+def test_the_guided_prediction_equals_the_authors():
+    with safe_open(REFERENCE, "pt") as file:
+        values, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118 - no dict
+    weights = {
+        key.removeprefix("checkpoint."): value for key, value in values.items() if key.startswith("checkpoint.")
+    }
+    model = convert_original_dit(
+        weights,
+        int(metadata["num_heads"]),
+        routing_alpha=float(metadata["alpha"]),
+        routing_beta=float(metadata["beta"]),
+    ).eval()
+    pipeline = make_pipeline(model, DDPMScheduler(variance_type="learned_range"))
+    inputs = values["cfg_sample"], values["cfg_timestep"], values["cfg_class_labels"]
+    guided = pipeline.predict(*inputs, guidance_scale=2.0)
+    torch.testing.assert_close(guided, values["cfg_output_scale2"], rtol=0, atol=1e-5)
+    # A scheduler without use for the variance gets the first half.
+    pipeline.scheduler = DDIMScheduler()
+    assert torch.equal(pipeline.predict(*inputs, guidance_scale=2.0), guided[:, :4])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cls", [DTRTransformer2DModel, DiTTransformer2DModel])
+def test_guidance_moves_away_from_the_null_class_and_leaves_the_labelled_variance(cls):
+    model = make_dit(cls, out_channels=8)
+    pipeline = make_pipeline(model, DDPMScheduler(variance_type="learned_range"))
+    inputs, timestep = torch.randn(2, 4, 8, 8, generator=seeded()), torch.tensor(600)
+    labelled, unlabelled = (
+        model(inputs, timestep.expand(2), class_labels=torch.tensor(labels)).sample for labels in ([3, 7], [10, 10])
+    )
+    guided = pipeline.predict(inputs, timestep, torch.tensor([3, 7]), guidance_scale=3.0)
+    torch.testing.assert_close(guided[:, :4], (unlabelled + 3 * (labelled - unlabelled))[:, :4], **ROUNDING)
+    torch.testing.assert_close(guided[:, 4:], labelled[:, 4:], **ROUNDING)
+
+
+def test_guidance_equals_that_of_diffusers_pipeline_where_that_works():
+    model, vae = make_dit(num_embeds_ada_norm=1000), make_vae()
+    theirs = DiTPipeline(model, vae, DDIMScheduler())
+    theirs.set_progress_bar_config(disable=True)
+    arguments = {"class_labels": [3, 207], "guidance_scale": 4.0, "num_inference_steps": 4, "output_type": "np"}
+    expected = theirs(**arguments, generator=seeded()).images
+    images = make_pipeline(model, vae=vae)(**arguments, generator=seeded()).images
+    np.testing.assert_allclose(images, expected, **ROUNDING)
+
+
+def test_guidance_at_one_and_below_is_off():
+    model = make_dit()
+    calls = record_inputs(model)
+    for scale in (1.0, 0.0):
+        assert torch.equal(sample(make_pipeline(model), guidance_scale=scale), sample(make_pipeline(model)))
+    assert {len(args[0]) for args, _ in calls} == {2}
+
+
+def test_guidance_interval_is_closed_and_guides_nowhere_else():
+    model = make_dit()
+    calls = record_inputs(model)
+    pipeline = make_pipeline(model, DDIMScheduler(timestep_spacing="trailing"))
+    sample(pipeline, guidance_scale=3.0, guidance_interval=(499, 749))
+    evaluated = {int(args[1][0]): len(args[0]) for args, _ in calls}
+    assert evaluated == {999: 2, 749: 4, 499: 4, 249: 2}
+
+
+# ---- labels
+
+
+def test_without_labels_the_images_are_those_of_the_null_class():
+    for model in (make_dit(), make_dit(DiTTransformer2DModel)):
+        pipeline = make_pipeline(model)
+        assert pipeline.null_class == 10
+        assert torch.equal(sample(pipeline, None, num_images=2), sample(pipeline, [10, 10]))
+
+
+def test_without_labels_a_denoiser_of_one_class_generates_that_class():
+    for model in (make_dit(num_embeds_ada_norm=1, class_dropout_prob=0.0), make_unet(num_class_embeds=1)):
+        pipeline = make_pipeline(model)
+        assert torch.equal(sample(pipeline, None, num_images=2), sample(pipeline, [0, 0]))
+
+
+def test_an_unconditional_denoiser_gets_no_labels():
+    for model in (make_dit(num_embeds_ada_norm=None), make_unet()):
+        pipeline = make_pipeline(model)
+        assert pipeline.num_classes is pipeline.null_class is None
+        calls = record_inputs(model)
+        assert len(sample(pipeline, None)) == 1
+        assert len(sample(pipeline, None, num_images=3)) == 3
+        assert {kwargs["class_labels"] for _, kwargs in calls} == {None}
+
+
+@pytest.mark.parametrize("class_embed_type", [None, "timestep"])
+def test_a_conditional_unet_gets_its_labels(class_embed_type):
+    model = make_unet(num_class_embeds=10, class_embed_type=class_embed_type)
+    pipeline = make_pipeline(model)
+    assert (pipeline.num_classes, pipeline.null_class) == (10, None)
+    three, seven = sample(pipeline, 3), sample(pipeline, 7)
+    assert not torch.allclose(three, seven)
+    torch.testing.assert_close(
+        sample(pipeline, [3, 3], latents=torch.randn(1, 3, 8, 8, generator=seeded()).repeat(2, 1, 1, 1))[1:],
+        three,
+        **ROUNDING,
+    )
+
+
+@pytest.mark.parametrize("config", [{"class_embed_type": "identity"}, {"class_embed_type": "timestep"}])
+def test_a_unet_whose_classes_have_no_numbers_is_refused(config):
+    with pytest.raises(ValueError, match="`num_class_embeds`"):
+        make_pipeline(make_unet(**config))
+
+
+NAMES = {0: "zero", 3: "three, drei", 4: "vier", 7: "seven", 8: "crane", 9: "crane, bird"}
+
+
+def test_names_synonyms_and_numbers_of_every_kind_stand_for_the_same_class():
+    pipeline = make_pipeline(id2label=NAMES)
+    expected = sample(pipeline, [3])
+    for label in ("drei", "three", "three, drei", 3, ["drei"], [np.int64(3)], np.array([3]), torch.tensor([3]), (3,)):
+        assert torch.equal(sample(pipeline, label), expected)
+    assert torch.equal(sample(pipeline, ["seven", 3]), sample(pipeline, [7, 3]))
+
+
+def test_a_single_name_is_not_split_into_characters():
+    assert make_pipeline(id2label=NAMES).get_label_ids("vier") == [4]
+
+
+def test_labels_lists_all_names_and_both_classes_of_an_ambiguous_one():
+    labels = make_pipeline(id2label=NAMES).labels
+    assert list(labels) == sorted(labels)
+    assert labels["crane"] == [8, 9]
+    assert (labels["bird"], labels["drei"], labels["three, drei"]) == ([9], [3], [3])
+
+
+# ---- outputs
+
+
+def test_images_come_in_the_asked_form():
+    pipeline = make_pipeline(make_dit(in_channels=3))
+    samples = sample(pipeline)
+    pixels = (samples / 2 + 0.5).clamp(0, 1)
+    assert torch.equal(sample(pipeline, output_type="pt"), pixels)
+    arrays = sample(pipeline, output_type="np")
+    assert np.array_equal(arrays, pixels.permute(0, 2, 3, 1).numpy())
+    pictures = sample(pipeline, output_type="pil")
+    assert all(isinstance(picture, Image.Image) and picture.mode == "RGB" for picture in pictures)
+    assert np.array_equal(np.stack([np.asarray(picture) for picture in pictures]), (arrays * 255).round())
+    (tensors,) = pipeline([3, 7], generator=seeded(), num_inference_steps=4, output_type="pt", return_dict=False)
+    assert torch.equal(tensors, pixels)
+
+
+@torch.no_grad()
+def test_latents_are_decoded_by_the_vae():
+    vae = make_vae()
+    pipeline = make_pipeline(vae=vae)
+    latents = sample(pipeline)
+    assert latents.shape == (2, 4, 8, 8)
+    decoded = (vae.decode(latents / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+    assert torch.equal(sample(pipeline, output_type="pt"), decoded)
+    assert decoded.shape == (2, 3, 16, 16)
+
+
+def test_height_and_width_are_pixels_of_the_image():
+    pipeline = make_pipeline(vae=make_vae())
+    assert sample(pipeline, height=8, width=24).shape == (2, 4, 4, 12)
+    assert sample(pipeline, output_type="pt", height=8, width=24).shape == (2, 3, 8, 24)
+    assert sample(pipeline, width=24).shape == (2, 4, 8, 12)
+    assert sample(make_pipeline(make_unet()), None, height=4, width=10).shape == (1, 3, 4, 10)
+
+
+def test_a_unet_without_a_sample_size_takes_it_from_the_call():
+    pipeline = make_pipeline(make_unet(sample_size=None))
+    assert sample(pipeline, None, height=8, width=4).shape == (1, 3, 8, 4)
+    with pytest.raises(ValueError, match="`width` must be given"):
+        sample(pipeline, None, height=8)
+
+
+def test_diffusers_own_transformer_takes_squares_alone():
+    pipeline = make_pipeline(make_dit(DiTTransformer2DModel))
+    assert sample(pipeline, height=12, width=12).shape == (2, 4, 12, 12)
+    with pytest.raises(ValueError, match="`height` and `width` must be equal"):
+        sample(pipeline, height=4, width=8)
+
+
+def test_a_rectangular_sample_size_is_the_default():
+    assert sample(make_pipeline(make_unet(sample_size=(4, 8))), None).shape == (1, 3, 4, 8)
+
+
+@pytest.mark.parametrize("scheduler_class", [DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler])
+def test_half_precision_stays_half_precision(scheduler_class):
+    model = make_dit()
+    expected = sample(make_pipeline(model, scheduler_class()))
+    pipeline = make_pipeline(model, scheduler_class(), vae=make_vae()).to(torch.bfloat16)
+    calls = record_inputs(model)
+    latents = sample(pipeline, latents=torch.randn(2, 4, 8, 8, generator=seeded()), generator=seeded(1))
+    assert latents.dtype == torch.bfloat16
+    assert {args[0].dtype for args, _ in calls} == {torch.bfloat16}
+    assert sample(pipeline, output_type="np").dtype == np.float32
+    if scheduler_class is not DDPMScheduler:
+        # Nothing is random here but the start, which is the same: 8 bits of precision, lost in every one of 4 steps.
+        assert (latents.float() - expected).norm() < 0.1 * expected.norm()
+
+
+# ---- batches
+
+
+@pytest.mark.parametrize("scheduler_class", [DDPMScheduler, EulerAncestralDiscreteScheduler])
+def test_a_generator_per_image_makes_it_independent_of_its_batch(scheduler_class):
+    pipeline = make_pipeline(scheduler=scheduler_class())
+    batch = sample(pipeline, [3, 7, 1], generator=[seeded(seed) for seed in (10, 11, 12)])
+    alone = torch.cat(
+        [sample(pipeline, [label], generator=[seeded(seed)]) for label, seed in ((3, 10), (7, 11), (1, 12))]
+    )
+    torch.testing.assert_close(batch, alone, **ROUNDING)
+    assert not torch.allclose(batch, sample(pipeline, [3, 7, 1], generator=seeded(10)))
+
+
+@pytest.mark.parametrize("max_batch_size", [1, 2, 5, 9])
+def test_slices_of_a_batch_give_the_images_of_the_whole(max_batch_size):
+    model, vae = make_dit(), make_vae()
+    pipeline = make_pipeline(model, DDPMScheduler(), vae=vae)
+    arguments = {"class_labels": [3, 7, 1, 0, 9], "guidance_scale": 2.0, "output_type": "pt"}
+    expected = sample(pipeline, **arguments)
+    calls, decoded = record_inputs(model), record_inputs(vae.decoder)
+    torch.testing.assert_close(sample(pipeline, **arguments, max_batch_size=max_batch_size), expected, **ROUNDING)
+    assert max(len(args[0]) for args, _ in calls) == 2 * min(max_batch_size, 5)
+    assert max(len(args[0]) for args, _ in decoded) == min(max_batch_size, 5)
+
+
+def test_slices_of_an_unconditional_batch_give_the_images_of_the_whole():
+    pipeline = make_pipeline(make_unet())
+    expected = sample(pipeline, None, num_images=3)
+    torch.testing.assert_close(sample(pipeline, None, num_images=3, max_batch_size=2), expected, **ROUNDING)
+
+
+# ---- components in training mode, threads, offloading
+
+
+def test_a_model_in_training_mode_is_sampled_without_dropping_labels_and_stays_in_it():
+    model, vae = make_dit(class_dropout_prob=0.9, dropout=0.5), make_vae()
+    pipeline = make_pipeline(model, vae=vae)
+    expected = sample(pipeline, output_type="pt")
+    model.train()
+    vae.train()
+    model.transformer_blocks[0].eval()
+    assert torch.equal(sample(pipeline, output_type="pt"), expected)
+    assert model.training
+    assert vae.training
+    assert model.transformer_blocks[1].training
+    assert not model.transformer_blocks[0].training
+
+
+def test_an_error_while_sampling_leaves_the_model_in_training_mode():
+    def fail(*_):
+        raise RuntimeError("stop")
+
+    model = make_dit().train()
+    with pytest.raises(RuntimeError, match="stop"):
+        sample(make_pipeline(model), callback_on_step_end=fail)
+    assert all(module.training for module in model.modules())
+
+
+def test_threads_with_a_pipeline_each_share_one_model():
+    model = make_dit()
+    plans = [([3, 7], 4), ([1], 7), ([5, 2, 0], 5), ([9], 3)]
+
+    def run(plan):
+        labels, steps = plan
+        pipeline = make_pipeline(model, DDPMScheduler())
+        return sample(pipeline, labels, num_inference_steps=steps, guidance_scale=2.0)
+
+    expected = [run(plan) for plan in plans]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(3):
+            assert all(torch.equal(*pair) for pair in zip(pool.map(run, plans), expected, strict=True))
+
+
+def offload_sequentially(pipeline, device):
+    # `enable_sequential_cpu_offload` without its device `cpu:0`, which accelerate takes for another one than `cpu`.
+    for component in (pipeline.transformer, pipeline.vae):
+        accelerate.cpu_offload(component, torch.device(device))
+
+
+def offload_models(pipeline, device):
+    pipeline.enable_model_cpu_offload(device=device)
+
+
+@pytest.mark.parametrize("offload", [offload_models, offload_sequentially])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_CUDA])])
+def test_offloading_changes_no_image_and_can_be_used_again(offload, device):
+    pipeline = make_pipeline(vae=make_vae()).to(device)
+    arguments = {"output_type": "pt", "latents": torch.randn(2, 4, 8, 8, generator=seeded())}
+    expected = sample(pipeline, **arguments)
+    offload(pipeline.to("cpu"), device)
+    for _ in range(2):
+        torch.testing.assert_close(sample(pipeline, **arguments), expected, **ROUNDING)
+
+
+def test_the_denoiser_makes_room_for_the_vae():
+    pipeline = make_pipeline(vae=make_vae())
+    pipeline.enable_model_cpu_offload(device="cpu")
+    assert pipeline.vae._hf_hook.prev_module_hook.model is pipeline.transformer
+
+
+# ---- callback, progress bar
+
+
+def test_the_callback_sees_every_step_and_replaces_the_latents():
+    pipeline = make_pipeline(scheduler=DDIMScheduler())
+    seen = []
+
+    def look(pipeline, step, timestep, tensors):
+        seen.append((step, int(timestep), tensors["latents"].clone()))
+
+    final = sample(pipeline, callback_on_step_end=look)
+    assert [step for step, *_ in seen] == [0, 1, 2, 3]
+    assert [timestep for _, timestep, _ in seen] == pipeline.scheduler.timesteps.tolist()
+    assert torch.equal(seen[-1][2], final)
+    zeros = torch.zeros_like(final)
+    replaced = sample(pipeline, callback_on_step_end=lambda *_: {"latents": zeros} if _[1] == 3 else {})
+    assert torch.equal(replaced, zeros)
+
+
+def test_the_callback_gets_only_the_tensors_that_it_asked_for():
+    seen = []
+    sample(
+        make_pipeline(),
+        callback_on_step_end=lambda *args: seen.append(args[3]),
+        callback_on_step_end_tensor_inputs=[],
+    )
+    assert seen == [{}] * 4
+
+
+def test_the_progress_bar_counts_steps(capsys):
+    pipeline = make_pipeline()
+    sample(pipeline)
+    assert capsys.readouterr().err == ""
+    pipeline.set_progress_bar_config(disable=False)
+    sample(pipeline)
+    assert "4/4" in capsys.readouterr().err
+
+
+# ---- what is refused
+
+NO_NULL_CLASS = {"class_dropout_prob": 0.0}
+WRONG_CALLS = {
+    "no labels, no null class": ({"class_labels": None}, "`class_labels` must be given", NO_NULL_CLASS),
+    "labels of an unconditional denoiser": ({}, "`class_labels` must be None", {"num_embeds_ada_norm": None}),
+    "label too high": ({"class_labels": [3, 11]}, r"`class_labels` must be in \[0, 10\], got 11", {}),
+    "null class that does not exist": ({"class_labels": [10]}, r"must be in \[0, 9\], got 10", NO_NULL_CLASS),
+    "negative label": ({"class_labels": -1}, "`class_labels` must be in .*, got -1", {}),
+    "no label at all": ({"class_labels": []}, "at least one image, got 0", {}),
+    "unknown name": ({"class_labels": ["owl"]}, "`class_labels` has no class named 'owl'. Known names: bird, ", {}),
+    "ambiguous name": ({"class_labels": "crane"}, r"`class_labels`: 'crane' names the classes \[8, 9\]", {}),
+    "labels and a number": ({"num_images": 2}, "`num_images`=2 and `class_labels` cannot both", {}),
+    "no images": ({"class_labels": None, "num_images": 0}, "at least one image, got 0", {}),
+    "fewer than no images": ({"class_labels": None, "num_images": -1}, "at least one image, got -1", {}),
+    "guidance without a null class": ({"guidance_scale": 2.0}, "`guidance_scale` must be 1, got 2.0", NO_NULL_CLASS),
+    "guidance without labels": ({"class_labels": None, "guidance_scale": 2.0}, "needs `class_labels`", {}),
+    "empty interval": ({"guidance_interval": (9, 3)}, "`guidance_interval` must be", {}),
+    "interval of one number": ({"guidance_interval": (9,)}, "`guidance_interval` must be", {}),
+    "no steps": ({"num_inference_steps": 0}, "`num_inference_steps` must be at least 1, got 0", {}),
+    "more steps than timesteps": ({"num_inference_steps": 1001}, "`num_inference_steps`.* cannot be larger", {}),
+    "too few generators": ({"generator": [seeded()]}, "`generator` must have one generator per image: 2, got 1", {}),
+    "wrong shape of latents": ({"latents": torch.zeros(2, 4, 8, 9)}, r"`latents` must have shape \(2, 4, 8, 8\)", {}),
+    "height between patches": ({"height": 9}, "`height` must be a multiple of 2, got 9", {}),
+    "no width": ({"width": 0}, "`width` must be a multiple of 2, got 0", {}),
+    "unknown output": ({"output_type": "jpg"}, "`output_type` must be one of pil, np, pt, latent, got 'jpg'", {}),
+    "unknown tensor": (
+        {"callback_on_step_end_tensor_inputs": ["noise"]},
+        "`callback_on_step_end_tensor_inputs` must be among",
+        {},
+    ),
+    "no batch": ({"max_batch_size": 0}, "`max_batch_size` must be at least 1, got 0", {}),
+    "too many predicted channels": ({}, "must predict 4 or 8 channels, from 4, .* got 5", {"out_channels": 5}),
+}
+
+
+def assert_refused(pipeline, error, match, **arguments):
+    """`pipeline(**arguments)` raises before the denoiser is called or noise is drawn."""
+    calls, state = record_inputs(pipeline.denoiser), torch.get_rng_state()
+    with pytest.raises(error, match=match):
+        pipeline(**{"class_labels": [3, 7], "num_inference_steps": 2, **arguments})
+    assert calls == []
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("name", WRONG_CALLS)
+def test_wrong_arguments_are_refused_before_any_work(name):
+    arguments, match, config = WRONG_CALLS[name]
+    assert_refused(make_pipeline(make_dit(**config), id2label=NAMES), ValueError, match, **arguments)
+
+
+def test_labels_that_are_no_integers_are_refused():
+    assert_refused(make_pipeline(), TypeError, "`class_labels` must be integers or names", class_labels=[1.5])
+
+
+def test_names_without_id2label_are_refused():
+    assert_refused(make_pipeline(), ValueError, "because the pipeline has no `id2label`", class_labels="three")
+
+
+def test_sizes_that_a_unet_cannot_halve_or_a_vae_cannot_decode_are_refused():
+    assert_refused(make_pipeline(make_unet()), ValueError, "multiple of 2, got 7", class_labels=None, height=7)
+    assert_refused(make_pipeline(vae=make_vae()), ValueError, "multiple of 4, got 18", width=18)
+
+
+def test_a_scheduler_that_needs_a_variance_which_is_not_learned_is_refused():
+    pipeline = make_pipeline(scheduler=DDPMScheduler(variance_type="learned_range"))
+    assert_refused(pipeline, ValueError, "must predict 8 channels, from 4, for DDPMScheduler")
+
+
+def test_a_scheduler_that_would_cut_latents_to_three_channels_is_refused_and_the_advice_works():
+    model = make_dit(out_channels=8)
+    pipeline = make_pipeline(model, DDPMScheduler(variance_type="learned_range"))
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    assert_refused(pipeline, ValueError, "`scheduler` must have no `variance_type` for a denoiser of 4 channels")
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, variance_type=None)
+    assert torch.equal(sample(pipeline), sample(make_pipeline(model, DPMSolverMultistepScheduler())))
+
+
+@pytest.mark.parametrize("components", [{}, {"transformer": make_dit(), "unet": make_unet()}])
+def test_there_is_exactly_one_denoiser(components):
+    with pytest.raises(ValueError, match="Exactly one of `transformer` and `unet`"):
+        DTRPipeline(scheduler=DDIMScheduler(), **components)
+
+
+def test_a_compiled_denoiser_has_the_null_class_of_its_model():
+    for cls in (DTRTransformer2DModel, DiTTransformer2DModel):
+        pipeline = make_pipeline(make_dit(cls))
+        pipeline.transformer = torch.compile(pipeline.transformer)
+        assert pipeline.null_class == 10
+
+
+def test_a_vae_that_does_not_say_how_latents_are_scaled_is_refused_unless_nothing_is_decoded():
+    pipeline = make_pipeline(vae=make_vae())
+    pipeline.vae.register_to_config(scaling_factor=None)
+    assert_refused(pipeline, ValueError, "`vae` must have `scaling_factor`")
+    assert sample(pipeline, output_type="latent").shape == (2, 4, 8, 8)
