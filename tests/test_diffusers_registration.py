@@ -1,0 +1,88 @@
+import json
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMPipeline, DiTPipeline
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+from huggingface_hub import HfApi
+from tiny_dit import output, routed_dit, with_random_weights
+
+import diffusers_dtr
+from diffusers_dtr import DTRPipeline
+from diffusers_dtr.diffusers_registration import register_library, register_pipeline
+
+
+def tiny_vae():
+    return with_random_weights(AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4))
+
+
+def test_the_library_is_one_that_diffusers_loads_models_of():
+    assert LOADABLE_CLASSES["diffusers_dtr"]["ModelMixin"] == LOADABLE_CLASSES["diffusers"]["ModelMixin"]
+    assert diffusers_dtr.ModelMixin is diffusers.ModelMixin
+
+
+def test_registering_twice_changes_nothing():
+    before = {name: dict(classes) for name, classes in LOADABLE_CLASSES.items()}
+    register_library()
+    register_pipeline(DTRPipeline)
+    assert before == LOADABLE_CLASSES
+    assert diffusers.DTRPipeline is DTRPipeline
+
+
+def test_a_pipeline_of_diffusers_is_never_hidden():
+    ours = type("DDPMPipeline", (DTRPipeline,), {})
+    with pytest.raises(RuntimeError, match=r"diffusers .* has a `DDPMPipeline` of its own; ours would hide it\."):
+        register_pipeline(ours)
+    assert diffusers.DDPMPipeline is DDPMPipeline
+
+
+@pytest.mark.parametrize(
+    "pipeline",
+    [
+        lambda: DTRPipeline(DDIMScheduler(), transformer=routed_dit()),
+        lambda: DiTPipeline(routed_dit(), tiny_vae(), DDIMScheduler()),
+    ],
+)
+def test_a_component_is_recorded_under_the_top_level_package(tmp_path, pipeline):
+    pipeline().save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["transformer"] == ["diffusers_dtr", "DTRTransformer2DModel"]
+
+
+def test_all_four_ways_of_loading_work_from_a_hub_in_a_fresh_process(hub, fresh_process, tmp_path):
+    expected = output(routed_dit())
+    for name, pipeline in (
+        ("ours", DTRPipeline(DDIMScheduler(), transformer=routed_dit())),
+        ("theirs", DiTPipeline(routed_dit(), tiny_vae(), DDIMScheduler())),
+    ):
+        pipeline.save_pretrained(tmp_path / name)
+        HfApi().create_repo(f"owner/{name}")
+        HfApi().upload_folder(repo_id=f"owner/{name}", folder_path=tmp_path / name)
+    torch.save(expected, tmp_path / "expected.pt")
+
+    code = f"""
+        import json
+        import torch
+        import diffusers_dtr
+        from diffusers import DiffusionPipeline, DiTPipeline
+        from tiny_dit import output
+
+        expected = torch.load({str(tmp_path / "expected.pt")!r}, weights_only=True)
+        found = []
+        for cls, repo in [
+            (diffusers_dtr.DTRPipeline, "owner/ours"),
+            (DiffusionPipeline, "owner/ours"),
+            (DiTPipeline, "owner/theirs"),
+            (DiffusionPipeline, "owner/theirs"),
+        ]:
+            pipeline = cls.from_pretrained(repo)
+            transformer = pipeline.transformer
+            names = [type(pipeline).__name__, type(transformer).__name__]
+            found.append([*names, torch.equal(output(transformer), expected)])
+        print(json.dumps(found))
+    """
+    loaded = fresh_process(code, PYTHONPATH=str(Path(__file__).parent))
+    ours, theirs = ["DTRPipeline", "DTRTransformer2DModel", True], ["DiTPipeline", "DTRTransformer2DModel", True]
+    assert loaded == [ours, ours, theirs, theirs]
