@@ -1,0 +1,373 @@
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from training_runs import (
+    EXAMPLES,
+    MODEL,
+    SCRIPT,
+    arguments,
+    files,
+    load_script,
+    make_images,
+    record,
+    run_main,
+    same_weights,
+    train,
+    weights,
+)
+
+from diffusers_dtr import DTRPipeline, DTRTransformer2DModel, training
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return make_images(tmp_path_factory.mktemp("data") / "images")
+
+
+@pytest.fixture(scope="module")
+def plain(images, tmp_path_factory) -> Path:
+    """A run of four steps without further flags, for others to differ from."""
+    return train(images, tmp_path_factory.mktemp("runs") / "plain", "--max_train_steps", 4)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--seed", 1),
+        ("--train_batch_size", 8),
+        ("--gradient_accumulation_steps", 2),
+        ("--learning_rate", 1e-3),
+        ("--lr_scheduler", "cosine"),
+        ("--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", 2),
+        ("--adam_beta1", 0.5),
+        ("--adam_beta2", 0.5),
+        ("--adam_weight_decay", 0.5),
+        ("--adam_epsilon", 1.0),
+        ("--max_grad_norm", 1e-6),
+        ("--mixed_precision", "bf16"),
+        ("--use_ema",),
+        ("--class_dropout_prob", 0.9),
+        ("--resolution", 4),
+        ("--center_crop",),
+        ("--random_flip",),
+        ("--noise_schedule", "squaredcos_cap_v2"),
+        ("--num_train_timesteps", 10),
+        ("--prediction_type", "v_prediction"),
+        ("--loss_weighting", "min_snr"),
+        ("--routing_alpha", 0.1),
+        ("--routing_beta", 0.4),
+        ("--routing_type", "random"),
+        ("--routing_warmup_steps", 4),
+    ],
+    ids=lambda flags: " ".join(map(str, flags)),
+)
+def test_flag_changes_what_is_learned(flags, images, plain, tmp_path):
+    run = train(images, tmp_path / "run", "--max_train_steps", 4, *flags)
+    assert not same_weights(run, plain)
+
+
+@pytest.mark.parametrize(
+    ("flag", "together_with"),
+    [
+        (("--snr_gamma", 0.1), ("--loss_weighting", "min_snr")),
+        (("--routing_seed", 1), ("--routing_type", "random")),
+        (("--ema_max_decay", 0.1), ("--use_ema",)),
+        (("--ema_inv_gamma", 10.0), ("--use_ema",)),
+        (("--ema_power", 0.1), ("--use_ema",)),
+    ],
+    ids=lambda flags: " ".join(map(str, flags)),
+)
+def test_flag_changes_what_is_learned_together_with_another(flag, together_with, images, tmp_path):
+    without = train(images, tmp_path / "without", "--max_train_steps", 4, *together_with)
+    run = train(images, tmp_path / "run", "--max_train_steps", 4, *together_with, *flag)
+    assert not same_weights(run, without)
+
+
+def test_workers_and_logging_leave_the_weights_alone(images, plain, tmp_path):
+    flags = ["--max_train_steps", 4, "--dataloader_num_workers", 2, "--logging_steps", 1, "--report_to", "tensorboard"]
+    flags += ["--checkpointing_steps", 1, "--validation_steps", 1, "--validation_data_dir", images]
+    assert same_weights(train(images, tmp_path / "run", *flags), plain)
+
+
+def test_second_process_gets_what_a_second_forward_call_would(images, tmp_path, monkeypatch):
+    """Data, noise and timesteps of a step do not depend on how it is divided between processes and forward calls."""
+    inputs = []
+    forward = DTRTransformer2DModel.forward
+
+    def spy(model, hidden_states, timestep, class_labels, **options):
+        if model.training:
+            inputs.append((hidden_states, timestep, class_labels))
+        return forward(model, hidden_states, timestep, class_labels, **options)
+
+    monkeypatch.setattr(DTRTransformer2DModel, "forward", spy)
+    train(images, tmp_path / "one_process", "--max_train_steps", 1, "--gradient_accumulation_steps", 2)
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    monkeypatch.setattr(Accelerator, "process_index", 1)
+    train(images, tmp_path / "second_of_two", "--max_train_steps", 1)
+    assert len(inputs) == 3
+    assert not torch.equal(inputs[0][0], inputs[1][0])
+    assert all(torch.equal(one, other) for one, other in zip(inputs[1], inputs[2], strict=True))
+
+
+def test_learned_variance_doubles_the_output_and_is_sampled_with(images, tmp_path):
+    run = train(images, tmp_path / "run", "--learn_sigma")
+    pipeline = DTRPipeline.from_pretrained(run)
+    assert pipeline.transformer.config.out_channels == 2
+    assert pipeline.scheduler.config.variance_type == "learned_range"
+    assert (
+        DTRPipeline.from_pretrained(train(images, tmp_path / "fixed")).scheduler.config.variance_type == "fixed_small"
+    )
+
+
+def test_saved_pipeline_knows_its_classes_schedule_and_routing(images, tmp_path):
+    run = train(
+        images, tmp_path / "run", "--num_train_timesteps", 20, "--routing_beta", 0.5, "--prediction_type", "sample"
+    )
+    pipeline = DTRPipeline.from_pretrained(run)
+    assert pipeline.labels == {"a": [0], "b": [1], "c": [2]}
+    assert pipeline.scheduler.config.num_train_timesteps == 20
+    assert pipeline.scheduler.config.prediction_type == "sample"
+    assert tuple(pipeline.transformer.config.routing_timestep_range) == (0, 19)
+    assert pipeline.transformer.config.routing_beta == 0.5
+    assert pipeline(class_labels=["b"], num_inference_steps=2).images[0].size == (8, 8)
+
+
+def test_preset_trains_on_colour_pixels_without_an_autoencoder(images, tmp_path, monkeypatch):
+    script = load_script(SCRIPT)
+    monkeypatch.setattr(script, "DIT_PRESETS", {"DiT-S/2": {**script.DIT_PRESETS["DiT-S/2"], **small_model()}})
+    args = script.parse_args(arguments(images, tmp_path / "run", source=("--model_preset", "DiT-S/2")))
+    transformer = script.load_transformer(args, script.load_noise_scheduler(args), None, 8, 3)
+    assert (transformer.config.in_channels, transformer.config.out_channels) == (3, 3)
+    assert transformer.config.freq_shift == 0
+
+
+def small_model() -> dict:
+    return {key: value for key, value in MODEL.items() if key != "in_channels"}
+
+
+def test_epochs_count_steps_where_no_steps_are_given(images, tmp_path):
+    argv = arguments(images, tmp_path / "run", "--num_train_epochs", 2, "--gradient_accumulation_steps", 2)
+    run = run_main(load_script(SCRIPT), without(argv, "--max_train_steps"))
+    assert record(run)["arguments"]["max_train_steps"] == 6  # 24 images twice, 8 a step
+    assert (run / "checkpoint-6").is_dir()
+
+
+def without(argv: list[str], flag: str) -> list[str]:
+    at = argv.index(flag)
+    return argv[:at] + argv[at + 2 :]
+
+
+def test_gradient_checkpointing_changes_no_weight(images, plain, tmp_path, monkeypatch):
+    recomputed = []
+    func = torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **k: recomputed.append(1) or func(*a, **k))
+    run = train(images, tmp_path / "run", "--max_train_steps", 4, "--gradient_checkpointing")
+    assert len(recomputed) == 4 * MODEL["num_layers"]
+    assert same_weights(run, plain)
+
+
+def test_compile_compiles_the_whole_model(images, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda model, **options: asked.append((type(model), options)))
+    train(images, tmp_path / "run", "--compile")
+    assert asked == [(DTRTransformer2DModel, {"fullgraph": True})]
+
+
+def test_tf32_is_allowed_only_on_request(images, tmp_path):
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        for number, flags in enumerate([("--allow_tf32",), ()]):
+            train(images, tmp_path / str(number), *flags)
+            assert torch.backends.cuda.matmul.allow_tf32 is bool(flags)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def test_checkpoints_are_made_and_limited_as_asked(images, tmp_path):
+    run = train(images, tmp_path / "run", "--max_train_steps", 5, "--checkpointing_steps", 2)
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
+    limited = ["--max_train_steps", 5, "--checkpointing_steps", 2, "--checkpoints_total_limit", 2]
+    run = train(images, tmp_path / "limited", *limited)
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
+
+
+def test_validation_draws_grids_and_measures_the_held_out_loss(images, tmp_path):
+    held_out = make_images(tmp_path / "held_out", count=12)
+    flags = ["--validation_steps", 2, "--validation_data_dir", held_out, "--num_validation_images", 5]
+    run = train(images, tmp_path / "run", *flags)
+    grids = sorted((run / "samples").iterdir())
+    assert [path.name for path in grids] == ["step-00000002.png", "step-00000003.png"]
+    assert Image.open(grids[0]).size == (24, 16)
+    results = record(run)["results"]
+    assert results.keys() == {"validation_loss"} | {f"validation_loss/cluster_{number}" for number in range(8)}
+    limited = record(train(images, tmp_path / "limited", *flags, "--max_held_out_images", 8))["results"]
+    assert limited["validation_loss"] != results["validation_loss"]
+
+
+@pytest.mark.parametrize("flags", [("--validation_guidance_scale", 3), ("--validation_num_inference_steps", 4)])
+def test_flag_changes_the_samples(flags, images, tmp_path):
+    def samples(*flags):
+        number = len(list(tmp_path.iterdir()))
+        run = train(images, tmp_path / str(number), "--learning_rate", 0.1, "--class_dropout_prob", 0.5, *flags)
+        return (run / "samples" / "step-00000003.png").read_bytes()
+
+    assert samples() == samples()
+    assert samples() != samples(*flags)
+
+
+def test_guidance_without_dropped_labels_is_refused_before_training(images, tmp_path):
+    with pytest.raises(ValueError, match=r"`--validation_guidance_scale` must be 1, got 2\.0.*null class"):
+        train(images, tmp_path / "run", "--class_dropout_prob", 0, "--validation_guidance_scale", 2)
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_validation_images_of_other_classes_are_refused(images, tmp_path):
+    held_out = make_images(tmp_path / "held_out", num_classes=2)
+    with pytest.raises(ValueError, match=r"must have the classes of the training images, a, b, c, got a, b"):
+        train(images, tmp_path / "run", "--validation_data_dir", held_out)
+
+
+@pytest.fixture
+def dataset(images, tmp_path) -> Path:
+    """A local dataset with two configurations, splits, and columns of unusual names."""
+    rows = datasets.load_dataset("imagefolder", data_dir=str(images), split="train", cache_dir=str(tmp_path / "c"))
+    rows = rows.rename_columns({"image": "picture", "label": "kind"})
+    for name in ("small", "large"):
+        for split, part in (("train", rows.select(range(12))), ("test", rows.select(range(12, 24)))):
+            (tmp_path / "dataset" / name).mkdir(parents=True, exist_ok=True)
+            part.to_parquet(tmp_path / "dataset" / name / f"{split}.parquet")
+    configs = "".join(f"- config_name: {name}\n  data_dir: {name}\n" for name in ("small", "large"))
+    (tmp_path / "dataset" / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    return tmp_path / "dataset"
+
+
+def named_dataset(images, output_dir, dataset, *flags) -> list[str]:
+    argv = arguments(images, output_dir, "--dataset_name", dataset, "--dataset_config_name", "small", *flags)
+    return without(argv, "--train_data_dir")
+
+
+def test_dataset_flags_choose_configuration_columns_and_splits(images, dataset, tmp_path):
+    columns = ["--image_column", "picture", "--label_column", "kind"]
+    script = load_script(SCRIPT)
+    argv = named_dataset(images, tmp_path / "run", dataset, *columns, "--validation_split", "test")
+    run = run_main(script, argv)
+    assert "validation_loss" in record(run)["results"]
+    other = run_main(script, named_dataset(images, tmp_path / "other", dataset, *columns, "--train_split", "test"))
+    assert not same_weights(run, other)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (("--label_column", "kind"), r"`image_column` must be one of .*picture, kind, got 'image'.*--image_column"),
+        (("--image_column", "picture"), r"`label_column` must be one of .*picture, kind, got 'label'.*--label_column"),
+    ],
+)
+def test_missing_column_is_named_beside_those_there_are(columns, message, images, dataset, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run_main(load_script(SCRIPT), named_dataset(images, tmp_path / "run", dataset, *columns))
+
+
+def test_unreadable_image_stops_the_run_or_is_named_and_passed_over(tmp_path, caplog):
+    images = make_images(tmp_path / "images")
+    (images / "a" / "000.png").write_bytes(b"not an image")
+    flags = ["--max_train_steps", 6]
+    with pytest.raises(ValueError, match=r"000\.png.*--unreadable_images skip"):
+        train(images, tmp_path / "fatal", *flags)
+    run = train(images, tmp_path / "run", *flags, "--unreadable_images", "skip")
+    assert [Path(name.split(" ")[0]).name for name in record(run)["unreadable_images"]] == ["000.png"]
+    assert sum("000.png" in message for message in caplog.messages) == 1
+
+
+def test_images_of_every_mode_train_together(tmp_path):
+    modes = ("L", "RGBA", "CMYK", "I;16", "P", "1", "LA", "RGB")
+    images = make_images(tmp_path / "images", count=len(modes))
+    for mode, path in zip(modes, sorted(images.rglob("*.png")), strict=True):
+        converted = Image.open(path).convert(mode)
+        path.unlink()
+        converted.save(path.with_suffix(".tif" if mode in ("CMYK", "I;16") else ".png"))
+    run = train(images, tmp_path / "run", "--max_train_steps", 4)
+    assert all(weight.isfinite().all() for weight in weights(run).values())
+
+
+def test_loss_that_is_not_finite_stops_the_run_with_the_last_good_checkpoint(images, tmp_path):
+    flags = ["--learning_rate", 1e30, "--checkpointing_steps", 1]
+    with pytest.raises(FloatingPointError, match=r"The loss was not finite at step 2\..*run/checkpoint-1;"):
+        train(images, tmp_path / "run", *flags)
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_weights_that_are_not_finite_are_not_saved_as_a_good_checkpoint(images, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"The weights were not finite at step 1\. There is no checkpoint"):
+        train(images, tmp_path / "run", "--learning_rate", "inf", "--checkpointing_steps", 1)
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("left_by_another_run", ["model_index.json", "checkpoint-7/training_state.json"])
+def test_folder_of_another_run_is_refused_and_left_as_it_is(left_by_another_run, images, tmp_path):
+    path = tmp_path / "run" / left_by_another_run
+    path.parent.mkdir(parents=True)
+    path.write_text("precious")
+    before = files(tmp_path / "run")
+    with pytest.raises(
+        ValueError, match=rf"already holds {left_by_another_run.split('/')[0]}.*--resume_from_checkpoint latest"
+    ):
+        train(images, tmp_path / "run")
+    assert files(tmp_path / "run") == before
+
+
+def test_tensorboard_gets_losses_rates_and_pictures(images, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = ["--logging_steps", 2, "--validation_steps", 2, "--validation_data_dir", images, "--logging_dir", "board"]
+    run = train(images, tmp_path / "run", "--report_to", "tensorboard", *flags)
+    events = EventAccumulator(str(run / "board" / "class-conditional")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [2, 3]
+    assert events.Scalars("lr")[0].value == pytest.approx(1e-2)
+    assert [event.step for event in events.Scalars("validation_loss")] == [2, 3]
+    assert [event.step for event in events.Images("samples")] == [2, 3]
+
+
+def test_token_is_written_nowhere(images, tmp_path, caplog, capfd, monkeypatch):
+    secret = "hf_very_secret"
+    argv = arguments(images, tmp_path / "run", "--hub_token", secret, "--report_to", "tensorboard")
+    monkeypatch.setattr("sys.argv", [str(SCRIPT), *argv])
+    run_main(load_script(SCRIPT), argv)
+    assert "--seed" not in record(tmp_path / "run")["command"]
+    assert "--model_config" in record(tmp_path / "run")["command"]
+    assert not [name for name, content in files(tmp_path / "run").items() if secret.encode() in content]
+    assert secret not in caplog.text + "".join(capfd.readouterr())
+
+
+def test_pushed_pipeline_loads_from_the_hub_without_what_is_of_no_use(hub, images, tmp_path):
+    flags = ["--push_to_hub", "--hub_model_id", "owner/digits", "--hub_token", "hf_owner", "--hub_private_repo"]
+    run = train(images, tmp_path / "run", *flags)
+    assert hub_files(hub) >= {"README.md", "model_index.json", "training_config.json", "samples/step-00000003.png"}
+    assert not [path for path in hub_files(hub) if path.startswith(("checkpoint-", ".pipeline", "latents"))]
+    assert hub.repos["models", "owner/digits"].private
+    pipeline = DTRPipeline.from_pretrained("owner/digits")
+    for name, weight in weights(run).items():
+        assert torch.equal(pipeline.transformer.state_dict()[name], weight)
+    assert "hf_owner" not in (run / "README.md").read_text()
+
+
+def hub_files(hub) -> set[str]:
+    return set(hub.repos["models", "owner/digits"].branches["main"].files)
+
+
+def test_repository_is_named_after_the_folder_unless_given(hub, images, tmp_path):
+    train(images, tmp_path / "my-digits", "--push_to_hub")
+    assert not hub.repos["models", "owner/my-digits"].private
+
+
+def test_script_is_short_and_uses_the_public_package_only():
+    lines = SCRIPT.read_text().splitlines()
+    assert len(lines) <= 450
+    imported = [line for line in lines if line.startswith("from diffusers_dtr")]
+    assert imported == ["from diffusers_dtr import (", "from diffusers_dtr.hub import push_run, save_model_card"]
+    assert training.__all__ == sorted(training.__all__, key=lambda name: (not name[0].isupper(), name))
+    assert (EXAMPLES / "class_conditional" / "requirements.txt").exists()

@@ -1,0 +1,194 @@
+"""A run that is interrupted at any moment and resumed ends with the weights of the uninterrupted one, to the bit."""
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from training_runs import (
+    SCRIPT,
+    arguments,
+    assert_equal_weights,
+    finish,
+    kill,
+    launch,
+    load_script,
+    make_images,
+    run_main,
+    same_weights,
+    train,
+    wait_for,
+    weights,
+)
+
+
+# Everything that has a state, or draws at random.
+EVERYTHING = [
+    *("--max_train_steps", 6, "--checkpointing_steps", 2, "--gradient_accumulation_steps", 2, "--learn_sigma"),
+    *("--use_ema", "--random_flip", "--class_dropout_prob", 0.5, "--routing_warmup_steps", 5),
+    *("--lr_scheduler", "cosine", "--lr_warmup_steps", 2, "--adam_weight_decay", 0.1, "--loss_weighting", "min_snr"),
+]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return make_images(tmp_path_factory.mktemp("data") / "images")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(images, tmp_path_factory) -> Path:
+    return train(images, tmp_path_factory.mktemp("runs") / "uninterrupted", *EVERYTHING)
+
+
+def interrupted(run: Path, folder: Path, step: int) -> Path:
+    """What is left of a run that was killed after a checkpoint."""
+    folder.mkdir()
+    shutil.copytree(run / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+    return folder
+
+
+@pytest.mark.parametrize("step", [2, 4])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_resumed_run_ends_with_the_weights_of_the_uninterrupted_one(
+    step, num_workers, images, uninterrupted, tmp_path
+):
+    run = interrupted(uninterrupted, tmp_path / "run", step)
+    workers = ["--dataloader_num_workers", num_workers]
+    train(images, run, *EVERYTHING, *workers, "--resume_from_checkpoint", "latest")
+    assert_equal_weights(run, uninterrupted)
+    assert_equal_weights(run / "checkpoint-6", uninterrupted / "checkpoint-6")
+    assert_equal_weights(run / "checkpoint-6", uninterrupted / "checkpoint-6", "transformer_ema")
+    assert not same_weights(run / "checkpoint-6", run)  # the average is another model
+
+
+def test_validation_and_logging_are_no_part_of_what_is_resumed(images, uninterrupted, tmp_path):
+    run = interrupted(uninterrupted, tmp_path / "run", 2)
+    watching = ["--validation_steps", 1, "--validation_data_dir", images, "--logging_steps", 1]
+    train(images, run, *EVERYTHING, *watching, "--resume_from_checkpoint", run / "checkpoint-2")
+    assert_equal_weights(run, uninterrupted)
+
+
+def test_checkpoint_is_found_by_its_name_and_in_another_folder(images, uninterrupted, tmp_path):
+    by_name = interrupted(uninterrupted, tmp_path / "by_name", 4)
+    train(images, by_name, *EVERYTHING, "--resume_from_checkpoint", "checkpoint-4")
+    by_path = tmp_path / "by_path"
+    train(images, by_path, *EVERYTHING, "--resume_from_checkpoint", uninterrupted / "checkpoint-4")
+    assert_equal_weights(by_name, uninterrupted)
+    assert_equal_weights(by_path, uninterrupted)
+
+
+def test_latest_passes_over_checkpoints_that_were_cut_off(images, uninterrupted, tmp_path):
+    run = interrupted(uninterrupted, tmp_path / "run", 2)
+    shutil.copytree(run / "checkpoint-2", run / "checkpoint-4.partial")
+    shutil.copytree(run / "checkpoint-2", run / "checkpoint-5")
+    (run / "checkpoint-5" / "training_state.json").unlink()
+    train(images, run, *EVERYTHING, "--resume_from_checkpoint", "latest")
+    assert_equal_weights(run, uninterrupted)
+
+
+def test_latest_of_an_empty_folder_is_the_beginning(images, uninterrupted, tmp_path):
+    assert_equal_weights(train(images, tmp_path, *EVERYTHING, "--resume_from_checkpoint", "latest"), uninterrupted)
+
+
+def test_resuming_a_finished_run_saves_the_same_pipeline_again(images, uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    (run / "model_index.json").unlink()
+    train(images, run, *EVERYTHING, "--resume_from_checkpoint", "latest")
+    assert_equal_weights(run, uninterrupted)
+    assert (run / "model_index.json").exists()
+
+
+def test_going_back_behind_later_checkpoints_is_refused(images, uninterrupted):
+    before = weights(uninterrupted / "checkpoint-6")
+    with pytest.raises(
+        ValueError, match=r"is of step 2, but .* holds checkpoint-4, checkpoint-6\. Remove what is later"
+    ):
+        train(images, uninterrupted, *EVERYTHING, "--resume_from_checkpoint", "checkpoint-2")
+    assert all(torch.equal(before[key], value) for key, value in weights(uninterrupted / "checkpoint-6").items())
+
+
+def test_flags_of_the_resumed_run_count_for_the_learning_rate(images, uninterrupted, tmp_path, monkeypatch):
+    script = load_script(SCRIPT)
+    build, rates = script.training.build_lr_scheduler, []
+
+    def spy(args, optimizer, step):
+        scheduler = build(args, optimizer, step)
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        return scheduler
+
+    monkeypatch.setattr(script.training, "build_lr_scheduler", spy)
+    for rate in (1e-2, 1e-4):
+        run = interrupted(uninterrupted, tmp_path / str(rate), 4)
+        flags = ["--learning_rate", rate, "--resume_from_checkpoint", "latest"]
+        run_main(script, arguments(images, run, *EVERYTHING, *flags))
+    assert rates[1][0] == pytest.approx(rates[0][0] / 100)
+    assert not same_weights(tmp_path / "0.01", tmp_path / "0.0001")
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        (("--seed", 1), "`seed` was 0 and is 1 now"),
+        (("--train_batch_size", 2), "`train_batch_size` was 4 and is 2 now"),
+        (("--gradient_accumulation_steps", 1), "`global_batch_size` was 8 and is 4 now"),
+    ],
+)
+def test_what_will_not_be_the_uninterrupted_run_is_said(flag, message, images, uninterrupted, tmp_path, caplog):
+    run = interrupted(uninterrupted, tmp_path / "run", 4)
+    train(images, run, *EVERYTHING, *flag, "--resume_from_checkpoint", "latest")
+    assert any(text.startswith(message) for text in caplog.messages)
+
+
+@pytest.mark.slow
+def test_launched_run_is_the_run_in_this_process(images, uninterrupted, tmp_path):
+    output = finish(launch(arguments(images, tmp_path / "run", *EVERYTHING)))
+    assert_equal_weights(tmp_path / "run", uninterrupted)
+    assert "Steps: 100%" in output
+    assert "loss=" in output
+    assert "lr=" in output
+    assert "Saving current state" not in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+def test_run_killed_at_random_moments_ends_with_the_weights_of_the_uninterrupted_one(
+    seed, images, uninterrupted, tmp_path
+):
+    """Once while a checkpoint is being written, then at random, then to the end."""
+    run = tmp_path / "run"
+    argv = arguments(images, run, *EVERYTHING, "--checkpointing_steps", 1, "--resume_from_checkpoint", "latest")
+    dice = random.Random(seed)
+
+    process = launch(argv)
+    wait_for(lambda: any(run.glob("checkpoint-*.partial")), process)
+    kill(process)
+    for _ in range(2):
+        done = len(list(run.glob("checkpoint-*")))
+        process = launch(argv)
+        wait_for(lambda done=done: len(list(run.glob("checkpoint-*"))) > done, process)
+        wait_for(lambda until=dice.randrange(1, 40): not (until := until - 1) > 0, process)
+        kill(process)
+    finish(launch(argv))
+    assert_equal_weights(run, uninterrupted)
+    assert_equal_weights(run / "checkpoint-6", uninterrupted / "checkpoint-6", "transformer_ema")
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == [f"checkpoint-{step}" for step in range(1, 7)]
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns_from_two_forward_calls(images, uninterrupted, tmp_path):
+    argv = arguments(images, tmp_path / "two", *EVERYTHING, "--gradient_accumulation_steps", 1)
+    finish(launch(argv, "--num_processes", "2"))
+    for name, weight in weights(tmp_path / "two").items():
+        torch.testing.assert_close(weight, weights(uninterrupted)[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_run_of_two_processes_goes_on_with_one(images, uninterrupted, tmp_path):
+    two = tmp_path / "two"
+    flags = [*EVERYTHING, "--gradient_accumulation_steps", 1, "--dataloader_num_workers", 1]
+    finish(launch(arguments(images, two, *flags), "--num_processes", "2"))
+    run = train(images, interrupted(two, tmp_path / "run", 2), *EVERYTHING, "--resume_from_checkpoint", "latest")
+    for name, weight in weights(run).items():
+        torch.testing.assert_close(weight, weights(uninterrupted)[name], rtol=0, atol=1e-5)

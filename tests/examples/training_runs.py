@@ -1,0 +1,140 @@
+"""Tiny training runs as users start them: in this process through `main`, or in others through `accelerate launch`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from PIL import Image
+from safetensors.torch import load_file
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SCRIPT = EXAMPLES / "class_conditional" / "train_class_conditional.py"
+
+MODEL = {
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "in_channels": 1,
+    "patch_size": 2,
+}
+NUM_CLASSES = 3
+
+
+def load_script(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def make_images(folder: Path, count: int = 24, num_classes: int = NUM_CLASSES) -> Path:
+    """Noisy images, 8 high and 12 wide, whose grey value tells their class, in an image folder."""
+    random = np.random.default_rng(0)
+    for number in range(count):
+        label = number % num_classes
+        pixels = random.integers(40 * label, 40 * label + 100, (8, 12), dtype=np.uint8)
+        path = folder / "abcdefgh"[label] / f"{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    return folder
+
+
+def arguments(images: Path, output_dir: Path, *flags: object, source: tuple = ("--model_config", MODEL)) -> list[str]:
+    """The flags of a run of three steps; later flags win over earlier ones."""
+    common = ["--train_data_dir", images, "--cache_dir", images.parent / "cache", "--output_dir", output_dir]
+    small = ["--resolution", 8, "--train_batch_size", 4, "--max_train_steps", 3, "--learning_rate", 1e-2]
+    grid = ["--num_validation_images", 3, "--validation_num_inference_steps", 2, "--report_to", "none"]
+    values = [*source, *common, *small, *grid, *flags]
+    return [json.dumps(value) if isinstance(value, dict) else str(value) for value in values]
+
+
+def train(images: Path, output_dir: Path, *flags: object, **options) -> Path:
+    """Runs the script in this process."""
+    script = load_script(SCRIPT)
+    return run_main(script, arguments(images, output_dir, *flags, **options))
+
+
+def run_main(script: ModuleType, argv: list[str]) -> Path:
+    args = script.parse_args(argv)
+    try:
+        script.main(args)
+    finally:
+        reset_accelerate()
+    return Path(args.output_dir)
+
+
+def reset_accelerate() -> None:
+    """Forgets the state that accelerate keeps for the whole process, so that the next run begins with its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    PartialState._reset_state()
+
+
+def launch(argv: list[str], *launcher_flags: str) -> subprocess.Popen:
+    """Starts `accelerate launch` in a process group of its own, so that all of it can be killed."""
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]
+    fixed = ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
+    return subprocess.Popen(
+        [*accelerate, *fixed, *(launcher_flags or ("--num_processes", "1")), str(SCRIPT), *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        # The same kernels with and without a launcher, to the bit.
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def finish(process: subprocess.Popen, timeout: float = 240) -> str:
+    output, _ = process.communicate(timeout=timeout)
+    assert process.returncode == 0, output
+    return output
+
+
+def kill(process: subprocess.Popen) -> None:
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def wait_for(condition, process: subprocess.Popen, timeout: float = 240) -> None:
+    """Waits until a condition holds or the process ends."""
+    deadline = time.monotonic() + timeout
+    while not condition() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def weights(output_dir: Path, name: str = "transformer") -> dict[str, torch.Tensor]:
+    return load_file(output_dir / name / "diffusion_pytorch_model.safetensors")
+
+
+def assert_equal_weights(one: Path, other: Path, name: str = "transformer") -> None:
+    left, right = weights(one, name), weights(other, name)
+    assert left.keys() == right.keys()
+    different = [key for key in left if not torch.equal(left[key], right[key])]
+    assert not different
+
+
+def same_weights(one: Path, other: Path, name: str = "transformer") -> bool:
+    left, right = weights(one, name), weights(other, name)
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+def record(output_dir: Path) -> dict:
+    return json.loads((output_dir / "training_config.json").read_text())
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
