@@ -44,7 +44,7 @@ def make_images(folder: Path, count: int = 24, num_classes: int = NUM_CLASSES) -
     random = np.random.default_rng(0)
     for number in range(count):
         label = number % num_classes
-        pixels = random.integers(40 * label, 40 * label + 100, (8, 12), dtype=np.uint8)
+        pixels = random.integers(30 * label, 30 * label + 100, (8, 12), dtype=np.uint8)
         path = folder / "abcdefgh"[label] / f"{number:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path)
@@ -104,7 +104,8 @@ def finish(process: subprocess.Popen, timeout: float = 240) -> str:
 
 
 def kill(process: subprocess.Popen) -> None:
-    os.killpg(process.pid, signal.SIGKILL)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
 
 

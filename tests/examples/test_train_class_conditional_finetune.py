@@ -1,0 +1,168 @@
+"""Training that starts from pretrained parts: a pipeline to fine-tune, or an autoencoder to learn the latents of."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from training_runs import MODEL, SCRIPT, load_script, make_images, record, same_weights, train, weights
+
+from diffusers_dtr import DTRPipeline, DTRTransformer2DModel
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return make_images(tmp_path_factory.mktemp("data") / "images")
+
+
+@pytest.fixture(scope="module")
+def ours(images, tmp_path_factory) -> Path:
+    """A pipeline of this script, trained far enough for routing to matter."""
+    flags = ["--max_train_steps", 8, "--num_train_timesteps", 50, "--routing_beta", 0.6, "--class_dropout_prob", 0.3]
+    return train(images, tmp_path_factory.mktemp("pipelines") / "ours", *flags)
+
+
+@pytest.fixture(scope="module")
+def vae_folder(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 8),
+        norm_num_groups=2,
+        latent_channels=2,
+    )
+    folder = tmp_path_factory.mktemp("vae")
+    vae.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain_dit(vae_folder, tmp_path_factory) -> Path:
+    """A DiTPipeline as diffusers has it: embedders in every block, equal in all, and a learned variance."""
+    torch.manual_seed(0)
+    config = {**MODEL, "in_channels": 2, "out_channels": 4, "sample_size": 4}
+    transformer = DiTTransformer2DModel(**config, num_embeds_ada_norm=3, norm_type="ada_norm_zero")
+    first, *others = transformer.transformer_blocks
+    for block in others:
+        block.norm1.emb.load_state_dict(first.norm1.emb.state_dict())
+    scheduler = DDIMScheduler(num_train_timesteps=100, beta_schedule="scaled_linear")
+    folder = tmp_path_factory.mktemp("pipelines") / "plain"
+    DiTPipeline(transformer, AutoencoderKL.from_pretrained(vae_folder), scheduler).save_pretrained(folder)
+    return folder
+
+
+def fine_tune(images: Path, output_dir: Path, pipeline: Path, *flags: object) -> Path:
+    return train(images, output_dir, *flags, source=("--pretrained_model_name_or_path", pipeline))
+
+
+def first_output(images, output_dir, pipeline, monkeypatch, *flags) -> torch.Tensor:
+    """What the model says in the first step, on inputs that depend on the seed alone."""
+    outputs = []
+    forward = DTRTransformer2DModel.forward
+
+    def spy(model, *inputs, **options):
+        output = forward(model, *inputs, **options)
+        if model.training:
+            outputs.append(output.sample.detach())
+        return output
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DTRTransformer2DModel, "forward", spy)
+        fine_tune(images, output_dir, pipeline, "--max_train_steps", 2, *flags)
+    return outputs[0]
+
+
+@pytest.mark.parametrize("pipeline", ["ours", "plain_dit"])
+def test_warm_up_starts_exactly_at_the_unrouted_model(pipeline, images, tmp_path, monkeypatch, request):
+    pipeline = request.getfixturevalue(pipeline)
+    flags = {"unrouted": ("--routing_type", "none"), "warm": ("--routing_warmup_steps", 2), "cold": ()}
+    output = {name: first_output(images, tmp_path / name, pipeline, monkeypatch, *flags[name]) for name in flags}
+    assert torch.equal(output["warm"], output["unrouted"])
+    assert not torch.equal(output["cold"], output["unrouted"])
+    assert not same_weights(tmp_path / "warm", tmp_path / "unrouted")
+
+
+def test_plain_dit_becomes_a_routed_pipeline_with_its_own_schedule_and_autoencoder(plain_dit, images, tmp_path):
+    run = fine_tune(images, tmp_path / "run", plain_dit, "--learning_rate", 0, "--max_train_steps", 1)
+    before, after = DiTPipeline.from_pretrained(plain_dit), DTRPipeline.from_pretrained(run)
+    assert after.scheduler.config.num_train_timesteps == 100
+    assert after.scheduler.config.beta_schedule == "scaled_linear"
+    assert after.scheduler.config.variance_type == "learned_range"
+    assert tuple(after.transformer.config.routing_timestep_range) == (0, 99)
+    assert after.transformer.config.routing_beta == 0.8
+    one, other = before.vae.state_dict(), after.vae.state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    after.transformer.set_routing_beta(1.0)
+    inputs = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 70])
+    labels = {"class_labels": torch.tensor([0, 2]), "return_dict": False}
+    with torch.no_grad():
+        torch.testing.assert_close(after.transformer(*inputs, **labels), before.transformer(*inputs, **labels))
+
+
+def test_what_is_not_given_stays_as_it_was_pretrained(ours, images, tmp_path):
+    kept = DTRPipeline.from_pretrained(fine_tune(images, tmp_path / "kept", ours))
+    assert kept.transformer.config.routing_beta == 0.6
+    assert kept.transformer.config.class_dropout_prob == 0.3
+    assert kept.scheduler.config.num_train_timesteps == 50
+    flags = ["--routing_beta", 0.9, "--class_dropout_prob", 0.2, "--prediction_type", "v_prediction"]
+    changed = DTRPipeline.from_pretrained(fine_tune(images, tmp_path / "changed", ours, *flags))
+    assert changed.transformer.config.routing_beta == 0.9
+    assert changed.transformer.config.class_dropout_prob == 0.2
+    assert changed.scheduler.config.prediction_type == "v_prediction"
+
+
+def test_other_number_of_classes_gets_a_new_label_embedding(ours, tmp_path):
+    images = make_images(tmp_path / "images", num_classes=5)
+    run = fine_tune(images, tmp_path / "run", ours, "--learning_rate", 0)
+    before, after = weights(ours), weights(run)
+    (table,) = [name for name in before if "embedding_table" in name]
+    assert after[table].shape[0] == 6
+    assert torch.equal(after[table][-1], before[table][-1])
+    assert not torch.equal(after[table][0], before[table][0])
+    assert all(torch.equal(after[name], before[name]) for name in before if name != table)
+    assert DTRPipeline.from_pretrained(run).num_classes == 5
+
+
+def test_other_resolution_is_what_the_fine_tuned_pipeline_samples(ours, images, tmp_path):
+    pipeline = DTRPipeline.from_pretrained(fine_tune(images, tmp_path / "run", ours, "--resolution", 16))
+    assert pipeline(class_labels=[0], num_inference_steps=1).images[0].size == (16, 16)
+
+
+def test_learning_a_variance_that_is_not_predicted_is_refused(ours, images, tmp_path):
+    with pytest.raises(ValueError, match="`--learn_sigma` needs a pretrained model that predicts a variance"):
+        fine_tune(images, tmp_path / "run", ours, "--learn_sigma")
+
+
+def test_autoencoder_with_other_latents_than_the_pretrained_model_is_refused(ours, vae_folder, images, tmp_path):
+    with pytest.raises(ValueError, match=r"latents have 2 channels, but the pretrained model has `in_channels`=1"):
+        fine_tune(images, tmp_path / "run", ours, "--vae_name_or_path", vae_folder)
+
+
+def test_cached_and_fresh_latents_train_alike(vae_folder, images, tmp_path, monkeypatch):
+    flags = ["--vae_name_or_path", vae_folder, "--center_crop", "--random_flip", "--max_train_steps", 8, "--use_ema"]
+    fresh = train(images, tmp_path / "fresh", *flags)
+    cached = train(images, tmp_path / "cached", *flags, "--cache_latents", "--train_batch_size", 4)
+    assert not (fresh / "latents").exists()
+    assert list((cached / "latents").iterdir())
+    for name, weight in weights(fresh).items():
+        torch.testing.assert_close(weights(cached)[name], weight, rtol=0, atol=1e-5)
+
+
+def test_latent_pipeline_has_the_autoencoder_and_samples_images(vae_folder, images, tmp_path):
+    flags = ["--vae_name_or_path", vae_folder, "--resolution", 16, "--validation_data_dir", images]
+    run = train(images, tmp_path / "run", *flags)
+    pipeline = DTRPipeline.from_pretrained(run)
+    assert pipeline.transformer.config.in_channels == 2
+    assert pipeline.transformer.config.sample_size == 8
+    assert not pipeline.scheduler.config.clip_sample
+    assert pipeline(class_labels=[0], num_inference_steps=1).images[0].size == (16, 16)
+    assert record(run)["results"]["validation_loss"] > 0
+
+
+def test_autoencoder_is_looked_for_in_the_cache_folder(vae_folder, images, tmp_path, monkeypatch):
+    script, asked = load_script(SCRIPT), {}
+    monkeypatch.setattr(script.AutoencoderKL, "from_pretrained", lambda name, **options: asked.update(options))
+    argv = ["--model_preset", "DiT-S/2", "--train_data_dir", "d", "--output_dir", "o", "--cache_dir", "c"]
+    script.load_vae(script.parse_args([*argv, "--vae_name_or_path", str(vae_folder)]))
+    assert asked == {"cache_dir": "c"}
