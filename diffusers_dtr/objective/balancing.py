@@ -83,6 +83,17 @@ class Balancing(nn.Module):
         """
         raise NotImplementedError
 
+    def cluster_weights(self, log_snr: Tensor) -> Tensor:
+        """What each cluster's losses count at present, to look at; 1 in the plain mean.
+
+        Args:
+            log_snr: Natural logarithm of the SNR in the middle of each cluster, `(k,)`.
+
+        Returns:
+            `(k,)`, without gradient.
+        """
+        return torch.ones_like(log_snr)
+
 
 class UniformBalancing(Balancing):
     """The mean over samples: every cluster counts as much as it has samples."""
@@ -119,6 +130,10 @@ class UncertaintyWeighting(Balancing):
         """The weighted losses and their regulariser; see [`Balancing`]."""
         log_variance = _with_averaged_gradient(self.log_variance)
         return 0.5 * ((-log_variance).exp() * losses.contributions + log_variance).sum()
+
+    def cluster_weights(self, log_snr: Tensor) -> Tensor:
+        """Half the inverse variances; see [`Balancing`]."""
+        return 0.5 * (-self.log_variance.detach()).exp()
 
 
 class ContinuousUncertainty(Balancing):
@@ -160,6 +175,10 @@ class ContinuousUncertainty(Balancing):
         """The weighted losses and their regulariser; see [`Balancing`]."""
         u = self._uncertainty(losses.log_snr, _with_averaged_gradient(self.weight))
         return (losses.per_sample * (-u).exp() + u).mean()
+
+    def cluster_weights(self, log_snr: Tensor) -> Tensor:
+        """The inverse uncertainties in the middle of the clusters; see [`Balancing`]."""
+        return (-self.log_uncertainty(log_snr).detach()).exp()
 
     def log_uncertainty(self, log_snr: Tensor) -> Tensor:
         """The learned function u.

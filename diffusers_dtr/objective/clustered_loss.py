@@ -168,6 +168,13 @@ class ClusteredLoss(nn.Module):
             variational_bound=losses.variational_bound,
         )
 
+    def cluster_weights(self) -> Tensor:
+        """What each cluster's losses count at present in the balancing, `(k,)`; 1 in the plain mean."""
+        middles = torch.tensor([(cluster.start + cluster.stop - 1) // 2 for cluster in self.clusters])
+        log_snr = self.levels.log_snr(self.levels.timesteps[middles]).float()
+        device = next((tensor.device for tensor in [*self.parameters(), *self.buffers()]), log_snr.device)
+        return self.balancing.cluster_weights(log_snr.to(device))
+
     def get_extra_state(self) -> Tensor:
         """The clusters' boundaries, saved so that a state is only ever loaded for the same clusters."""
         return torch.tensor(self.clusters.boundaries, device="cpu")

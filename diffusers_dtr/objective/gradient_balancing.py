@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from torchjd.aggregation import WeightedAggregator, Weighting
 
 
+# The names by which [`GradientBalancer`] knows weightings of torchjd.
+GRADIENT_BALANCINGS = ("aligned_mtl", "imtl_g", "mgda", "nash_mtl", "pcgrad")
+
 # Attributes in which torchjd's stateful weightings remember earlier calls: neither their `state_dict` nor any other
 # public access covers them. The name of NashMTL's weighting is not exported.
 _MEMORY = {
@@ -132,6 +135,10 @@ class GradientBalancer(Balancing):
                 self._update(losses.contributions)
             self._step += 1
         return (self.weights * losses.contributions).sum()
+
+    def cluster_weights(self, log_snr: Tensor) -> Tensor:
+        """The weights of the latest update; see [`Balancing`]."""
+        return self.weights.clone()
 
     def _update(self, contributions: Tensor) -> None:
         gramian = self._gramian(contributions)
@@ -246,6 +253,11 @@ def _weighting_of_gramian(weighting: str | Weighting | WeightedAggregator, num_c
 
 
 def _named_weighting(name: str, num_clusters: int) -> WeightedAggregator:
+    if name not in GRADIENT_BALANCINGS:
+        raise ValueError(
+            f"`weighting` must be one of {', '.join(GRADIENT_BALANCINGS)}, or an instance of a torchjd weighting, "
+            f"got {name!r}."
+        )
     torchjd = _torchjd()
     constructors = {
         "aligned_mtl": torchjd.AlignedMTL,
@@ -254,11 +266,6 @@ def _named_weighting(name: str, num_clusters: int) -> WeightedAggregator:
         "nash_mtl": partial(torchjd.NashMTL, num_clusters),
         "pcgrad": torchjd.PCGrad,
     }
-    if name not in constructors:
-        raise ValueError(
-            f"`weighting` must be one of {', '.join(constructors)}, or an instance of a torchjd weighting, "
-            f"got {name!r}."
-        )
     try:
         return constructors[name]()
     except ImportError as error:

@@ -3,6 +3,7 @@
 from .arguments import (
     add_data_arguments,
     add_noise_arguments,
+    add_objective_arguments,
     add_optimization_arguments,
     add_routing_arguments,
     add_run_arguments,
@@ -22,7 +23,9 @@ from .clean_samples import (
     load_images,
 )
 from .ema import averaged_weights
+from .loss_history import LossHistory
 from .loss_monitor import LossMonitor
+from .objective import Objective, build_objective
 from .optimizer import build_lr_scheduler, build_optimizer
 from .outputs import prepare_output_dir, save_pipeline, save_record
 from .randomness import derive_seed, noise_generator, seed_model, timestep_generator
@@ -35,10 +38,13 @@ __all__ = [
     "Checkpoints",
     "HeldOutLoss",
     "HeldOutLosses",
+    "LossHistory",
     "LossMonitor",
+    "Objective",
     "UnreadableImages",
     "add_data_arguments",
     "add_noise_arguments",
+    "add_objective_arguments",
     "add_optimization_arguments",
     "add_routing_arguments",
     "add_run_arguments",
@@ -46,6 +52,7 @@ __all__ = [
     "build_dataset",
     "build_loader",
     "build_lr_scheduler",
+    "build_objective",
     "build_optimizer",
     "check_arguments",
     "clean_samples",

@@ -7,11 +7,14 @@ import json
 from importlib.util import find_spec
 from pathlib import Path
 
+from ..objective.balancing import BALANCINGS
+from ..objective.gradient_balancing import GRADIENT_BALANCINGS
 from ..routing import ROUTING_TYPES, check_routing
 
 
 # Those of diffusers' `get_scheduler` that the flags say enough for.
 _LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+TIMESTEP_SAMPLINGS = ("uniform", "clusters", "loss", "variance")
 _TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
@@ -97,8 +100,8 @@ def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_noise_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of the loss and of the noise schedule, which is a pretrained pipeline's unless given."""
-    group = parser.add_argument_group("noise schedule and loss")
+    """Add the flags of the noise schedule, which is a pretrained pipeline's unless given."""
+    group = parser.add_argument_group("noise schedule")
     add = group.add_argument
     add(
         "--noise_schedule",
@@ -108,8 +111,34 @@ def add_noise_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num_train_timesteps", type=positive_int, help="Number of timesteps T. Default 1000.")
     add("--prediction_type", choices=("epsilon", "sample", "v_prediction"), help="Default epsilon.")
     add("--learn_sigma", action="store_true", help="Learn the variance too, by the variational bound.")
+
+
+def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of weighting by noise level, clusters of timesteps and their balancing."""
+    group = parser.add_argument_group("loss, clusters and balancing")
+    add = group.add_argument
     add("--loss_weighting", choices=("constant", "min_snr", "p2", "soft_min_snr", "debiased"), default="constant")
-    add("--snr_gamma", type=float, default=5.0, help="γ of min-SNR weighting.")
+    add("--snr_gamma", type=float, default=5.0, help="γ of min_snr and soft_min_snr.")
+    add("--num_clusters", type=positive_int, default=8, help="Number of clusters of timesteps.")
+    add("--cluster_cost", choices=("uniform", "timestep", "snr"), default="snr", help="What clusters minimise.")
+    add(
+        "--balancing",
+        choices=(*BALANCINGS, *GRADIENT_BALANCINGS),
+        default="uniform",
+        help="How clusters are weighed against each other.",
+    )
+    add(
+        "--balancing_update_every",
+        type=positive_int,
+        default=1,
+        help="Optimizer steps for which gradient balancing uses the same weights.",
+    )
+    add(
+        "--timestep_sampling",
+        choices=TIMESTEP_SAMPLINGS,
+        help="How timesteps are drawn: uniformly (the default without balancing), equally many in every cluster (the "
+        "default with it), or following the clusters' loss or its variance, with the loss corrected for it.",
+    )
 
 
 def add_routing_arguments(parser: argparse.ArgumentParser) -> None:
@@ -177,6 +206,8 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error(f"--report_to {args.report_to} needs the package {args.report_to}, which is not installed")
     if args.report_to == "wandb" and args.hub_token is not None:
         parser.error("--report_to wandb uploads the command line, and --hub_token with it: use `hf auth login`")
+    if args.balancing in GRADIENT_BALANCINGS and find_spec("torchjd") is None:
+        parser.error(f'--balancing {args.balancing} needs torchjd: pip install "diffusers-dtr[balancing]"')
     given = routing_config(args)
     given = {name if name == "routing_type" else name.removeprefix("routing_"): given[name] for name in given}
     try:

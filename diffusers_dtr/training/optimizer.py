@@ -9,20 +9,23 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch.optim.lr_scheduler import LambdaLR
 
+from ..objective.clustered_loss import ClusteredLoss
 
-def build_optimizer(args: argparse.Namespace, model: torch.nn.Module) -> torch.optim.AdamW:
+
+def build_optimizer(args: argparse.Namespace, model: torch.nn.Module, loss_fn: ClusteredLoss) -> torch.optim.AdamW:
     """AdamW with the hyperparameters of the flags, which loading a checkpoint leaves as they are.
 
     PyTorch would restore the old ones: a run that is resumed with a lower learning rate would go on with the old.
 
     Args:
         args: Parsed flags of [`add_optimization_arguments`].
-        model: Its parameters are optimized.
+        model: Its parameters are optimized, with the flags' hyperparameters.
+        loss_fn: What its balancing learns is optimized too, with the balancing's own.
     """
+    groups = [{"params": list(model.parameters()), "lr": args.learning_rate}, *loss_fn.parameter_groups()]
     optimizer = torch.optim.AdamW(
         # A learning rate schedule that begins in the middle takes the peak from here.
-        [{"params": list(model.parameters()), "initial_lr": args.learning_rate}],
-        lr=args.learning_rate,
+        [{**group, "initial_lr": group["lr"]} for group in groups],
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay,
         eps=args.adam_epsilon,

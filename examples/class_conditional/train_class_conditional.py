@@ -19,7 +19,6 @@ from tqdm.auto import tqdm
 
 from diffusers_dtr import (
     DIT_PRESETS,
-    DenoisingLoss,
     DTRPipeline,
     DTRTransformer2DModel,
     cluster_timesteps,
@@ -54,6 +53,7 @@ def parse_args(argv=None):
     training.add_data_arguments(parser)
     training.add_optimization_arguments(parser)
     training.add_noise_arguments(parser)
+    training.add_objective_arguments(parser)
     training.add_routing_arguments(parser)
     training.add_run_arguments(parser)
     args = parser.parse_args(argv)
@@ -198,8 +198,7 @@ def main(args):
     latent_channels = None if vae is None else vae.config.latent_channels
     model = load_transformer(args, noise_scheduler, latent_channels, sample_size, images.num_classes)
     pipeline = build_pipeline(args, model, noise_scheduler, vae, images)
-    loss_fn = DenoisingLoss(noise_scheduler, args.loss_weighting, snr_gamma=args.snr_gamma)
-    clusters = cluster_timesteps(noise_scheduler, num_clusters=1, cost="uniform")
+    objective = training.build_objective(args, noise_scheduler, model, accelerator)
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if args.compile:
@@ -224,14 +223,14 @@ def main(args):
     held_out = training.held_out_samples(args, images, image_channels, vae, accelerator.device)
     if held_out is not None:
         eighths = cluster_timesteps(noise_scheduler, num_clusters=8, cost="uniform")
-        held_out = training.HeldOutLoss(loss_fn.levels, eighths, *held_out)
+        held_out = training.HeldOutLoss(objective.levels, eighths, *held_out)
     micro_batches = accelerator.num_processes * args.gradient_accumulation_steps
     global_batch_size = args.train_batch_size * micro_batches
     if args.max_train_steps is None:
         args.max_train_steps = math.ceil(args.num_train_epochs * len(dataset) / global_batch_size)
 
     # 4. Optimizer, and going on from a checkpoint
-    denoiser, optimizer = accelerator.prepare(model, training.build_optimizer(args, model))
+    denoiser, optimizer = accelerator.prepare(model, training.build_optimizer(args, model, objective.loss_fn))
     checkpoints = training.Checkpoints(
         accelerator, output_dir, "transformer", model, ema, args.checkpoints_total_limit
     )
@@ -251,8 +250,10 @@ def main(args):
         f"{len(dataset)} images of {images.num_classes} classes, {model.num_parameters():,} parameters, "
         f"{global_batch_size} images per step, {args.max_train_steps} steps"
     )
+    logger.info(f"{objective.clusters}")
     unreadable = training.UnreadableImages()
-    monitor = training.LossMonitor(accelerator)
+    monitor = training.LossMonitor(accelerator, len(objective.clusters))
+    history = training.LossHistory(output_dir, global_step)
     progress_bar = tqdm(
         total=args.max_train_steps, initial=global_step, desc="Steps", disable=not accelerator.is_local_main_process
     )
@@ -276,19 +277,16 @@ def main(args):
             noise_generator = training.noise_generator(args.seed, micro_batch, accelerator.device)
             noise = torch.randn(clean.shape, generator=noise_generator, device=accelerator.device)
             # One draw for the whole step, of which this is a part
-            timesteps = clusters.sample(
-                len(clean),
-                generator=training.timestep_generator(args.seed, global_step),
-                device=accelerator.device,
-                process_index=micro_batch % micro_batches,
-                num_processes=micro_batches,
+            timesteps = objective.sample_timesteps(
+                len(clean), args.seed, global_step, micro_batch % micro_batches, micro_batches, accelerator.device
             )
-            noisy = loss_fn.levels.add_noise(clean, noise, timesteps)
-            model_input = loss_fn.levels.model_input(noisy, timesteps)
+            noisy = objective.levels.add_noise(clean, noise, timesteps)
+            model_input = objective.levels.model_input(noisy, timesteps)
             model_output = denoiser(model_input, timesteps, class_labels).sample
-            loss = loss_fn(model_output, clean, noise, timesteps).loss
-            monitor.update(loss, global_step + 1)
-            accelerator.backward(loss)
+            out = objective.loss_fn(model_output, clean, noise, timesteps, objective.sample_weights(timesteps))
+            objective.observe(accelerator, timesteps, out)
+            monitor.update(out, global_step + 1)
+            accelerator.backward(out.loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(denoiser.parameters(), args.max_grad_norm)
             optimizer.step()
@@ -304,11 +302,20 @@ def main(args):
         last = global_step == args.max_train_steps
         checkpoint_due = global_step % args.checkpointing_steps == 0 or last
         if global_step % args.logging_steps == 0 or checkpoint_due:
-            values = {"loss": monitor.read(checkpoints.latest()), "lr": lr_scheduler.get_last_lr()[0]}
-            progress_bar.set_postfix(**values)
+            losses = monitor.read(checkpoints.latest())
+            weights = objective.loss_fn.cluster_weights().tolist()
+            learning_rate = lr_scheduler.get_last_lr()[0]
+            progress_bar.set_postfix(loss=losses.mean, lr=learning_rate)
+            values = {"loss": losses.mean, "lr": learning_rate}
+            values |= {f"loss/cluster_{number}": loss for number, loss in enumerate(losses.per_cluster)}
+            values |= {f"weight/cluster_{number}": weight for number, weight in enumerate(weights)}
             accelerator.log(values, step=global_step)
+            if accelerator.is_main_process:
+                history.append(global_step, losses, weights)
         if checkpoint_due:
             checkpoints.save(global_step, settings)
+            if accelerator.is_main_process:
+                history.save_picture()
         if args.validation_steps is not None and global_step % args.validation_steps == 0 and not last:
             with training.averaged_weights(ema, model):
                 validate(args, accelerator, pipeline, held_out, global_step)
@@ -324,7 +331,13 @@ def main(args):
         training.save_pipeline(pipeline, output_dir)
         seconds = time.perf_counter() - start_time
         record = training.run_record(
-            args, sys.argv, accelerator, seconds, results=results, unreadable_images=unreadable_images
+            args,
+            sys.argv,
+            accelerator,
+            seconds,
+            clusters=objective.describe(),
+            results=results,
+            unreadable_images=unreadable_images,
         )
         training.save_record(record, output_dir)
         logger.info(f"Saved the pipeline in {output_dir}")
