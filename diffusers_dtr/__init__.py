@@ -9,8 +9,11 @@ from .models.convert_original_dit import convert_original_dit
 from .models.presets import DIT_PRESETS
 from .models.transformer_dit import DTRTransformer2DModel
 from .noise_levels import NoiseLevels
+from .objective.adaptive_sampling import AdaptiveTimestepSampler
+from .objective.clustered_loss import ClusteredLoss
 from .objective.clustering import TimestepClusters, cluster_timesteps
 from .objective.denoising_loss import DenoisingLoss
+from .objective.gradient_balancing import GradientBalancer
 from .pipelines.pipeline_dtr import DTRPipeline
 from .routing import random_routing_mask, routing_mask
 
@@ -19,9 +22,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DIT_PRESETS",
+    "AdaptiveTimestepSampler",
+    "ClusteredLoss",
     "DTRPipeline",
     "DTRTransformer2DModel",
     "DenoisingLoss",
+    "GradientBalancer",
     "ModelMixin",
     "NoiseLevels",
     "TimestepClusters",
