@@ -185,7 +185,7 @@ def test_run_killed_at_random_moments_ends_with_the_uninterrupted_weights(seed, 
 @pytest.mark.slow
 def test_two_processes_learn_what_one_learns_from_two_forward_calls(images, uninterrupted, tmp_path):
     argv = arguments(images, tmp_path / "two", *EVERYTHING, "--gradient_accumulation_steps", 1)
-    finish(launch(argv, "--num_processes", "2"))
+    finish(launch(argv, num_processes=2))
     for name, weight in weights(tmp_path / "two").items():
         torch.testing.assert_close(weight, weights(uninterrupted)[name], rtol=0, atol=1e-5)
 
@@ -194,7 +194,7 @@ def test_two_processes_learn_what_one_learns_from_two_forward_calls(images, unin
 def test_run_of_two_processes_goes_on_with_one(images, uninterrupted, tmp_path):
     two = tmp_path / "two"
     flags = [*EVERYTHING, "--gradient_accumulation_steps", 1, "--dataloader_num_workers", 1]
-    finish(launch(arguments(images, two, *flags), "--num_processes", "2"))
+    finish(launch(arguments(images, two, *flags), num_processes=2))
     run = train(images, interrupted(two, tmp_path / "run", 2), *EVERYTHING, "--resume_from_checkpoint", "latest")
     for name, weight in weights(run).items():
         torch.testing.assert_close(weight, weights(uninterrupted)[name], rtol=0, atol=1e-5)

@@ -82,18 +82,21 @@ def reset_accelerate() -> None:
     PartialState._reset_state()
 
 
-def launch(argv: list[str], *launcher_flags: str) -> subprocess.Popen:
-    """Starts `accelerate launch` in a process group of its own, so that all of it can be killed."""
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]
-    fixed = ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
+def launch(argv: list[str], num_processes: int = 1) -> subprocess.Popen:
+    """Starts the script as users do, in a process group of its own, so that all of it can be killed."""
+    if num_processes == 1:
+        launcher = ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
+        launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
+    else:  # on a CPU, accelerate leaves several processes to others
+        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
     return subprocess.Popen(
-        [*accelerate, *fixed, *(launcher_flags or ("--num_processes", "1")), str(SCRIPT), *argv],
+        [sys.executable, "-m", *launcher, str(SCRIPT), *argv],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
         # The same kernels with and without a launcher, to the bit.
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
     )
 
 
