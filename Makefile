@@ -30,8 +30,9 @@ demo: $(VENV)/.installed-demo
 		--num_cpu_threads_per_process 2 examples/class_conditional/train_class_conditional.py \
 		--train_data_dir $(DEMO_DIR)/digits/train --validation_data_dir $(DEMO_DIR)/digits/test \
 		--model_config $(DEMO)/model_config.json --resolution 8 --center_crop --train_batch_size 64 \
-		--max_train_steps 1200 --learning_rate 1e-3 --lr_scheduler cosine --lr_warmup_steps 50 \
-		--use_ema --ema_max_decay 0.995 --checkpointing_steps 400 --validation_steps 400 \
+		--noise_schedule squaredcos_cap_v2 --prediction_type v_prediction \
+		--max_train_steps 1000 --learning_rate 1e-3 --lr_scheduler cosine --lr_warmup_steps 50 \
+		--use_ema --ema_max_decay 0.995 --checkpointing_steps 250 --validation_steps 250 \
 		--resume_from_checkpoint latest --output_dir $(DEMO_DIR)/pipeline
 	$(BIN)/python $(DEMO)/evaluate_digits.py --pipeline $(DEMO_DIR)/pipeline --digits_dir $(DEMO_DIR)/digits \
 		--samples $(DEMO_DIR)/samples.png

@@ -115,9 +115,7 @@ def main(args):
             partial = output.with_suffix(".partial")
             partial.write_text(json.dumps(report, indent=1) + "\n")
             partial.replace(output)
-            print(
-                f"{entry['method']}, seed {entry['seed']}: {entry['loss']:.5f} in {entry['seconds']:.0f} s", flush=True
-            )
+            print(f"{entry['method']}, seed {entry['seed']}: held-out loss {entry['loss']:.5f}", flush=True)
     print(table(runs))
 
 
