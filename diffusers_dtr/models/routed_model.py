@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from inspect import signature
+
 import accelerate
 import torch
 from diffusers import ModelMixin
@@ -47,7 +49,9 @@ class RoutedModelMixin:
     ) -> ModelMixin:
         """A model of this class with the config and mode of `source`, but for `config`, and exactly these weights."""
         # Not `from_config`, which ignores unknown names, and new values of what the source had left at its default.
-        source_config = {name: value for name, value in source.config.items() if not name.startswith("_")}
+        # Unknown names in the source's config are those of older diffusers, which loading keeps.
+        known = signature(cls).parameters
+        source_config = {name: value for name, value in source.config.items() if name in known}
         with accelerate.init_empty_weights():
             model = cls(**{**source_config, **config})
         if copy:
