@@ -1,0 +1,133 @@
+import pytest
+import torch
+from diffusers import ControlNetModel, EulerDiscreteScheduler, StableDiffusionPipeline
+from peft import LoraConfig
+from test_unet_2d import assert_units_are_routed
+from tiny_models import TIMESTEPS, UNET_CONDITION, output
+from tiny_text_encoders import clip_text_model, clip_tokenizer, tiny_vae
+
+import diffusers_dtr
+from diffusers_dtr.diffusers_registration import register_routed_model
+from diffusers_dtr.models.unet_2d_condition import DTRUNet2DConditionModel
+
+
+SIMPLE = {
+    "down_block_types": ("SimpleCrossAttnDownBlock2D", "ResnetDownsampleBlock2D"),
+    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    "up_block_types": ("ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D"),
+    "resnet_time_scale_shift": "scale_shift",
+    "resnet_out_scale_factor": 1.41,
+    "class_embed_type": "timestep",
+}
+CONFIGS = {
+    "Stable Diffusion 1": {},
+    "Stable Diffusion 2": {"use_linear_projection": True, "attention_head_dim": (2, 4), "upcast_attention": True},
+    "Stable Diffusion XL": {
+        "use_linear_projection": True,
+        "attention_head_dim": (2, 4),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2),
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 30,
+    },
+    "attention without transformers": {key: value for key, value in SIMPLE.items() if key != "class_embed_type"},
+}
+
+
+def arguments(config, timestep=TIMESTEPS):
+    inputs = UNET_CONDITION.inputs(timestep)
+    if "addition_embed_type" in config:
+        inputs["added_cond_kwargs"] = {"text_embeds": torch.ones(4, 6), "time_ids": torch.arange(24.0).reshape(4, 6)}
+    return inputs
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_every_unit_computes_the_formula(config):
+    calls, widths = assert_units_are_routed(UNET_CONDITION, config, arguments(config))
+    assert {8, 16, 24, 32} <= widths
+    assert sum(".resnets." in name for name in calls) == 8
+    assert sum(".attentions." in name for name in calls) == 4
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_share_of_one_is_the_base_model_to_the_bit(config):
+    plain = UNET_CONDITION.plain(**config)
+    expected = output(plain, arguments(config))
+    routed = DTRUNet2DConditionModel.from_unet(plain, routing_beta=1.0)
+    assert torch.equal(output(routed, arguments(config)), expected)
+    assert not torch.equal(output(DTRUNet2DConditionModel.from_unet(plain), arguments(config)), expected)
+
+
+def test_transformers_that_diffusers_itself_cannot_call_are_named():
+    with pytest.raises(TypeError, match="A U-Net with a `DualTransformer2DModel` cannot be routed"):
+        UNET_CONDITION.routed(dual_cross_attention=True)
+
+
+def test_the_residuals_of_a_controlnet_are_added_as_in_the_base_class():
+    plain = UNET_CONDITION.plain()
+    routed = DTRUNet2DConditionModel.from_unet(plain, routing_beta=1.0)
+    controlnet = ControlNetModel.from_unet(routed, conditioning_embedding_out_channels=(4, 4))
+    torch.nn.init.ones_(controlnet.controlnet_mid_block.weight)
+    inputs = UNET_CONDITION.inputs()
+    with torch.no_grad():
+        down, mid = controlnet(**inputs, controlnet_cond=torch.ones(4, 3, 16, 16), return_dict=False)
+    controlled = {**inputs, "down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+    assert torch.equal(output(routed, controlled), output(plain, controlled))
+    routed.set_routing_beta(0.8)
+    assert not torch.equal(output(routed, controlled), output(routed, inputs))
+
+
+def test_lora_scales_per_block_are_those_of_the_base_class():
+    register_routed_model(DTRUNet2DConditionModel)
+    scales = {"down": 0.5, "mid": 2.0, "up": {"block_1": [0.25, 3.0]}}
+    outputs = []
+    plain = UNET_CONDITION.plain()
+    for model in (plain, DTRUNet2DConditionModel.from_unet(plain, routing_beta=1.0)):
+        model.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "style")
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if "lora" in name:
+                parameter.data.normal_(generator=generator)
+        model.set_adapters("style", scales)
+        outputs.append(output(model, UNET_CONDITION.inputs()))
+    assert torch.equal(*outputs)
+
+
+def pipeline(unet, **components):
+    return StableDiffusionPipeline(
+        vae=tiny_vae(),
+        text_encoder=clip_text_model(),
+        tokenizer=clip_tokenizer(),
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(timestep_spacing="trailing", steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+        **components,
+    )
+
+
+def sample(pipeline, **arguments):
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    result = pipeline(
+        "a cat", num_inference_steps=3, guidance_scale=3.0, generator=generator, output_type="latent", **arguments
+    )
+    return result.images
+
+
+def test_it_works_in_the_stable_diffusion_pipeline_also_after_saving(monkeypatch, tmp_path):
+    monkeypatch.setattr(diffusers_dtr, "DTRUNet2DConditionModel", DTRUNet2DConditionModel, raising=False)
+    unet = UNET_CONDITION.routed()
+    seen = []
+    unet.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
+    latents = sample(pipeline(unet))
+    # Timesteps between the integers reach the routing as they are.
+    assert len(seen) == 3
+    assert not torch.equal(latents, sample(pipeline(UNET_CONDITION.plain())))
+    pipeline(unet).save_pretrained(tmp_path)
+    loaded = StableDiffusionPipeline.from_pretrained(tmp_path)
+    assert type(loaded.unet) is DTRUNet2DConditionModel
+    torch.testing.assert_close(sample(loaded), latents, rtol=1e-3, atol=1e-3)
