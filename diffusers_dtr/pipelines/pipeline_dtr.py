@@ -234,7 +234,6 @@ class DTRPipeline(DiffusionPipeline):
                     model_input = self.scheduler.scale_model_input(latents, timestep)
                 prediction = self.predict(model_input, timestep, labels, scale, max_batch_size)
                 latents = self.scheduler.step(prediction, timestep, latents, **step_kwargs, return_dict=False)[0]
-                latents = latents.to(self.denoiser.dtype)
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents} if callback_on_step_end_tensor_inputs else {}
                     latents = (callback_on_step_end(self, step, timestep, tensors) or {}).get("latents", latents)

@@ -493,10 +493,14 @@ def test_offloading_changes_no_image_and_can_be_used_again(offload, device):
         torch.testing.assert_close(sample(pipeline, **arguments), expected, **ROUNDING)
 
 
-def test_the_denoiser_makes_room_for_the_vae():
+def test_the_denoiser_makes_room_for_the_vae_which_goes_at_the_end(monkeypatch):
     pipeline = make_pipeline(vae=make_vae())
     pipeline.enable_model_cpu_offload(device="cpu")
     assert pipeline.vae._hf_hook.prev_module_hook.model is pipeline.transformer
+    freed = []
+    monkeypatch.setattr(pipeline, "maybe_free_model_hooks", lambda: freed.append(True))
+    sample(pipeline)
+    assert freed == [True]
 
 
 # ---- callback, progress bar
