@@ -178,7 +178,7 @@ class GradientBalancer(Balancing):
                 gramian[i, : i + 1] = torch.mv(rows[: i + 1], rows[i])  # unlike matrix products, never in TF32
         if processes > 1:
             dist.all_reduce(gramian)
-        gramian = (gramian / (scale * processes) ** 2).to("cpu").double()
+        gramian = (gramian / (scale * processes) / (scale * processes)).to("cpu").double()
         return gramian + gramian.tril(-1).T
 
     def _solve(self, gramian: Tensor) -> Tensor:
