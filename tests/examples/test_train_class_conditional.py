@@ -1,3 +1,4 @@
+from itertools import combinations
 from pathlib import Path
 
 import datasets
@@ -62,6 +63,9 @@ def plain(images, tmp_path_factory) -> Path:
         ("--routing_beta", 0.4),
         ("--routing_type", "random"),
         ("--routing_warmup_steps", 4),
+        ("--balancing", "uncertainty"),
+        ("--balancing", "pcgrad", "--num_clusters", 2),
+        ("--timestep_sampling", "clusters"),
     ],
     ids=lambda flags: " ".join(map(str, flags)),
 )
@@ -75,6 +79,9 @@ def test_flag_changes_what_is_learned(flags, images, plain, tmp_path):
     [
         (("--snr_gamma", 0.1), ("--loss_weighting", "min_snr")),
         (("--routing_seed", 1), ("--routing_type", "random")),
+        (("--num_clusters", 3), ("--balancing", "uncertainty")),
+        (("--cluster_cost", "uniform"), ("--balancing", "uncertainty")),
+        (("--balancing_update_every", 3), ("--balancing", "mgda", "--num_clusters", 2)),
         (("--ema_max_decay", 0.1), ("--use_ema",)),
         (("--ema_inv_gamma", 10.0), ("--use_ema",)),
         (("--ema_power", 0.1), ("--use_ema",)),
@@ -85,6 +92,12 @@ def test_flag_changes_what_is_learned_together_with_another(flag, together_with,
     without = train(images, tmp_path / "without", "--max_train_steps", 4, *together_with)
     run = train(images, tmp_path / "run", "--max_train_steps", 4, *together_with, *flag)
     assert not same_weights(run, without)
+
+
+def test_timesteps_follow_the_loss_or_its_variance_once_losses_were_observed(images, tmp_path):
+    flags = ["--max_train_steps", 52, "--num_clusters", 2, "--timestep_sampling"]
+    runs = [train(images, tmp_path / name, *flags, name) for name in ("uniform", "loss", "variance")]
+    assert not any(same_weights(one, other) for one, other in combinations(runs, 2))
 
 
 def test_workers_and_logging_leave_the_weights_alone(images, plain, tmp_path):
