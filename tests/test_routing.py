@@ -86,6 +86,15 @@ def test_the_window_is_that_of_the_formula_for_real_timesteps(t, num_channels, a
     assert torch.equal(mask, window(torch.tensor([start]), num_active, num_channels))
 
 
+@pytest.mark.parametrize(("t", "num_channels", "beta", "alpha"), [(859, 320, 0.2, 8), (931, 1152, 0.7, 2)])
+def test_the_window_is_computed_in_float64(t, num_channels, beta, alpha):
+    num_active = int(beta * num_channels)
+    start = round((num_channels - num_active) * (t / 999) ** alpha)  # in float32: one off
+    for timestep in (t, torch.tensor(t, dtype=torch.float32)):
+        mask = routing_mask(timestep, num_channels, alpha=alpha, beta=beta)
+        assert mask[0].nonzero().flatten().tolist() == list(range(start, start + num_active))
+
+
 def test_halves_round_to_the_even_channel():
     start = routing_mask(torch.tensor([1, 3, 5]), 20, alpha=1, beta=0.5, timestep_range=(0, 20)).int().argmax(1)
     assert start.tolist() == [0, 2, 2]
@@ -275,6 +284,12 @@ def test_a_beta_set_later_gives_the_masks_of_a_configured_one(beta, num_channels
     assert mask.all() if expected is None else torch.equal(mask, expected)
     routing.set_beta(None)
     assert torch.equal(routing.mask(TIMESTEPS[::100], num_channels), configured)
+
+
+def test_a_beta_set_later_routes_a_model_that_was_configured_not_to():
+    routing = ChannelRouting(beta=1.0)
+    routing.set_beta(0.5)
+    assert torch.equal(routing.mask(TIMESTEPS, 16), routing_mask(TIMESTEPS, 16, beta=0.5))
 
 
 def test_a_beta_set_later_is_checked_like_a_configured_one():

@@ -357,6 +357,18 @@ def test_attention_processors_can_be_exchanged_and_projections_fused():
     torch.testing.assert_close(output(model), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_attention_processors_get_their_arguments():
+    class Recorder(AttnProcessor):
+        def __call__(self, *args, note, **kwargs):
+            notes.append(note)
+            return super().__call__(*args, **kwargs)
+
+    notes, model = [], routed_dit()
+    model.set_attn_processor(Recorder())
+    output(model, **inputs(), cross_attention_kwargs={"note": 1})
+    assert notes == [1, 1, 1]
+
+
 # Config and errors.
 
 
