@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass
 
 import torch
+import torch._functorch.config
 from accelerate import Accelerator
 from diffusers import SchedulerMixin
 
@@ -108,6 +109,9 @@ def build_objective(
 def _balancing(args: argparse.Namespace, model: torch.nn.Module, accelerator: Accelerator) -> str | Balancing:
     if args.balancing in BALANCINGS:
         return args.balancing
+    if args.compile:
+        # Its backward graph is run once per cluster, and must not give its buffers away the first time.
+        torch._functorch.config.donated_buffer = False
     return GradientBalancer(
         model,
         args.balancing,
