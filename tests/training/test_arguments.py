@@ -1,0 +1,143 @@
+import argparse
+import json
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffusers_dtr import training
+from diffusers_dtr.training import arguments
+from diffusers_dtr.training.arguments import noise_config, routing_config, warmed_up_beta
+
+
+# The names that diffusers' training scripts use.
+FLAGS_OF_DIFFUSERS = re.findall(
+    r"\w+",
+    """
+    dataset_name dataset_config_name train_data_dir image_column label_column cache_dir resolution center_crop
+    random_flip train_batch_size num_train_epochs max_train_steps gradient_accumulation_steps gradient_checkpointing
+    learning_rate lr_scheduler lr_warmup_steps adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm
+    use_ema ema_max_decay ema_inv_gamma ema_power mixed_precision allow_tf32 dataloader_num_workers seed logging_dir
+    checkpointing_steps checkpoints_total_limit resume_from_checkpoint validation_steps report_to output_dir
+    push_to_hub hub_model_id hub_token hub_private_repo prediction_type
+    """,
+)
+
+
+def parse(*flags: str, data: tuple[str, ...] = ("--train_data_dir", "images")) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    for add in vars(arguments).values():
+        if getattr(add, "__name__", "").startswith("add_"):
+            add(parser)
+    args = parser.parse_args(["--output_dir", "run", *data, *flags])
+    training.check_arguments(parser, args)
+    return args
+
+
+def test_flags_have_the_names_that_users_of_diffusers_know():
+    assert set(FLAGS_OF_DIFFUSERS) <= vars(parse()).keys()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--train_batch_size", "0"), "--train_batch_size: must be at least 1, got 0"),
+        (("--seed", "-1"), "--seed: must be at least 0, got -1"),
+        (("--resolution", "big"), "--resolution: invalid positive_int value: 'big'"),
+        (("--lr_scheduler", "piecewise_constant"), "invalid choice: 'piecewise_constant'"),
+        (("--report_to", "pigeon"), "invalid choice: 'pigeon'"),
+        (("--dataset_name", "mnist"), "exactly one of --dataset_name and --train_data_dir must be given"),
+        (("--validation_split", "test"), "with --train_data_dir use --validation_data_dir"),
+        (("--cache_latents",), "--cache_latents needs --vae_name_or_path"),
+        (("--cache_latents", "--vae_name_or_path", "vae"), "--cache_latents needs --center_crop"),
+        (("--max_train_steps", "5", "--routing_warmup_steps", "6"), "must not exceed --max_train_steps"),
+        (("--lr_warmup_steps", "5"), "no effect on --lr_scheduler constant: use constant_with_warmup"),
+        (("--routing_beta", "1.5"), "must be in (0, 1], got 1.5"),
+        (("--routing_alpha", "0"), "got 0.0"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused_with_the_reason(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        parse(*flags)
+    assert message in capsys.readouterr().err
+
+
+def test_data_must_come_from_somewhere(capsys):
+    with pytest.raises(SystemExit):
+        parse(data=())
+    assert "exactly one of --dataset_name and --train_data_dir" in capsys.readouterr().err
+
+
+def test_held_out_images_come_from_one_place(capsys):
+    with pytest.raises(SystemExit):
+        parse("--validation_split", "test", "--validation_data_dir", "d", data=("--dataset_name", "mnist"))
+    assert "at most one of --validation_split and --validation_data_dir" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb", "trackio"])
+def test_tracker_that_is_not_installed_is_named(tracker, capsys, monkeypatch):
+    monkeypatch.setattr(arguments, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        parse("--report_to", tracker)
+    assert f"--report_to {tracker} needs the package {tracker}" in capsys.readouterr().err
+
+
+def test_token_is_not_given_to_a_tracker_that_uploads_the_command_line(capsys, monkeypatch):
+    monkeypatch.setattr(arguments, "find_spec", lambda name: name)
+    with pytest.raises(SystemExit):
+        parse("--report_to", "wandb", "--hub_token", "hf_secret")
+    error = capsys.readouterr().err
+    assert "hf auth login" in error
+    assert "hf_secret" not in error
+    assert parse("--report_to", "trackio", "--hub_token", "hf_secret").hub_token == "hf_secret"
+
+
+def test_config_is_json_or_a_file_of_it(tmp_path):
+    config = {"num_layers": 2, "_class_name": "DTRTransformer2DModel"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for text in (json.dumps(config), f" {json.dumps(config)}", str(tmp_path / "config.json")):
+        assert training.json_config(text) == {"num_layers": 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nowhere.json", "must be a JSON object or a file that holds one: .*No such file"),
+        ("{broken", "must be a JSON object or a file that holds one"),
+        ("[1]", r"must be a JSON object or a file that holds one"),
+    ],
+)
+def test_config_that_is_none_is_refused(text, message):
+    with pytest.raises(argparse.ArgumentTypeError, match=message):
+        training.json_config(text)
+
+
+def test_file_that_holds_no_object_is_refused(tmp_path):
+    (tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(argparse.ArgumentTypeError, match="must be a JSON object, got list"):
+        training.json_config(str(tmp_path / "list.json"))
+
+
+def test_only_given_flags_overrule_a_pretrained_pipeline():
+    assert routing_config(parse()) == noise_config(parse()) == {}
+    args = parse("--routing_beta", "0.5", "--routing_type", "random", "--noise_schedule", "sigmoid")
+    assert routing_config(args) == {"routing_beta": 0.5, "routing_type": "random"}
+    assert noise_config(args) == {"beta_schedule": "sigmoid"}
+    args = parse("--routing_alpha", "2", "--routing_seed", "0", "--num_train_timesteps", "9")
+    assert routing_config(args) == {"routing_alpha": 2.0, "routing_seed": 0}
+    assert noise_config(args) == {"num_train_timesteps": 9}
+    assert noise_config(parse("--prediction_type", "sample")) == {"prediction_type": "sample"}
+
+
+@given(st.integers(1, 1000), st.floats(0.01, 1))
+def test_share_falls_steadily_from_one_to_its_target(warmup_steps, target):
+    shares = [warmed_up_beta(step, warmup_steps, target) for step in range(warmup_steps + 2)]
+    assert shares[0] == 1
+    assert shares[-2:] == [target, target]
+    assert shares == sorted(shares, reverse=True)
+    assert all(target <= share <= 1 for share in shares)
+
+
+def test_without_warm_up_the_share_is_its_target():
+    assert warmed_up_beta(0, 0, 0.3) == 0.3

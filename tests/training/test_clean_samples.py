@@ -1,0 +1,149 @@
+import argparse
+import logging
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from diffusers_dtr.training import (
+    UnreadableImages,
+    add_data_arguments,
+    build_dataset,
+    build_loader,
+    clean_samples,
+    held_out_samples,
+    load_images,
+)
+from diffusers_dtr.training.data import TrainingImages
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    random = np.random.default_rng(0)
+    for number in range(10):
+        path = tmp_path / "images" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (8, 12), dtype=np.uint8)).save(path)
+    return tmp_path / "images"
+
+
+def parse(folder: Path, *flags: object) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_data_arguments(parser)
+    for name, value in {"seed": 3, "train_batch_size": 4, "gradient_accumulation_steps": 1}.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--max_held_out_images", type=int, default=1024)
+    parser.add_argument("--output_dir", default=str(folder.parent / "run"))
+    fixed = ["--train_data_dir", folder, "--cache_dir", folder.parent / "cache", "--resolution", 8]
+    return parser.parse_args([str(value) for value in (*fixed, *flags)])
+
+
+def tiny_vae() -> AutoencoderKL:
+    torch.manual_seed(0)
+    return AutoencoderKL(in_channels=1, out_channels=1, block_out_channels=(4,), norm_num_groups=2).eval()
+
+
+def batches(args: argparse.Namespace, count: int, *, step: int = 0, vae=None) -> list[dict]:
+    images, accelerator = load_images(args, args.label_column), Accelerator(cpu=True)
+    return list(islice(build_loader(args, build_dataset(args, images, 1, vae, accelerator), accelerator, step), count))
+
+
+def test_loader_begins_at_the_batch_of_the_step(folder):
+    args = parse(folder, "--gradient_accumulation_steps", 2)
+    whole, rest = batches(args, 6), batches(args, 2, step=2)
+    for one, other in zip(whole[4:], rest, strict=True):
+        assert torch.equal(one["pixel_values"], other["pixel_values"])
+
+
+def test_making_batches_leaves_the_global_random_state_alone(folder):
+    state = torch.get_rng_state()
+    batches(parse(folder, "--random_flip"), 3)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_pixels_and_labels_of_a_batch_are_what_is_learned(folder):
+    (batch,) = batches(parse(folder), 1)
+    clean, labels = clean_samples(batch, None, 3, CPU)
+    assert clean.shape == (4, 1, 8, 8)
+    assert torch.equal(clean, batch["pixel_values"])
+    assert torch.equal(labels, batch["labels"])
+    del batch["labels"]
+    assert clean_samples(batch, None, 3, CPU)[1] is None
+
+
+def test_cached_latents_are_the_encoded_pixels(folder):
+    vae = tiny_vae()
+    args = parse(folder, "--center_crop", "--random_flip")
+    fresh = [clean_samples(batch, vae, 3, CPU) for batch in batches(args, 4)]
+    args.cache_latents = True
+    cached = [clean_samples(batch, vae, 3, CPU) for batch in batches(args, 4, vae=vae)]
+    for (latents, labels), (cached_latents, cached_labels) in zip(fresh, cached, strict=True):
+        torch.testing.assert_close(cached_latents, latents, rtol=0, atol=1e-5)
+        assert torch.equal(cached_labels, labels)
+
+
+def held_out(folder: Path, *flags: object, images: TrainingImages | None = None, vae=None):
+    args = parse(folder, *flags)
+    return held_out_samples(args, images or load_images(args, args.label_column), 1, vae, CPU)
+
+
+def test_without_validation_data_there_are_no_held_out_samples(folder):
+    assert held_out(folder) is None
+
+
+def test_held_out_samples_do_not_depend_on_the_seed_or_the_augmentation(folder):
+    plain = held_out(folder, "--validation_data_dir", folder)
+    other = held_out(folder, "--validation_data_dir", folder, "--random_flip", "--seed", 9)
+    assert plain[0].shape == (10, 1, 8, 8)
+    assert plain[1].bincount().tolist() == [5, 5]
+    assert all(torch.equal(one, two) for one, two in zip(plain, other, strict=True))
+
+
+def test_every_held_out_image_is_there_once_up_to_the_limit(folder):
+    samples, _ = held_out(folder, "--validation_data_dir", folder)
+    assert len(samples.flatten(1).unique(dim=0)) == 10
+    limited, labels = held_out(folder, "--validation_data_dir", folder, "--max_held_out_images", 6)
+    assert torch.equal(limited, samples[:6])
+    assert len(labels) == 6
+
+
+def test_held_out_images_are_encoded_if_latents_are_learned(folder):
+    samples, _ = held_out(folder, "--validation_data_dir", folder, vae=tiny_vae())
+    assert samples.shape[1] == 4
+
+
+def test_unlabelled_training_needs_no_held_out_labels(folder):
+    images = load_images(parse(folder), None)
+    assert held_out(folder, "--validation_data_dir", folder, images=images)[1] is None
+
+
+def test_held_out_images_must_have_the_classes_of_the_training_images(folder, tmp_path):
+    """Folders are numbered in their order: without class a, class b would be taken for it."""
+    for name in "bc":
+        (tmp_path / "validation" / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / "validation" / name / "0.png")
+    with pytest.raises(ValueError, match=r"must have the classes of the training images, a, b, got b, c\."):
+        held_out(folder, "--validation_data_dir", tmp_path / "validation")
+
+
+def test_unreadable_images_are_counted_and_named_once_each(caplog):
+    unreadable = UnreadableImages()
+    with caplog.at_level(logging.WARNING):
+        for names in (["b.png", "a.png", "b.png"], [], ["a.png", "c.png"]):
+            unreadable.update(names)
+    assert [message.split(";")[0] for message in caplog.messages] == [
+        "Cannot read b.png",
+        "Cannot read a.png",
+        "Cannot read c.png",
+    ]
+    assert "(3 so far)" in caplog.messages[-1]
+    Accelerator(cpu=True)
+    assert unreadable.gather() == ["a.png", "b.png", "c.png"]

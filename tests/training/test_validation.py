@@ -1,0 +1,139 @@
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler
+from PIL import Image
+
+from diffusers_dtr import NoiseLevels, cluster_timesteps
+from diffusers_dtr.training import HeldOutLoss, save_sample_grid, validation_labels
+
+
+LEVELS = NoiseLevels(DDPMScheduler())
+
+
+def measure(
+    num_images: int = 40, *, num_clusters: int = 4, labels: torch.Tensor | None = None, **options
+) -> HeldOutLoss:
+    clean = torch.randn(num_images, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    clusters = cluster_timesteps(1000, num_clusters, cost="uniform")
+    return HeldOutLoss(LEVELS, clusters, clean, labels, **options)
+
+
+def zeros(model_input, timesteps, labels):
+    return torch.zeros_like(model_input)
+
+
+def half(model_input, timesteps, labels):
+    return model_input / 2
+
+
+def as_tensor(losses) -> torch.Tensor:
+    return torch.tensor([losses.mean, *losses.per_cluster])
+
+
+def test_loss_of_silence_is_the_noise_and_that_of_who_knows_the_image_nothing():
+    held_out = measure()
+
+    def knowing(model_input, timesteps, labels):
+        clean = held_out.clean[[held_out.timesteps.tolist().index(timestep) for timestep in timesteps.tolist()]]
+        alpha, sigma = (values.view(-1, 1, 1, 1) for values in (LEVELS.alpha(timesteps), LEVELS.sigma(timesteps)))
+        return (model_input - alpha * clean) / sigma
+
+    silent = held_out(zeros, Accelerator(cpu=True))
+    assert silent.mean == pytest.approx(1, abs=0.15)
+    assert silent.mean == pytest.approx(sum(silent.per_cluster) / 4)
+    assert held_out(knowing, Accelerator(cpu=True)).mean == pytest.approx(0, abs=1e-8)
+
+
+def test_timesteps_cover_the_schedule_evenly():
+    timesteps = measure(100, num_clusters=8).timesteps
+    assert timesteps.sort().values.tolist() == list(range(5, 1000, 10))
+    assert not torch.equal(timesteps, timesteps.sort().values)
+
+
+def test_more_evaluations_noise_every_image_anew():
+    held_out = measure(10, evaluations_per_image=3)
+    assert len(held_out.timesteps.unique()) == 30
+    seen = []
+    held_out(lambda model_input, *_: seen.append(model_input) or model_input, Accelerator(cpu=True))
+    assert len(torch.cat(seen).flatten(1).unique(dim=0)) == 30
+
+
+def test_same_model_has_the_same_loss_in_batches_of_any_size_at_any_time():
+    accelerator = Accelerator(cpu=True)
+    torch.manual_seed(0)
+    one = measure(batch_size=7)(half, accelerator)
+    torch.manual_seed(1)
+    other = measure(batch_size=64)(half, accelerator)
+    torch.testing.assert_close(as_tensor(one), as_tensor(other), rtol=1e-5, atol=0)
+    assert measure(batch_size=64)(half, accelerator) == other
+
+
+def test_global_random_state_is_left_alone():
+    state = torch.get_rng_state()
+    measure()(half, Accelerator(cpu=True))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_processes_share_the_work(monkeypatch):
+    held_out = measure(batch_size=8)
+    accelerator = Accelerator(cpu=True)
+    whole = held_out(half, accelerator)
+    parts = []
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    monkeypatch.setattr(Accelerator, "reduce", lambda _, totals, how: parts.append(totals) or totals)
+    for process in range(2):
+        monkeypatch.setattr(Accelerator, "process_index", process)
+        held_out(half, accelerator)
+    (sums, counts) = parts[0] + parts[1]
+    assert counts.sum() == 40
+    assert parts[0][1].sum() == 24  # three batches of five
+    assert (sums.sum() / counts.sum()).item() == pytest.approx(whole.mean)
+
+
+def test_every_image_has_its_own_label():
+    labels = torch.arange(40)
+    held_out = measure(labels=labels, batch_size=16)
+    seen = []
+    held_out(lambda inputs, _, labels: seen.append(labels) or inputs, Accelerator(cpu=True))
+    assert torch.equal(torch.cat(seen), labels)
+
+
+def test_only_the_prediction_counts_of_an_output_with_a_variance():
+    held_out = measure()
+    accelerator = Accelerator(cpu=True)
+    with_variance = held_out(lambda inputs, *_: torch.cat([inputs / 2, inputs * 100], dim=1), accelerator)
+    assert with_variance == held_out(half, accelerator)
+
+
+def test_worse_predictions_at_a_cluster_show_there_alone():
+    held_out = measure()
+    accelerator = Accelerator(cpu=True)
+    bad_late = held_out(lambda inputs, timesteps, _: 10.0 * (timesteps >= 750).view(-1, 1, 1, 1) * inputs, accelerator)
+    silent = held_out(zeros, accelerator)
+    assert bad_late.per_cluster[:3] == silent.per_cluster[:3]
+    assert bad_late.per_cluster[3] > 10 * silent.per_cluster[3]
+
+
+def test_fewer_samples_than_clusters_are_refused():
+    with pytest.raises(ValueError, match=r"over 4 clusters needs .* got 3.*`evaluations_per_image`"):
+        measure(3)
+    assert measure(3, evaluations_per_image=2).num_samples == 6
+
+
+def test_grid_shows_the_classes_in_turn():
+    assert validation_labels(5, 3) == [0, 1, 2, 0, 1]
+    assert validation_labels(5, None) is None
+
+
+def test_images_fill_the_grid_row_by_row_and_black_the_rest(tmp_path):
+    images = [Image.new("L", (2, 2), 50 * number) for number in range(1, 6)]
+    grid = save_sample_grid(images, 3, tmp_path / "samples" / "grid.png")
+    assert np.asarray(grid.convert("L"))[::2, ::2].tolist() == [[50, 100, 150], [200, 250, 0]]
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "samples" / "grid.png")), np.asarray(grid))
+
+
+def test_few_images_make_a_single_row(tmp_path):
+    images = [Image.new("RGB", (2, 2))] * 2
+    assert save_sample_grid(images, 5, tmp_path / "grid.png").size == (4, 2)
