@@ -62,8 +62,9 @@ def test_all_four_ways_of_loading_work_from_a_hub_in_a_fresh_process(hub, fresh_
         HfApi().upload_folder(repo_id=f"owner/{name}", folder_path=tmp_path / name)
     torch.save(expected, tmp_path / "expected.pt")
 
-    code = f"""
-        import json
+    loaded = fresh_process(f"""
+        import json, sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
         import torch
         import diffusers_dtr
         from diffusers import DiffusionPipeline, DiTPipeline
@@ -82,7 +83,6 @@ def test_all_four_ways_of_loading_work_from_a_hub_in_a_fresh_process(hub, fresh_
             names = [type(pipeline).__name__, type(transformer).__name__]
             found.append([*names, torch.equal(output(transformer), expected)])
         print(json.dumps(found))
-    """
-    loaded = fresh_process(code, PYTHONPATH=str(Path(__file__).parent))
+    """)
     ours, theirs = ["DTRPipeline", "DTRTransformer2DModel", True], ["DiTPipeline", "DTRTransformer2DModel", True]
     assert loaded == [ours, ours, theirs, theirs]
