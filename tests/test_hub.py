@@ -133,7 +133,7 @@ def test_a_local_base_model_is_not_named(tmp_path):
 
 def test_a_card_is_made_without_asking_the_hub_about_a_folder_that_looks_like_a_repository(hub, tmp_path, monkeypatch):
     HfApi().create_repo("owner/digits")
-    ModelCard("somebody else's").push_to_hub("owner/digits")
+    HfApi().upload_file(repo_id="owner/digits", path_or_fileobj=b"somebody else's", path_in_repo="README.md")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner" / "digits").mkdir(parents=True)
     hub.requests.clear()
