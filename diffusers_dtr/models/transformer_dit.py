@@ -263,7 +263,8 @@ class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMi
 
         Raises:
             ValueError: If `timestep` is missing or of the wrong shape, the sides are not multiples of `patch_size`,
-                or labels are missing although there is more than one class and no null class.
+                labels are given to an unconditional model, or labels are missing where there is more than one class and
+                no null class.
         """
         if timestep is None:
             raise ValueError("`timestep` must be given: the conditioning and the routing depend on it.")
@@ -273,6 +274,8 @@ class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMi
                 f"Height and width of `hidden_states` must be multiples of `patch_size`={self.patch_size}, "
                 f"got {height}x{width}."
             )
+        if class_labels is not None and self.config.num_embeds_ada_norm is None:
+            raise ValueError("`class_labels` must be None: the model is unconditional, without `num_embeds_ada_norm`.")
         timestep = timestep_batch(timestep, hidden_states)
         mask = self.routing.mask(timestep, self.inner_dim)
         mask = None if mask is None else mask[:, None, :]

@@ -217,10 +217,11 @@ class DTRPipeline(DiffusionPipeline):
         device = self._execution_device
         labels = None if labels is None else torch.tensor(labels, device=device)
         # First, because `init_noise_sigma` depends on the timesteps.
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        timesteps = self.scheduler.timesteps
+        scheduler = self._sampling_scheduler()
+        scheduler.set_timesteps(num_inference_steps, device=device)
+        timesteps = scheduler.timesteps
         latents = randn_tensor(shape, generator, device, self.denoiser.dtype) if latents is None else latents
-        latents = latents.to(device, self.denoiser.dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        latents = latents.to(device, self.denoiser.dtype) * getattr(scheduler, "init_noise_sigma", 1.0)
         low, high = (-float("inf"), float("inf")) if guidance_interval is None else guidance_interval
         # Asked once, because every look at a timestep on the device waits for it.
         scales = [guidance_scale if low <= t <= high else 1.0 for t in timesteps.tolist()]
@@ -230,10 +231,10 @@ class DTRPipeline(DiffusionPipeline):
         with _eval_mode(self.denoiser, self.vae), self.progress_bar(total=len(timesteps)) as progress_bar:
             for step, (timestep, scale) in enumerate(zip(timesteps, scales, strict=True)):
                 model_input = latents
-                if hasattr(self.scheduler, "scale_model_input"):
-                    model_input = self.scheduler.scale_model_input(latents, timestep)
+                if hasattr(scheduler, "scale_model_input"):
+                    model_input = scheduler.scale_model_input(latents, timestep)
                 prediction = self.predict(model_input, timestep, labels, scale, max_batch_size)
-                latents = self.scheduler.step(prediction, timestep, latents, **step_kwargs, return_dict=False)[0]
+                latents = scheduler.step(prediction, timestep, latents, **step_kwargs, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents} if callback_on_step_end_tensor_inputs else {}
                     latents = (callback_on_step_end(self, step, timestep, tensors) or {}).get("latents", latents)
@@ -369,12 +370,6 @@ class DTRPipeline(DiffusionPipeline):
                 f"The denoiser must predict {' or '.join(map(str, allowed))} channels, from {channels}, for {name} "
                 f"with `variance_type`={variance_type!r}, got {predicted}."
             )
-        if channels > 3 and _keeps_three_channels(scheduler):
-            raise ValueError(
-                f"`scheduler` must have no `variance_type` for a denoiser of {channels} channels, got "
-                f"{variance_type!r}, with which {name} keeps only the first 3. Use "
-                f"`{name}.from_config(pipe.scheduler.config, variance_type=None)`."
-            )
 
     def _check_callback(self, tensor_inputs) -> None:
         unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
@@ -404,6 +399,12 @@ class DTRPipeline(DiffusionPipeline):
                 "it with `DTRTransformer2DModel.from_transformer`, which takes rectangular images."
             )
         return (batch_size, config.in_channels, *sizes)
+
+    def _sampling_scheduler(self) -> SchedulerMixin:
+        """The scheduler, or one like it that leaves the channels alone which [`predict`] has already chosen."""
+        if not _keeps_three_channels(self.scheduler):
+            return self.scheduler
+        return type(self.scheduler).from_config(self.scheduler.config, variance_type=None)
 
     def _step_kwargs(self, generator) -> dict[str, Any]:
         accepted = inspect.signature(self.scheduler.step).parameters

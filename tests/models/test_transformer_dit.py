@@ -174,6 +174,8 @@ def test_an_unconditional_model_needs_no_labels():
     assert model.null_class is None
     assert model.emb.class_embedder is None
     assert output(model, **{**inputs(), "class_labels": None}).shape == (4, 8, 8, 8)
+    with pytest.raises(ValueError, match="`class_labels` must be None"):
+        output(model, **inputs())
 
 
 def test_other_classes_keep_the_null_class():
