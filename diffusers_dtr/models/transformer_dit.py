@@ -263,8 +263,8 @@ class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMi
 
         Raises:
             ValueError: If `timestep` is missing or of the wrong shape, the sides are not multiples of `patch_size`,
-                labels are given to an unconditional model, or labels are missing where there is more than one class and
-                no null class.
+                an unconditional model is given labels, or labels are missing where there is more than one class and no
+                null class.
         """
         if timestep is None:
             raise ValueError("`timestep` must be given: the conditioning and the routing depend on it.")
