@@ -60,6 +60,20 @@ def test_more_evaluations_noise_every_image_anew():
     assert len(torch.cat(seen).flatten(1).unique(dim=0)) == 30
 
 
+def test_every_sample_has_noise_of_its_own():
+    held_out = measure(evaluations_per_image=2)
+    held_out.clean = torch.zeros_like(held_out.clean)
+    noises = []
+
+    def spy(model_input, timesteps, labels):
+        noises.append(model_input / LEVELS.sigma(timesteps).view(-1, 1, 1, 1))
+        return model_input
+
+    held_out(spy, Accelerator(cpu=True))
+    correlations = torch.corrcoef(torch.cat(noises).flatten(1)) - torch.eye(80)
+    assert correlations.abs().max() < 0.95
+
+
 def test_same_model_has_the_same_loss_in_batches_of_any_size_at_any_time():
     accelerator = Accelerator(cpu=True)
     torch.manual_seed(0)
