@@ -1,0 +1,432 @@
+"""What every routed class must do, checked for all of them alike."""
+
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from inspect import signature
+from threading import Barrier
+
+import accelerate
+import pytest
+import torch
+import torch.distributed as dist
+from diffusers.training_utils import EMAModel
+from peft import LoraConfig
+from tiny_models import TIMESTEPS, every_family, every_scoped_family, output, recorded_calls
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+
+ROUTING_KEYS = ["routing_alpha", "routing_beta", "routing_type", "routing_seed", "routing_timestep_range"]
+OTHER_TIMESTEPS = torch.tensor([999, 250, 3, 700])
+FIRST_ROUTED = r"transformer_blocks\.0|mid_block\.resnets\.0"
+
+
+def assert_close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+# What is computed.
+
+
+@every_family
+@pytest.mark.parametrize("routing_type", ["dtr", "random"])
+def test_a_share_of_one_is_the_base_model_to_the_bit(family, routing_type):
+    plain = family.plain()
+    expected = output(plain, family.inputs())
+    routed = family.conversion(plain, routing_type=routing_type)
+    assert not torch.equal(output(routed, family.inputs()), expected)
+    routed.set_routing_beta(1.0)
+    assert torch.equal(output(routed, family.inputs()), expected)
+    assert torch.equal(output(family.conversion(plain, routing_beta=1.0), family.inputs()), expected)
+    assert torch.equal(output(family.conversion(plain, routing_type="none"), family.inputs()), expected)
+
+
+@every_family
+def test_a_mixed_batch_equals_single_samples(family):
+    model, batch = family.routed(), family.inputs()
+    singles = [
+        {name: v[i : i + 1] if torch.is_tensor(v) and len(v) == 4 else v for name, v in batch.items()}
+        for i in range(4)
+    ]
+    expected = torch.cat([output(model, single) for single in singles])
+    torch.testing.assert_close(output(model, batch), expected, rtol=1e-4, atol=1e-4)
+
+
+@every_family
+def test_the_same_call_gives_the_same_output(family):
+    model = family.routed()
+    first = output(model, family.inputs())
+    assert not torch.equal(output(model, family.inputs(OTHER_TIMESTEPS)), first)
+    assert torch.equal(output(model, family.inputs()), first)
+
+
+@every_family
+def test_the_mask_leaves_the_dtype_alone(family):
+    model = family.routed().to(torch.bfloat16)
+    inputs = {
+        name: value.bfloat16()
+        if torch.is_tensor(value) and value.is_floating_point() and name != "timestep"
+        else value
+        for name, value in family.inputs().items()
+    }
+    found = output(model, inputs)
+    assert found.dtype == torch.bfloat16
+    assert found.isfinite().all()
+
+
+@every_family
+def test_a_missing_timestep_is_named(family):
+    with pytest.raises(ValueError, match="`timestep` must be given"):
+        family.routed()(**{**family.inputs(), "timestep": None})
+
+
+# Config and conversion.
+
+
+@every_scoped_family
+def test_the_signature_is_that_of_the_base_class_and_the_routing(family):
+    ours = list(signature(family.routed_class).parameters.values())
+    theirs = list(signature(family.routed_class.plain_class).parameters.values())
+    assert [(p.name, p.default) for p in ours[: len(theirs)]] == [(p.name, p.default) for p in theirs]
+    assert [p.name for p in ours[len(theirs) :]] == ROUTING_KEYS
+    assert signature(family.routed_class.forward) == signature(family.routed_class.plain_class.forward)
+
+
+@every_family
+def test_conversion_copies_weights_and_keeps_dtype_and_mode(family):
+    plain = family.plain().to(torch.bfloat16).train()
+    before = {name: value.clone() for name, value in plain.state_dict().items()}
+    routed = family.conversion(plain, routing_beta=0.5, routing_seed=3)
+    assert routed.config.routing_beta == 0.5
+    assert routed.config.routing_seed == 3
+    assert routed.dtype == torch.bfloat16
+    assert routed.training
+    with torch.no_grad():
+        for parameter in routed.parameters():
+            parameter.zero_()
+    assert plain.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in plain.state_dict().items())
+
+
+@every_family
+def test_conversion_refuses_unknown_config_names(family):
+    with pytest.raises(TypeError, match="routing_gamma"):
+        family.conversion(family.plain(), routing_gamma=1.0)
+
+
+@every_scoped_family
+def test_conversion_refuses_other_classes(family):
+    with pytest.raises(TypeError, match=f"must be a `{family.routed_class.plain_class.__name__}`, got a `Linear`"):
+        family.conversion(torch.nn.Linear(1, 1))
+
+
+@every_scoped_family
+def test_a_bad_routing_is_refused_before_a_layer_is_built(family, monkeypatch):
+    monkeypatch.setattr(family.routed_class.plain_class, "__init__", None)
+    with pytest.raises(ValueError, match=r"`routing_beta`, the share of active channels, must be in \(0, 1\], got 2"):
+        family.routed(routing_beta=2)
+
+
+# Saving and loading.
+
+
+@every_family
+def test_saving_and_loading_keeps_output_and_routing(family, tmp_path):
+    model = family.routed(routing_beta=0.6, routing_alpha=2.0)
+    expected = output(model, family.inputs())
+    model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "variant", variant="ema")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    for folder, arguments in (("whole", {}), ("variant", {"variant": "ema"}), ("shards", {})):
+        loaded = family.routed_class.from_pretrained(tmp_path / folder, **arguments)
+        assert loaded.config.routing_beta == 0.6
+        assert_close(output(loaded, family.inputs()), expected)
+    half = family.routed_class.from_pretrained(tmp_path / "whole", torch_dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+
+
+@every_family
+def test_a_checkpoint_of_the_base_class_loads_with_a_routing(family, tmp_path):
+    plain = family.plain()
+    plain.save_pretrained(tmp_path)
+    routed = family.routed_class.from_pretrained(tmp_path, routing_beta=0.5)
+    assert routed.config.routing_beta == 0.5
+    routed.set_routing_beta(1.0)
+    assert_close(output(routed, family.inputs()), output(plain, family.inputs()))
+
+
+@every_scoped_family
+def test_the_state_dict_is_that_of_the_base_class(family):
+    assert family.routed().state_dict().keys() == family.plain().state_dict().keys()
+
+
+@every_family
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_is_routed_by_itself(family, duplicate):
+    model = family.routed()
+    # Also with gradient checkpointing on, except that diffusers' own function for it cannot be pickled.
+    if "plain_class" in vars(family.routed_class):
+        model.enable_gradient_checkpointing()
+    expected = output(model, family.inputs())
+    twin = duplicate(model)
+    assert torch.equal(output(twin, family.inputs()), expected)
+    twin.set_routing_beta(0.5)
+    assert not torch.equal(output(twin, family.inputs()), expected)
+    assert torch.equal(output(model, family.inputs()), expected)
+
+
+# State that is never stale.
+
+
+def loss(model, arguments):
+    return model(**arguments).sample.square().mean()
+
+
+def gradients(model, losses):
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.autograd.grad(sum(losses), parameters, allow_unused=True)
+
+
+def assert_same_gradients(found, expected):
+    assert any(gradient is not None and gradient.any() for gradient in expected)
+    for one, other in zip(found, expected, strict=True):
+        if other is not None:
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@every_family
+@pytest.mark.parametrize("function", [None, partial(checkpoint, use_reentrant=False, preserve_rng_state=False)])
+def test_checkpointing_gives_the_same_gradients_also_for_two_forwards_before_one_backward(family, function):
+    model = family.routed(routing_beta=0.5)
+    batches = family.inputs(), family.inputs(OTHER_TIMESTEPS)
+    expected = gradients(model, [loss(model, batch) for batch in batches])
+    model.enable_gradient_checkpointing(function)
+    runs = []
+    block = next(m for name, m in model.named_modules() if name in ("transformer_blocks.0", "mid_block.resnets.1"))
+    block.register_forward_pre_hook(lambda *_: runs.append(1))
+    assert_same_gradients(gradients(model, [loss(model, batch) for batch in batches]), expected)
+    assert len(runs) == 4
+
+
+@every_family
+def test_an_ema_copy_called_between_forward_and_backward_changes_nothing(family):
+    model = family.routed()
+    ema = EMAModel(model.parameters(), model_cls=family.routed_class, model_config=model.config)
+    expected = gradients(model, [loss(model, family.inputs())])
+    twin = copy.deepcopy(model)
+    ema.copy_to(twin.parameters())
+    model.enable_gradient_checkpointing()
+    value = loss(model, family.inputs())
+    output(twin, family.inputs(OTHER_TIMESTEPS))
+    assert_same_gradients(gradients(model, [value]), expected)
+
+
+@every_family
+def test_an_ema_is_saved_as_a_routed_model(family, tmp_path):
+    model = family.routed()
+    ema = EMAModel(model.parameters(), model_cls=family.routed_class, model_config=model.config)
+    ema.save_pretrained(tmp_path)
+    loaded = family.routed_class.from_pretrained(tmp_path)
+    assert_close(output(loaded, family.inputs()), output(model, family.inputs()))
+
+
+@every_family
+def test_two_threads_may_be_inside_one_model_at_once(family):
+    model = family.routed()
+    batches = family.inputs(), family.inputs(OTHER_TIMESTEPS)
+    expected = [output(model, batch) for batch in batches]
+    inside = Barrier(2, timeout=60)
+    layer = next(module for name, module in model.named_modules() if name.endswith("to_q"))
+    layer.register_forward_pre_hook(lambda *_: (inside.wait(), None)[1])
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(partial(output, model), batches))
+    assert all(map(torch.equal, found, expected))
+
+
+@every_scoped_family
+def test_a_block_outside_its_models_call_is_an_error_also_after_a_failed_call(family):
+    model = family.routed()
+    ((name, (args, kwargs, _)),) = recorded_calls(model, FIRST_ROUTED, family.inputs()).items()
+    block = model.get_submodule(name)
+    with pytest.raises(RuntimeError, match="A routed block ran outside its model's forward call"):
+        block(*args, **kwargs)
+    handle = block.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        output(model, family.inputs())
+    handle.remove()
+    with pytest.raises(RuntimeError, match="A routed block ran outside its model's forward call"):
+        block(*args, **kwargs)
+
+
+@every_scoped_family
+def test_recomputation_that_does_not_know_the_masks_is_an_error(family):
+    model = family.routed()
+    ((name, _),) = recorded_calls(model, FIRST_ROUTED, family.inputs()).items()
+    model.set_submodule(name, checkpoint_wrapper(model.get_submodule(name)))
+    with pytest.raises(RuntimeError, match="use the model's `enable_gradient_checkpointing`"):
+        loss(model, family.inputs()).backward()
+
+
+@contextmanager
+def one_process_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@every_family
+@pytest.mark.parametrize("wrap", [partial(DistributedDataParallel, find_unused_parameters=True), fully_shard])
+def test_wrapped_for_distributed_training_it_gives_the_same_gradients(family, wrap):
+    model = family.routed()
+    loss(model, family.inputs()).backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.enable_gradient_checkpointing()
+    with one_process_group():
+        if wrap is fully_shard:
+            for block in reversed(list(model.modules())):
+                if type(block).__name__ in (model._no_split_modules or ()):
+                    fully_shard(block, mesh=dist.init_device_mesh("cpu", (1,)))
+            wrapped = fully_shard(model, mesh=dist.init_device_mesh("cpu", (1,)))
+        else:
+            wrapped = wrap(model)
+        loss(wrapped, family.inputs()).backward()
+        for name, parameter in model.named_parameters():
+            if name in expected:
+                gradient = parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
+                torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
+
+
+# torch.compile.
+
+
+@every_family
+def test_one_graph_serves_all_timesteps(family):
+    model = family.routed()
+    torch._dynamo.reset()
+    # The graph is what is tested here, not what a backend makes of it.
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    output(compiled, family.inputs())
+    with torch.compiler.set_stance("fail_on_recompile"):
+        found = output(compiled, family.inputs(OTHER_TIMESTEPS))
+    torch.testing.assert_close(found, output(model, family.inputs(OTHER_TIMESTEPS)), rtol=1e-4, atol=1e-5)
+
+
+@every_scoped_family
+def test_compiled_blocks_follow_the_timestep(family):
+    model = family.routed()
+    expected = [output(model, family.inputs(t)) for t in (TIMESTEPS, OTHER_TIMESTEPS)]
+    if not model._repeated_blocks:
+        pytest.skip(f"{family.routed_class.__name__} names no repeated blocks, as its base class")
+    torch._dynamo.reset()
+    model.compile_repeated_blocks(fullgraph=True, backend="eager")
+    found = [output(model, family.inputs(t)) for t in (TIMESTEPS, OTHER_TIMESTEPS)]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@every_family
+def test_compiled_training_with_checkpointing_gives_the_same_gradients(family):
+    model = family.routed()
+    expected = gradients(model, [loss(model, family.inputs(t)) for t in (TIMESTEPS, OTHER_TIMESTEPS)])
+    model.enable_gradient_checkpointing()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = gradients(model, [loss(compiled, family.inputs(t)) for t in (TIMESTEPS, OTHER_TIMESTEPS)])
+    assert_same_gradients(found, expected)
+
+
+# What the base classes can do.
+
+
+@every_family
+def test_attention_processors_and_backends_can_be_set(family):
+    model = family.routed()
+    expected = output(model, family.inputs())
+    model.set_attention_backend("native")
+    assert_close(output(model, family.inputs()), expected)
+    if hasattr(model, "attn_processors"):
+        processors = {name: type(processor)() for name, processor in model.attn_processors.items()}
+        model.set_attn_processor(dict(processors))
+        assert model.attn_processors == processors
+        assert_close(output(model, family.inputs()), expected)
+
+
+@every_family
+def test_layerwise_casting_is_that_of_the_base_class(family):
+    plain = family.plain()
+    models = [plain, *(family.conversion(plain, routing_beta=beta) for beta in (1.0, 0.5))]
+    for model in models:
+        model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    unrouted, share_of_one, routed = (output(model, family.inputs()) for model in models)
+    assert torch.equal(share_of_one, unrouted)
+    assert routed.isfinite().all()
+    assert not torch.equal(routed, unrouted)
+
+
+@every_family
+@pytest.mark.parametrize(
+    "offload", [{"offload_type": "leaf_level"}, {"offload_type": "block_level", "num_blocks_per_group": 1}]
+)
+def test_group_offloading_changes_nothing(family, offload):
+    model = family.routed()
+    expected = output(model, family.inputs())
+    model.enable_group_offload(onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), **offload)
+    assert torch.equal(output(model, family.inputs()), expected)
+
+
+@every_family
+def test_blocks_that_must_not_be_split_or_are_repeated_exist(family):
+    model = family.routed()
+    names = {type(module).__name__ for module in model.modules()}
+    theirs = {type(module).__name__ for module in family.plain().modules()}
+    for attribute in ("_no_split_modules", "_repeated_blocks"):
+        missing = set(getattr(model, attribute) or ()) - names
+        assert not missing & theirs
+        assert not [name for name in missing if name.startswith(("Routed", "DTR"))]
+
+
+@every_scoped_family
+def test_a_model_larger_than_its_memory_is_spread_over_devices(family, tmp_path):
+    if family.routed_class._no_split_modules is None:
+        pytest.skip(f"{family.routed_class.__name__} supports no device map, as its base class")
+    model = family.routed()
+    expected = output(model, family.inputs())
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    devices = accelerate.infer_auto_device_map(
+        model, {"cpu": size * 4 // 5, "disk": size}, no_split_module_classes=list(model._no_split_modules)
+    )
+    assert {"cpu", "disk"} <= set(devices.values())
+    spread = accelerate.dispatch_model(model, devices, main_device="cpu", offload_dir=tmp_path)
+    assert_close(output(spread, family.inputs()), expected)
+
+
+@every_family
+def test_lora_fine_tuning_trains_saves_and_loads_the_adapter_alone(family, tmp_path):
+    model = family.routed()
+    model.requires_grad_(False)
+    model.add_adapter(LoraConfig(r=2, target_modules=[family.lora_target]))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.enable_gradient_checkpointing()
+    before = output(model, family.inputs())
+    optimizer = torch.optim.SGD(trained, lr=1.0)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss(model, family.inputs()).backward()
+        optimizer.step()
+    after = output(model, family.inputs())
+    assert not torch.equal(after, before)
+    model.save_lora_adapter(tmp_path)
+    loaded = family.routed()
+    loaded.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
+    assert_close(output(loaded, family.inputs()), after)
+    loaded.disable_adapters()
+    assert torch.equal(output(loaded, family.inputs()), before)
