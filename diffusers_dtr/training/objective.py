@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch._functorch.config
@@ -28,12 +29,17 @@ class Objective:
         loss_fn: The clustered loss.
         sampler: Draws timesteps by what the losses were; None where the draw does not depend on them.
         shares: `shares` of [`TimestepClusters.sample`].
+        parts_per_draw: How many micro-batches share one stratified draw; None for all those of an optimizer step.
+        settings: The flags that the state depends on, for which alone it can be loaded.
     """
 
     clusters: TimestepClusters
     loss_fn: ClusteredLoss
     sampler: AdaptiveTimestepSampler | None
     shares: list[int] | None
+    parts_per_draw: int | None
+    settings: dict[str, str | int]
+    _observed: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list, init=False)
 
     @property
     def levels(self) -> NoiseLevels:
@@ -56,8 +62,10 @@ class Objective:
         Returns:
             `(batch_size,)`.
         """
-        generator = timestep_generator(seed, step)
-        parts = {"generator": generator, "device": device, "process_index": part, "num_processes": num_parts}
+        parts_per_draw = self.parts_per_draw or num_parts
+        draw, part = divmod(part, parts_per_draw)
+        generator = timestep_generator(seed, step * (num_parts // parts_per_draw) + draw)
+        parts = {"generator": generator, "device": device, "process_index": part, "num_processes": parts_per_draw}
         if self.sampler is not None:
             return self.sampler.sample(batch_size, **parts)
         return self.clusters.sample(batch_size, shares=self.shares, **parts)
@@ -67,9 +75,42 @@ class Objective:
         return None if self.sampler is None else self.sampler.weights(timesteps)
 
     def observe(self, accelerator: Accelerator, timesteps: torch.Tensor, out: ClusteredLossOutput) -> None:
-        """Let the draw of later timesteps follow these losses; all processes must call this."""
+        """Let the draw of later steps' timesteps follow these losses; all processes must call this."""
+        if self.sampler is None:
+            return
+        self._observed.append((timesteps, out.per_sample.detach()))
+        # Not in the middle of a step, whose micro-batches are parts of one draw.
+        if accelerator.sync_gradients:
+            timesteps, losses = (torch.cat(parts) for parts in zip(*self._observed, strict=True))
+            self._observed.clear()
+            self.sampler.update(*accelerator.gather((timesteps, losses)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that balancing and sampling have learned and counted, for an exact resume."""
+        sampler = None if self.sampler is None else self.sampler.state_dict()
+        return {"settings": self.settings, "loss_fn": self.loss_fn.state_dict(), "sampler": sampler}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned.
+
+        Args:
+            state_dict: Of an objective with the same clusters, balancing and sampling.
+
+        Raises:
+            ValueError: If they are others; it names the flags.
+        """
+        saved = state_dict["settings"]
+        changed = [
+            f"`{flag}` was {saved[flag]} and is {now} now" for flag, now in self.settings.items() if saved[flag] != now
+        ]
+        if changed:
+            raise ValueError(
+                f"{'; '.join(changed)}: resume with the clusters, balancing and sampling that the checkpoint was made "
+                "with, or start a run in another `--output_dir`."
+            )
+        self.loss_fn.load_state_dict(state_dict["loss_fn"])
         if self.sampler is not None:
-            self.sampler.update(*accelerator.gather((timesteps, out.per_sample.detach())))
+            self.sampler.load_state_dict(state_dict["sampler"])
 
     def describe(self) -> dict:
         """The clusters for the run's record."""
@@ -86,6 +127,9 @@ def build_objective(
         noise_scheduler: Scheduler that is trained with.
         model: The denoiser, whose gradients gradient balancing compares.
         accelerator: Saves and loads the state.
+
+    Raises:
+        ValueError: If a flag is out of its range, or gradient balancing gets fewer samples than clusters.
     """
     clusters = cluster_timesteps(noise_scheduler, args.num_clusters, args.cluster_cost)
     loss_fn = ClusteredLoss(
@@ -95,20 +139,38 @@ def build_objective(
         _balancing(args, model, accelerator),
         snr_gamma=args.snr_gamma,
     ).to(accelerator.device)
-    accelerator.register_for_checkpointing(loss_fn)
     sampling = args.timestep_sampling or ("uniform" if args.balancing == "uniform" else "clusters")
     sampler = None
     if sampling in ("loss", "variance"):
-        statistic = "second_moment" if sampling == "loss" else "variance"
-        sampler = AdaptiveTimestepSampler(clusters, statistic=statistic)
-        accelerator.register_for_checkpointing(sampler)
-    shares = [len(cluster) for cluster in clusters] if sampling == "uniform" else None
-    return Objective(clusters, loss_fn, sampler, shares)
+        sampler = AdaptiveTimestepSampler(clusters, statistic="second_moment" if sampling == "loss" else "variance")
+    objective = Objective(
+        clusters,
+        loss_fn,
+        sampler,
+        shares=[len(cluster) for cluster in clusters] if sampling == "uniform" else None,
+        # Gradients are compared within a forward call, which should then have samples of every cluster.
+        parts_per_draw=None if args.balancing in BALANCINGS else accelerator.num_processes,
+        settings={
+            "--num_clusters": args.num_clusters,
+            "--cluster_cost": args.cluster_cost,
+            "--balancing": args.balancing,
+            "--timestep_sampling": sampling,
+        },
+    )
+    accelerator.register_for_checkpointing(objective)
+    return objective
 
 
 def _balancing(args: argparse.Namespace, model: torch.nn.Module, accelerator: Accelerator) -> str | Balancing:
     if args.balancing in BALANCINGS:
         return args.balancing
+    samples = args.train_batch_size * accelerator.num_processes
+    if samples < args.num_clusters:
+        raise ValueError(
+            f"`--balancing {args.balancing}` compares the gradients of all {args.num_clusters} clusters in a forward "
+            f"call, which needs at least as many samples, got {samples}: use a larger `--train_batch_size` or fewer "
+            "`--num_clusters`."
+        )
     if args.compile:
         # Its backward graph is run once per cluster, and must not give its buffers away the first time.
         torch._functorch.config.donated_buffer = False

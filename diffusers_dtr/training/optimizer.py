@@ -52,5 +52,11 @@ def build_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimize
 
 
 def _keep_hyperparameters(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    groups = zip(optimizer.param_groups, state_dict["param_groups"], strict=True)
-    return {**state_dict, "param_groups": [{**own, "params": saved["params"]} for own, saved in groups]}
+    own, saved = optimizer.param_groups, state_dict["param_groups"]
+    if len(own) != len(saved):
+        raise ValueError(
+            f"The saved optimizer must have as many parameter groups as this one, {len(own)}, got {len(saved)}: "
+            "`--balancing`, whose parameters are one, must be what it was."
+        )
+    groups = [{**mine, "params": theirs["params"]} for mine, theirs in zip(own, saved, strict=True)]
+    return {**state_dict, "param_groups": groups}

@@ -1,0 +1,236 @@
+"""The clusters, loss and sampling that flags ask for, over the micro-batches of a step and across checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler
+
+from diffusers_dtr import DTRTransformer2DModel, training
+from diffusers_dtr.objective.clustered_loss import ClusteredLossOutput
+
+
+BATCH = 8
+STATEFUL = [
+    ("--balancing", "uncertainty"),
+    ("--balancing", "continuous_uncertainty"),
+    ("--balancing", "pcgrad"),
+    ("--balancing", "nash_mtl"),
+    ("--timestep_sampling", "loss"),
+    ("--timestep_sampling", "variance"),
+]
+
+
+def parse(*flags: object) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    training.add_optimization_arguments(parser)
+    training.add_objective_arguments(parser)
+    return parser.parse_args([str(flag) for flag in ("--train_batch_size", BATCH, "--num_clusters", 4, *flags)])
+
+
+class Setup:
+    """An objective with all that it is built from."""
+
+    def __init__(self, *flags: object, **noise_schedule: object):
+        self.args = parse(*flags)
+        self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=self.args.gradient_accumulation_steps)
+        torch.manual_seed(0)
+        self.model = DTRTransformer2DModel(
+            num_layers=1,
+            num_attention_heads=2,
+            attention_head_dim=4,
+            in_channels=1,
+            out_channels=1,
+            sample_size=4,
+            num_embeds_ada_norm=2,
+        )
+        scheduler = DDPMScheduler(**noise_schedule)
+        self.objective = training.build_objective(self.args, scheduler, self.model, self.accelerator)
+        self.optimizer = training.build_optimizer(self.args, self.model, self.objective.loss_fn)
+
+    def sample(self, step: int, part: int, num_parts: int, batch_size: int = BATCH) -> torch.Tensor:
+        return self.objective.sample_timesteps(batch_size, 0, step, part, num_parts, torch.device("cpu"))
+
+    def step(self, number: int) -> ClusteredLossOutput:
+        generator = torch.Generator().manual_seed(number)
+        clean, noise = torch.randn(2, BATCH, 1, 4, 4, generator=generator)
+        timesteps = self.sample(number, 0, 1)
+        noisy = self.objective.levels.add_noise(clean, noise, timesteps)
+        labels = torch.arange(BATCH) % 2
+        output = self.model.eval()(noisy, timesteps, labels).sample
+        out = self.objective.loss_fn(output, clean, noise, timesteps, self.objective.sample_weights(timesteps))
+        self.objective.observe(self.accelerator, timesteps, out)
+        out.loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return out
+
+
+@pytest.fixture
+def quick_fit(monkeypatch):
+    """Timesteps follow the losses after two steps; they do after fifty."""
+    monkeypatch.setitem(training.objective.AdaptiveTimestepSampler.__init__.__kwdefaults__, "interval", 2)
+
+
+def counts(setup: Setup, timesteps: torch.Tensor) -> list[int]:
+    return torch.bincount(setup.objective.clusters.assign(timesteps), minlength=len(setup.objective.clusters)).tolist()
+
+
+# ---- sampling
+
+
+def test_without_balancing_clusters_are_drawn_by_their_width():
+    setup = Setup()
+    drawn = counts(setup, setup.sample(0, 0, 1, batch_size=1000))
+    assert drawn == pytest.approx([len(cluster) for cluster in setup.objective.clusters], abs=1)
+    assert max(drawn) - min(drawn) > 20
+
+
+@pytest.mark.parametrize("flags", [("--balancing", "uncertainty"), ("--timestep_sampling", "clusters")])
+def test_with_balancing_or_on_request_clusters_are_drawn_equally(flags):
+    setup = Setup(*flags)
+    assert counts(setup, setup.sample(0, 0, 1)) == [2, 2, 2, 2]
+
+
+def test_balanced_clusters_are_drawn_uniformly_on_request():
+    setup = Setup("--balancing", "uncertainty", "--timestep_sampling", "uniform")
+    assert torch.equal(setup.sample(3, 0, 1, batch_size=100), Setup().sample(3, 0, 1, batch_size=100))
+
+
+@pytest.mark.parametrize("step", range(3))
+def test_micro_batches_of_a_step_are_parts_of_one_stratified_draw(step):
+    setup = Setup("--balancing", "uncertainty")
+    parts = [setup.sample(step, part, 4, batch_size=1) for part in range(4)]
+    assert counts(setup, torch.cat(parts)) == [1, 1, 1, 1]
+    assert not torch.equal(torch.cat(parts), torch.cat([setup.sample(step + 1, part, 4, 1) for part in range(4)]))
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_gradients_are_compared_between_all_clusters_in_every_forward_call(num_processes, monkeypatch):
+    monkeypatch.setattr(Accelerator, "num_processes", num_processes)
+    setup = Setup("--balancing", "pcgrad", "--train_batch_size", 4 // num_processes)
+    num_parts = 3 * num_processes
+    parts = [setup.sample(step, part, num_parts, 4 // num_processes) for step in (0, 1) for part in range(num_parts)]
+    calls = torch.cat(parts).reshape(6, 4)
+    assert all(counts(setup, call) == [1, 1, 1, 1] for call in calls)
+    assert len({tuple(call.tolist()) for call in calls}) == 6
+
+
+def test_gradient_balancing_with_fewer_samples_than_clusters_is_refused():
+    message = r"`--balancing pcgrad` compares .* all 4 clusters .* got 3: use a larger `--train_batch_size` or fewer"
+    with pytest.raises(ValueError, match=message):
+        Setup("--balancing", "pcgrad", "--train_batch_size", 3)
+    Setup("--balancing", "uncertainty", "--train_batch_size", 3)
+
+
+# ---- timesteps that follow the losses
+
+
+@pytest.mark.parametrize("statistic", ["loss", "variance"])
+def test_timesteps_come_to_follow_the_loss_and_weights_correct_for_it(statistic, quick_fit):
+    setup = Setup("--timestep_sampling", statistic)
+    everything = torch.arange(1000)
+    assert torch.equal(setup.objective.sample_weights(everything), torch.ones(1000))
+    for number in range(2):
+        setup.step(number)
+    weights = setup.objective.sample_weights(everything)
+    assert weights.min() < 0.95 < 1.05 < weights.max()
+    assert (1 / weights).mean().item() == pytest.approx(1)
+    widths = torch.tensor([len(cluster) for cluster in setup.objective.clusters])
+    expected = 800 * widths / 1000 / weights[[cluster.start for cluster in setup.objective.clusters]]
+    assert counts(setup, setup.sample(2, 0, 1, batch_size=800)) == pytest.approx(expected.tolist(), abs=1)
+
+
+def test_losses_have_no_weights_where_timesteps_do_not_follow_them():
+    assert Setup().objective.sample_weights(torch.arange(4)) is None
+
+
+def test_density_stays_as_it_is_in_the_middle_of_a_step(quick_fit):
+    """Two forward calls are observed as one of twice as many samples, and only when the step is done."""
+    timesteps = torch.arange(0, 1000, 1000 // (4 * BATCH))[: 4 * BATCH].reshape(4, BATCH)
+    per_sample = timesteps / 1000 + 0.1
+
+    def observe(setup: Setup, rows: range, size: int) -> None:
+        for row in rows:
+            with setup.accelerator.accumulate(setup.model):
+                part = slice(row * size, row * size + size)
+                out = argparse.Namespace(per_sample=per_sample.flatten()[part])
+                setup.objective.observe(setup.accelerator, timesteps.flatten()[part], out)
+
+    whole = Setup("--timestep_sampling", "loss")
+    observe(whole, range(2), 2 * BATCH)
+    divided = Setup("--timestep_sampling", "loss", "--gradient_accumulation_steps", 2)
+    observe(divided, range(3), BATCH)
+    before = divided.objective.sample_weights(torch.arange(1000))
+    assert torch.equal(before, torch.ones(1000))
+    observe(divided, range(3, 4), BATCH)
+    torch.testing.assert_close(divided.objective.sampler.shares, whole.objective.sampler.shares)
+    assert not torch.equal(divided.objective.sample_weights(torch.arange(1000)), before)
+
+
+# ---- flags and state
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_every_weighting_is_another_loss(prediction_type):
+    weightings = ("constant", "min_snr", "p2", "soft_min_snr", "debiased")
+    losses = {
+        Setup("--loss_weighting", name, prediction_type=prediction_type).step(0).loss.item() for name in weightings
+    }
+    assert len(losses) == len(weightings)
+
+
+def test_record_has_the_boundaries():
+    described = Setup("--num_clusters", 2, "--cluster_cost", "uniform").objective.describe()
+    assert described["num_clusters"] == 2
+    assert list(described["boundaries"]) == [0, 500, 1000]
+
+
+@pytest.mark.parametrize("flags", STATEFUL, ids=" ".join)
+def test_state_goes_on_to_the_bit(flags, quick_fit, tmp_path):
+    whole = Setup(*flags)
+    for number in range(3):
+        whole.step(number)
+    whole.accelerator.save_state(str(tmp_path))
+    torch.save([whole.model.state_dict(), whole.optimizer.state_dict()], tmp_path / "others.pt")
+    resumed = Setup(*flags)
+    resumed.accelerator.load_state(str(tmp_path))
+    model, optimizer = torch.load(tmp_path / "others.pt")
+    resumed.model.load_state_dict(model)
+    resumed.optimizer.load_state_dict(optimizer)
+    for number in range(3, 6):
+        assert torch.equal(whole.step(number).loss, resumed.step(number).loss)
+    assert_equal_state(whole.objective.state_dict(), resumed.objective.state_dict())
+
+
+def assert_equal_state(one: object, other: object) -> None:
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_equal_state(one[key], other[key])
+    else:
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--num_clusters", 2), "`--num_clusters` was 4 and is 2 now: resume with"),
+        (("--cluster_cost", "uniform"), "`--cluster_cost` was snr and is uniform now"),
+        (("--balancing", "continuous_uncertainty"), "`--balancing` was uncertainty and is continuous_uncertainty now"),
+        (("--timestep_sampling", "loss"), "`--timestep_sampling` was clusters and is loss now"),
+    ],
+)
+def test_state_of_other_flags_is_refused(flags, message):
+    state = Setup("--balancing", "uncertainty").objective.state_dict()
+    with pytest.raises(ValueError, match=message):
+        Setup("--balancing", "uncertainty", *flags).objective.load_state_dict(state)
+
+
+def test_state_of_other_boundaries_is_refused():
+    state = Setup().objective.state_dict()
+    with pytest.raises(ValueError, match="must be of clusters with the boundaries"):
+        Setup(beta_schedule="squaredcos_cap_v2").objective.load_state_dict(state)
