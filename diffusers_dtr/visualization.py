@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .routing import DEFAULT_TIMESTEP_RANGE, routing_mask
+from .routing import DEFAULT_TIMESTEP_RANGE, check_routing, routing_mask
 
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def plot_routing_masks(
         ImportError: Without matplotlib.
         ValueError: As [`routing_mask`].
     """
+    check_routing(timestep_range=timestep_range)
     timesteps = torch.linspace(*map(float, timestep_range), 500, dtype=torch.float64)
     masks = routing_mask(timesteps, num_channels, alpha=alpha, beta=beta, timestep_range=timestep_range)
     ax = _axes(ax)
@@ -66,14 +67,17 @@ def plot_cluster_losses(history: Sequence[dict], ax: Axes | None = None) -> Axes
     if not history:
         raise ValueError("`history` must have at least one entry, got none.")
     ax = _axes(ax)
-    steps = [entry["step"] for entry in history]
     num_clusters = len(history[0]["clusters"])
     for cluster in range(num_clusters):
-        losses = [
-            float("nan") if entry["clusters"][cluster] is None else entry["clusters"][cluster] for entry in history
-        ]
-        color = _color(cluster, num_clusters)
-        ax.plot(steps, losses, color=color, marker="." if len(steps) < 30 else None, label=f"cluster {cluster}")
+        # Left out rather than NaN: a line has no point between two gaps.
+        seen = [entry for entry in history if entry["clusters"][cluster] is not None]
+        ax.plot(
+            [entry["step"] for entry in seen],
+            [entry["clusters"][cluster] for entry in seen],
+            color=_color(cluster, num_clusters),
+            marker="." if len(history) < 30 else None,
+            label=f"cluster {cluster}",
+        )
     ax.set_xlabel("step")
     ax.set_ylabel("loss before balancing")
     ax.set_yscale("log")

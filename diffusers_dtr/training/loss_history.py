@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from importlib.util import find_spec
 from pathlib import Path
 
 from .loss_monitor import ObservedLosses
@@ -19,9 +20,14 @@ class LossHistory:
     Args:
         output_dir: The run's folder.
         global_step: Optimizer steps already done. What an interrupted run wrote of later ones is left out.
+
+    Raises:
+        ImportError: Without matplotlib, before there is anything to lose.
     """
 
     def __init__(self, output_dir: str | Path, global_step: int = 0):
+        if find_spec("matplotlib") is None:
+            raise ImportError("The picture of the losses needs matplotlib: pip install 'diffusers-dtr[training]'.")
         self.path = Path(output_dir) / HISTORY_FILE
         self.entries: list[dict] = []
         if global_step > 0 and self.path.exists():
