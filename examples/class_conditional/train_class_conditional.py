@@ -344,7 +344,8 @@ def main(args):
         if args.push_to_hub:
             description = (
                 "A class-conditional diffusion transformer with Denoising Task Routing, trained for "
-                f"{global_step} steps with `{record['command']}`."
+                f"{global_step} steps with `{record['command']}`.\n\nThe clusters of timesteps have the boundaries "
+                f"{list(objective.clusters.boundaries)}; their balancing is `{args.balancing}`."
             )
             tags = ["diffusers", "diffusers-dtr", "class-conditional-image-generation"]
             save_model_card(output_dir, description, tags, base_model=args.pretrained_model_name_or_path)

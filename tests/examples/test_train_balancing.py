@@ -1,0 +1,243 @@
+"""Clusters and their balancing in the training script: what is learned, resumed, tracked, drawn and recorded."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from training_runs import (
+    SCRIPT,
+    arguments,
+    assert_equal_weights,
+    load_script,
+    make_images,
+    record,
+    run_main,
+    same_weights,
+    train,
+)
+
+from diffusers_dtr import training
+
+
+FLAGS = ["--max_train_steps", 4, "--checkpointing_steps", 2, "--logging_steps", 1, "--num_clusters", 2, "--use_ema"]
+ACCUMULATED = ["--gradient_accumulation_steps", 2]
+UNCERTAIN = [*FLAGS, "--num_clusters", 4, "--balancing", "uncertainty", "--report_to", "tensorboard"]
+METHODS = {
+    "min-SNR": ["--loss_weighting", "min_snr"],
+    "uncertainty": ["--balancing", "uncertainty"],
+    "continuous uncertainty": ["--balancing", "continuous_uncertainty"],
+    "PCGrad": ["--balancing", "pcgrad"],
+    "PCGrad, accumulated": ["--balancing", "pcgrad", *ACCUMULATED],
+    "NashMTL": ["--balancing", "nash_mtl"],
+    "NashMTL, weights kept": ["--balancing", "nash_mtl", "--balancing_update_every", 3, *ACCUMULATED],
+    "fitted to the loss": ["--timestep_sampling", "loss", *ACCUMULATED],
+    "fitted to its variance": ["--timestep_sampling", "variance"],
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Sums are split between threads, and equal to the bit only where they are split alike."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def quick_fit(monkeypatch):
+    """Timesteps follow the losses after each step; they do after fifty."""
+    monkeypatch.setitem(training.objective.AdaptiveTimestepSampler.__init__.__kwdefaults__, "interval", 1)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return make_images(tmp_path_factory.mktemp("data") / "images")
+
+
+@pytest.fixture(scope="module")
+def plain(images, tmp_path_factory) -> Path:
+    return train(images, tmp_path_factory.mktemp("runs") / "plain", *FLAGS)
+
+
+@pytest.fixture(scope="module")
+def uncertain(images, tmp_path_factory) -> Path:
+    return train(images, tmp_path_factory.mktemp("runs") / "uncertain", *UNCERTAIN)
+
+
+def interrupted(run: Path, folder: Path) -> Path:
+    """What is left of a run that was killed in its fourth step: a checkpoint after the second, and its history."""
+    folder.mkdir()
+    shutil.copytree(run / "checkpoint-2", folder / "checkpoint-2")
+    history = (run / "loss_history.jsonl").read_text().splitlines()
+    (folder / "loss_history.jsonl").write_text("\n".join([*history[:3], history[3][:30]]))
+    return folder
+
+
+def objective_state(checkpoint: Path) -> dict:
+    return torch.load(checkpoint / "custom_checkpoint_0.pkl")
+
+
+def assert_equal_state(one: object, other: object) -> None:
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_equal_state(one[key], other[key])
+    else:
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_interrupted_run_goes_on_to_the_bit(method, images, plain, tmp_path):
+    flags = [*FLAGS, *METHODS[method]]
+    whole = train(images, tmp_path / "whole", *flags)
+    assert not same_weights(whole, plain)
+    run = train(images, interrupted(whole, tmp_path / "run"), *flags, "--resume_from_checkpoint", "latest")
+    assert_equal_weights(run, whole)
+    assert_equal_weights(run / "checkpoint-4", whole / "checkpoint-4")
+    assert_equal_weights(run / "checkpoint-4", whole / "checkpoint-4", "transformer_ema")
+    assert_equal_state(objective_state(run / "checkpoint-4"), objective_state(whole / "checkpoint-4"))
+    assert (run / "loss_history.jsonl").read_bytes() == (whole / "loss_history.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("method", ["uncertainty", "NashMTL"])
+def test_gradient_checkpointing_balances_alike(method, images, tmp_path):
+    flags = [*FLAGS, *METHODS[method], "--max_train_steps", 2]
+    one = train(images, tmp_path / "one", *flags)
+    assert same_weights(one, train(images, tmp_path / "other", *flags, "--gradient_checkpointing"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs a C compiler, gcc")
+def test_compiled_model_is_balanced_by_gradients(images, tmp_path):
+    run = train(images, tmp_path / "run", *FLAGS, "--balancing", "pcgrad", "--compile")
+    losses = [json.loads(line)["loss"] for line in (run / "loss_history.jsonl").read_text().splitlines()]
+    whole = train(images, tmp_path / "eager", *FLAGS, "--balancing", "pcgrad")
+    eager = [json.loads(line)["loss"] for line in (whole / "loss_history.jsonl").read_text().splitlines()]
+    assert losses == pytest.approx(eager, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--num_clusters", 3), "`--num_clusters` was 4 and is 3 now"),
+        (("--cluster_cost", "uniform"), "`--cluster_cost` was snr and is uniform now"),
+        (("--noise_schedule", "squaredcos_cap_v2"), "must be of clusters with the boundaries"),
+        (("--balancing", "pcgrad"), "`--balancing`, whose parameters are one, must be what it was"),
+        (("--balancing", "continuous_uncertainty"), "`--balancing` was uncertainty and is continuous_uncertainty now"),
+    ],
+)
+def test_going_on_with_other_clusters_or_balancing_is_refused(flags, message, images, uncertain, tmp_path):
+    run = interrupted(uncertain, tmp_path / "run")
+    with pytest.raises(ValueError, match=message):
+        train(images, run, *UNCERTAIN, *flags, "--resume_from_checkpoint", "latest")
+    assert not (run / "checkpoint-4").exists()
+
+
+def test_tracker_gets_loss_and_weight_of_every_cluster_at_every_logging_step(uncertain):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(uncertain / "logs" / "class-conditional")).Reload()
+    entries = [json.loads(line) for line in (uncertain / "loss_history.jsonl").read_text().splitlines()]
+    names = [tag for tag in events.Tags()["scalars"] if "/cluster_" in tag]
+    assert sorted(names) == [f"{kind}/cluster_{number}" for kind in ("loss", "weight") for number in range(4)]
+    for number in range(4):
+        losses, weights = (events.Scalars(f"{kind}/cluster_{number}") for kind in ("loss", "weight"))
+        assert [event.step for event in losses] == [event.step for event in weights] == [1, 2, 3, 4]
+        assert [event.value for event in losses] == pytest.approx([entry["clusters"][number] for entry in entries])
+        assert [event.value for event in weights] == pytest.approx([entry["weights"][number] for entry in entries])
+        assert weights[0].value != weights[-1].value
+
+
+def test_loss_in_the_tracker_is_that_before_balancing(images, tmp_path):
+    histories = []
+    for balancing in ("uniform", "uncertainty"):
+        flags = ["--max_train_steps", 1, "--timestep_sampling", "clusters", "--num_clusters", 2]
+        run = train(images, tmp_path / balancing, *flags, "--balancing", balancing)
+        histories.append(json.loads((run / "loss_history.jsonl").read_text()))
+    assert histories[0]["loss"] == histories[1]["loss"] == pytest.approx(sum(histories[0]["clusters"]) / 2)
+    assert histories[0]["clusters"] == histories[1]["clusters"]
+    assert histories[0]["weights"] == [1, 1] != histories[1]["weights"]
+
+
+def test_picture_and_boundaries_are_left_with_the_checkpoints(uncertain):
+    picture = Image.open(uncertain / "loss_per_cluster.png")
+    picture.load()
+    assert picture.size == (840, 540)
+    clusters = record(uncertain)["clusters"]
+    assert clusters["num_clusters"] == 4
+    assert clusters["boundaries"][0] == 0
+    assert clusters["boundaries"][-1] == 1000
+    assert len(clusters["boundaries"]) == 5
+    arguments = record(uncertain)["arguments"]
+    assert (arguments["balancing"], arguments["cluster_cost"]) == ("uncertainty", "snr")
+
+
+def test_picture_is_drawn_at_every_checkpoint(images, tmp_path, monkeypatch):
+    seen = []
+    save = training.LossHistory.save_picture
+
+    def spy(history: training.LossHistory) -> Path:
+        seen.append([entry["step"] for entry in history.entries])
+        return save(history)
+
+    monkeypatch.setattr(training.LossHistory, "save_picture", spy)
+    train(images, tmp_path / "run", *FLAGS)
+    assert seen == [[1, 2], [1, 2, 3, 4]]
+
+
+def test_card_says_which_clusters_and_balancing(hub, images, tmp_path):
+    flags = ["--balancing", "uncertainty", "--num_clusters", 3, "--push_to_hub"]
+    run = train(images, tmp_path / "run", *flags)
+    card = (run / "README.md").read_text()
+    assert str(record(run)["clusters"]["boundaries"]) in card
+    assert "balancing is `uncertainty`" in card
+    pushed = set(hub.repos["models", "owner/run"].branches["main"].files)
+    assert pushed >= {"training_config.json", "loss_per_cluster.png", "loss_history.jsonl"}
+
+
+@pytest.mark.parametrize("balancing", ["uncertainty", "continuous_uncertainty"])
+def test_what_balancing_learns_has_its_own_rate_and_no_decay_also_after_resuming(
+    balancing, images, tmp_path, monkeypatch
+):
+    flags = [*FLAGS, "--balancing", balancing, "--learning_rate", 0.01, "--adam_weight_decay", 0.5]
+    flags += ["--lr_scheduler", "linear", "--lr_warmup_steps", 1]
+    taken = []
+
+    class Spy(torch.optim.AdamW):
+        def step(self, *args, **kwargs):
+            taken.append([(group["lr"], group["weight_decay"]) for group in self.param_groups])
+            return super().step(*args, **kwargs)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Spy)
+    whole = train(images, tmp_path / "whole", *flags)
+    train(images, interrupted(whole, tmp_path / "run"), *flags, "--resume_from_checkpoint", "latest")
+    assert len(taken) == 4 + 2
+    assert taken[4:] == taken[2:4]
+    for model, learned in taken:
+        assert model[1] == 0.5
+        assert learned[1] == 0
+        assert learned[0] == pytest.approx(model[0] / 0.01 * 0.025)
+    assert taken[1][1][0] == 0.025
+
+
+def test_missing_torchjd_is_said_before_anything_is_done(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torchjd", None)
+    with pytest.raises(SystemExit) as exit_info:
+        run_main(load_script(SCRIPT), arguments(images, tmp_path / "run", "--balancing", "pcgrad"))
+    assert exit_info.value.code == 2
+    assert '--balancing pcgrad needs torchjd: pip install "diffusers-dtr[balancing]"' in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert load_script(SCRIPT).parse_args(arguments(images, tmp_path / "run", "--balancing", "uncertainty"))
+
+
+def test_batch_too_small_to_compare_gradients_is_refused_before_training(images, tmp_path):
+    flags = ["--balancing", "nash_mtl", "--num_clusters", 8, *ACCUMULATED]
+    with pytest.raises(
+        ValueError, match=r"all 8 clusters in a forward call.*got 4: use a larger `--train_batch_size`"
+    ):
+        train(images, tmp_path / "run", *flags)
