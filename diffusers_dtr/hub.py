@@ -35,6 +35,21 @@ def save_model_card(output_dir: str | Path, description: str, tags: list[str], b
     return path
 
 
+def create_run_repo(output_dir: str | Path, repo_id: str | None, token: str | None, private: bool) -> str:
+    """Make sure that a run's repository is there: before training, because a wrong token should not show after it.
+
+    Args:
+        output_dir: The run's folder.
+        repo_id: Repository; by default one named after the folder, in the user's namespace.
+        token: Token, or None for the one that is logged in.
+        private: Whether a new repository is private.
+
+    Returns:
+        The repository's full name.
+    """
+    return create_repo(repo_id or Path(output_dir).resolve().name, exist_ok=True, private=private, token=token).repo_id
+
+
 def push_run(output_dir: str | Path, repo_id: str | None, token: str | None, private: bool, message: str) -> str:
     """Upload a run's pipeline, card, samples and logs, but not its checkpoints.
 
@@ -48,10 +63,8 @@ def push_run(output_dir: str | Path, repo_id: str | None, token: str | None, pri
     Returns:
         The address of the commit.
     """
-    output_dir = Path(output_dir)
-    repo_id = create_repo(repo_id or output_dir.resolve().name, exist_ok=True, private=private, token=token).repo_id
     commit = upload_folder(
-        repo_id=repo_id,
+        repo_id=create_run_repo(output_dir, repo_id, token, private),
         folder_path=output_dir,
         ignore_patterns=list(_PRIVATE_PATTERNS),
         commit_message=message,

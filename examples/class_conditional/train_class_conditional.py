@@ -25,7 +25,7 @@ from diffusers_dtr import (
     training,
     vae_scale_factor,
 )
-from diffusers_dtr.hub import push_run, save_model_card
+from diffusers_dtr.hub import create_run_repo, push_run, save_model_card
 
 
 logger = get_logger(__name__)
@@ -184,6 +184,8 @@ def main(args):
     # It announces every file of a checkpoint.
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    if args.push_to_hub and accelerator.is_main_process:
+        create_run_repo(output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo)
 
     # 1. Images, and the autoencoder in whose latent space they are learned, if there is one
     images = training.load_images(args, args.label_column)

@@ -5,6 +5,7 @@ import datasets
 import pytest
 import torch
 from accelerate import Accelerator
+from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from training_runs import (
     EXAMPLES,
@@ -390,10 +391,16 @@ def test_repository_is_named_after_the_folder_unless_given(hub, images, tmp_path
     assert not hub.repos["models", "owner/my-digits"].private
 
 
+def test_a_wrong_token_stops_the_run_before_training(hub, images, tmp_path):
+    with pytest.raises(HfHubHTTPError):
+        train(images, tmp_path / "my-digits", "--push_to_hub", "--hub_token", "hf_wrong")
+    assert not list((tmp_path / "my-digits").glob("checkpoint-*"))
+
+
 def test_script_is_short_and_uses_the_public_package_only():
     lines = SCRIPT.read_text().splitlines()
     assert len(lines) <= 450
-    imported = [line for line in lines if line.startswith("from diffusers_dtr")]
-    assert imported == ["from diffusers_dtr import (", "from diffusers_dtr.hub import push_run, save_model_card"]
+    imported = [line.split(" import ")[0] for line in lines if line.startswith("from diffusers_dtr")]
+    assert imported == ["from diffusers_dtr", "from diffusers_dtr.hub"]
     assert training.__all__ == sorted(training.__all__, key=lambda name: (not name[0].isupper(), name))
     assert (EXAMPLES / "class_conditional" / "requirements.txt").exists()
