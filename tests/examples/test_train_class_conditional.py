@@ -393,7 +393,15 @@ def test_repository_is_named_after_the_folder_unless_given(hub, images, tmp_path
 
 def test_a_wrong_token_stops_the_run_before_training(hub, images, tmp_path):
     with pytest.raises(HfHubHTTPError):
-        train(images, tmp_path / "my-digits", "--push_to_hub", "--hub_token", "hf_wrong")
+        train(
+            images,
+            tmp_path / "my-digits",
+            "--push_to_hub",
+            "--hub_model_id",
+            "owner/digits",
+            "--hub_token",
+            "hf_wrong",
+        )
     assert not list((tmp_path / "my-digits").glob("checkpoint-*"))
 
 
