@@ -33,13 +33,13 @@ COMMON = (
 TASKS = {
     "digits": (
         "--train_data_dir {data}/train --validation_data_dir {data}/test --resolution 8 --center_crop "
-        "--train_batch_size 64 --max_train_steps 400 --model_config "
-        '\'{"num_layers": 6, "num_attention_heads": 4, "attention_head_dim": 32, "in_channels": 1, "patch_size": 2}\''
+        "--train_batch_size 64 --max_train_steps 600 --model_config "
+        '\'{"num_layers": 4, "num_attention_heads": 4, "attention_head_dim": 16, "in_channels": 1, "patch_size": 2}\''
     ),
     "cifar10": (
         "--dataset_name {data} --validation_split test --resolution 32 --random_flip "
-        "--train_batch_size 32 --max_train_steps 500 --model_config "
-        '\'{"num_layers": 6, "num_attention_heads": 4, "attention_head_dim": 32, "in_channels": 3, "patch_size": 4}\''
+        "--train_batch_size 32 --max_train_steps 600 --model_config "
+        '\'{"num_layers": 4, "num_attention_heads": 4, "attention_head_dim": 16, "in_channels": 3, "patch_size": 4}\''
     ),
 }
 METHODS = {
@@ -68,7 +68,9 @@ def run(args, method, seed):
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
         command += ["--num_cpu_threads_per_process", "1", str(SCRIPT), *flags, "--output_dir", f"{folder}/run"]
-        subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        if done.returncode != 0:
+            raise RuntimeError(f"{method}, seed {seed}, failed: {shlex.join(command)}\n{done.stderr}")
         record = json.loads(Path(folder, "run", "training_config.json").read_text())
     results = record["results"]
     shown = [flag.replace(args.data, "DATA") for flag in flags]
@@ -104,7 +106,10 @@ def spread(values):
 
 def main(args):
     output = Path(args.output)
-    runs = json.loads(output.read_text())["runs"] if output.exists() else []
+    report = json.loads(output.read_text()) if output.exists() else {"task": args.task, "runs": []}
+    if report["task"] != args.task:
+        raise ValueError(f"`--output` must be a file of its own for each task, got one with runs of {report['task']}.")
+    runs = report["runs"]
     done = {(entry["method"], entry["seed"]) for entry in runs}
     todo = [(method, seed) for seed in args.seeds for method in args.methods if (method, seed) not in done]
     output.parent.mkdir(parents=True, exist_ok=True)
