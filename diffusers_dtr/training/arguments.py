@@ -118,7 +118,7 @@ def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("loss, clusters and balancing")
     add = group.add_argument
     add("--loss_weighting", choices=("constant", "min_snr", "p2", "soft_min_snr", "debiased"), default="constant")
-    add("--snr_gamma", type=float, default=5.0, help="γ of min_snr and soft_min_snr.")
+    add("--snr_gamma", type=float, help="γ of min_snr and soft_min_snr. Default 5.")
     add("--num_clusters", type=positive_int, default=8, help="Number of clusters of timesteps.")
     add("--cluster_cost", choices=("uniform", "timestep", "snr"), default="snr", help="What clusters minimise.")
     add(
@@ -130,8 +130,7 @@ def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--balancing_update_every",
         type=positive_int,
-        default=1,
-        help="Optimizer steps for which gradient balancing uses the same weights.",
+        help="Optimizer steps for which gradient balancing uses the same weights. Default 1.",
     )
     add(
         "--timestep_sampling",
@@ -206,6 +205,15 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error(f"--report_to {args.report_to} needs the package {args.report_to}, which is not installed")
     if args.report_to == "wandb" and args.hub_token is not None:
         parser.error("--report_to wandb uploads the command line, and --hub_token with it: use `hf auth login`")
+    if args.snr_gamma is not None and args.loss_weighting not in ("min_snr", "soft_min_snr"):
+        parser.error(
+            f"--snr_gamma has no effect on --loss_weighting {args.loss_weighting}: use min_snr or soft_min_snr"
+        )
+    if args.balancing_update_every is not None and args.balancing not in GRADIENT_BALANCINGS:
+        parser.error(
+            f"--balancing_update_every has no effect on --balancing {args.balancing}: it is for "
+            f"{', '.join(GRADIENT_BALANCINGS)}"
+        )
     if args.balancing in GRADIENT_BALANCINGS and find_spec("torchjd") is None:
         parser.error(f'--balancing {args.balancing} needs torchjd: pip install "diffusers-dtr[balancing]"')
     given = routing_config(args)

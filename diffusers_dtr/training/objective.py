@@ -137,7 +137,7 @@ def build_objective(
         clusters,
         args.loss_weighting,
         _balancing(args, model, accelerator),
-        snr_gamma=args.snr_gamma,
+        **({} if args.snr_gamma is None else {"snr_gamma": args.snr_gamma}),
     ).to(accelerator.device)
     sampling = args.timestep_sampling or ("uniform" if args.balancing == "uniform" else "clusters")
     sampler = None
@@ -178,7 +178,7 @@ def _balancing(args: argparse.Namespace, model: torch.nn.Module, accelerator: Ac
         model,
         args.balancing,
         num_clusters=args.num_clusters,
-        update_every=args.balancing_update_every * args.gradient_accumulation_steps,
+        update_every=(args.balancing_update_every or 1) * args.gradient_accumulation_steps,
         scaler=accelerator.scaler,
         seed=args.seed,
     )

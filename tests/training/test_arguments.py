@@ -53,6 +53,8 @@ def test_flags_have_the_names_that_users_of_diffusers_know():
         (("--cache_latents", "--vae_name_or_path", "vae"), "--cache_latents needs --center_crop"),
         (("--max_train_steps", "5", "--routing_warmup_steps", "6"), "must not exceed --max_train_steps"),
         (("--lr_warmup_steps", "5"), "no effect on --lr_scheduler constant: use constant_with_warmup"),
+        (("--snr_gamma", "5"), "no effect on --loss_weighting constant: use min_snr or soft_min_snr"),
+        (("--balancing_update_every", "2"), "no effect on --balancing uniform: it is for aligned_mtl"),
         (("--routing_beta", "1.5"), "must be in (0, 1], got 1.5"),
         (("--routing_alpha", "0"), "got 0.0"),
     ],
