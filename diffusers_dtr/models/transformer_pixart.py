@@ -69,7 +69,7 @@ class DTRPixArtTransformer2DModel(RoutedTransformerMixin, PixArtTransformer2DMod
         upcast_attention: bool = False,
         norm_type: str = "ada_norm_single",
         norm_elementwise_affine: bool = False,
-        norm_eps: float = 1e-06,
+        norm_eps: float = 1e-6,
         interpolation_scale: int | None = None,
         use_additional_conditions: bool | None = None,
         caption_channels: int | None = None,

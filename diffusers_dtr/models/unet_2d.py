@@ -64,7 +64,7 @@ class DTRUNet2DModel(RoutedUNetMixin, UNet2DModel, PeftAdapterMixin):
         attention_head_dim: int | None = 8,
         norm_num_groups: int = 32,
         attn_norm_num_groups: int | None = None,
-        norm_eps: float = 1e-05,
+        norm_eps: float = 1e-5,
         resnet_time_scale_shift: str = "default",
         add_attention: bool = True,
         class_embed_type: str | None = None,

@@ -67,7 +67,7 @@ class DTRUNet2DConditionModel(RoutedUNetMixin, UNet2DConditionModel):
         dropout: float = 0.0,
         act_fn: str = "silu",
         norm_num_groups: int | None = 32,
-        norm_eps: float = 1e-05,
+        norm_eps: float = 1e-5,
         cross_attention_dim: int | tuple[int] = 1280,
         transformer_layers_per_block: int | tuple[int] | tuple[tuple] = 1,
         reverse_transformer_layers_per_block: tuple[tuple[int]] | None = None,

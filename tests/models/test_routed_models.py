@@ -20,6 +20,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from diffusers_dtr.models.routing_scope import current_mask
+
 
 ROUTING_KEYS = ["routing_alpha", "routing_beta", "routing_type", "routing_seed", "routing_timestep_range"]
 OTHER_TIMESTEPS = torch.tensor([999, 250, 3, 700])
@@ -262,6 +264,26 @@ def test_a_block_outside_its_models_call_is_an_error_also_after_a_failed_call(fa
     handle.remove()
     with pytest.raises(RuntimeError, match="A routed block ran outside its model's forward call"):
         block(*args, **kwargs)
+
+
+@every_family
+def test_a_model_called_within_another_ones_call_changes_nothing(family):
+    model, other = family.routed(), family.routed(routing_beta=0.5)
+    expected = output(model, family.inputs())
+    layer = next(module for name, module in model.named_modules() if name.endswith("to_q"))
+    layer.register_forward_pre_hook(lambda *_: (output(other, family.inputs(OTHER_TIMESTEPS)), None)[1])
+    assert torch.equal(output(model, family.inputs()), expected)
+
+
+@every_scoped_family
+def test_masks_come_to_the_device_of_the_block(family):
+    model, devices = family.routed(), []
+    name = next(iter(recorded_calls(model, FIRST_ROUTED, family.inputs())))
+    model.get_submodule(name).register_forward_pre_hook(
+        lambda *_: devices.append(current_mask(16, torch.device("meta")).device.type)
+    )
+    output(model, family.inputs())
+    assert devices == ["meta"]
 
 
 @every_scoped_family

@@ -118,6 +118,41 @@ def sample(pipeline, **arguments):
     return result.images
 
 
+def ip_adapter_weights(unet, embedding_dim=6):
+    """For four image tokens, under the names of published IP-Adapters, which count self-attention layers too."""
+    generator = torch.Generator().manual_seed(0)
+    widths = [m.to_k.weight.shape for name, m in unet.named_modules() if name.endswith("attn2")]
+    layers = {
+        f"{2 * i + 1}.{kind}.weight": torch.randn(width, generator=generator)
+        for i, width in enumerate(widths)
+        for kind in ("to_k_ip", "to_v_ip")
+    }
+    image_projection = {
+        "proj.weight": torch.randn(4 * 12, embedding_dim, generator=generator),
+        "proj.bias": torch.zeros(4 * 12),
+        "norm.weight": torch.ones(12),
+        "norm.bias": torch.zeros(12),
+    }
+    return {"image_proj": image_projection, "ip_adapter": layers}
+
+
+def test_an_ip_adapter_does_what_it_does_in_the_base_class():
+    plain = UNET_CONDITION.plain()
+    found = {}
+    for name, unet in (
+        ("base", plain),
+        ("share of one", DTRUNet2DConditionModel.from_unet(plain, routing_beta=1.0)),
+        ("routed", DTRUNet2DConditionModel.from_unet(plain)),
+    ):
+        adapted = pipeline(unet)
+        found[name, "without"] = sample(adapted)
+        adapted.load_ip_adapter(ip_adapter_weights(unet), None, None, image_encoder_folder=None)
+        found[name, "with"] = sample(adapted, ip_adapter_image_embeds=[torch.ones(2, 1, 6)])
+    assert torch.equal(found["share of one", "with"], found["base", "with"])
+    assert not torch.equal(found["routed", "with"], found["routed", "without"])
+    assert not torch.equal(found["routed", "with"], found["base", "with"])
+
+
 def test_it_works_in_the_stable_diffusion_pipeline_also_after_saving(monkeypatch, tmp_path):
     monkeypatch.setattr(diffusers_dtr, "DTRUNet2DConditionModel", DTRUNet2DConditionModel, raising=False)
     unet = UNET_CONDITION.routed()
