@@ -3,11 +3,16 @@
 # diffusers looks for the base class of a component in the namespace of the component's library.
 from diffusers import ModelMixin
 
-from .diffusers_registration import register_library, register_pipeline
+from .diffusers_registration import register_library, register_pipeline, register_routed_model
 from .latents import decode_latents, encode_images, vae_scale_factor
 from .models.convert_original_dit import convert_original_dit
 from .models.presets import DIT_PRESETS
 from .models.transformer_dit import DTRTransformer2DModel
+from .models.transformer_flux import DTRFluxTransformer2DModel
+from .models.transformer_pixart import DTRPixArtTransformer2DModel
+from .models.transformer_sd3 import DTRSD3Transformer2DModel
+from .models.unet_2d import DTRUNet2DModel
+from .models.unet_2d_condition import DTRUNet2DConditionModel
 from .noise_levels import NoiseLevels
 from .objective.adaptive_sampling import AdaptiveTimestepSampler
 from .objective.clustered_loss import ClusteredLoss
@@ -24,8 +29,13 @@ __all__ = [
     "DIT_PRESETS",
     "AdaptiveTimestepSampler",
     "ClusteredLoss",
+    "DTRFluxTransformer2DModel",
     "DTRPipeline",
+    "DTRPixArtTransformer2DModel",
+    "DTRSD3Transformer2DModel",
     "DTRTransformer2DModel",
+    "DTRUNet2DConditionModel",
+    "DTRUNet2DModel",
     "DenoisingLoss",
     "GradientBalancer",
     "ModelMixin",
@@ -42,3 +52,5 @@ __all__ = [
 
 register_library()
 register_pipeline(DTRPipeline)
+for _model_class in (DTRFluxTransformer2DModel, DTRSD3Transformer2DModel, DTRUNet2DConditionModel):
+    register_routed_model(_model_class)
