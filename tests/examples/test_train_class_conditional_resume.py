@@ -70,9 +70,9 @@ def test_resumed_run_ends_with_the_uninterrupted_weights(step, num_workers, imag
     assert not same_weights(run / "checkpoint-6", run)  # the average is another model
 
 
-@pytest.mark.parametrize("balancing", ["uncertainty", "nash_mtl"])
+@pytest.mark.parametrize("balancing", [["uncertainty"], ["nash_mtl", "--balancing_update_every", 3]])
 def test_balancing_goes_on_where_it_was(balancing, images, tmp_path):
-    flags = [*EVERYTHING, "--num_clusters", 2, "--balancing", balancing, "--balancing_update_every", 3]
+    flags = [*EVERYTHING, "--num_clusters", 2, "--balancing", *balancing]
     whole = train(images, tmp_path / "whole", *flags)
     run = interrupted(whole, tmp_path / "run", 4)
     train(images, run, *flags, "--resume_from_checkpoint", "latest")
