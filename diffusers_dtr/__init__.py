@@ -52,5 +52,10 @@ __all__ = [
 
 register_library()
 register_pipeline(DTRPipeline)
-for _model_class in (DTRFluxTransformer2DModel, DTRSD3Transformer2DModel, DTRUNet2DConditionModel):
+for _model_class in (
+    DTRFluxTransformer2DModel,
+    DTRPixArtTransformer2DModel,
+    DTRSD3Transformer2DModel,
+    DTRUNet2DConditionModel,
+):
     register_routed_model(_model_class)

@@ -38,15 +38,17 @@ def read_split(digits_dir, split):
     return images, np.array([int(path.parent.name) for path in paths])
 
 
-def draw_grid(images, labels, num_per_digit, scale=6, margin=28):
-    side = images.shape[1] * scale
+def draw_grid(images, labels, num_per_digit, scale=6, margin=28, gap=6):
+    side = images.shape[1] * scale + gap
     rows = len(labels) // num_per_digit
     grid = Image.new("L", (margin + num_per_digit * side, rows * side), 255)
     draw = ImageDraw.Draw(grid)
     font = ImageFont.load_default(size=side // 2)
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
         row, column = divmod(number, num_per_digit)
-        tile = Image.fromarray((image * 255).round().astype(np.uint8)).resize((side, side), Image.Resampling.NEAREST)
+        tile = Image.fromarray((image * 255).round().astype(np.uint8)).resize(
+            (side - gap, side - gap), Image.Resampling.NEAREST
+        )
         grid.paste(tile, (margin + column * side, row * side))
         if column == 0:
             draw.text((margin // 2, (row + 0.5) * side), str(label), fill=0, anchor="mm", font=font)
