@@ -62,7 +62,7 @@ def test_evaluation_draws_all_digits_and_reports_loss_and_readability(digits, tm
     run = train_on_digits(digits, tmp_path / "run")
     capsys.readouterr()
     report = evaluate(run, digits, tmp_path / "samples.png", capsys)
-    assert Image.open(tmp_path / "samples.png").size == (28 + 2 * 48, 10 * 48)
+    assert Image.open(tmp_path / "samples.png").size == (28 + 2 * 54, 10 * 54)
     assert len(report["held_out_denoising_loss_per_eighth_of_timesteps"]) == 8
     assert report["classifier_accuracy_on_held_out_digits"] > 0.98
     assert 0 <= report["share_of_samples_read_as_asked"] <= 1
