@@ -8,6 +8,7 @@ over processes and clusters, and a cluster that a batch has no samples of adds n
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -63,7 +64,7 @@ class ClusterLosses:
         return torch.where(self._membership, self.per_sample, 0).sum(1)
 
 
-class Balancing(nn.Module):
+class Balancing(nn.Module, ABC):
     """Base of all balancings: a module from the losses of a batch to the scalar to minimise.
 
     Attributes:
@@ -72,6 +73,7 @@ class Balancing(nn.Module):
 
     num_clusters: int | None = None
 
+    @abstractmethod
     def forward(self, losses: ClusterLosses) -> Tensor:
         """The loss to minimise, a scalar, of which the mean over processes is meant.
 
@@ -81,7 +83,6 @@ class Balancing(nn.Module):
         Returns:
             Scalar tensor.
         """
-        raise NotImplementedError
 
     def cluster_weights(self, log_snr: Tensor) -> Tensor:
         """What each cluster's losses count at present, to look at; 1 in the plain mean.

@@ -190,7 +190,7 @@ class DTRPipeline(DiffusionPipeline):
 
         >>> pipe = DTRPipeline.from_pretrained("demo/pipeline")
         >>> images = pipe(
-        ...     class_labels=["seven", 3], guidance_scale=1.5, generator=torch.manual_seed(0)
+        ...     class_labels=["7", 3], guidance_scale=1.5, generator=torch.manual_seed(0)
         ... ).images
         ```
 
