@@ -10,7 +10,7 @@ import diffusers_dtr
 
 PACKAGE = Path(diffusers_dtr.__file__).parent
 
-# Each may import those before it, and itself. The rest (hub, model card, command line) is above them all.
+# Each may import those before it, and itself. The rest (the command line) is above them all.
 LAYERS = [
     "routing",
     "noise_levels",
@@ -20,6 +20,7 @@ LAYERS = [
     "analysis",
     "visualization",
     "pipelines",
+    "hub",
     "training",
 ]
 

@@ -7,6 +7,7 @@ from a CPU generator and depend on the global batch alone, so any number of proc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -92,6 +93,38 @@ def stratified_density(
     shares = _checked_shares(shares, len(edges) - 1)
     within = _distribution_within_clusters(importance, edges)
     return len(within) * (shares / shares.sum()).repeat_interleave(edges.diff()) * within
+
+
+def logit_normal_probabilities(num_timesteps: int, logit_mean: float = 0.0, logit_std: float = 1.0) -> torch.Tensor:
+    r"""Probability of each training timestep under the logit-normal distribution (SD3, arXiv 2403.03206, Eq. 19).
+
+    With u logit-normal, the timestep is the $\lfloor uT \rfloor$-th of the training grid in ascending noise level: a
+    grid with a shift is sampled by its places, as the paper and diffusers' scripts do. (Those count the places from
+    the other end: their `logit_mean` is the negative of this one, which is the paper's.)
+
+    Args:
+        num_timesteps: T, >= 1.
+        logit_mean: Location of logit(u), finite; positive values favour noisy timesteps.
+        logit_std: Scale of logit(u), > 0 and finite.
+
+    Returns:
+        float64 tensor `(T,)` on the CPU, positive, of sum 1.
+
+    Raises:
+        ValueError: For an argument outside these ranges.
+    """
+    _check_positive_integer("num_timesteps", num_timesteps)
+    if not math.isfinite(logit_mean):
+        raise ValueError(f"`logit_mean` must be finite, got {logit_mean}.")
+    if not 0 < logit_std < math.inf:
+        raise ValueError(f"`logit_std` must be greater than 0 and finite, got {logit_std}.")
+    edges = torch.arange(num_timesteps + 1, dtype=torch.float64, device="cpu") / num_timesteps
+    quantiles = (edges.logit() - logit_mean) / logit_std
+    below, above = torch.special.ndtr(quantiles), torch.special.ndtr(-quantiles)
+    # Each tail from its own end, where 1 - Φ would have no digits left.
+    probabilities = torch.where(quantiles[1:] > 0, above[:-1] - above[1:], below.diff())
+    # Beyond float64's range a timestep is as good as never drawn, but can be divided by.
+    return probabilities.clamp(min=torch.finfo(torch.float64).tiny)
 
 
 def _allot(shares: torch.Tensor, num_samples: int, generator: torch.Generator | None) -> torch.Tensor:

@@ -5,6 +5,7 @@ from .arguments import (
     add_noise_arguments,
     add_objective_arguments,
     add_optimization_arguments,
+    add_pretrained_arguments,
     add_routing_arguments,
     add_run_arguments,
     check_arguments,
@@ -19,10 +20,12 @@ from .clean_samples import (
     build_dataset,
     build_loader,
     clean_samples,
+    held_out_dataset,
     held_out_samples,
     load_images,
 )
-from .ema import averaged_weights
+from .components import load_noise_scheduler, load_vae, pretrained_options
+from .ema import averaged_weights, build_ema
 from .loss_history import LossHistory
 from .loss_monitor import LossMonitor
 from .objective import Objective, build_objective
@@ -30,8 +33,10 @@ from .optimizer import build_lr_scheduler, build_optimizer
 from .outputs import prepare_output_dir, save_pipeline, save_record
 from .randomness import derive_seed, noise_generator, seed_model, timestep_generator
 from .record import run_record, tracker_config
+from .run import start_run
 from .tracking import log_image
-from .validation import HeldOutLoss, HeldOutLosses, save_sample_grid, validation_labels
+from .trainer import Trainer
+from .validation import HeldOutLoss, HeldOutLosses, save_sample_grid
 
 
 __all__ = [
@@ -41,15 +46,18 @@ __all__ = [
     "LossHistory",
     "LossMonitor",
     "Objective",
+    "Trainer",
     "UnreadableImages",
     "add_data_arguments",
     "add_noise_arguments",
     "add_objective_arguments",
     "add_optimization_arguments",
+    "add_pretrained_arguments",
     "add_routing_arguments",
     "add_run_arguments",
     "averaged_weights",
     "build_dataset",
+    "build_ema",
     "build_loader",
     "build_lr_scheduler",
     "build_objective",
@@ -57,21 +65,25 @@ __all__ = [
     "check_arguments",
     "clean_samples",
     "derive_seed",
+    "held_out_dataset",
     "held_out_samples",
     "json_config",
     "load_images",
+    "load_noise_scheduler",
+    "load_vae",
     "log_image",
     "noise_config",
     "noise_generator",
     "prepare_output_dir",
+    "pretrained_options",
     "routing_config",
     "run_record",
     "save_pipeline",
     "save_record",
     "save_sample_grid",
     "seed_model",
+    "start_run",
     "timestep_generator",
     "tracker_config",
-    "validation_labels",
     "warmed_up_beta",
 ]

@@ -14,7 +14,7 @@ from ..routing import ROUTING_TYPES, check_routing
 
 # Those of diffusers' `get_scheduler` that the flags say enough for.
 _LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
-TIMESTEP_SAMPLINGS = ("uniform", "clusters", "loss", "variance")
+TIMESTEP_SAMPLINGS = ("uniform", "clusters", "loss", "variance", "logit_normal")
 _TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
@@ -43,6 +43,16 @@ def json_config(text: str) -> dict:
     if not isinstance(config, dict):
         raise argparse.ArgumentTypeError(f"must be a JSON object, got {type(config).__name__}")
     return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+def add_pretrained_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add the flags that say which files of `--pretrained_model_name_or_path` to load.
+
+    Args:
+        group: The script's group of its model.
+    """
+    group.add_argument("--revision", help="Revision of the pretrained pipeline's repository.")
+    group.add_argument("--variant", help="Variant of the pretrained pipeline's weights, such as fp16.")
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -136,7 +146,20 @@ def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
         "--timestep_sampling",
         choices=TIMESTEP_SAMPLINGS,
         help="How timesteps are drawn: uniformly (the default without balancing), equally many in every cluster (the "
-        "default with it), or following the clusters' loss or its variance, with the loss corrected for it.",
+        "default with it), following the clusters' loss or its variance, with the loss corrected for it, or by the "
+        "logit-normal distribution of Stable Diffusion 3, for flow matching.",
+    )
+    add(
+        "--logit_mean",
+        type=float,
+        help="Location of logit_normal; above 0 favours noisy timesteps, as in the paper of Stable Diffusion 3. "
+        "Default 0.",
+    )
+    add("--logit_std", type=float, help="Scale of logit_normal, > 0. Default 1.")
+    add(
+        "--train_cluster",
+        type=non_negative_int,
+        help="Train on the timesteps of this one cluster alone, to measure what training on all costs it.",
     )
 
 
@@ -193,8 +216,8 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         )
     if args.validation_split is not None and args.validation_data_dir is not None:
         parser.error("at most one of --validation_split and --validation_data_dir can be given")
-    if args.cache_latents and args.vae_name_or_path is None:
-        parser.error("--cache_latents needs --vae_name_or_path")
+    if args.cache_latents and args.vae_name_or_path is None and args.pretrained_model_name_or_path is None:
+        parser.error("--cache_latents needs --vae_name_or_path, or a pretrained pipeline that has an autoencoder")
     if args.cache_latents and not args.center_crop:
         parser.error("--cache_latents needs --center_crop: a random crop would be encoded anew every time")
     if args.max_train_steps is not None and args.routing_warmup_steps > args.max_train_steps:
@@ -216,6 +239,14 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         )
     if args.balancing in GRADIENT_BALANCINGS and find_spec("torchjd") is None:
         parser.error(f'--balancing {args.balancing} needs torchjd: pip install "diffusers-dtr[balancing]"')
+    if args.timestep_sampling != "logit_normal" and (args.logit_mean, args.logit_std) != (None, None):
+        parser.error("--logit_mean and --logit_std have an effect on --timestep_sampling logit_normal only")
+    if args.logit_std is not None and not args.logit_std > 0:
+        parser.error(f"--logit_std must be above 0, got {args.logit_std}")
+    if args.train_cluster is not None and args.train_cluster >= args.num_clusters:
+        parser.error(f"--train_cluster must be below --num_clusters {args.num_clusters}, got {args.train_cluster}")
+    if args.train_cluster is not None and (args.balancing != "uniform" or args.timestep_sampling is not None):
+        parser.error("--train_cluster leaves nothing to balance: no --balancing or --timestep_sampling goes with it")
     given = routing_config(args)
     given = {name if name == "routing_type" else name.removeprefix("routing_"): given[name] for name in given}
     try:

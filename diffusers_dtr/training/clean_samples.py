@@ -54,7 +54,15 @@ def build_dataset(
         channels: Channels of the images: 1 or 3.
         vae: Autoencoder of `--cache_latents`, or None.
         accelerator: Its main process encodes, the others wait.
+
+    Raises:
+        ValueError: For `--cache_latents` without an autoencoder, or what [`cache_latents`] refuses.
     """
+    if args.cache_latents and vae is None:
+        raise ValueError(
+            "`--cache_latents` needs an autoencoder, and the pretrained pipeline has none: leave it out, or give "
+            "`--vae_name_or_path`."
+        )
     transform = ImageTransform(args.resolution, channels, args.center_crop, args.random_flip)
     if not args.cache_latents:
         return ImageDataset(images, transform, seed=args.seed, on_unreadable=args.unreadable_images)
@@ -99,43 +107,36 @@ def build_loader(args: argparse.Namespace, dataset: Dataset, accelerator: Accele
     )
 
 
-def clean_samples(
-    batch: dict[str, Any], vae: ModelMixin | None, seed: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What the denoiser learns to recover from a batch, and its labels.
+def clean_samples(batch: dict[str, Any], vae: ModelMixin | None, seed: int, device: torch.device) -> torch.Tensor:
+    """What the denoiser learns to recover from a batch.
 
     Args:
         batch: Of [`build_loader`].
         vae: Encodes pixels; None where pixels are what is learned, or latents are cached.
         seed: Seed of the run, from which a sample's latent is drawn.
-        device: Where the results lie.
+        device: Where the result lies.
 
     Returns:
-        Pixels in [-1, 1] or normalised latents `(batch, channels, height, width)`, and labels `(batch,)` or None.
+        Pixels in [-1, 1] or normalised latents `(batch, channels, height, width)`.
     """
-    labels = batch["labels"].to(device, non_blocking=True) if "labels" in batch else None
     if "latents" in batch:
-        return batch["latents"].to(device, non_blocking=True), labels
+        return batch["latents"].to(device, non_blocking=True)
     pixel_values = batch["pixel_values"].to(device, non_blocking=True)
     if vae is None:
-        return pixel_values, labels
-    return encode_images(vae, pixel_values, posterior_generators(seed, batch["epoch"], batch["index"])), labels
+        return pixel_values
+    return encode_images(vae, pixel_values, posterior_generators(seed, batch["epoch"], batch["index"]))
 
 
-def held_out_samples(
-    args: argparse.Namespace, images: TrainingImages, channels: int, vae: ModelMixin | None, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-    """Clean samples for the held-out loss, without flips or random crops, the same for every run.
+def held_out_dataset(args: argparse.Namespace, images: TrainingImages, channels: int) -> ImageDataset | None:
+    """The images of the held-out loss, without flips or random crops, the same for every run.
 
     Args:
         args: Parsed flags.
         images: The training images, whose classes these must have.
         channels: Channels of the images.
-        vae: Autoencoder, or None.
-        device: Where images are encoded.
 
     Returns:
-        Samples and labels on the CPU, or None if no validation data are named.
+        The dataset, or None if no validation data are named.
 
     Raises:
         ValueError: If their classes are not those of the training images.
@@ -159,14 +160,36 @@ def held_out_samples(
             f"{_class_names(images)}, got {_class_names(held_out)}."
         )
     transform = ImageTransform(args.resolution, channels, center_crop=True, random_flip=False)
-    dataset = ImageDataset(held_out, transform, seed=0, on_unreadable=args.unreadable_images)
-    batches = TrainingBatches(len(dataset), args.train_batch_size, seed=0)
+    return ImageDataset(held_out, transform, seed=0, on_unreadable=args.unreadable_images)
+
+
+def held_out_samples(
+    args: argparse.Namespace, dataset: Dataset, vae: ModelMixin | None, device: torch.device
+) -> tuple[torch.Tensor, dict[str, torch.Tensor | list]]:
+    """Clean samples for the held-out loss, and what else their batch holds.
+
+    Args:
+        args: Parsed flags.
+        dataset: What [`held_out_dataset`] returned, or one that adds to its samples.
+        vae: Autoencoder, or None.
+        device: Where images are encoded.
+
+    Returns:
+        Samples, and the other entries of their batch, such as labels; on the CPU.
+    """
     wanted = min(len(dataset), args.max_held_out_images)
-    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate_samples, generator=torch.Generator())
-    parts = [clean_samples(batch, vae, 0, device) for batch in islice(loader, -(-wanted // args.train_batch_size))]
-    clean = torch.cat([part.cpu() for part, _ in parts])[:wanted]
-    labels = None if held_out.labels is None else torch.cat([part.cpu() for _, part in parts])[:wanted]
-    return clean, labels
+    sampler = TrainingBatches(len(dataset), args.train_batch_size, seed=0)
+    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_samples, generator=torch.Generator())
+    clean, rest = [], {}
+    for batch in islice(loader, -(-wanted // args.train_batch_size)):
+        clean.append(clean_samples(batch, vae, 0, device).cpu())
+        for name in batch.keys() - {"pixel_values", "unreadable"}:
+            rest.setdefault(name, []).extend(batch[name])
+    rest = {
+        name: (torch.stack(values) if isinstance(values[0], torch.Tensor) else values)[:wanted]
+        for name, values in rest.items()
+    }
+    return torch.cat(clean)[:wanted], rest
 
 
 def _class_names(images: TrainingImages) -> str:

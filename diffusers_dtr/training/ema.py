@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,23 +16,45 @@ from diffusers.training_utils import EMAModel
 _STATE = ("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power")
 
 
+def build_ema(args: argparse.Namespace, model: ModelMixin, device: torch.device) -> EMAModel:
+    """The average of a model's weights that the flags ask for.
+
+    Args:
+        args: Parsed flags of [`~diffusers_dtr.training.arguments.add_optimization_arguments`].
+        model: All of whose weights are averaged.
+        device: Where the average lies.
+    """
+    ema = EMAModel(
+        model.parameters(),
+        decay=args.ema_max_decay,
+        use_ema_warmup=True,
+        inv_gamma=args.ema_inv_gamma,
+        power=args.ema_power,
+        foreach=True,
+        model_cls=type(model),
+        model_config=model.config,
+    )
+    ema.to(device)
+    return ema
+
+
 @contextmanager
-def averaged_weights(ema: EMAModel | None, model: torch.nn.Module) -> Iterator[None]:
+def averaged_weights(ema: EMAModel | None, parameters: list[torch.nn.Parameter]) -> Iterator[None]:
     """Give the model its averaged weights for a while; without an average it keeps its own.
 
     Args:
         ema: The average, or None.
-        model: The model that it averages.
+        parameters: What it averages.
     """
     if ema is None:
         yield
         return
-    ema.store(model.parameters())
-    ema.copy_to(model.parameters())
+    ema.store(parameters)
+    ema.copy_to(parameters)
     try:
         yield
     finally:
-        ema.restore(model.parameters())
+        ema.restore(parameters)
 
 
 def load_ema_state(path: str | Path, model_class: type[ModelMixin]) -> dict:

@@ -17,6 +17,7 @@ from ..objective.balancing import BALANCINGS, Balancing
 from ..objective.clustered_loss import ClusteredLoss, ClusteredLossOutput
 from ..objective.clustering import TimestepClusters, cluster_timesteps
 from ..objective.gradient_balancing import GradientBalancer
+from ..objective.timestep_sampling import logit_normal_probabilities
 from .randomness import timestep_generator
 
 
@@ -29,6 +30,7 @@ class Objective:
         loss_fn: The clustered loss.
         sampler: Draws timesteps by what the losses were; None where the draw does not depend on them.
         shares: `shares` of [`TimestepClusters.sample`].
+        importance: `importance` of [`TimestepClusters.sample`].
         parts_per_draw: How many micro-batches share one stratified draw; None for all those of an optimizer step.
         settings: The flags that the state depends on, for which alone it can be loaded.
     """
@@ -36,9 +38,10 @@ class Objective:
     clusters: TimestepClusters
     loss_fn: ClusteredLoss
     sampler: AdaptiveTimestepSampler | None
-    shares: list[int] | None
+    shares: torch.Tensor | list[int] | None
+    importance: torch.Tensor | None
     parts_per_draw: int | None
-    settings: dict[str, str | int]
+    settings: dict[str, str | int | float | None]
     _observed: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list, init=False)
 
     @property
@@ -68,7 +71,7 @@ class Objective:
         parts = {"generator": generator, "device": device, "process_index": part, "num_processes": parts_per_draw}
         if self.sampler is not None:
             return self.sampler.sample(batch_size, **parts)
-        return self.clusters.sample(batch_size, shares=self.shares, **parts)
+        return self.clusters.sample(batch_size, shares=self.shares, importance=self.importance, **parts)
 
     def sample_weights(self, timesteps: torch.Tensor) -> torch.Tensor | None:
         """What corrects a loss for timesteps that were not drawn as they would be without fitting them to it."""
@@ -143,11 +146,13 @@ def build_objective(
     sampler = None
     if sampling in ("loss", "variance"):
         sampler = AdaptiveTimestepSampler(clusters, statistic="second_moment" if sampling == "loss" else "variance")
+    shares, importance = _distribution(args, sampling, clusters)
     objective = Objective(
         clusters,
         loss_fn,
         sampler,
-        shares=[len(cluster) for cluster in clusters] if sampling == "uniform" else None,
+        shares=shares,
+        importance=importance,
         # Gradients are compared within a forward call, which should then have samples of every cluster.
         parts_per_draw=None if args.balancing in BALANCINGS else accelerator.num_processes,
         settings={
@@ -155,10 +160,29 @@ def build_objective(
             "--cluster_cost": args.cluster_cost,
             "--balancing": args.balancing,
             "--timestep_sampling": sampling,
+            "--train_cluster": args.train_cluster,
+            "--logit_mean": args.logit_mean,
+            "--logit_std": args.logit_std,
         },
     )
     accelerator.register_for_checkpointing(objective)
     return objective
+
+
+def _distribution(
+    args: argparse.Namespace, sampling: str, clusters: TimestepClusters
+) -> tuple[torch.Tensor | list[int] | None, torch.Tensor | None]:
+    """`shares` and `importance` of [`TimestepClusters.sample`], for draws that are not fitted to the loss."""
+    widths = [len(cluster) for cluster in clusters]
+    if args.train_cluster is not None:
+        return [width * (number == args.train_cluster) for number, width in enumerate(widths)], None
+    if sampling == "uniform":
+        return widths, None
+    if sampling == "logit_normal":
+        given = {name: getattr(args, name) for name in ("logit_mean", "logit_std") if getattr(args, name) is not None}
+        probabilities = logit_normal_probabilities(clusters.num_train_timesteps, **given)
+        return torch.stack([part.sum() for part in probabilities.split(widths)]), probabilities
+    return None, None
 
 
 def _balancing(args: argparse.Namespace, model: torch.nn.Module, accelerator: Accelerator) -> str | Balancing:

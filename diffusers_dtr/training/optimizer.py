@@ -19,10 +19,11 @@ def build_optimizer(args: argparse.Namespace, model: torch.nn.Module, loss_fn: C
 
     Args:
         args: Parsed flags of [`add_optimization_arguments`].
-        model: Its parameters are optimized, with the flags' hyperparameters.
+        model: What of it requires gradients is optimized, with the flags' hyperparameters.
         loss_fn: What its balancing learns is optimized too, with the balancing's own.
     """
-    groups = [{"params": list(model.parameters()), "lr": args.learning_rate}, *loss_fn.parameter_groups()]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [{"params": trained, "lr": args.learning_rate}, *loss_fn.parameter_groups()]
     optimizer = torch.optim.AdamW(
         # A learning rate schedule that begins in the middle takes the peak from here.
         [{**group, "initial_lr": group["lr"]} for group in groups],

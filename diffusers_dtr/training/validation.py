@@ -43,7 +43,7 @@ class HeldOutLoss:
         levels: Noise levels that the denoiser was trained for.
         clusters: Clusters of timesteps to average over.
         clean: Held-out images or latents, `(images, channels, height, width)`.
-        class_labels: `(images,)`, or None.
+        batch: What else a batch of these samples has, one entry per image: labels, captions.
         evaluations_per_image: Noised copies of every image.
         batch_size: Samples per forward call.
 
@@ -56,14 +56,14 @@ class HeldOutLoss:
         levels: NoiseLevels,
         clusters: TimestepClusters,
         clean: torch.Tensor,
-        class_labels: torch.Tensor | None = None,
+        batch: dict[str, torch.Tensor | list] | None = None,
         evaluations_per_image: int = 1,
         batch_size: int = 64,
     ):
         self.levels = levels
         self.clusters = clusters
         self.clean = clean
-        self.class_labels = class_labels
+        self.batch = batch or {}
         self.batch_size = batch_size
         self.num_samples = len(clean) * evaluations_per_image
         if self.num_samples < len(clusters):
@@ -79,14 +79,15 @@ class HeldOutLoss:
 
     def __call__(
         self,
-        denoise: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor],
+        denoise: Callable[[torch.Tensor, torch.Tensor, dict[str, torch.Tensor | list]], torch.Tensor],
         accelerator: Accelerator,
     ) -> HeldOutLosses:
         """Measure a denoiser; all processes must call this.
 
         Args:
-            denoise: Called with the model input, timesteps and labels of a batch; returns the model output. The model
-                should be in eval mode, in which it drops no labels.
+            denoise: Called with the model input and timesteps of some samples and the rest of their batch, which
+                stays on the CPU; returns the model output. The model should be in eval mode, in which it drops no
+                labels.
             accelerator: Its processes share the work.
 
         Returns:
@@ -109,9 +110,9 @@ class HeldOutLoss:
         clean = self.clean[images]
         noise = torch.stack([self._noise(index, clean.shape[1:]) for index in indices.tolist()])
         clean, noise = clean.to(device), noise.to(device)
-        labels = None if self.class_labels is None else self.class_labels[images].to(device)
+        batch = {name: _select(values, images) for name, values in self.batch.items()}
         noisy = self.levels.add_noise(clean, noise, timesteps)
-        output = denoise(self.levels.model_input(noisy, timesteps), timesteps, labels)[:, : clean.shape[1]]
+        output = denoise(self.levels.model_input(noisy, timesteps), timesteps, batch)[:, : clean.shape[1]]
         return (output.float() - self.levels.target(clean, noise, timesteps)).square().flatten(1).mean(1)
 
     def _noise(self, index: int, shape: Sequence[int]) -> torch.Tensor:
@@ -119,9 +120,8 @@ class HeldOutLoss:
         return torch.randn(*shape, generator=generator)
 
 
-def validation_labels(num_images: int, num_classes: int | None) -> list[int] | None:
-    """Class labels of a sample grid: the classes in turn, or None for an unconditional model."""
-    return None if num_classes is None else [index % num_classes for index in range(num_images)]
+def _select(values: torch.Tensor | list, indices: torch.Tensor) -> torch.Tensor | list:
+    return values[indices] if isinstance(values, torch.Tensor) else [values[index] for index in indices.tolist()]
 
 
 def save_sample_grid(images: list[Image.Image], columns: int, path: str | Path) -> Image.Image:

@@ -20,7 +20,7 @@ from training_runs import (
     train,
 )
 
-from diffusers_dtr import training
+from diffusers_dtr import DTRTransformer2DModel, training
 
 
 FLAGS = ["--max_train_steps", 4, "--checkpointing_steps", 2, "--logging_steps", 1, "--num_clusters", 2, "--use_ema"]
@@ -190,12 +190,8 @@ def test_picture_is_drawn_at_every_checkpoint(images, tmp_path, monkeypatch):
     assert seen == [[1, 2], [1, 2, 3, 4]]
 
 
-def test_card_says_which_clusters_and_balancing(hub, images, tmp_path):
-    flags = ["--balancing", "uncertainty", "--num_clusters", 3, "--push_to_hub"]
-    run = train(images, tmp_path / "run", *flags)
-    card = (run / "README.md").read_text()
-    assert str(record(run)["clusters"]["boundaries"]) in card
-    assert "balancing is `uncertainty`" in card
+def test_losses_of_the_clusters_are_shared(hub, images, tmp_path):
+    train(images, tmp_path / "run", "--num_clusters", 3, "--push_to_hub")
     pushed = set(hub.repos["models", "owner/run"].branches["main"].files)
     assert pushed >= {"training_config.json", "loss_per_cluster.png", "loss_history.jsonl"}
 
@@ -241,3 +237,33 @@ def test_batch_too_small_to_compare_gradients_is_refused_before_training(images,
         ValueError, match=r"all 8 clusters in a forward call.*got 4: use a larger `--train_batch_size`"
     ):
         train(images, tmp_path / "run", *flags)
+
+
+def timesteps_of(run_flags: list, images: Path, folder: Path, monkeypatch) -> torch.Tensor:
+    """What the denoiser is trained on."""
+    seen = []
+    forward = DTRTransformer2DModel.forward
+
+    def spy(model, *inputs, **options):
+        if model.training:
+            seen.append(options["timestep"])
+        return forward(model, *inputs, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DTRTransformer2DModel, "forward", spy)
+        train(images, folder, *run_flags, "--train_batch_size", 32)
+    return torch.cat(seen)
+
+
+def test_a_single_cluster_can_be_trained(images, tmp_path, monkeypatch):
+    flags = ["--num_clusters", 3, "--cluster_cost", "uniform", "--train_cluster", 1, "--num_train_timesteps", 30]
+    timesteps = timesteps_of(flags, images, tmp_path / "run", monkeypatch)
+    assert set(timesteps.tolist()) == set(range(10, 20))
+
+
+def test_logit_normal_timesteps_gather_around_the_mean(images, tmp_path, monkeypatch):
+    flags = ["--timestep_sampling", "logit_normal", "--logit_std", 0.1]
+    middle = timesteps_of(flags, images, tmp_path / "middle", monkeypatch)
+    assert ((middle > 400) & (middle < 600)).all()
+    noisy = timesteps_of([*flags, "--logit_mean", 3], images, tmp_path / "noisy", monkeypatch)
+    assert (noisy > 900).all()

@@ -23,6 +23,8 @@ from training_runs import (
     weights,
 )
 
+from diffusers_dtr.training import trainer
+
 
 # Everything that has a state, or draws at random.
 EVERYTHING = [
@@ -136,14 +138,14 @@ def test_going_back_behind_later_checkpoints_is_refused(images, uninterrupted):
 
 def test_flags_of_the_resumed_run_count_for_the_learning_rate(images, uninterrupted, tmp_path, monkeypatch):
     script = load_script(SCRIPT)
-    build, rates = script.training.build_lr_scheduler, []
+    build, rates = trainer.build_lr_scheduler, []
 
     def spy(args, optimizer, step):
         scheduler = build(args, optimizer, step)
         rates.append([group["lr"] for group in optimizer.param_groups])
         return scheduler
 
-    monkeypatch.setattr(script.training, "build_lr_scheduler", spy)
+    monkeypatch.setattr(trainer, "build_lr_scheduler", spy)
     for rate in (1e-2, 1e-4):
         run = interrupted(uninterrupted, tmp_path / str(rate), 4)
         flags = ["--learning_rate", rate, "--resume_from_checkpoint", "latest"]

@@ -30,6 +30,7 @@ def parse(*flags: str, data: tuple[str, ...] = ("--train_data_dir", "images")) -
     for add in vars(arguments).values():
         if getattr(add, "__name__", "").startswith("add_"):
             add(parser)
+    parser.add_argument("--pretrained_model_name_or_path")
     args = parser.parse_args(["--output_dir", "run", *data, *flags])
     training.check_arguments(parser, args)
     return args
@@ -55,6 +56,11 @@ def test_flags_have_the_names_that_users_of_diffusers_know():
         (("--lr_warmup_steps", "5"), "no effect on --lr_scheduler constant: use constant_with_warmup"),
         (("--snr_gamma", "5"), "no effect on --loss_weighting constant: use min_snr or soft_min_snr"),
         (("--balancing_update_every", "2"), "no effect on --balancing uniform: it is for aligned_mtl"),
+        (("--logit_mean", "1"), "have an effect on --timestep_sampling logit_normal only"),
+        (("--timestep_sampling", "logit_normal", "--logit_std", "0"), "--logit_std must be above 0, got 0.0"),
+        (("--num_clusters", "4", "--train_cluster", "4"), "--train_cluster must be below --num_clusters 4, got 4"),
+        (("--train_cluster", "0", "--balancing", "uncertainty"), "--train_cluster leaves nothing to balance"),
+        (("--train_cluster", "0", "--timestep_sampling", "clusters"), "--train_cluster leaves nothing to balance"),
         (("--routing_beta", "1.5"), "must be in (0, 1], got 1.5"),
         (("--routing_alpha", "0"), "got 0.0"),
     ],
@@ -93,6 +99,10 @@ def test_token_is_not_given_to_a_tracker_that_uploads_the_command_line(capsys, m
     assert "hf auth login" in error
     assert "hf_secret" not in error
     assert parse("--report_to", "trackio", "--hub_token", "hf_secret").hub_token == "hf_secret"
+
+
+def test_latents_of_a_pretrained_pipeline_can_be_cached():
+    assert parse("--cache_latents", "--center_crop", "--pretrained_model_name_or_path", "owner/model").cache_latents
 
 
 def test_config_is_json_or_a_file_of_it(tmp_path):

@@ -16,6 +16,7 @@ from diffusers_dtr.training import (
     build_dataset,
     build_loader,
     clean_samples,
+    held_out_dataset,
     held_out_samples,
     load_images,
 )
@@ -69,50 +70,55 @@ def test_making_batches_leaves_the_global_random_state_alone(folder):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_pixels_and_labels_of_a_batch_are_what_is_learned(folder):
+def test_pixels_of_a_batch_are_what_is_learned(folder):
     (batch,) = batches(parse(folder), 1)
-    clean, labels = clean_samples(batch, None, 3, CPU)
+    clean = clean_samples(batch, None, 3, CPU)
     assert clean.shape == (4, 1, 8, 8)
     assert torch.equal(clean, batch["pixel_values"])
-    assert torch.equal(labels, batch["labels"])
-    del batch["labels"]
-    assert clean_samples(batch, None, 3, CPU)[1] is None
 
 
 def test_cached_latents_are_the_encoded_pixels(folder):
     vae = tiny_vae()
     args = parse(folder, "--center_crop", "--random_flip")
-    fresh = [clean_samples(batch, vae, 3, CPU) for batch in batches(args, 4)]
+    fresh = batches(args, 4)
     args.cache_latents = True
-    cached = [clean_samples(batch, vae, 3, CPU) for batch in batches(args, 4, vae=vae)]
-    for (latents, labels), (cached_latents, cached_labels) in zip(fresh, cached, strict=True):
-        torch.testing.assert_close(cached_latents, latents, rtol=0, atol=1e-5)
-        assert torch.equal(cached_labels, labels)
+    for batch, cached in zip(fresh, batches(args, 4, vae=vae), strict=True):
+        latents = [clean_samples(samples, vae, 3, CPU) for samples in (batch, cached)]
+        torch.testing.assert_close(*latents, rtol=0, atol=1e-5)
+        assert torch.equal(cached["labels"], batch["labels"])
+
+
+def test_latents_without_an_autoencoder_cannot_be_cached(folder):
+    with pytest.raises(ValueError, match="`--cache_latents` needs an autoencoder"):
+        batches(parse(folder, "--center_crop", "--cache_latents"), 1)
 
 
 def held_out(folder: Path, *flags: object, images: TrainingImages | None = None, vae=None):
     args = parse(folder, *flags)
-    return held_out_samples(args, images or load_images(args, args.label_column), 1, vae, CPU)
+    dataset = held_out_dataset(args, images or load_images(args, args.label_column), 1)
+    return held_out_samples(args, dataset, vae, CPU)
 
 
-def test_without_validation_data_there_are_no_held_out_samples(folder):
-    assert held_out(folder) is None
+def test_without_validation_data_there_are_no_held_out_images(folder):
+    args = parse(folder)
+    assert held_out_dataset(args, load_images(args, args.label_column), 1) is None
 
 
 def test_held_out_samples_do_not_depend_on_the_seed_or_the_augmentation(folder):
     plain = held_out(folder, "--validation_data_dir", folder)
     other = held_out(folder, "--validation_data_dir", folder, "--random_flip", "--seed", 9)
     assert plain[0].shape == (10, 1, 8, 8)
-    assert plain[1].bincount().tolist() == [5, 5]
-    assert all(torch.equal(one, two) for one, two in zip(plain, other, strict=True))
+    assert plain[1]["labels"].bincount().tolist() == [5, 5]
+    assert torch.equal(plain[0], other[0])
+    assert torch.equal(plain[1]["labels"], other[1]["labels"])
 
 
 def test_every_held_out_image_is_there_once_up_to_the_limit(folder):
     samples, _ = held_out(folder, "--validation_data_dir", folder)
     assert len(samples.flatten(1).unique(dim=0)) == 10
-    limited, labels = held_out(folder, "--validation_data_dir", folder, "--max_held_out_images", 6)
+    limited, batch = held_out(folder, "--validation_data_dir", folder, "--max_held_out_images", 6)
     assert torch.equal(limited, samples[:6])
-    assert len(labels) == 6
+    assert len(batch["labels"]) == 6
 
 
 def test_held_out_images_are_encoded_if_latents_are_learned(folder):
@@ -122,7 +128,7 @@ def test_held_out_images_are_encoded_if_latents_are_learned(folder):
 
 def test_unlabelled_training_needs_no_held_out_labels(folder):
     images = load_images(parse(folder), None)
-    assert held_out(folder, "--validation_data_dir", folder, images=images)[1] is None
+    assert "labels" not in held_out(folder, "--validation_data_dir", folder, images=images)[1]
 
 
 def test_held_out_images_must_have_the_classes_of_the_training_images(folder, tmp_path):

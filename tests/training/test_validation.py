@@ -6,25 +6,23 @@ from diffusers import DDPMScheduler
 from PIL import Image
 
 from diffusers_dtr import NoiseLevels, cluster_timesteps
-from diffusers_dtr.training import HeldOutLoss, save_sample_grid, validation_labels
+from diffusers_dtr.training import HeldOutLoss, save_sample_grid
 
 
 LEVELS = NoiseLevels(DDPMScheduler())
 
 
-def measure(
-    num_images: int = 40, *, num_clusters: int = 4, labels: torch.Tensor | None = None, **options
-) -> HeldOutLoss:
+def measure(num_images: int = 40, *, num_clusters: int = 4, batch: dict | None = None, **options) -> HeldOutLoss:
     clean = torch.randn(num_images, 1, 4, 4, generator=torch.Generator().manual_seed(1))
     clusters = cluster_timesteps(1000, num_clusters, cost="uniform")
-    return HeldOutLoss(LEVELS, clusters, clean, labels, **options)
+    return HeldOutLoss(LEVELS, clusters, clean, batch, **options)
 
 
-def zeros(model_input, timesteps, labels):
+def zeros(model_input, timesteps, batch):
     return torch.zeros_like(model_input)
 
 
-def half(model_input, timesteps, labels):
+def half(model_input, timesteps, batch):
     return model_input / 2
 
 
@@ -35,7 +33,7 @@ def as_tensor(losses) -> torch.Tensor:
 def test_loss_of_silence_is_the_noise_and_that_of_who_knows_the_image_nothing():
     held_out = measure()
 
-    def knowing(model_input, timesteps, labels):
+    def knowing(model_input, timesteps, batch):
         clean = held_out.clean[[held_out.timesteps.tolist().index(timestep) for timestep in timesteps.tolist()]]
         alpha, sigma = (values.view(-1, 1, 1, 1) for values in (LEVELS.alpha(timesteps), LEVELS.sigma(timesteps)))
         return (model_input - alpha * clean) / sigma
@@ -65,7 +63,7 @@ def test_every_sample_has_noise_of_its_own():
     held_out.clean = torch.zeros_like(held_out.clean)
     noises = []
 
-    def spy(model_input, timesteps, labels):
+    def spy(model_input, timesteps, batch):
         noises.append(model_input / LEVELS.sigma(timesteps).view(-1, 1, 1, 1))
         return model_input
 
@@ -106,12 +104,13 @@ def test_processes_share_the_work(monkeypatch):
     assert (sums.sum() / counts.sum()).item() == pytest.approx(whole.mean)
 
 
-def test_every_image_has_its_own_label():
-    labels = torch.arange(40)
-    held_out = measure(labels=labels, batch_size=16)
+def test_every_image_has_its_own_label_and_caption():
+    batch = {"labels": torch.arange(40), "caption": [str(number) for number in range(40)]}
+    held_out = measure(batch=batch, batch_size=16)
     seen = []
-    held_out(lambda inputs, _, labels: seen.append(labels) or inputs, Accelerator(cpu=True))
-    assert torch.equal(torch.cat(seen), labels)
+    held_out(lambda inputs, _, batch: seen.append(batch) or inputs, Accelerator(cpu=True))
+    assert torch.equal(torch.cat([batch["labels"] for batch in seen]), batch["labels"])
+    assert [caption for part in seen for caption in part["caption"]] == batch["caption"]
 
 
 def test_only_the_prediction_counts_of_an_output_with_a_variance():
@@ -134,11 +133,6 @@ def test_fewer_samples_than_clusters_are_refused():
     with pytest.raises(ValueError, match=r"over 4 clusters needs .* got 3.*`evaluations_per_image`"):
         measure(3)
     assert measure(3, evaluations_per_image=2).num_samples == 6
-
-
-def test_grid_shows_the_classes_in_turn():
-    assert validation_labels(5, 3) == [0, 1, 2, 0, 1]
-    assert validation_labels(5, None) is None
 
 
 def test_images_fill_the_grid_row_by_row_and_black_the_rest(tmp_path):

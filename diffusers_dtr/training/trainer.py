@@ -1,0 +1,288 @@
+"""The training loop that all scripts share. A script says what its denoiser is told, and how it is sampled."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import ModelMixin, SchedulerMixin
+from PIL import Image
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from ..hub import push_run, save_model_card
+from ..objective.clustering import cluster_timesteps
+from .arguments import warmed_up_beta
+from .checkpoints import Checkpoints
+from .clean_samples import UnreadableImages, build_loader, clean_samples, held_out_samples
+from .ema import averaged_weights, build_ema
+from .loss_history import LossHistory
+from .loss_monitor import LossMonitor
+from .objective import build_objective
+from .optimizer import build_lr_scheduler, build_optimizer
+from .outputs import save_record
+from .randomness import noise_generator, seed_model
+from .record import run_record, tracker_config
+from .tracking import log_image
+from .validation import HeldOutLoss, save_sample_grid
+
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """Trains a denoiser as the flags of a script say, on from a checkpoint where they name one.
+
+    Args:
+        args: Parsed flags: those of all groups in [`~diffusers_dtr.training.arguments`].
+        accelerator: Of [`start_run`].
+        model: The denoiser, a routed one. What of it requires gradients is trained.
+        model_name: What pipelines call it: "transformer" or "unet".
+        noise_scheduler: Scheduler that is trained with.
+        dataset: Of [`build_dataset`], or one that adds to its samples.
+        held_out_dataset: Likewise, of [`held_out_dataset`]; None without a held-out loss.
+        vae: What encodes the images; None where pixels are learned.
+        conditions: From a batch to the keyword arguments of the denoiser beside noisy sample and timestep, on the
+            accelerator's device. None for a denoiser that takes no others.
+        sample: From a generator to the images of a grid. It is called by the main process alone, with the model in
+            eval mode and its averaged weights, if there are any.
+        project_name: What trackers call the run's project.
+
+    Attributes:
+        global_step: Optimizer steps done.
+        objective: Clusters, loss and sampling of timesteps.
+
+    Raises:
+        ValueError: If flags do not fit the model, the data or a checkpoint.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        accelerator: Accelerator,
+        model: ModelMixin,
+        model_name: str,
+        noise_scheduler: SchedulerMixin,
+        *,
+        dataset: Dataset,
+        held_out_dataset: Dataset | None,
+        vae: ModelMixin | None,
+        conditions: Callable[[dict[str, Any]], dict[str, Any]] | None,
+        sample: Callable[[torch.Generator], list[Image.Image]],
+        project_name: str,
+    ):
+        self._start_time = time.perf_counter()
+        self.args = args
+        self.accelerator = accelerator
+        self.output_dir = Path(args.output_dir)
+        self.model = model
+        self.vae = vae
+        self.conditions = conditions or (lambda batch: {})
+        self.sample = sample
+
+        self.objective = build_objective(args, noise_scheduler, model, accelerator)
+        if args.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        if args.compile:
+            model.compile(fullgraph=True)
+        self.ema = build_ema(args, model, accelerator.device) if args.use_ema else None
+        self.held_out_loss = self._build_held_out_loss(noise_scheduler, held_out_dataset)
+        self.micro_batches = accelerator.num_processes * args.gradient_accumulation_steps
+        global_batch_size = args.train_batch_size * self.micro_batches
+        if args.max_train_steps is None:
+            args.max_train_steps = math.ceil(args.num_train_epochs * len(dataset) / global_batch_size)
+
+        optimizer = build_optimizer(args, model, self.objective.loss_fn)
+        self.denoiser, self.optimizer = accelerator.prepare(model, optimizer)
+        self.checkpoints = Checkpoints(
+            accelerator, self.output_dir, model_name, model, self.ema, args.checkpoints_total_limit
+        )
+        self._settings = {
+            "seed": args.seed,
+            "train_batch_size": args.train_batch_size,
+            "global_batch_size": global_batch_size,
+            "num_images": len(dataset),
+        }
+        self.global_step = self.checkpoints.resume(args.resume_from_checkpoint, self._settings)
+        self.lr_scheduler = build_lr_scheduler(args, self.optimizer, self.global_step)
+        self.loader = build_loader(args, dataset, accelerator, self.global_step)
+        if accelerator.is_main_process and args.report_to != "none":
+            accelerator.init_trackers(project_name, config=tracker_config(args))
+        self.unreadable = UnreadableImages()
+        self.monitor = LossMonitor(accelerator, len(self.objective.clusters))
+        self.history = LossHistory(self.output_dir, self.global_step)
+        logger.info(
+            f"{len(dataset)} images, {model.num_parameters(only_trainable=True):,} trained parameters of "
+            f"{model.num_parameters():,}, {global_batch_size} images per step, {args.max_train_steps} steps"
+        )
+        logger.info(f"{self.objective.clusters}")
+
+    def train(self) -> None:
+        """Take all steps that are left."""
+        args, accelerator = self.args, self.accelerator
+        progress_bar = tqdm(
+            total=args.max_train_steps,
+            initial=self.global_step,
+            desc="Steps",
+            disable=not accelerator.is_local_main_process,
+        )
+        self.model.train()
+        first_batch = self.global_step * args.gradient_accumulation_steps
+        for number, batch in enumerate(self.loader, start=first_batch):
+            if self.global_step >= args.max_train_steps:
+                break
+            self._set_routing()
+            with accelerator.accumulate(self.denoiser):
+                self._backward(batch, number)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(self.denoiser.parameters(), args.max_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            if accelerator.sync_gradients:
+                self.global_step += 1
+                self.lr_scheduler.step()
+                if self.ema is not None:
+                    self.ema.step(self._trained_parameters())
+                progress_bar.update()
+                self._after_step(progress_bar)
+        progress_bar.close()
+
+    def _set_routing(self) -> None:
+        warmup_steps, target = self.args.routing_warmup_steps, self.model.config.routing_beta
+        beta = warmed_up_beta(self.global_step, warmup_steps, target) if warmup_steps else None
+        self.model.set_routing_beta(beta)
+
+    def _backward(self, batch: dict[str, Any], number: int) -> None:
+        """Loss and gradients of one micro-batch: what a process feeds through the model in one forward call."""
+        args, accelerator, objective = self.args, self.accelerator, self.objective
+        device = accelerator.device
+        self.unreadable.update(batch["unreadable"])
+        micro_batch = number * accelerator.num_processes + accelerator.process_index
+        seed_model(args.seed, micro_batch)
+        clean = clean_samples(batch, self.vae, args.seed, device)
+        conditions = self.conditions(batch)
+        noise = torch.randn(clean.shape, generator=noise_generator(args.seed, micro_batch, device), device=device)
+        # One draw for the whole step, of which this is a part
+        timesteps = objective.sample_timesteps(
+            len(clean), args.seed, self.global_step, micro_batch % self.micro_batches, self.micro_batches, device
+        )
+        noisy = objective.levels.add_noise(clean, noise, timesteps)
+        model_input = objective.levels.model_input(noisy, timesteps)
+        model_output = self.denoiser(model_input, timestep=timesteps, **conditions, return_dict=False)[0]
+        out = objective.loss_fn(model_output, clean, noise, timesteps, objective.sample_weights(timesteps))
+        objective.observe(accelerator, timesteps, out)
+        self.monitor.update(out, self.global_step + 1)
+        accelerator.backward(out.loss)
+
+    def _after_step(self, progress_bar: tqdm) -> None:
+        args, step = self.args, self.global_step
+        last = step == args.max_train_steps
+        checkpoint_due = step % args.checkpointing_steps == 0 or last
+        if step % args.logging_steps == 0 or checkpoint_due:
+            self._log(progress_bar)
+        if checkpoint_due:
+            self.checkpoints.save(step, self._settings)
+            if self.accelerator.is_main_process:
+                self.history.save_picture()
+        if args.validation_steps is not None and step % args.validation_steps == 0 and not last:
+            with averaged_weights(self.ema, self._trained_parameters()):
+                self.validate()
+
+    def _log(self, progress_bar: tqdm) -> None:
+        losses = self.monitor.read(self.checkpoints.latest())
+        weights = self.objective.loss_fn.cluster_weights().tolist()
+        learning_rate = self.lr_scheduler.get_last_lr()[0]
+        progress_bar.set_postfix(loss=losses.mean, lr=learning_rate)
+        values = {"loss": losses.mean, "lr": learning_rate}
+        values |= {f"loss/cluster_{number}": loss for number, loss in enumerate(losses.per_cluster)}
+        values |= {f"weight/cluster_{number}": weight for number, weight in enumerate(weights)}
+        self.accelerator.log(values, step=self.global_step)
+        if self.accelerator.is_main_process:
+            self.history.append(self.global_step, losses, weights)
+
+    def validate(self) -> dict[str, float]:
+        """Measure the held-out loss and draw a sample grid, for the tracker and as a PNG; all processes must call it.
+
+        Returns:
+            `validation_loss` and `validation_loss/cluster_<eighth>`; nothing without held-out images.
+        """
+        accelerator, step = self.accelerator, self.global_step
+        self.model.eval()
+        values = {}
+        if self.held_out_loss is not None:
+            losses = self.held_out_loss(self._denoise_held_out, accelerator)
+            values["validation_loss"] = losses.mean
+            values |= {f"validation_loss/cluster_{number}": loss for number, loss in enumerate(losses.per_cluster)}
+            logger.info(f"Step {step}: held-out loss {losses.mean:.5f}")
+        if accelerator.is_main_process:
+            images = self.sample(torch.Generator(accelerator.device).manual_seed(0))
+            columns = math.isqrt(len(images) - 1) + 1
+            grid = save_sample_grid(images, columns, self.output_dir / "samples" / f"step-{step:08d}.png")
+            log_image(accelerator, "samples", grid, step)
+        accelerator.log(values, step=step)
+        accelerator.wait_for_everyone()
+        self.model.train()
+        return values
+
+    def finish(self, save: Callable[[Path], None]) -> dict[str, Any]:
+        """Validate, save the result with its record, and share it if the flags say so.
+
+        Args:
+            save: Saves the pipeline, whose denoiser has the averaged weights by now, into the folder that it is
+                called with. The main process alone calls it.
+
+        Returns:
+            The record; empty on other processes.
+        """
+        self.model.set_routing_beta(None)
+        if self.ema is not None:
+            self.ema.copy_to(self._trained_parameters())
+        results = self.validate()
+        unreadable_images = self.unreadable.gather()
+        record = {}
+        if self.accelerator.is_main_process:
+            save(self.output_dir)
+            record = run_record(
+                self.args,
+                sys.argv,
+                self.accelerator,
+                time.perf_counter() - self._start_time,
+                clusters=self.objective.describe(),
+                results=results,
+                unreadable_images=unreadable_images,
+            )
+            save_record(record, self.output_dir)
+            logger.info(f"Saved the result in {self.output_dir}")
+            if self.args.push_to_hub:
+                self._push(record)
+        self.accelerator.end_training()
+        return record
+
+    def _push(self, record: dict[str, Any]) -> None:
+        args = self.args
+        description = f"{type(self.model).__name__}, trained for {self.global_step} steps with `{record['command']}`."
+        tags = ["diffusers", "diffusers-dtr"]
+        save_model_card(self.output_dir, description, tags, base_model=args.pretrained_model_name_or_path)
+        url = push_run(self.output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo, "End of training")
+        logger.info(f"Pushed to {url}")
+
+    def _trained_parameters(self) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def _build_held_out_loss(self, noise_scheduler, dataset) -> HeldOutLoss | None:
+        if dataset is None:
+            return None
+        eighths = cluster_timesteps(noise_scheduler, num_clusters=8, cost="uniform")
+        clean, batch = held_out_samples(self.args, dataset, self.vae, self.accelerator.device)
+        return HeldOutLoss(self.objective.levels, eighths, clean, batch)
+
+    def _denoise_held_out(self, model_input, timesteps, batch) -> torch.Tensor:
+        return self.model(model_input, timestep=timesteps, **self.conditions(batch), return_dict=False)[0]

@@ -1,0 +1,86 @@
+"""What of a pretrained pipeline a run starts from: real ones, saved by diffusers."""
+
+import argparse
+
+import pytest
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiTPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DModel,
+)
+from tiny_dit import plain_dit
+
+from diffusers_dtr import DTRPipeline
+from diffusers_dtr.training import load_noise_scheduler, load_vae
+
+
+def flags(**given) -> argparse.Namespace:
+    names = ["pretrained_model_name_or_path", "vae_name_or_path", "revision", "variant", "cache_dir"]
+    names += ["noise_schedule", "num_train_timesteps", "prediction_type"]
+    return argparse.Namespace(**{name: given.get(name) for name in names})
+
+
+def vae() -> AutoencoderKL:
+    return AutoencoderKL(block_out_channels=(4,), norm_num_groups=2)
+
+
+def saved(folder, scheduler, vae=None, **options):
+    if vae is None:
+        unet = UNet2DModel(8, block_out_channels=(4, 4), norm_num_groups=2, down_block_types=("DownBlock2D",) * 2,
+                           up_block_types=("UpBlock2D",) * 2)  # fmt: skip
+        DTRPipeline(scheduler, unet=unet).save_pretrained(folder, **options)
+    else:
+        DiTPipeline(plain_dit(), vae, scheduler).save_pretrained(folder, **options)
+    return str(folder)
+
+
+def test_autoencoder_is_the_given_one_or_that_of_the_pipeline_or_none(tmp_path):
+    latent = saved(tmp_path / "latent", DDIMScheduler(), vae())
+    vae().save_pretrained(tmp_path / "vae")
+    of_pipeline = load_vae(flags(pretrained_model_name_or_path=latent))
+    assert of_pipeline.config._name_or_path == latent
+    assert not of_pipeline.training
+    assert not any(parameter.requires_grad for parameter in of_pipeline.parameters())
+    given = load_vae(flags(pretrained_model_name_or_path=latent, vae_name_or_path=str(tmp_path / "vae")))
+    assert given.config._name_or_path == str(tmp_path / "vae")
+    assert load_vae(flags()) is None
+    pixels = saved(tmp_path / "pixels", DDIMScheduler())
+    assert load_vae(flags(pretrained_model_name_or_path=pixels)) is None
+
+
+def test_variant_of_the_weights_is_loaded(tmp_path):
+    folder = saved(tmp_path / "half", DDIMScheduler(), vae(), variant="fp16")
+    assert load_vae(flags(pretrained_model_name_or_path=folder, variant="fp16")) is not None
+    assert load_noise_scheduler(flags(pretrained_model_name_or_path=folder, variant="fp16")) is not None
+    with pytest.raises(OSError, match="no file named"):
+        load_vae(flags(pretrained_model_name_or_path=folder))
+
+
+def test_training_noises_as_the_pretrained_pipeline_was_trained(tmp_path):
+    sampler = DPMSolverMultistepScheduler(beta_schedule="scaled_linear", num_train_timesteps=50)
+    args = flags(pretrained_model_name_or_path=saved(tmp_path / "ddpm", sampler), prediction_type="v_prediction")
+    scheduler = load_noise_scheduler(args)
+    assert type(scheduler) is DDPMScheduler
+    assert scheduler.config.beta_schedule == "scaled_linear"
+    assert scheduler.config.num_train_timesteps == 50
+    assert scheduler.config.prediction_type == "v_prediction"
+
+
+def test_flow_matching_stays_flow_matching(tmp_path):
+    folder = saved(tmp_path / "flow", FlowMatchEulerDiscreteScheduler(shift=3.0))
+    scheduler = load_noise_scheduler(flags(pretrained_model_name_or_path=folder))
+    assert type(scheduler) is FlowMatchEulerDiscreteScheduler
+    assert scheduler.config.shift == 3.0
+    with pytest.raises(ValueError, match=r"`prediction_type` must be left out: .* flow matching"):
+        load_noise_scheduler(flags(pretrained_model_name_or_path=folder, prediction_type="epsilon"))
+
+
+def test_without_a_pipeline_the_flags_decide():
+    scheduler = load_noise_scheduler(flags(noise_schedule="squaredcos_cap_v2"))
+    assert type(scheduler) is DDPMScheduler
+    assert scheduler.config.beta_schedule == "squaredcos_cap_v2"
+    assert scheduler.config.num_train_timesteps == 1000
