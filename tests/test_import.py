@@ -12,6 +12,7 @@ PACKAGE = Path(diffusers_dtr.__file__).parent
 
 # Each may import those before it, and itself. The rest (the command line) is above them all.
 LAYERS = [
+    "hub",
     "routing",
     "noise_levels",
     "latents",
@@ -20,7 +21,6 @@ LAYERS = [
     "analysis",
     "visualization",
     "pipelines",
-    "hub",
     "training",
 ]
 

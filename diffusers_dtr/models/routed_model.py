@@ -8,11 +8,12 @@ import accelerate
 import torch
 from diffusers import ModelMixin
 
+from ..hub.shared import HubMixin
 from ..routing import ChannelRouting
 
 
-class RoutedModelMixin:
-    """Gives a diffusers model the routing that its config describes."""
+class RoutedModelMixin(HubMixin):
+    """Gives a diffusers model the routing that its config describes, and what [`HubMixin`] does with the Hub."""
 
     routing: ChannelRouting
 

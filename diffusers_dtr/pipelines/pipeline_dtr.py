@@ -20,6 +20,7 @@ from diffusers import (
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor, unwrap_module
 
+from ..hub.shared import HubMixin
 from ..latents import LatentNormalization, vae_scale_factor
 from ..noise_levels import uses_learned_variance
 
@@ -27,7 +28,7 @@ from ..noise_levels import uses_learned_variance
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
-class DTRPipeline(DiffusionPipeline):
+class DTRPipeline(HubMixin, DiffusionPipeline):
     r"""Pipeline for image generation with a class-conditional or unconditional denoiser.
 
     This pipeline inherits from [`~diffusers.DiffusionPipeline`], whose saving, loading, offloading and device handling

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
+from huggingface_hub import ModelCard, ModelCardData, create_repo
+
+from .commit import FolderCommit, check_token, retry
 
 
 # What a run leaves in its folder that is of no use to others, or not complete. A `*` matches `/` too.
-_PRIVATE_PATTERNS = ("checkpoint-*/*", ".pipeline.*/*", "latents*/*", "*.partial")
+_PRIVATE_PATTERNS = ("checkpoint-*/*", ".pipeline.*/*", ".push/*", "latents*/*", "*.partial")
 
 
 def save_model_card(output_dir: str | Path, description: str, tags: list[str], base_model: str | None = None) -> Path:
@@ -35,6 +37,18 @@ def save_model_card(output_dir: str | Path, description: str, tags: list[str], b
     return path
 
 
+def default_repo(output_dir: str | Path) -> str:
+    """The name of a run's repository where none is given: that of its folder.
+
+    Args:
+        output_dir: The run's folder.
+
+    Returns:
+        A name without a namespace, which is the user's.
+    """
+    return Path(output_dir).resolve().name
+
+
 def create_run_repo(output_dir: str | Path, repo_id: str | None, token: str | None, private: bool) -> str:
     """Make sure that a run's repository is there: before training, because a wrong token should not show after it.
 
@@ -46,12 +60,27 @@ def create_run_repo(output_dir: str | Path, repo_id: str | None, token: str | No
 
     Returns:
         The repository's full name.
+
+    Raises:
+        ValueError: For a `token` that is none.
     """
-    return create_repo(repo_id or Path(output_dir).resolve().name, exist_ok=True, private=private, token=token).repo_id
+    name = repo_id or default_repo(output_dir)
+    return create_repo(name, exist_ok=True, private=private, token=check_token(token)).repo_id
 
 
-def push_run(output_dir: str | Path, repo_id: str | None, token: str | None, private: bool, message: str) -> str:
-    """Upload a run's pipeline, card, samples and logs, but not its checkpoints.
+def push_run(
+    output_dir: str | Path,
+    repo_id: str | None,
+    token: str | None,
+    private: bool,
+    message: str,
+    *,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Upload a run's pipeline, card, samples and logs, but not its checkpoints, in one commit.
+
+    What fails for a reason that may pass is tried again for about half a minute.
 
     Args:
         output_dir: The run's folder. Its files replace those of the same name in the repository, the card too.
@@ -59,15 +88,24 @@ def push_run(output_dir: str | Path, repo_id: str | None, token: str | None, pri
         token: Token, or None for the one that is logged in.
         private: Whether a new repository is private.
         message: Commit message.
+        revision: Branch, made from `main` if there is none of that name. Default `main`.
+        create_pr: Whether to open a pull request instead of committing to a branch.
 
     Returns:
-        The address of the commit.
+        The address of the commit, or of the pull request.
+
+    Raises:
+        ValueError: For a `revision` with `create_pr`, or a `token` that is none.
     """
-    commit = upload_folder(
-        repo_id=create_run_repo(output_dir, repo_id, token, private),
-        folder_path=output_dir,
-        ignore_patterns=list(_PRIVATE_PATTERNS),
-        commit_message=message,
+    commit = FolderCommit(
+        output_dir,
+        repo_id or default_repo(output_dir),
+        message,
         token=token,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        ignore_patterns=_PRIVATE_PATTERNS,
     )
-    return commit.commit_url
+    made = retry(commit.attempt, f"Pushing to {commit.repo_id}")
+    return made.pr_url or made.commit_url

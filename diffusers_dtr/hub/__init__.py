@@ -1,0 +1,15 @@
+"""Push to the Hub, once and whole, and notice what was damaged on the way back."""
+
+from .background import BackgroundPush, PushReport
+from .checksums import verify_download
+from .run import create_run_repo, push_run, save_model_card
+
+
+__all__ = [
+    "BackgroundPush",
+    "PushReport",
+    "create_run_repo",
+    "push_run",
+    "save_model_card",
+    "verify_download",
+]

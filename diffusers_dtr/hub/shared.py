@@ -1,0 +1,113 @@
+"""What models and pipelines do with the Hub beyond what diffusers gives them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, ModelCard, ModelCardData
+
+from .checksums import verified_downloads
+from .commit import FolderCommit, retry
+
+
+class HubMixin:
+    """Pushes in one commit that is made once, and verifies downloads; to be named before diffusers' class."""
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *, verify_checksums: bool = True, **kwargs: Any
+    ) -> Any:
+        """Load from a folder or from the Hub, as diffusers does.
+
+        Args:
+            pretrained_model_name_or_path: Folder, or name of a repository on the Hub.
+            verify_checksums: Whether to compare new downloads with the Hub's checksums. What was verified once is not
+                read again. Folders and loads with `local_files_only` are never verified.
+            **kwargs: What diffusers' `from_pretrained` takes, such as `revision`, `variant`, `subfolder` or `token`.
+
+        Raises:
+            OSError: If a download is damaged. It is removed from the cache: load again to download it anew.
+        """
+        if not verify_checksums:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        names = ("revision", "cache_dir", "token", "local_files_only")
+        where = {name: kwargs[name] for name in names if name in kwargs}
+        with verified_downloads(pretrained_model_name_or_path, **where):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        subfolder: str | None = None,
+        *,
+        revision: str | None = None,
+        max_shard_size: int | str = "10GB",
+    ) -> CommitInfo:
+        """Save to the Hub, in one commit.
+
+        Weights replace those of the same name and variant, however these were sharded; other files stay. A new
+        repository gets a card; the card of an old one stays as it is. What fails for a reason that may pass is tried
+        again for about half a minute.
+
+        Args:
+            repo_id: Repository, which is made if need be; without a `/` in the user's namespace.
+            commit_message: Commit message. Default "Upload" and the name of the class.
+            private: Whether a new repository is private. None for what the owner has as default.
+            token: Token, or None for the one that is logged in.
+            create_pr: Whether to open a pull request instead of committing to a branch.
+            safe_serialization: Whether to save weights as safetensors.
+            variant: Variant of the weights, such as "fp16".
+            subfolder: Folder of the repository. Default its root.
+            revision: Branch, made from `main` if there is none of that name. Default `main`.
+            max_shard_size: Weights larger than this, in bytes or as "5GB", are split over several files.
+
+        Returns:
+            The commit.
+
+        Raises:
+            ValueError: For a `revision` with `create_pr`, or a `token` that is none.
+        """
+        message = commit_message or f"Upload {type(self).__name__}"
+        where = {"token": token, "private": private, "revision": revision, "create_pr": create_pr}
+        with tempfile.TemporaryDirectory() as folder:
+            commit = FolderCommit(folder, repo_id, message, **where, path_in_repo=subfolder or "", keep=("README.md",))
+            self.save_pretrained(
+                folder, safe_serialization=safe_serialization, variant=variant, max_shard_size=max_shard_size
+            )
+            if not subfolder:
+                self._card().save(Path(folder, "README.md"))
+            return retry(commit.attempt, f"Pushing to {repo_id}")
+
+    def _upload_folder(
+        self,
+        working_dir: str | os.PathLike,
+        repo_id: str,
+        token: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        subfolder: str | None = None,
+    ) -> CommitInfo:
+        """What diffusers' `save_pretrained(..., push_to_hub=True)` ends with."""
+        message = commit_message or f"Upload {type(self).__name__}"
+        commit = FolderCommit(
+            working_dir, repo_id, message, token=token, create_pr=create_pr, path_in_repo=subfolder or ""
+        )
+        return retry(commit.attempt, f"Pushing to {repo_id}")
+
+    def _card(self) -> ModelCard:
+        name = type(self).__name__
+        metadata = ModelCardData(library_name="diffusers", tags=["diffusers", "diffusers-dtr"])
+        return ModelCard(
+            f"---\n{metadata.to_yaml()}\n---\n\n# {name}\n\nA `{name}` of "
+            "[diffusers-dtr](https://arxiv.org/abs/2310.07138): `pip install diffusers-dtr`, then\n\n```py\n"
+            f"from diffusers_dtr import {name}\n```\n"
+        )
