@@ -24,7 +24,14 @@ from .clean_samples import (
     held_out_samples,
     load_images,
 )
-from .components import load_noise_scheduler, load_vae, pretrained_options
+from .components import (
+    check_pretrained_denoiser,
+    load_noise_scheduler,
+    load_vae,
+    pretrained_component,
+    pretrained_options,
+    sampling_scheduler,
+)
 from .ema import averaged_weights, build_ema
 from .loss_history import LossHistory
 from .loss_monitor import LossMonitor
@@ -63,6 +70,7 @@ __all__ = [
     "build_objective",
     "build_optimizer",
     "check_arguments",
+    "check_pretrained_denoiser",
     "clean_samples",
     "derive_seed",
     "held_out_dataset",
@@ -75,9 +83,11 @@ __all__ = [
     "noise_config",
     "noise_generator",
     "prepare_output_dir",
+    "pretrained_component",
     "pretrained_options",
     "routing_config",
     "run_record",
+    "sampling_scheduler",
     "save_pipeline",
     "save_record",
     "save_sample_grid",

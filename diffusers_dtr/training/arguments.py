@@ -55,19 +55,28 @@ def add_pretrained_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--variant", help="Variant of the pretrained pipeline's weights, such as fp16.")
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of the images and their preparation."""
+def add_data_arguments(parser: argparse.ArgumentParser, labels: bool = True) -> None:
+    """Add the flags of the images and their preparation.
+
+    Args:
+        parser: The script's parser.
+        labels: Whether images have class labels.
+    """
     group = parser.add_argument_group("data")
     add = group.add_argument
     add("--dataset_name", help="Dataset on the Hub, or a local folder that 🤗 datasets can load.")
     add("--dataset_config_name", help="Configuration of the dataset, if it has several.")
-    add("--train_data_dir", help="Folder of images, one subfolder per class, in 🤗 datasets' imagefolder layout.")
+    add(
+        "--train_data_dir",
+        help="Folder of images, in class folders if there are classes: 🤗 datasets' imagefolder.",
+    )
     add("--train_split", default="train", help="Split of --dataset_name to train on.")
     add("--validation_split", help="Split of --dataset_name for the held-out loss.")
     add("--validation_data_dir", help="Folder of images for the held-out loss, laid out as --train_data_dir.")
     add("--cache_dir", help="Where downloaded datasets and models are kept.")
     add("--image_column", default="image", help="Column with the images.")
-    add("--label_column", default="label", help="Column with the class labels.")
+    if labels:
+        add("--label_column", default="label", help="Column with the class labels.")
     add("--resolution", type=positive_int, default=32, help="Side of the training images in pixels.")
     add("--center_crop", action="store_true", help="Crop the middle rather than a random part.")
     add("--random_flip", action="store_true", help="Mirror half of the images.")
@@ -179,8 +188,13 @@ def add_routing_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of outputs: checkpoints, validation, tracking and the Hub."""
+def add_run_arguments(parser: argparse.ArgumentParser, guidance: bool = True) -> None:
+    """Add the flags of outputs: checkpoints, validation, tracking and the Hub.
+
+    Args:
+        parser: The script's parser.
+        guidance: Whether samples can be guided.
+    """
     group = parser.add_argument_group("outputs")
     add = group.add_argument
     add("--output_dir", required=True, help="Folder of checkpoints, samples and the final pipeline.")
@@ -190,7 +204,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--validation_steps", type=positive_int, help="Steps between sample grids. None without it.")
     add("--num_validation_images", type=positive_int, default=16, help="Images of a grid.")
     add("--max_held_out_images", type=positive_int, default=1024, help="How many images the held-out loss is of.")
-    add("--validation_guidance_scale", type=float, default=1.0)
+    if guidance:
+        add("--validation_guidance_scale", type=float, default=1.0, help="Guidance of a grid's images; 1 is off.")
     add("--validation_num_inference_steps", type=positive_int, default=50)
     add("--logging_steps", type=positive_int, default=10, help="Steps between readings of the loss.")
     add("--logging_dir", default="logs", help="Folder of the tracker's files inside the output folder.")

@@ -5,7 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    ModelMixin,
+    SchedulerMixin,
+)
 
 from .arguments import noise_config
 
@@ -30,7 +37,7 @@ def load_vae(args: argparse.Namespace) -> AutoencoderKL | None:
     """
     if args.vae_name_or_path is not None:
         vae = AutoencoderKL.from_pretrained(args.vae_name_or_path, cache_dir=args.cache_dir)
-    elif _pretrained_component(args, "vae") is not None:
+    elif pretrained_component(args, "vae") is not None:
         options = pretrained_options(args)
         vae = AutoencoderKL.from_pretrained(args.pretrained_model_name_or_path, subfolder="vae", **options)
     else:
@@ -50,7 +57,7 @@ def load_noise_scheduler(args: argparse.Namespace) -> SchedulerMixin:
     config = noise_config(args)
     if args.pretrained_model_name_or_path is None:
         return DDPMScheduler(**config)
-    flow = _pretrained_component(args, "scheduler") == _FLOW_SCHEDULER
+    flow = pretrained_component(args, "scheduler") == _FLOW_SCHEDULER
     if flow and config:
         raise ValueError(f"`{'`, `'.join(config)}` must be left out: the pretrained pipeline has flow matching.")
     scheduler_class = FlowMatchEulerDiscreteScheduler if flow else DDPMScheduler
@@ -61,10 +68,54 @@ def load_noise_scheduler(args: argparse.Namespace) -> SchedulerMixin:
     )
 
 
-def _pretrained_component(args: argparse.Namespace, name: str) -> str | None:
-    """Class of a component of the pretrained pipeline."""
+def pretrained_component(args: argparse.Namespace, name: str) -> str | None:
+    """Class of a component of `--pretrained_model_name_or_path`, or None if there is none.
+
+    Args:
+        args: Parsed flags.
+        name: The component's name in the pipeline.
+    """
     if args.pretrained_model_name_or_path is None:
         return None
     options = {"revision": args.revision, "cache_dir": args.cache_dir}
     index = DiffusionPipeline.load_config(args.pretrained_model_name_or_path, **options)
     return index.get(name, [None, None])[1]
+
+
+def check_pretrained_denoiser(args: argparse.Namespace, model: ModelMixin, vae: ModelMixin | None) -> None:
+    """Check that a pretrained denoiser can learn what the flags ask for.
+
+    Args:
+        args: Parsed flags.
+        model: The denoiser.
+        vae: The autoencoder, or None.
+
+    Raises:
+        ValueError: If it works on latents of another size, or predicts no variance to be learned.
+    """
+    if vae is not None and vae.config.latent_channels != model.config.in_channels:
+        raise ValueError(
+            f"The autoencoder's latents have {vae.config.latent_channels} channels, but the pretrained model has "
+            f"`in_channels`={model.config.in_channels}. Leave out `--vae_name_or_path` to use the pipeline's own."
+        )
+    if args.learn_sigma and not _learns_variance(model):
+        raise ValueError("`--learn_sigma` needs a pretrained model that predicts a variance, and this one does not.")
+
+
+def sampling_scheduler(noise_scheduler: SchedulerMixin, model: ModelMixin, clip_sample: bool) -> DDPMScheduler:
+    """The scheduler of the trained pipeline.
+
+    Args:
+        noise_scheduler: Scheduler that is trained with.
+        model: The denoiser, whose variance it takes, if it predicts one.
+        clip_sample: Whether samples end in [-1, 1]: pixels do, latents do not.
+    """
+    return DDPMScheduler.from_config(
+        noise_scheduler.config,
+        variance_type="learned_range" if _learns_variance(model) else "fixed_small",
+        clip_sample=clip_sample,
+    )
+
+
+def _learns_variance(model: ModelMixin) -> bool:
+    return model.config.out_channels == 2 * model.config.in_channels

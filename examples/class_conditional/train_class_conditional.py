@@ -7,7 +7,6 @@ import argparse
 
 import torch
 from accelerate.logging import get_logger
-from diffusers import DDPMScheduler
 
 from diffusers_dtr import DIT_PRESETS, DTRPipeline, DTRTransformer2DModel, training, vae_scale_factor
 
@@ -46,19 +45,19 @@ def parse_args(argv=None):
     return args
 
 
-def load_transformer(args, noise_scheduler, latent_channels, sample_size, num_classes):
+def load_transformer(args, noise_scheduler, vae, num_classes):
     given = {
         **training.routing_config(args),
         "routing_timestep_range": (0, noise_scheduler.config.num_train_timesteps - 1),
-        "sample_size": sample_size,
+        "sample_size": args.resolution // (1 if vae is None else vae_scale_factor(vae)),
     }
     if args.class_dropout_prob is not None:
         given["class_dropout_prob"] = args.class_dropout_prob
     if args.pretrained_model_name_or_path is not None:
-        return load_pretrained_transformer(args, given, latent_channels, num_classes)
+        return load_pretrained_transformer(args, given, vae, num_classes)
     # The presets are made for latents; pixels have three channels.
     config = args.model_config or {**DIT_PRESETS[args.model_preset], "in_channels": 3}
-    channels = latent_channels or config.get("in_channels", 3)
+    channels = config.get("in_channels", 3) if vae is None else vae.config.latent_channels
     shape = {
         "in_channels": channels,
         "out_channels": 2 * channels if args.learn_sigma else channels,
@@ -67,33 +66,19 @@ def load_transformer(args, noise_scheduler, latent_channels, sample_size, num_cl
     return DTRTransformer2DModel(**{**config, **shape, **given})
 
 
-def load_pretrained_transformer(args, given, latent_channels, num_classes):
+def load_pretrained_transformer(args, given, vae, num_classes):
     model = DTRTransformer2DModel.from_pretrained(
         args.pretrained_model_name_or_path, subfolder="transformer", **training.pretrained_options(args), **given
     )
-    if latent_channels not in (None, model.config.in_channels):
-        raise ValueError(
-            f"The autoencoder's latents have {latent_channels} channels, but the pretrained model has "
-            f"`in_channels`={model.config.in_channels}. Leave out `--vae_name_or_path` to use the pipeline's own."
-        )
-    if args.learn_sigma and not learns_variance(model):
-        raise ValueError("`--learn_sigma` needs a pretrained model that predicts a variance, and this one does not.")
+    training.check_pretrained_denoiser(args, model, vae)
     if model.config.num_embeds_ada_norm != num_classes:
         logger.info(f"New label embedding: {model.config.num_embeds_ada_norm} classes before, {num_classes} now.")
         model.replace_classes(num_classes)
     return model.train()
 
 
-def learns_variance(model):
-    return model.config.out_channels == 2 * model.config.in_channels
-
-
 def build_pipeline(args, model, noise_scheduler, vae, images):
-    scheduler = DDPMScheduler.from_config(
-        noise_scheduler.config,
-        variance_type="learned_range" if learns_variance(model) else "fixed_small",
-        clip_sample=vae is None,
-    )
+    scheduler = training.sampling_scheduler(noise_scheduler, model, clip_sample=vae is None)
     pipeline = DTRPipeline(scheduler=scheduler, transformer=model, vae=vae, id2label=images.id2label)
     if args.validation_guidance_scale > 1 and pipeline.null_class is None:
         raise ValueError(
@@ -112,13 +97,11 @@ def main(args):
     vae = training.load_vae(args)
     if vae is not None:
         vae.to(accelerator.device)
-    sample_size = args.resolution // (1 if vae is None else vae_scale_factor(vae))
 
     # 2. Denoiser and noise schedule
     noise_scheduler = training.load_noise_scheduler(args)
     torch.manual_seed(args.seed)
-    latent_channels = None if vae is None else vae.config.latent_channels
-    model = load_transformer(args, noise_scheduler, latent_channels, sample_size, images.num_classes)
+    model = load_transformer(args, noise_scheduler, vae, images.num_classes)
     pipeline = build_pipeline(args, model, noise_scheduler, vae, images)
 
     # 3. What the denoiser is told, and how it is sampled

@@ -154,7 +154,7 @@ def test_preset_trains_on_colour_pixels_without_an_autoencoder(images, tmp_path,
     script = load_script(SCRIPT)
     monkeypatch.setattr(script, "DIT_PRESETS", {"DiT-S/2": {**script.DIT_PRESETS["DiT-S/2"], **small_model()}})
     args = script.parse_args(arguments(images, tmp_path / "run", source=("--model_preset", "DiT-S/2")))
-    transformer = script.load_transformer(args, training.load_noise_scheduler(args), None, 8, 3)
+    transformer = script.load_transformer(args, training.load_noise_scheduler(args), None, 3)
     assert (transformer.config.in_channels, transformer.config.out_channels) == (3, 3)
     assert transformer.config.freq_shift == 0
 

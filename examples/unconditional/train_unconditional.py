@@ -1,0 +1,126 @@
+"""Train or fine-tune an unconditional U-Net or diffusion transformer with Denoising Task Routing.
+
+Run with `accelerate launch train_unconditional.py --help`; README.md beside this file has complete commands.
+"""
+
+import argparse
+
+import torch
+
+from diffusers_dtr import (
+    DIT_PRESETS,
+    DTRPipeline,
+    DTRTransformer2DModel,
+    DTRUNet2DModel,
+    training,
+    vae_scale_factor,
+)
+
+
+# What pipelines call each kind of denoiser.
+MODELS = {"unet": DTRUNet2DModel, "transformer": DTRTransformer2DModel}
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    group = parser.add_argument_group("model")
+    source = group.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--unet_config",
+        type=training.json_config,
+        help="Config of DTRUNet2DModel to train from scratch, as JSON or as a JSON file.",
+    )
+    source.add_argument(
+        "--transformer_config",
+        type=training.json_config,
+        help="Config of DTRTransformer2DModel to train from scratch, as JSON or as a JSON file.",
+    )
+    source.add_argument("--model_preset", choices=DIT_PRESETS, help="Published transformer to train from scratch.")
+    source.add_argument(
+        "--pretrained_model_name_or_path",
+        help="Pipeline to fine-tune: ours, a DDPMPipeline or a DDIMPipeline.",
+    )
+    training.add_pretrained_arguments(group)
+    training.add_data_arguments(parser, labels=False)
+    training.add_optimization_arguments(parser)
+    training.add_noise_arguments(parser)
+    training.add_objective_arguments(parser)
+    training.add_routing_arguments(parser)
+    training.add_run_arguments(parser, guidance=False)
+    args = parser.parse_args(argv)
+    training.check_arguments(parser, args)
+    return args
+
+
+def load_denoiser(args, noise_scheduler, vae):
+    given = {
+        **training.routing_config(args),
+        "routing_timestep_range": (0, noise_scheduler.config.num_train_timesteps - 1),
+        "sample_size": args.resolution // (1 if vae is None else vae_scale_factor(vae)),
+    }
+    if args.pretrained_model_name_or_path is not None:
+        name = "unet" if training.pretrained_component(args, "unet") is not None else "transformer"
+        options = training.pretrained_options(args)
+        model = MODELS[name].from_pretrained(args.pretrained_model_name_or_path, subfolder=name, **options, **given)
+        training.check_pretrained_denoiser(args, model, vae)
+        return name, model.train()
+
+    name = "transformer" if args.unet_config is None else "unet"
+    # The presets are made for latents; pixels have three channels.
+    preset = None if args.model_preset is None else {**DIT_PRESETS[args.model_preset], "in_channels": 3}
+    config = args.unet_config or args.transformer_config or preset
+    channels = config.get("in_channels", 3) if vae is None else vae.config.latent_channels
+    shape = {"in_channels": channels, "out_channels": 2 * channels if args.learn_sigma else channels}
+    if name == "transformer":
+        shape |= {"num_embeds_ada_norm": None, "class_dropout_prob": 0.0}
+    return name, MODELS[name](**{**config, **shape, **given})
+
+
+def main(args):
+    accelerator = training.start_run(args)
+
+    # 1. Images, and the autoencoder in whose latent space they are learned, if there is one
+    images = training.load_images(args, label_column=None)
+    vae = training.load_vae(args)
+    if vae is not None:
+        vae.to(accelerator.device)
+
+    # 2. Denoiser and noise schedule
+    noise_scheduler = training.load_noise_scheduler(args)
+    torch.manual_seed(args.seed)
+    name, model = load_denoiser(args, noise_scheduler, vae)
+    scheduler = training.sampling_scheduler(noise_scheduler, model, clip_sample=vae is None)
+    pipeline = DTRPipeline(scheduler, **{name: model}, vae=vae)
+    pipeline.set_progress_bar_config(disable=True)
+
+    # 3. Train
+    def sample(generator):
+        return pipeline(
+            num_images=args.num_validation_images,
+            num_inference_steps=args.validation_num_inference_steps,
+            generator=generator,
+            max_batch_size=args.train_batch_size,
+        ).images
+
+    channels = model.config.in_channels if vae is None else vae.config.in_channels
+    trainer = training.Trainer(
+        args,
+        accelerator,
+        model,
+        name,
+        noise_scheduler,
+        dataset=training.build_dataset(args, images, channels, vae, accelerator),
+        held_out_dataset=training.held_out_dataset(args, images, channels),
+        vae=vae,
+        conditions=None,
+        sample=sample,
+        project_name="unconditional",
+    )
+    trainer.train()
+    trainer.finish(save=lambda folder: training.save_pipeline(pipeline, folder))
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,202 @@
+"""Unconditional training of U-Nets and transformers, from scratch and from diffusers' own pipelines."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.models.autoencoders import AutoencoderKL
+from training_runs import (
+    EXAMPLES,
+    MODEL,
+    arguments,
+    assert_equal_weights,
+    load_script,
+    make_images,
+    record,
+    run_main,
+    same_weights,
+)
+
+from diffusers_dtr import DTRPipeline, DTRTransformer2DModel, DTRUNet2DModel, training
+
+
+SCRIPT = EXAMPLES / "unconditional" / "train_unconditional.py"
+UNET = {
+    "in_channels": 1,
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 1,
+    "attention_head_dim": 8,
+    "norm_num_groups": 4,
+    "dropout": 0.1,
+}
+SOURCES = {"unet": ("--unet_config", UNET), "transformer": ("--transformer_config", MODEL)}
+# Everything that has a state, or draws at random.
+EVERYTHING = [
+    *("--max_train_steps", 6, "--checkpointing_steps", 2, "--gradient_accumulation_steps", 2, "--learn_sigma"),
+    *("--use_ema", "--random_flip", "--routing_warmup_steps", 5, "--num_clusters", 2, "--balancing", "uncertainty"),
+]
+
+every_model = pytest.mark.parametrize("name", ["unet", "transformer"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Sums are split between threads, and equal to the bit only where they are split alike."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return make_images(tmp_path_factory.mktemp("data") / "images")
+
+
+def train(images: Path, output_dir: Path, source: tuple, *flags: object) -> Path:
+    return run_main(load_script(SCRIPT), arguments(images, output_dir, *flags, source=source))
+
+
+def plain_unet(**config) -> UNet2DModel:
+    torch.manual_seed(0)
+    return UNet2DModel(8, **{**UNET, "out_channels": 1, "dropout": 0.0, **config})
+
+
+@pytest.fixture(scope="module", params=[DDPMPipeline, DDIMPipeline])
+def plain_pipeline(request, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("plain") / request.param.__name__
+    scheduler = DDPMScheduler if request.param is DDPMPipeline else DDIMScheduler
+    request.param(plain_unet(), scheduler(num_train_timesteps=50, beta_schedule="scaled_linear")).save_pretrained(
+        folder
+    )
+    return folder
+
+
+@every_model
+def test_resumed_run_ends_with_the_uninterrupted_weights(name, images, tmp_path):
+    whole = train(images, tmp_path / "whole", SOURCES[name], *EVERYTHING)
+    run = tmp_path / "run"
+    shutil.copytree(whole / "checkpoint-4", run / "checkpoint-4")
+    train(images, run, SOURCES[name], *EVERYTHING, "--resume_from_checkpoint", "latest")
+    assert_equal_weights(run, whole, name)
+    assert_equal_weights(run / "checkpoint-6", whole / "checkpoint-6", name)
+    assert_equal_weights(run / "checkpoint-6", whole / "checkpoint-6", f"{name}_ema")
+    assert not same_weights(run / "checkpoint-6", run, name)  # the average is another model
+
+
+@every_model
+def test_trained_pipeline_loads_and_samples(name, images, tmp_path):
+    flags = ["--routing_beta", 0.5, "--num_train_timesteps", 20, "--validation_data_dir", images]
+    run = train(images, tmp_path / "run", SOURCES[name], *flags)
+    pipeline = DTRPipeline.from_pretrained(run)
+    assert isinstance(pipeline.denoiser, {"unet": DTRUNet2DModel, "transformer": DTRTransformer2DModel}[name])
+    assert pipeline.num_classes is None
+    assert pipeline.denoiser.config.routing_beta == 0.5
+    assert tuple(pipeline.denoiser.config.routing_timestep_range) == (0, 19)
+    assert pipeline(num_images=2, num_inference_steps=2).images[1].size == (8, 8)
+    assert (run / "samples" / "step-00000003.png").exists()
+    assert record(run)["results"]["validation_loss"] > 0
+
+
+def test_diffusers_own_pipeline_samples_the_trained_unet(images, tmp_path):
+    run = train(images, tmp_path / "run", SOURCES["unet"])
+    unet = DTRUNet2DModel.from_pretrained(run, subfolder="unet")
+    image = DDPMPipeline(unet, DDPMScheduler.from_pretrained(run, subfolder="scheduler"))(num_inference_steps=2)
+    assert image.images[0].size == (8, 8)
+
+
+def test_plain_pipeline_becomes_a_routed_one_with_its_own_schedule(plain_pipeline, images, tmp_path):
+    source = ("--pretrained_model_name_or_path", plain_pipeline)
+    run = train(images, tmp_path / "run", source, "--learning_rate", 0, "--routing_beta", 0.7)
+    assert_equal_weights(run, plain_pipeline, "unet")
+    pipeline = DTRPipeline.from_pretrained(run)
+    assert pipeline.unet.config.routing_beta == 0.7
+    assert tuple(pipeline.unet.config.routing_timestep_range) == (0, 49)
+    assert pipeline.scheduler.config.beta_schedule == "scaled_linear"
+
+
+def test_fine_tuned_transformer_goes_on_from_its_pipeline(images, tmp_path):
+    first = train(images, tmp_path / "first", SOURCES["transformer"], "--routing_beta", 0.6)
+    source = ("--pretrained_model_name_or_path", first)
+    second = train(images, tmp_path / "second", source, "--learning_rate", 0)
+    assert_equal_weights(second, first)
+    assert DTRPipeline.from_pretrained(second).transformer.config.routing_beta == 0.6
+
+
+def first_output(monkeypatch, run) -> torch.Tensor:
+    """What the U-Net says in the first step of a run."""
+    outputs, forward = [], DTRUNet2DModel.forward
+
+    def spy(model, *inputs, **options):
+        output = forward(model, *inputs, **options)
+        if model.training:
+            outputs.append(output[0].detach())
+        return output
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DTRUNet2DModel, "forward", spy)
+        run()
+    return outputs[0]
+
+
+def test_warm_up_starts_exactly_at_the_plain_model(plain_pipeline, images, tmp_path, monkeypatch):
+    source = ("--pretrained_model_name_or_path", plain_pipeline)
+    flags = {"unrouted": ["--routing_type", "none"], "warm": ["--routing_warmup_steps", 2], "cold": []}
+    outputs = {
+        name: first_output(
+            monkeypatch, lambda name=name: train(images, tmp_path / name, source, *flags[name], "--max_train_steps", 2)
+        )
+        for name in flags
+    }
+    assert torch.equal(outputs["warm"], outputs["unrouted"])
+    assert not torch.equal(outputs["cold"], outputs["unrouted"])
+
+
+def test_unet_learns_in_the_latent_space_of_an_autoencoder(images, tmp_path):
+    vae = AutoencoderKL(1, 1, ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2, (4, 4), norm_num_groups=2)
+    vae.save_pretrained(tmp_path / "vae")
+    flags = ["--vae_name_or_path", tmp_path / "vae", "--resolution", 16, "--cache_latents", "--center_crop"]
+    pipeline = DTRPipeline.from_pretrained(train(images, tmp_path / "run", SOURCES["unet"], *flags))
+    assert pipeline.unet.config.in_channels == 4
+    assert pipeline.unet.config.sample_size == 8
+    assert pipeline(num_images=1, num_inference_steps=1).images[0].size == (16, 16)
+    other = ("--pretrained_model_name_or_path", tmp_path / "pixels")
+    DTRPipeline(DDPMScheduler(), unet=plain_unet()).save_pretrained(tmp_path / "pixels")
+    with pytest.raises(ValueError, match=r"latents have 4 channels, but the pretrained model has `in_channels`=1"):
+        train(images, tmp_path / "refused", other, *flags)
+
+
+def test_variance_that_is_not_predicted_cannot_be_learned(plain_pipeline, images, tmp_path):
+    with pytest.raises(ValueError, match="`--learn_sigma` needs a pretrained model that predicts a variance"):
+        train(images, tmp_path / "run", ("--pretrained_model_name_or_path", plain_pipeline), "--learn_sigma")
+
+
+def test_preset_is_a_transformer_of_colour_pixels():
+    script = load_script(SCRIPT)
+    argv = ["--model_preset", "DiT-S/8", "--train_data_dir", "d", "--output_dir", "o", "--resolution", "32"]
+    args = script.parse_args(argv)
+    with torch.device("meta"):
+        name, model = script.load_denoiser(args, training.load_noise_scheduler(args), None)
+    assert name == "transformer"
+    assert (model.config.in_channels, model.config.out_channels, model.config.sample_size) == (3, 3, 32)
+    assert model.config.num_embeds_ada_norm is None
+
+
+@pytest.mark.parametrize("flag", ["--label_column", "--validation_guidance_scale", "--class_dropout_prob"])
+def test_flags_about_classes_are_not_there(flag, capsys):
+    with pytest.raises(SystemExit):
+        load_script(SCRIPT).parse_args(
+            ["--model_preset", "DiT-S/2", "--train_data_dir", "d", "--output_dir", "o", flag, "1"]
+        )
+    assert f"unrecognized arguments: {flag}" in capsys.readouterr().err
+
+
+def test_script_is_short_and_uses_the_public_package_only():
+    lines = SCRIPT.read_text().splitlines()
+    assert len(lines) <= 150
+    imported = [line.split(" import ")[0] for line in lines if line.startswith("from diffusers_dtr")]
+    assert imported == ["from diffusers_dtr"]
