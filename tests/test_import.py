@@ -12,6 +12,7 @@ PACKAGE = Path(diffusers_dtr.__file__).parent
 
 # Each may import those before it, and itself. The rest (the command line) is above them all.
 LAYERS = [
+    "publishing",
     "hub",
     "routing",
     "noise_levels",
@@ -21,6 +22,7 @@ LAYERS = [
     "analysis",
     "visualization",
     "pipelines",
+    "model_card",
     "training",
 ]
 

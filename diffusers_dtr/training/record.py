@@ -6,91 +6,20 @@ Whatever is written here may be published: it has no token, and no path of the m
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
-import re
-import shlex
 from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers import ModelMixin
 
+from ..publishing import public_arguments, public_command, publishable
 
-LOCAL_PREFIX = "path/to/"
 
 _PACKAGES = ("diffusers-dtr", "torch", "diffusers", "transformers", "accelerate", "datasets")
-
-_SECRET_NAME = re.compile(r"(token|password|secret|api_key)$")
-# What huggingface.co's tokens look like, wherever they were typed, and the user part of an address.
-_SECRET_VALUE = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=://)[^/\s]+@")
-
-# Arguments whose relative values may be a file or folder, or else an id on the Hub.
-_PATH_NAME = re.compile(r"(_dir|_path|_file|_checkpoint|_config|_name)$")
-_ABSOLUTE = re.compile(r"(/|~|\.\.?(/|\\|$)|[A-Za-z]:[\\/]|\\\\|file://)")
-
-
-def publishable(value: Any, name: str = "") -> Any:
-    """A JSON value as it may be published: without secrets, and with `path/to/...` for what lies on this machine.
-
-    A string is a path of this machine if it is absolute or begins with `~` or `.`; one that is relative is, if `name`
-    is that of an argument that takes paths and it exists. What remains of it is its last component. An id on the Hub
-    stays as it is. Applied again, nothing changes.
-
-    Args:
-        value: Of JSON types; in dictionaries and lists, every value is looked at.
-        name: Name of the argument or key whose value it is.
-
-    Returns:
-        The value, to be published.
-    """
-    if isinstance(value, dict):
-        return {key: publishable(item, str(key)) for key, item in value.items() if not _SECRET_NAME.search(str(key))}
-    if isinstance(value, (list, tuple)):
-        return [publishable(item, name) for item in value]
-    if isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    if not isinstance(value, str):
-        return value
-    if value.startswith("{"):
-        return _publishable_json(value)
-    return _SECRET_VALUE.sub("", _without_folders(value) if _is_local(value, name) else value)
-
-
-def public_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of a run as [`publishable`] leaves them."""
-    return publishable(vars(args))
-
-
-def public_command(argv: Sequence[str], launcher: Sequence[str] = ("accelerate", "launch")) -> str:
-    """A command line as [`publishable`] leaves it, to be typed again once the placeholders are filled in.
-
-    Args:
-        argv: Script and arguments, as in `sys.argv`. A script that was called by a relative path keeps it.
-        launcher: What the script is started with.
-
-    Returns:
-        The command, quoted for a shell.
-    """
-    script, *arguments = argv
-    words = [*launcher, Path(script).name if _is_local(script) or ".." in Path(script).parts else script]
-    flag = name = ""
-    for argument in arguments:
-        equals, value = "", argument
-        if argument.startswith("--"):
-            flag, equals, value = argument.partition("=")
-            name = flag.removeprefix("--").replace("-", "_")
-        if _SECRET_NAME.search(name):
-            continue
-        if argument.startswith("--"):
-            words.append(flag + equals + (publishable(value, name) if equals else ""))
-        else:
-            words.append(publishable(value, name))
-    return shlex.join(words)
 
 
 def tracker_config(args: argparse.Namespace) -> dict[str, int | float | str]:
@@ -148,27 +77,6 @@ def run_record(
         "seconds": round(seconds, 1),
         **publishable(results),
     }
-
-
-def _publishable_json(text: str) -> str:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        return _SECRET_VALUE.sub("", text)
-    published = publishable(value)
-    return text if published == value else json.dumps(published, ensure_ascii=False)
-
-
-def _is_local(value: str, name: str = "") -> bool:
-    if value.startswith(LOCAL_PREFIX):
-        return False
-    return bool(_ABSOLUTE.match(value) or (_PATH_NAME.search(name) and os.path.exists(value)))
-
-
-def _without_folders(path: str) -> str:
-    last = (PureWindowsPath if "\\" in path else PurePosixPath)(path.removeprefix("file://")).name
-    # A home folder is called like its user.
-    return LOCAL_PREFIX + ("folder" if last in ("", "~", "..", Path.home().name) else last)
 
 
 def _hardware(device: torch.device) -> str:
