@@ -14,6 +14,7 @@ from .arguments import (
     routing_config,
     warmed_up_beta,
 )
+from .captions import CaptionedDataset, Captions
 from .checkpoints import Checkpoints
 from .clean_samples import (
     UnreadableImages,
@@ -47,6 +48,8 @@ from .validation import HeldOutLoss, HeldOutLosses, save_sample_grid
 
 
 __all__ = [
+    "CaptionedDataset",
+    "Captions",
     "Checkpoints",
     "HeldOutLoss",
     "HeldOutLosses",

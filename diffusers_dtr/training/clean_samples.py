@@ -25,12 +25,15 @@ from .samples import ImageDataset, collate_samples
 logger = logging.getLogger(__name__)
 
 
-def load_images(args: argparse.Namespace, label_column: str | None) -> TrainingImages:
+def load_images(
+    args: argparse.Namespace, label_column: str | None, caption_column: str | None = None
+) -> TrainingImages:
     """The images that the data flags name; see [`load_training_images`] for what is checked.
 
     Args:
         args: Parsed flags of [`add_data_arguments`].
         label_column: Column of labels, or None to train without.
+        caption_column: Column of captions, or None to train without.
     """
     return load_training_images(
         dataset_name=args.dataset_name,
@@ -39,6 +42,7 @@ def load_images(args: argparse.Namespace, label_column: str | None) -> TrainingI
         split=args.train_split if args.train_data_dir is None else "train",
         image_column=args.image_column,
         label_column=label_column,
+        caption_column=caption_column,
         cache_dir=args.cache_dir,
     )
 
@@ -132,7 +136,7 @@ def held_out_dataset(args: argparse.Namespace, images: TrainingImages, channels:
 
     Args:
         args: Parsed flags.
-        images: The training images, whose classes these must have.
+        images: The training images, whose classes these must have; captions come from the same column.
         channels: Channels of the images.
 
     Returns:
@@ -151,6 +155,7 @@ def held_out_dataset(args: argparse.Namespace, images: TrainingImages, channels:
         image_column=args.image_column,
         label_column=None if images.labels is None else args.label_column,
         num_classes=images.num_classes,
+        caption_column=None if images.captions is None else images.captions.column,
         cache_dir=args.cache_dir,
     )
     # A folder that lacks a class would number the others differently.

@@ -1,4 +1,4 @@
-"""Which images and labels to train on: found by 🤗 datasets and checked before training starts."""
+"""Which images, labels and captions to train on: found by 🤗 datasets and checked before training starts."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import datasets
 import numpy as np
 from PIL import Image
 
+from .captions import Captions
 from .images import UnreadableImageError, decode_image
 
 
 @dataclass(frozen=True)
 class TrainingImages:
-    """Encoded images and their labels, as [`load_training_images`] returns them.
+    """Encoded images and what is known of them, as [`load_training_images`] returns them.
 
     Attributes:
         dataset: Its rows hold encoded images, under `image_column`.
@@ -23,6 +24,7 @@ class TrainingImages:
         labels: `(rows,)`, int64, or None without labels.
         num_classes: Labels are in [0, num_classes). None without labels.
         id2label: Names of the classes, or None if the dataset has none.
+        captions: Of every row, or None without.
     """
 
     dataset: datasets.Dataset
@@ -30,6 +32,7 @@ class TrainingImages:
     labels: np.ndarray | None = None
     num_classes: int | None = None
     id2label: dict[int, str] | None = None
+    captions: Captions | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -62,9 +65,10 @@ def load_training_images(
     image_column: str = "image",
     label_column: str | None = "label",
     num_classes: int | None = None,
+    caption_column: str | None = None,
     cache_dir: str | os.PathLike | None = None,
 ) -> TrainingImages:
-    """Finds images, and checks their columns and labels without decoding any.
+    """Finds images, and checks their columns, labels and captions without decoding any.
 
     Args:
         dataset_name: A dataset on the Hub, or a local folder that `datasets.load_dataset` can read.
@@ -76,11 +80,13 @@ def load_training_images(
         label_column: Column of labels, class labels or integers. None for training without labels.
         num_classes: Number of classes, if it is not the dataset's own: that of its class labels, or the highest label
             plus one.
+        caption_column: Column of captions, one or several strings per row. None for training without captions.
         cache_dir: Where `datasets` keeps what it prepares.
 
     Raises:
         ValueError: Unless exactly one of `dataset_name` and `train_data_dir` is given; if a column is missing or of a
-            wrong type; if a label is missing or outside [0, num_classes); if there are no images.
+            wrong type; if a label is missing or outside [0, num_classes); if a caption is missing; if there are no
+            images.
     """
     if (dataset_name is None) == (train_data_dir is None):
         given = "neither" if dataset_name is None else "both"
@@ -96,7 +102,7 @@ def load_training_images(
             dataset = datasets.load_dataset("imagefolder", data_files=files, split=split, cache_dir=cache_dir)
         except ValueError as error:  # "corresponds to no data" does not tell which folder has none
             raise ValueError(f"`train_data_dir`={os.fspath(train_data_dir)!r} cannot be loaded: {error}") from error
-    return training_images(dataset, image_column, label_column, num_classes)
+    return training_images(dataset, image_column, label_column, num_classes, caption_column)
 
 
 def training_images(
@@ -104,6 +110,7 @@ def training_images(
     image_column: str = "image",
     label_column: str | None = "label",
     num_classes: int | None = None,
+    caption_column: str | None = None,
 ) -> TrainingImages:
     """The second half of [`load_training_images`], for a dataset that is loaded already.
 
@@ -112,6 +119,7 @@ def training_images(
         image_column: Column of images.
         label_column: Column of labels, or None.
         num_classes: Number of classes, or None to take it from the dataset.
+        caption_column: Column of captions, or None.
 
     Raises:
         ValueError: As [`load_training_images`].
@@ -128,8 +136,12 @@ def training_images(
     images = dataset.select_columns([image_column]).with_format(None)
     # Undecoded, so that a file that cannot be decoded can be named.
     images = images.cast_column(image_column, datasets.Image(decode=False))
+    captions = None
+    if caption_column is not None:
+        _check_column(dataset, caption_column, "caption_column")
+        captions = Captions(dataset, caption_column)
     if label_column is None:
-        return TrainingImages(images, image_column)
+        return TrainingImages(images, image_column, captions=captions)
     _check_column(dataset, label_column, "label_column")
     names = getattr(dataset.features[label_column], "names", None)
     labels = _read_labels(dataset, label_column)
@@ -137,7 +149,7 @@ def training_images(
         num_classes = int(labels.max()) + 1 if names is None else len(names)
     _check_labels(labels, num_classes, label_column)
     id2label = None if names is None else dict(enumerate(names[:num_classes]))
-    return TrainingImages(images, image_column, labels, num_classes, id2label)
+    return TrainingImages(images, image_column, labels, num_classes, id2label, captions)
 
 
 def _check_column(dataset: datasets.Dataset, column: str, argument: str) -> None:

@@ -5,14 +5,12 @@ What is kept is the posterior's mean and standard deviation, so that every epoch
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -23,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..latents import LatentNormalization, encode_moments, sample_posterior
 from .batches import Draw, generator_for
+from .cache_folders import build_folder, fingerprint
 from .data import TrainingImages
 from .images import ImageTransform, UnreadableImageError
 from .samples import ImageDataset
@@ -62,11 +61,7 @@ class LatentDataset(Dataset):
         self.seed = seed
         unreadable = json.loads((folder / _UNREADABLE).read_text())
         self.unreadable: dict[int, list[str]] = {int(index): names for index, names in unreadable.items()}
-        self.labels = None if images.labels is None else images.labels.copy()
-        if self.labels is not None:
-            for index, names in self.unreadable.items():
-                # In its place is the image of the first row after those passed over.
-                self.labels[index] = images.labels[(index + len(names)) % len(images)]
+        self.labels = images.labels
 
     @cached_property
     def moments(self) -> np.ndarray:
@@ -85,16 +80,19 @@ class LatentDataset(Dataset):
 
         Returns:
             `latents` `(channels, height, width)`, float32, normalised; `labels`, if there are any; `epoch` and
-            `index`; `unreadable`, the names of the rows that were passed over for this one.
+            `index`; `row`, the one that it is of; `unreadable`, the names of the rows that were passed over for it.
         """
         epoch, index = item
         flip = self.transform.draw(generator_for(Draw.AUGMENTATION, self.seed, epoch, index)).flip
         mean, std = _split_moments(torch.from_numpy(self.moments[index : index + 1, int(flip)].copy()))
         latents = sample_posterior(mean, std, posterior_generators(self.seed, [epoch], [index]))
-        sample = {"latents": self.normalization.normalize(latents)[0], "epoch": epoch, "index": index}
+        unreadable = self.unreadable.get(index, [])
+        # In the place of an unreadable image is that of the first row after those passed over.
+        row = (index + len(unreadable)) % len(self)
+        sample = {"latents": self.normalization.normalize(latents)[0], "epoch": epoch, "index": index, "row": row}
         if self.labels is not None:
-            sample["labels"] = int(self.labels[index])
-        return sample | {"unreadable": self.unreadable.get(index, [])}
+            sample["labels"] = int(self.labels[row])
+        return sample | {"unreadable": unreadable}
 
 
 def posterior_generators(seed: int, epochs: Iterable[int], indices: Iterable[int]) -> list[torch.Generator]:
@@ -148,24 +146,17 @@ def cache_latents(
         )
     normalization = LatentNormalization.from_vae(vae)
     folder = Path(cache_dir) / f"latents-{_fingerprint(vae, images, transform)}"
-    if not folder.exists():
-        upright = ImageDataset(images, replace(transform, random_flip=False), seed=seed, on_unreadable=on_unreadable)
-        in_order = ((0, index) for index in range(len(images)))
-        loader = DataLoader(
-            upright,
-            batch_size,
-            sampler=in_order,
-            num_workers=num_workers,
-            collate_fn=list,
-            # Else the global generator would go on, and a run that finds the cache would differ from this one.
-            generator=torch.Generator(),
-        )
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as unfinished:
-            partial = Path(unfinished) / folder.name
-            partial.mkdir()
-            _write(partial, vae, loader, len(images), transform.random_flip)
-            _publish(partial, folder)
+    upright = ImageDataset(images, replace(transform, random_flip=False), seed=seed, on_unreadable=on_unreadable)
+    loader = DataLoader(
+        upright,
+        batch_size,
+        sampler=((0, index) for index in range(len(images))),
+        num_workers=num_workers,
+        collate_fn=list,
+        # Else the global generator would go on, and a run that finds the cache would differ from this one.
+        generator=torch.Generator(),
+    )
+    build_folder(folder, lambda partial: _write(partial, vae, loader, len(images), transform.random_flip))
     latents = LatentDataset(folder, images, transform, normalization, seed=seed)
     if latents.unreadable and on_unreadable == "error":
         (name, *_), *_ = latents.unreadable.values()
@@ -193,18 +184,6 @@ def _write(folder: Path, vae: ModelMixin, batches: Iterable[list[dict]], num_ima
     (folder / _UNREADABLE).write_text(json.dumps(unreadable))
 
 
-def _publish(partial: Path, folder: Path) -> None:
-    for path in partial.iterdir():
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())  # or a power cut could leave the new name with half of the content
-    try:
-        partial.rename(folder)
-    except OSError:
-        if not folder.exists():
-            raise
-        # Another run has made the same cache meanwhile: it holds the same.
-
-
 def _stack_moments(mean: torch.Tensor, std: torch.Tensor | None) -> torch.Tensor:
     return torch.stack([mean] if std is None else [mean, std], dim=1)
 
@@ -225,8 +204,4 @@ def _fingerprint(vae: ModelMixin, images: TrainingImages, transform: ImageTransf
         # Names with an underscore tell where it was loaded from and by which version.
         "vae_config": {name: value for name, value in vae.config.items() if not name.startswith("_")},
     }
-    digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
-    for name, tensor in sorted(vae.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:32]
+    return fingerprint(description, [vae])

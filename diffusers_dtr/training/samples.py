@@ -47,7 +47,7 @@ class ImageDataset(Dataset):
 
         Returns:
             `pixel_values` `(channels, resolution, resolution)` in [-1, 1]; `labels`, if there are any; `epoch` and
-            `index`; `unreadable`, the names of the rows that were passed over.
+            `index`; `row`, the one that was read; `unreadable`, the names of the rows that were passed over for it.
 
         Raises:
             UnreadableImageError: If the image cannot be read and is not to be skipped, or if none can be read.
@@ -55,7 +55,7 @@ class ImageDataset(Dataset):
         epoch, index = item
         image, row, unreadable = self._read(index)
         augmentation = self.transform.draw(generator_for(Draw.AUGMENTATION, self.seed, epoch, index))
-        sample = {"pixel_values": self.transform(image, augmentation), "epoch": epoch, "index": index}
+        sample = {"pixel_values": self.transform(image, augmentation), "epoch": epoch, "index": index, "row": row}
         if self.images.labels is not None:
             sample["labels"] = int(self.images.labels[row])
         return sample | {"unreadable": unreadable}
@@ -76,9 +76,9 @@ def collate_samples(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Makes a batch of samples of [`ImageDataset`] or [`~diffusers_dtr.training.latents.LatentDataset`].
 
     Returns:
-        What the samples hold, stacked along a first dimension, `labels`, `epoch` and `index` as int64 `(batch,)`; and
-        `unreadable`, the names of all images that were passed over for this batch, for a training loop to count and
-        to log once each.
+        What the samples hold, stacked along a first dimension: `labels`, `epoch`, `index` and `row` as int64
+        `(batch,)`, strings as a list; and `unreadable`, the names of all images that were passed over for this batch,
+        for a training loop to count and to log once each.
     """
     unreadable = [name for sample in samples for name in sample["unreadable"]]
     tensors = [{key: value for key, value in sample.items() if key != "unreadable"} for sample in samples]

@@ -87,6 +87,7 @@ def test_cached_latents_are_those_encoded_on_the_fly(folder, make_vae, random_fl
         generators = posterior_generators(7, right["epoch"], right["index"])
         torch.testing.assert_close(left["latents"], encode_images(vae, right["pixel_values"], generators))
         assert torch.equal(left["labels"], right["labels"])
+        assert torch.equal(left["row"], right["row"])
         assert left["unreadable"] == right["unreadable"]
 
 
@@ -191,7 +192,7 @@ def test_an_interrupted_run_leaves_no_cache(folder):
 
 def test_a_half_written_cache_is_not_picked_up(folder, monkeypatch):
     monkeypatch.setattr(Path, "rename", lambda *_: pytest.fail("killed"))
-    monkeypatch.setattr("diffusers_dtr.training.latents.TemporaryDirectory", UncleanedDirectory)
+    monkeypatch.setattr("diffusers_dtr.training.cache_folders.TemporaryDirectory", UncleanedDirectory)
     with pytest.raises(pytest.fail.Exception):
         cache(folder)
     monkeypatch.undo()

@@ -88,7 +88,7 @@ def test_the_next_readable_row_takes_the_place_of_unreadable_ones():
     dataset = ImageDataset(make_images(broken=[0, 3, 4, 5]), transform, seed=0, on_unreadable="skip")
     sample = dataset[0, 3]
     assert torch.equal(sample["pixel_values"], dataset[0, 1]["pixel_values"])
-    assert (sample["index"], sample["labels"]) == (3, 1)
+    assert (sample["index"], sample["row"], sample["labels"]) == (3, 1, 1)
     assert sample["unreadable"] == [f"{row}.png (row {row})" for row in (3, 4, 5, 0)]
 
 

@@ -1,0 +1,145 @@
+import json
+from itertools import islice
+from pathlib import Path
+
+import datasets
+import pytest
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from diffusers_dtr.training import CaptionedDataset
+from diffusers_dtr.training.batches import TrainingBatches
+from diffusers_dtr.training.captions import Captions
+from diffusers_dtr.training.data import load_training_images
+from diffusers_dtr.training.images import ImageTransform
+from diffusers_dtr.training.samples import ImageDataset, collate_samples
+
+
+class Rows:
+    """Samples that tell their row and no more."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, item: tuple[int, int]) -> dict:
+        epoch, index = item
+        return {"epoch": epoch, "index": index, "row": index, "unreadable": []}
+
+
+def captions(*rows, **features) -> Captions:
+    return Captions(datasets.Dataset.from_dict({"text": list(rows)}, **features), "text")
+
+
+def drawn(dataset: CaptionedDataset, epochs: range) -> list[str]:
+    return [dataset[epoch, index]["caption"] for epoch in epochs for index in range(len(dataset))]
+
+
+@pytest.mark.parametrize("rows", [("one", "two"), (["one"], ["two", "three"])])
+def test_a_row_has_one_or_several_captions(rows):
+    first, second = captions(*rows)[0], captions(*rows)[1]
+    assert first == ["one"]
+    assert second[0] == "two"
+    assert captions(*rows).distinct() == {*first, *second}
+
+
+@pytest.mark.parametrize("missing", [None, [], ["one", None]])
+def test_a_row_without_a_caption_is_named(missing):
+    whole = "one" if missing is None else ["one"]
+    with pytest.raises(ValueError, match=r"`caption_column` must have a caption in every row, got .* in row 2"):
+        captions(whole, whole, missing)
+
+
+def test_a_column_of_something_else_is_refused():
+    with pytest.raises(ValueError, match=r"`caption_column` must hold strings .* got 'text', which holds Value"):
+        captions(1, 2)
+
+
+def test_each_of_a_rows_captions_is_drawn_about_equally_often():
+    dataset = CaptionedDataset(Rows(1), captions(["a", "b", "c", "d"]), seed=0)
+    counts = [drawn(dataset, range(2000)).count(letter) for letter in "abcd"]
+    assert all(abs(count - 500) < 100 for count in counts)  # five standard deviations
+
+
+def test_a_caption_depends_on_its_place_and_seed_alone():
+    options = {"captions": captions(*[["a", "b", "c", "d"]] * 20), "proportion_empty": 0.3}
+    dataset = CaptionedDataset(Rows(20), seed=1, **options)
+    first, second = drawn(dataset, range(1)), drawn(dataset, range(1, 2))
+    assert drawn(dataset, range(1)) == first
+    assert second != first
+    assert drawn(CaptionedDataset(Rows(20), seed=2, **options), range(1)) != first
+
+
+def test_workers_draw_the_same():
+    dataset = CaptionedDataset(Rows(8), captions(*[["a", "b", "c"]] * 8), seed=1, proportion_empty=0.2)
+
+    def read(num_workers):
+        batches = TrainingBatches(8, 4, seed=0)
+        loader = DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=collate_samples)
+        return [batch["caption"] for batch in islice(loader, 4)]
+
+    assert read(2) == read(0)
+
+
+def test_the_asked_for_share_of_captions_is_empty():
+    dataset = CaptionedDataset(Rows(10), captions(*"abcdefghij"), seed=0, proportion_empty=0.1)
+    empty = drawn(dataset, range(400)).count("")
+    assert abs(empty - 400) < 95  # five standard deviations
+
+
+def test_which_caption_is_drawn_does_not_depend_on_how_many_are_empty():
+    rows = captions(*[["a", "b", "c", "d"]] * 50)
+    without = drawn(CaptionedDataset(Rows(50), rows, seed=0), range(1))
+    some = drawn(CaptionedDataset(Rows(50), rows, seed=0, proportion_empty=0.5), range(1))
+    assert all(one in ("", other) for one, other in zip(some, without, strict=True))
+    assert "" in some
+    assert set(some) != {""}
+
+
+def test_without_a_seed_every_row_has_its_first_caption():
+    dataset = CaptionedDataset(Rows(2), captions(["a", "b"], ["c", "d"]))
+    assert drawn(dataset, range(3)) == ["a", "c"] * 3
+
+
+@pytest.mark.parametrize("proportion", [-0.1, 1.1])
+def test_share_outside_its_range_is_refused(proportion):
+    with pytest.raises(ValueError, match=r"`proportion_empty` must be in \[0, 1\], got"):
+        CaptionedDataset(Rows(1), captions("a"), seed=0, proportion_empty=proportion)
+
+
+def test_empty_captions_need_a_seed():
+    with pytest.raises(ValueError, match="`seed` must be given"):
+        CaptionedDataset(Rows(1), captions("a"), proportion_empty=0.1)
+
+
+def make_image_folder(folder: Path, names: list[str], broken: tuple[str, ...] = ()) -> Path:
+    folder.mkdir()
+    lines = []
+    for number, name in enumerate(names):
+        Image.new("L", (8, 8), 40 * number).save(folder / f"{name}.png")
+        lines.append(json.dumps({"file_name": f"{name}.png", "text": f"about {name}"}))
+    for name in broken:
+        (folder / f"{name}.png").write_bytes(b"broken")
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def test_captions_of_an_image_folder_belong_to_the_image_that_was_read(tmp_path):
+    """Also where another image takes the place of one that cannot be read."""
+    folder = make_image_folder(tmp_path / "images", ["a", "b", "c"], broken=("b",))
+    images = load_training_images(
+        train_data_dir=folder, label_column=None, caption_column="text", cache_dir=tmp_path / "cache"
+    )
+    dataset = ImageDataset(images, ImageTransform(8, channels=1), seed=0, on_unreadable="skip")
+    captioned = CaptionedDataset(dataset, images.captions, seed=0)
+    assert drawn(captioned, range(1)) == ["about a", "about c", "about c"]
+
+
+def test_a_column_that_is_not_there_is_refused_and_the_others_are_named(tmp_path):
+    folder = make_image_folder(tmp_path / "images", ["a"])
+    with pytest.raises(ValueError, match=r"`caption_column` must be one of .*image, text, got 'caption'"):
+        load_training_images(
+            train_data_dir=folder, label_column=None, caption_column="caption", cache_dir=tmp_path / "cache"
+        )
