@@ -3,6 +3,7 @@
 # diffusers looks for the base class of a component in the namespace of the component's library.
 from diffusers import ModelMixin
 
+from .analysis import TaskAffinity
 from .diffusers_registration import register_library, register_pipeline, register_routed_model
 from .latents import decode_latents, encode_images, vae_scale_factor
 from .models.convert_original_dit import convert_original_dit
@@ -40,6 +41,7 @@ __all__ = [
     "GradientBalancer",
     "ModelMixin",
     "NoiseLevels",
+    "TaskAffinity",
     "TimestepClusters",
     "cluster_timesteps",
     "convert_original_dit",

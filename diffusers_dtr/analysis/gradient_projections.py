@@ -1,0 +1,132 @@
+"""From a gradient to the numbers that inner products are computed of: a random sketch of it, or a block of it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Projection(Protocol):
+    """A linear map of gradients, which preserves inner products: on its own, or summed over several of them.
+
+    Attributes:
+        names: The parameters whose gradients it takes.
+    """
+
+    names: tuple[str, ...]
+
+    def __call__(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        """Project the gradients of `names`: float32 `(size,)`, on their device."""
+
+
+class CountSketch:
+    r"""A random projection to m numbers: every coordinate is added to, or taken from, a random one of them.
+
+    CountSketch (Charikar, Chen and Farach-Colton, 2002), the "hashing trick" of Weinberger et al. (arXiv 0902.2206).
+    Coordinate i has an independent bucket $h_i$, uniform in [0, m), and an independent sign $s_i = \pm 1$, and
+    $(Sx)_b = \sum_{i : h_i = b} s_i x_i$. Both are functions of the seed and the parameter's name alone, so that the
+    sketch of a gradient is the same in every process, and the sum of the sketches of any parts of it.
+
+    **Error of a cosine.** Take gradients x and y of cosine ρ.
+
+    1. To first order in S − I, the error of the cosine of Sx and Sy is $(1 - ρ^2) Z$ with $Z = \langle Sp, Sq \rangle$
+       for two orthonormal vectors p and q in the plane of x and y. (With $y = ρx + \sqrt{1 - ρ^2}\,z$, it is
+       $1 - ρ^2$ times $\sqrt{1 - ρ^2}\langle Sx, Sz \rangle + \frac{ρ}{2}(|Sx|^2 - |Sz|^2)$, a quadratic form in the
+       plane with the eigenvalues ±1/2, which is $\langle Sp, Sq \rangle$ for p and q at 45° to its eigenvectors. The
+       next order is about 1/m.) So the error is at most |Z|, and less for gradients that resemble each other.
+    2. $Z = \sum_{i<j} s_i s_j [h_i = h_j] a_{ij}$ with $a_{ij} = p_i q_j + p_j q_i$ has mean 0. As two coordinates
+       collide with probability 1/m, $E Z^2 = \frac{1}{m}(1 - 2 \sum_i p_i^2 q_i^2) \le 1/m$: one standard error is at
+       most 0.011 at m = 8192, whatever the gradients. (Chebyshev's inequality alone gives 0.11 with 99 %
+       confidence, and 0.05 with 95 %.)
+    3. In $E Z^4$ only products survive in which every coordinate occurs an even number of times: one pair four times,
+       two pairs twice, and cycles of four. They add up to at most
+       $\frac{1}{m^2}(3 + 8 m \|p\|_4^4 \|q\|_4^4 + 12/m)$, since $\sum_{i<j} a_{ij}^4 \le 8 \|p\|_4^4 \|q\|_4^4$. By
+       Markov's inequality $P(|Z| > ε) \le E Z^4 / ε^4$, which for m = 8192 and ε = 0.05 is 0.72 % and stays below 1 %
+       while $\|p\|_4^4$ and $\|q\|_4^4$ are at most 1/235. That is: **the error of any cosine is at most 0.05 with
+       99 % confidence, for gradients that are spread over at least 235 coordinates** (1/‖p‖₄⁴, for unit p, is the
+       number of coordinates it is spread over). Gradients of networks are spread over thousands; then Z, a sum over
+       8192 independent buckets, is close to normal, and 99 % of the errors are below 0.029.
+
+    Nothing is assumed about how neighbouring coordinates are correlated, because buckets and signs are independent
+    from coordinate to coordinate.
+
+    A sketch takes about as long as reading 2 bytes per parameter at random from the processor's cache: 35 ms for 33 M
+    parameters on one CPU core. The 2 bytes (4 beyond m = 16384) are kept.
+
+    Args:
+        parameters: The parameters by name; their sizes and devices are used.
+        size: m, in [1, 2**30].
+        seed: Seed of buckets and signs.
+
+    Raises:
+        ValueError: For a `size` outside this range.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], size: int, seed: int):
+        if not 1 <= size <= 2**30:
+            raise ValueError(f"`sketch_size` must be in [1, 2**30], got {size}.")
+        self.names = tuple(parameters)
+        self.size = size
+        # A code in [0, 2m): below m, the bucket to add to; from m on, the one to take from.
+        dtype = torch.int16 if 2 * size <= 2**15 else torch.int32
+        self._codes = {
+            name: torch.randint(2 * size, (value.numel(),), generator=_generator(seed, name), dtype=dtype).to(
+                value.device
+            )
+            for name, value in parameters.items()
+        }
+
+    def __call__(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        """Sketch the gradients of all parameters: float32 `(m,)`, on their device."""
+        device = gradients[self.names[0]].device
+        signed = torch.zeros(2 * self.size, device=device)
+        for name, codes in self._codes.items():
+            signed.scatter_add_(0, codes.long(), gradients[name].flatten().float())
+        return signed[: self.size] - signed[self.size :]
+
+
+class CoordinateBlock:
+    """Some coordinates of a gradient as they are: inner products add up, exactly, over the blocks of a gradient.
+
+    Args:
+        slices: Which coordinates of which parameters, flattened.
+    """
+
+    def __init__(self, slices: Mapping[str, slice]):
+        self.names = tuple(slices)
+        self._slices = dict(slices)
+
+    def __call__(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        """The coordinates of the block, float32."""
+        return torch.cat([gradients[name].flatten()[own].float() for name, own in self._slices.items()])
+
+
+def exact_blocks(parameters: Mapping[str, Tensor], size: int) -> list[CoordinateBlock]:
+    """Cut parameters into blocks of at most `size` coordinates, in order.
+
+    Args:
+        parameters: The parameters by name.
+        size: Coordinates in a block, >= 1; the last block may have fewer.
+    """
+    blocks: list[dict[str, slice]] = [{}]
+    room = size
+    for name, value in parameters.items():
+        start = 0
+        while start < value.numel():
+            if room == 0:
+                blocks.append({})
+                room = size
+            stop = min(value.numel(), start + room)
+            blocks[-1][name] = slice(start, stop)
+            room -= stop - start
+            start = stop
+    return [CoordinateBlock(slices) for slices in blocks]
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))

@@ -1,0 +1,131 @@
+"""Measuring inner products of gradients: shared by several processes, and gone on with where it was interrupted.
+
+Everything that is measured lies in a folder, one file per timestep, under a name that tells what it is of: processes
+share the work by sharing the folder, and work that is there is not done again, whoever did it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .estimators import gram
+from .gradient_projections import Projection
+from .timestep_gradients import NUM_PARTS, TimestepGradients, evaluating, fingerprint
+
+
+SETTINGS_FILE = "settings.json"
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Where a measurement lies, and which of its processes this one is.
+
+    Args:
+        folder: The folder, which all processes see.
+        process_index: This process's number, in [0, num_processes).
+        num_processes: How many processes share the work.
+        wait_for_everyone: Returns when all processes have called it.
+        progress: Wraps the timesteps that this process goes through, for instance `tqdm`.
+    """
+
+    folder: Path
+    process_index: int = 0
+    num_processes: int = 1
+    wait_for_everyone: Callable[[], None] = lambda: None
+    progress: Callable[[Sequence[int]], Iterable[int]] = iter
+
+    def claim(self, settings: dict) -> None:
+        """Begin a measurement here, or go on with one of the same settings; all processes must call this.
+
+        Args:
+            settings: JSON-serialisable: all that results depend on, apart from the weights.
+
+        Raises:
+            ValueError: If the folder has a measurement of other settings.
+        """
+        path = self.folder / SETTINGS_FILE
+        settings = json.loads(json.dumps(settings))
+        if path.exists():
+            found = json.loads(path.read_text())
+            changed = sorted(
+                key for key in settings.keys() | found.keys() if settings.get(key, ...) != found.get(key, ...)
+            )
+            if changed:
+                raise ValueError(
+                    f"{self.folder} has a measurement of other settings: {', '.join(f'`{key}`' for key in changed)} "
+                    "changed. Choose another folder, or remove this one to begin anew."
+                )
+        self.wait_for_everyone()
+        if self.process_index == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write(path, lambda partial: partial.write_text(json.dumps(settings, indent=2)))
+        self.wait_for_everyone()
+
+    def products(self, gradients: TimestepGradients, timesteps: Tensor, projections: Sequence[Projection]) -> Tensor:
+        """Inner products of a model's gradients at all pairs of timesteps; all processes must call this.
+
+        Args:
+            gradients: Of the model.
+            timesteps: `(n,)`, as the denoiser is called with.
+            projections: Their inner products add up to those of the gradients.
+
+        Returns:
+            float64 `(4, 4, n, n)`, between the parts of the images.
+        """
+        model = fingerprint(sorted(gradients.parameters.items()))[:16]
+        total = torch.zeros(NUM_PARTS, NUM_PARTS, len(timesteps), len(timesteps), dtype=torch.float64)
+        for number, projection in enumerate(projections):
+            path = self.folder / f"{model}-{number}.safetensors"
+            if not path.exists():
+                self._measure(path, gradients, timesteps, projection)
+            total += load_file(path)["products"]
+        return total
+
+    def _measure(self, path: Path, gradients: TimestepGradients, timesteps: Tensor, projection: Projection) -> None:
+        files = [path.with_name(f"{path.stem}-{index:05d}.safetensors") for index in range(len(timesteps))]
+        missing = [index for index, file in enumerate(files) if not file.exists()]
+        # No process may begin before every one knows what is missing: they would see different lists.
+        self.wait_for_everyone()
+        with evaluating(gradients.model):
+            for index in self.progress(missing[self.process_index :: self.num_processes]):
+                features = torch.stack(
+                    [
+                        projection(gradients(timesteps[index], part, projection.names)).cpu()
+                        for part in range(NUM_PARTS)
+                    ]
+                )
+                _save({"features": features}, files[index])
+        self.wait_for_everyone()
+        if self.process_index == 0:
+            _save({"products": gram(_read_features(files))}, path)
+            for file in files:
+                file.unlink()
+        self.wait_for_everyone()
+
+
+def _read_features(files: Sequence[Path]) -> Tensor:
+    """What is measured at all timesteps, `(4, n, size)`; never twice in memory."""
+    first = load_file(files[0])["features"]
+    features = first.new_empty(len(first), len(files), first.shape[1])
+    for index, file in enumerate(files):
+        features[:, index] = load_file(file)["features"]
+    return features
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    _write(path, lambda partial: save_file(tensors, partial))
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file beside its name and rename it when it is complete."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    write(partial)
+    partial.replace(path)

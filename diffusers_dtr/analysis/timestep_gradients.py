@@ -1,0 +1,175 @@
+"""Gradients of the denoising loss at single timesteps, all over the same images and noise."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..objective.denoising_loss import DenoisingLoss
+
+
+# Two halves of the images for the reliability of a result, and two parts of each half for inner products of
+# gradients that have no image in common.
+NUM_PARTS = 4
+
+
+class DenoisingBatch:
+    """The images and noise that every gradient is of, in `NUM_PARTS` equal parts.
+
+    Part p has the images p, p + 4, p + 8, ..., so that images sorted by class spread over the parts.
+
+    Args:
+        clean: Clean samples `(N, C, ...)`; N is a multiple of 4.
+        noise: Standard normal noise of the same shape.
+        conditions: What else the denoiser is called with, by argument name: tensors `(N, ...)`.
+
+    Raises:
+        ValueError: If N is no multiple of 4, or the tensors do not have N entries.
+    """
+
+    def __init__(self, clean: Tensor, noise: Tensor, conditions: Mapping[str, Tensor] | None = None):
+        if len(clean) == 0 or len(clean) % NUM_PARTS:
+            raise ValueError(
+                f"`clean` must have a multiple of {NUM_PARTS} images, which are compared in {NUM_PARTS} parts, "
+                f"got {len(clean)}."
+            )
+        if noise.shape != clean.shape:
+            raise ValueError(
+                f"`noise` must have the shape of `clean`, {tuple(clean.shape)}, got {tuple(noise.shape)}."
+            )
+        for name, values in (conditions or {}).items():
+            if len(values) != len(clean):
+                raise ValueError(
+                    f"`conditions` must have one entry for each of the {len(clean)} images, "
+                    f"got {len(values)} of {name!r}."
+                )
+        self.clean = clean
+        self.noise = noise
+        self.conditions = dict(conditions or {})
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    def to(self, device: torch.device) -> DenoisingBatch:
+        """The same samples on a device."""
+        conditions = {name: values.to(device) for name, values in self.conditions.items()}
+        return DenoisingBatch(self.clean.to(device), self.noise.to(device), conditions)
+
+    def parts(self, part: int, batch_size: int | None) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+        """The samples of a part, at most `batch_size` at a time: clean, noise and conditions."""
+        size = len(self) // NUM_PARTS if batch_size is None else batch_size
+        own = slice(part, None, NUM_PARTS)
+        conditions = {name: values[own].split(size) for name, values in self.conditions.items()}
+        for number, pair in enumerate(zip(self.clean[own].split(size), self.noise[own].split(size), strict=True)):
+            yield *pair, {name: chunks[number] for name, chunks in conditions.items()}
+
+    def fingerprint(self) -> str:
+        """A hash of all values, types and shapes."""
+        return fingerprint([("clean", self.clean), ("noise", self.noise), *sorted(self.conditions.items())])
+
+
+class TimestepGradients:
+    """The gradient of a model's denoising loss at any timestep, averaged over one part of the images.
+
+    The model is called as `model(model_input, timestep=timesteps, **conditions, return_dict=False)[0]`.
+
+    Args:
+        model: The denoiser. Its mode is left as it is: gradients of a model that drops labels or features at random
+            are not comparable, see [`evaluating`].
+        loss_fn: The loss.
+        batch: Images and noise, on the model's device.
+        parameters: Which parameters take part, by name; all by default. Those with `requires_grad=False` never do.
+        batch_size: Images per forward call; all of a part by default.
+
+    Raises:
+        ValueError: If no parameter takes part, or `batch_size` is below 1.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: DenoisingLoss,
+        batch: DenoisingBatch,
+        *,
+        parameters: Callable[[str], bool] | None = None,
+        batch_size: int | None = None,
+    ):
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        self.parameters = chosen_parameters(model, parameters)
+        self.model = model
+        self.loss_fn = loss_fn
+        self.batch = batch
+        self.batch_size = batch_size
+
+    def __call__(self, timestep: Tensor, part: int, names: Iterable[str]) -> dict[str, Tensor]:
+        """The gradient with respect to some of the parameters.
+
+        Args:
+            timestep: A scalar, of the type that the denoiser is called with.
+            part: Which part of the images, in [0, 4).
+            names: Names of parameters.
+
+        Returns:
+            One tensor per name, in the parameter's shape, type and device. It is zero for a parameter that the output
+            does not depend on.
+        """
+        parameters = {name: self.parameters[name] for name in names}
+        sums: dict[str, Tensor] = {}
+        for clean, noise, conditions in self.batch.parts(part, self.batch_size):
+            loss = self._loss(timestep, clean, noise, conditions)
+            gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
+            for name, gradient in zip(parameters, gradients, strict=True):
+                # Not in place: autograd may return one tensor for two parameters.
+                sums[name] = sums[name] + gradient if name in sums else gradient
+        return sums
+
+    @torch.enable_grad()
+    def _loss(self, timestep: Tensor, clean: Tensor, noise: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+        """What these samples contribute to the mean loss of their part."""
+        timesteps = timestep.to(clean.device).expand(len(clean))
+        levels = self.loss_fn.levels
+        model_input = levels.model_input(levels.add_noise(clean, noise, timesteps), timesteps)
+        output = self.model(model_input, timestep=timesteps, **conditions, return_dict=False)[0]
+        return self.loss_fn(output, clean, noise, timesteps).per_sample.sum() / (len(self.batch) // NUM_PARTS)
+
+
+def chosen_parameters(model: nn.Module, predicate: Callable[[str], bool] | None) -> dict[str, nn.Parameter]:
+    """The parameters of a model that take part, by name.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    trainable = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    chosen = {name: value for name, value in trainable.items() if predicate is None or predicate(name)}
+    if not chosen:
+        raise ValueError(
+            "`parameters` must leave at least one parameter that requires a gradient, got none of the "
+            f"{len(trainable)} trainable ones of {type(model).__name__}."
+        )
+    return chosen
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode, and every module of it back into the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """A hash of the names, types, shapes and values of tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

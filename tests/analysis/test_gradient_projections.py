@@ -1,0 +1,108 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffusers_dtr.analysis.gradient_projections import CountSketch, exact_blocks
+
+
+def parameters(*sizes):
+    return {f"layer{number}": torch.empty(size) for number, size in enumerate(sizes)}
+
+
+def normals(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def structured_gradients(count):
+    """Gradients as layers have them: sums of outer products, with channels a hundred times the others, and sparse.
+
+    They share a part each with the next ones, so that their cosines cover [0, 1].
+    """
+    rows = normals(count, 128) * torch.where(torch.arange(128) % 32 == 0, 10.0, 1.0)
+    columns = normals(count, 256, seed=1) * torch.where(torch.arange(256) == 64, 10.0, 1.0)
+    matrices = torch.einsum("tr,tc->trc", rows, columns)
+    sparse = normals(count, 50_000, seed=2) * (normals(count, 50_000, seed=3) > 2)
+    own = torch.cat([matrices.flatten(1), sparse], dim=1)
+    own = own / own.norm(dim=1, keepdim=True)
+    return torch.stack([own[max(0, t - 10) : t + 1].sum(0) for t in range(count)])
+
+
+def test_error_of_a_cosine_is_at_most_a_twentieth_with_99_percent_confidence():
+    gradients = structured_gradients(150)
+    sketch = CountSketch({"weight": gradients[0]}, 8192, seed=0)
+    sketched = torch.stack([sketch({"weight": gradient}) for gradient in gradients])
+    above = torch.ones(150, 150, dtype=torch.bool).triu_(1)
+    units = [torch.nn.functional.normalize(rows.double()) for rows in (gradients, sketched)]
+    exact, estimate = ((rows @ rows.T)[above] for rows in units)
+    errors = (estimate - exact).abs()
+    assert len(errors) > 10_000
+    assert exact.min() < 0.05
+    assert exact.max() > 0.8
+    assert errors.quantile(0.99) <= 0.05
+    # What the derivation says of gradients that are spread over enough coordinates: one standard error is 0.011.
+    assert errors.quantile(0.99) <= 2.576 / 8192**0.5 * 1.1
+
+
+def test_errors_have_mean_zero_and_the_variance_that_is_derived():
+    first, second = torch.linalg.qr(normals(500, 2))[0].T
+    sketches = [CountSketch({"weight": first}, 64, seed) for seed in range(1000)]
+    errors = torch.stack([sketch({"weight": first}) @ sketch({"weight": second}) for sketch in sketches])
+    expected = (1 - 2 * (first * second).square().sum()) / 64
+    assert errors.mean().abs() < 4 * (expected / 1000) ** 0.5
+    assert errors.var() == pytest.approx(expected.item(), rel=0.2)
+
+
+def test_sketch_is_linear_and_adds_up_over_parameters():
+    shapes = parameters((300, 7), (11,))
+    sketch = CountSketch(shapes, 128, seed=3)
+    one, other = ({name: normals(*value.shape, seed=seed) for name, value in shapes.items()} for seed in (1, 2))
+    both = {name: 2 * one[name] - other[name] for name in shapes}
+    torch.testing.assert_close(sketch(both), 2 * sketch(one) - sketch(other))
+    alone = [CountSketch({name: value}, 128, seed=3)({name: one[name]}) for name, value in shapes.items()]
+    torch.testing.assert_close(sketch(one), sum(alone))
+
+
+def test_sketch_is_a_function_of_the_seed():
+    gradient = {"weight": normals(1000)}
+    same, again, other = (CountSketch(gradient, 100, seed)(gradient) for seed in (0, 0, 1))
+    assert torch.equal(same, again)
+    assert not torch.allclose(same, other)
+
+
+def test_parameters_of_one_size_have_sketches_of_their_own():
+    values = normals(1000)
+    sketches = [CountSketch({name: values}, 100, seed=0)({name: values}) for name in ("query", "key")]
+    assert not torch.allclose(*sketches)
+
+
+def test_sketch_of_half_precision_gradients_is_of_single_precision():
+    values = normals(4000).bfloat16()
+    sketched = CountSketch({"weight": values}, 8, seed=0)({"weight": values})
+    torch.testing.assert_close(sketched, CountSketch({"weight": values}, 8, seed=0)({"weight": values.float()}))
+    assert sketched.dtype == torch.float32
+
+
+@pytest.mark.parametrize("size", [16384, 16385])
+def test_largest_sketches_of_either_code_type_keep_norms(size):
+    gradient = {"weight": normals(200_000)}
+    sketched = CountSketch(gradient, size, seed=0)(gradient)
+    assert sketched.square().sum() == pytest.approx(gradient["weight"].square().sum().item(), rel=0.05)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2**30 + 1])
+def test_sketch_sizes_out_of_range_are_refused(size):
+    with pytest.raises(ValueError, match="`sketch_size` must be in"):
+        CountSketch(parameters(3), size, seed=0)
+
+
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=6), st.integers(1, 25))
+def test_blocks_hold_every_coordinate_once_and_in_order(sizes, block_size):
+    sizes = [*sizes, 1]
+    offsets = torch.tensor([0, *sizes]).cumsum(0)
+    gradients = {f"layer{i}": torch.arange(offsets[i], offsets[i + 1]) for i in range(len(sizes))}
+    blocks = exact_blocks(gradients, block_size)
+    contents = [block({name: gradients[name] for name in block.names}) for block in blocks]
+    assert torch.cat(contents).tolist() == list(range(sum(sizes)))
+    assert all(len(content) == block_size for content in contents[:-1])
+    assert 0 < len(contents[-1]) <= block_size

@@ -1,0 +1,48 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffusers_dtr.analysis import TaskAffinity, noise_distance_correlation, noise_distances
+
+
+def affinity(log_snr, function):
+    log_snr = torch.tensor(log_snr, dtype=torch.float64)
+    matrix = function((log_snr[:, None] - log_snr).abs().nan_to_num())
+    timesteps = torch.arange(len(log_snr), dtype=torch.float64)
+    return TaskAffinity(matrix, timesteps, timesteps, log_snr, 1.0, "plain")
+
+
+def test_every_pair_of_different_timesteps_counts_once():
+    distances, affinities = noise_distances(affinity([4.0, 1.0, -1.0], lambda distance: -distance))
+    assert distances.tolist() == [3.0, 5.0, 2.0]
+    assert affinities.tolist() == [-3.0, -5.0, -2.0]
+
+
+@pytest.mark.parametrize(("function", "expected"), [(lambda d: torch.exp(-d), -1.0), (lambda d: d**3, 1.0)])
+def test_correlation_sees_order_alone(function, expected):
+    assert noise_distance_correlation(affinity([9.0, 4.0, 1.0, -2.5], function)) == pytest.approx(expected)
+
+
+@given(st.lists(st.integers(0, 5), min_size=10, max_size=10))
+def test_correlation_with_ties_is_that_of_mean_ranks(values):
+    found = affinity([16.0, 8.0, 4.0, 2.0, 1.0], torch.zeros_like)
+    row, column = torch.triu_indices(5, 5, offset=1)
+    found.matrix[row, column] = torch.tensor(values).double()
+    distances, affinities = noise_distances(found)
+    ranks = [
+        [(column < x).sum() + ((column == x).sum() - 1) / 2 for x in column] for column in (distances, affinities)
+    ]
+    expected = torch.corrcoef(torch.tensor(ranks, dtype=torch.float64))[0, 1]
+    assert noise_distance_correlation(found) == pytest.approx(expected.item(), nan_ok=True)
+
+
+def test_levels_of_infinite_log_snr_are_left_out():
+    found = affinity([3.0, 2.0, 0.0, float("-inf")], lambda distance: -distance)
+    assert len(noise_distances(found)[0]) == 3
+    assert noise_distance_correlation(found) == pytest.approx(-1.0)
+
+
+def test_two_timesteps_are_too_few():
+    with pytest.raises(ValueError, match="at least three timesteps"):
+        noise_distance_correlation(affinity([1.0, 0.0, float("inf")], lambda distance: -distance))

@@ -1,0 +1,271 @@
+import json
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from safetensors.torch import save_file
+from tiny_dit import NUM_CLASSES, routed_dit, with_random_weights
+from torch import nn
+
+from diffusers_dtr import DenoisingLoss, TaskAffinity, cluster_timesteps
+from diffusers_dtr.analysis import load_task_affinity
+from diffusers_dtr.analysis.measurement import Workspace
+
+
+def samples(count=8):
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = torch.randn(2, count, 4, 8, 8, generator=generator)
+    return clean, noise, {"class_labels": torch.arange(count) % NUM_CLASSES}
+
+
+def measure(model=None, scheduler=None, count=8, **options):
+    options = {"estimator": "plain", "timesteps": 5, **options}
+    model = routed_dit(out_channels=4) if model is None else model
+    return TaskAffinity.measure(model, DenoisingLoss(scheduler or DDPMScheduler()), *samples(count), **options)
+
+
+def naive_matrix(model, timesteps):
+    """Every gradient stacked whole, and normalised."""
+    loss_fn = DenoisingLoss(DDPMScheduler())
+    clean, noise, conditions = samples()
+    rows = []
+    for timestep in timesteps:
+        batch = timestep.long().expand(len(clean))
+        model.zero_grad()
+        output = model(loss_fn.levels.add_noise(clean, noise, batch), batch, **conditions).sample
+        loss_fn(output, clean, noise, batch).loss.backward()
+        rows.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).double())
+    unit = nn.functional.normalize(torch.stack(rows))
+    return unit @ unit.T
+
+
+def affinity(matrix, timesteps, num_train_timesteps=10, **options):
+    grid = torch.arange(num_train_timesteps, dtype=torch.float64)
+    timesteps = torch.tensor(timesteps, dtype=torch.float64)
+    values = {"reliability": 0.9, "estimator": "plain", **options}
+    return TaskAffinity(torch.as_tensor(matrix, dtype=torch.float64), timesteps, grid, -timesteps, **values)
+
+
+@pytest.mark.parametrize("memory_limit", [2**30, 2**20], ids=["one block", "many blocks"])
+def test_exact_affinity_is_that_of_stacked_and_normalised_gradients(memory_limit):
+    model = routed_dit(out_channels=8)
+    found = measure(model, sketch_size=None, memory_limit=memory_limit)
+    assert found.timesteps.tolist() == [0, 250, 500, 749, 999]
+    torch.testing.assert_close(found.matrix, naive_matrix(model, found.timesteps), rtol=0, atol=1e-5)
+
+
+def test_sketched_affinity_is_near_the_exact_one():
+    model = routed_dit(out_channels=4)
+    exact, sketched = (measure(model, sketch_size=size, timesteps=20) for size in (None, 8192))
+    error = (sketched.matrix - exact.matrix).abs()
+    assert 0 < error.max() < 0.05
+
+
+def test_unbiased_affinity_leaves_out_products_of_the_same_images():
+    plain, unbiased = (measure(estimator=name, sketch_size=None, count=64) for name in ("plain", "unbiased"))
+    assert not torch.allclose(plain.matrix, unbiased.matrix, atol=1e-4)
+    assert (plain.matrix - unbiased.matrix).abs().max() < 0.2
+
+
+def test_affinity_of_checkpoints_is_the_mean_of_theirs():
+    models = [routed_dit(out_channels=4) for _ in range(2)]
+    with torch.no_grad():
+        for parameter in models[1].parameters():
+            parameter.mul_(-0.7)
+    alone = [measure(model).matrix for model in models]
+    together = measure(iter(models))
+    torch.testing.assert_close(together.matrix, (alone[0] + alone[1]) / 2)
+    assert together.provenance["checkpoints"] == 2
+    assert not torch.allclose(alone[0], alone[1], atol=1e-3)
+
+
+def test_model_is_left_as_it_was():
+    model = routed_dit(class_dropout_prob=0.9).train()
+    assert torch.equal(measure(model).matrix, measure(model.eval()).matrix)
+    model.train()
+    measure(model)
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_any_denoiser_and_schedule_is_served():
+    unet = with_random_weights(
+        UNet2DModel(
+            8,
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=(8, 8),
+            norm_num_groups=4,
+            down_block_types=("DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D"),
+            num_class_embeds=NUM_CLASSES,
+        )
+    )
+    for scheduler in (EulerDiscreteScheduler(), FlowMatchEulerDiscreteScheduler(shift=3.0)):
+        found = measure(unet, scheduler, timesteps=4)
+        assert found.matrix.isfinite().all()
+        assert len(found.full_matrix()) == 1000
+
+
+def test_denoiser_is_called_with_integers_on_discrete_schedules_only():
+    seen = []
+    model = routed_dit(out_channels=4)
+    model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["timestep"]), with_kwargs=True)
+    measure(model, timesteps=[3, 900])
+    measure(model, timesteps=[3.5, 900])
+    measure(model, FlowMatchEulerDiscreteScheduler(shift=3.0), timesteps=2)
+    assert [seen[i].dtype for i in (0, 8, 16)] == [torch.int64, torch.float32, torch.float32]
+    assert seen[0].tolist() == [3, 3]
+    assert seen[8].tolist() == [3.5, 3.5]
+
+
+def test_parameters_that_are_left_out_have_no_say():
+    model = routed_dit(out_channels=4)
+    some = measure(model, sketch_size=None, parameters=lambda name: "proj_out" in name)
+    with torch.no_grad():
+        frozen = model.requires_grad_(False)
+        for name, parameter in frozen.named_parameters():
+            parameter.requires_grad_("proj_out" in name)
+    assert torch.equal(some.matrix, measure(frozen, sketch_size=None).matrix)
+    assert not torch.allclose(some.matrix, measure(sketch_size=None).matrix, atol=1e-3)
+
+
+def test_all_timesteps_are_the_default():
+    scheduler = DDPMScheduler(num_train_timesteps=6)
+    found = measure(scheduler=scheduler, timesteps=None)
+    assert found.timesteps.tolist() == [0, 1, 2, 3, 4, 5]
+    assert torch.equal(found.full_matrix(), found.matrix)
+
+
+def test_zero_gradients_are_an_error_that_says_what_to_do():
+    model = routed_dit(out_channels=4)
+    nn.init.zeros_(model.proj_out_2.weight)
+    with pytest.raises(ValueError, match=r"norms are above zero, got none .* choose other `parameters`"):
+        measure(model, parameters=lambda name: "transformer_blocks" in name)
+
+
+class Constant(nn.Module):
+    """Predicts the same noise always; its gradient is how far the mean noise is from that."""
+
+    def __init__(self):
+        super().__init__()
+        self.value = nn.Parameter(torch.zeros(()))
+
+    def forward(self, sample, timestep, return_dict):
+        return (self.value.expand_as(sample),)
+
+
+def test_gradients_that_are_all_noise_are_an_error_that_says_what_to_do():
+    noise = torch.tensor([1.0, -1.0, 1.0, -1.1]).view(4, 1)
+    arguments = (Constant(), DenoisingLoss(DDPMScheduler()), torch.zeros(4, 1), noise)
+    with pytest.raises(ValueError, match=r"zero and noise, got none .* 0, 999 \(2 of 2\); .*`estimator='plain'`"):
+        TaskAffinity.measure(*arguments, timesteps=2)
+    assert TaskAffinity.measure(*arguments, timesteps=2, estimator="plain").matrix.tolist() == [[1, 1], [1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"timesteps": 1}, r"`timesteps`, a number of them, must be in \[2, 1000\], got 1"),
+        ({"timesteps": [5]}, "at least two increasing numbers"),
+        ({"timesteps": [5, 5]}, "at least two increasing numbers"),
+        ({"timesteps": [5, 1000]}, r"numbers in \[0, 999\]"),
+        ({"estimator": "exact"}, "`estimator` must be one of unbiased, plain"),
+        ({"sketch_size": 0}, "`sketch_size` must be in"),
+        ({"sketch_size": None, "memory_limit": 79}, "`memory_limit` must be at least 80 bytes"),
+        ({"model": []}, "`models` must have at least one model"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        measure(**options)
+
+
+def test_workspace_is_gone_on_with_for_another_estimator_and_refuses_other_images(tmp_path):
+    workspace = Workspace(tmp_path)
+    plain = measure(workspace=workspace)
+    calls = []
+    model = routed_dit(out_channels=4)
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    assert torch.equal(measure(model, workspace=workspace).matrix, plain.matrix)
+    assert not calls
+    with pytest.raises(ValueError, match="`images`, `samples_sha256` changed"):
+        measure(workspace=workspace, count=4)
+
+
+def test_interpolation_keeps_what_was_measured_and_the_ridge_of_ones():
+    matrix = [[1.0, 0.5, 0.1], [0.5, 1.0, 0.3], [0.1, 0.3, 1.0]]
+    found = affinity(matrix, [0, 4, 9])
+    full = found.full_matrix()
+    assert torch.equal(full, full.T)
+    assert full.diagonal().tolist() == [1.0] * 10
+    torch.testing.assert_close(full[[0, 4, 9]][:, [0, 4, 9]], found.matrix)
+    torch.testing.assert_close(full[0, :5], torch.linspace(1, 0.5, 5).double())
+    torch.testing.assert_close(full[2, 9], torch.tensor(0.2).double())
+    assert full[1, 3] == pytest.approx(0.75)
+
+
+def test_interpolation_is_exact_where_affinity_is_linear_in_the_distance():
+    number = torch.arange(10.0, dtype=torch.float64)
+    expected = 1 - (number[:, None] - number).abs() / 20
+    places = [0, 3, 4, 9]
+    torch.testing.assert_close(affinity(expected[places][:, places], places).full_matrix(), expected)
+
+
+def test_timesteps_beyond_the_measured_ones_have_the_affinities_of_the_last():
+    full = affinity([[1.0, 0.2], [0.2, 1.0]], [3, 6]).full_matrix()
+    assert full[0].tolist() == full[3].tolist()
+    assert full[9].tolist() == full[6].tolist()
+    assert full[0, 9] == pytest.approx(0.2)
+
+
+def test_interpolation_goes_by_numbers_on_grids_that_are_not_even():
+    grid = torch.tensor([1.0, 10.0, 100.0, 1000.0], dtype=torch.float64)
+    found = TaskAffinity(torch.tensor([[1.0, 0.4], [0.4, 1.0]]).double(), grid[[0, 3]], grid, -grid, 1.0, "plain")
+    torch.testing.assert_close(found.full_matrix()[0], torch.tensor([1.0, 0.8, 0.6, 0.4]).double())
+
+
+def test_planted_clusters_are_found_through_the_matrix():
+    groups = torch.tensor([0, 0, 0, 1, 1, 1, 1, 2, 2, 2])
+    found = affinity((groups[:, None] == groups).double(), range(10))
+    assert cluster_timesteps(10, 3, cost=found.full_matrix()).boundaries == (0, 3, 7, 10)
+
+
+def test_file_holds_everything(tmp_path):
+    found = measure().with_provenance(command="compute_task_affinity.py", versions={"torch": "2"})
+    path = tmp_path / "affinity.safetensors"
+    found.save(path)
+    loaded = TaskAffinity.load(path)
+    for name in ("matrix", "timesteps", "training_timesteps", "log_snr"):
+        assert torch.equal(getattr(loaded, name), getattr(found, name))
+    assert (loaded.reliability, loaded.estimator) == (found.reliability, found.estimator)
+    assert loaded.provenance == json.loads(json.dumps(found.provenance))
+    assert loaded.provenance["command"] == "compute_task_affinity.py"
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+    assert torch.equal(load_task_affinity(path), found.full_matrix())
+    assert load_task_affinity(path, 1000).dtype == torch.float64
+
+
+def test_unknown_reliability_survives_the_file(tmp_path):
+    path = tmp_path / "affinity.safetensors"
+    affinity(torch.eye(2), [0, 9], reliability=float("nan")).save(path)
+    assert torch.tensor(TaskAffinity.load(path).reliability).isnan()
+
+
+def test_affinity_of_another_schedule_is_refused(tmp_path):
+    path = tmp_path / "affinity.safetensors"
+    affinity(torch.eye(2), [0, 9]).save(path)
+    with pytest.raises(ValueError, match="affinity of 10 training timesteps, but 1000 are needed"):
+        load_task_affinity(path, 1000)
+
+
+def test_files_of_something_else_are_refused(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    with pytest.raises(ValueError, match="`path` must be a file of a task affinity, cannot read"):
+        load_task_affinity(path)
+    path.write_text("not safetensors")
+    with pytest.raises(ValueError, match="`path` must be a file of a task affinity, cannot read"):
+        load_task_affinity(path)
+    save_file({"weight": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="says it is 'something else'"):
+        load_task_affinity(path)
