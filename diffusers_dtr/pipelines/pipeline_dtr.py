@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import index
+from pathlib import Path
 from typing import Any, SupportsIndex
 
 import torch
@@ -23,6 +25,7 @@ from diffusers.utils.torch_utils import randn_tensor, unwrap_module
 from ..hub.shared import HubMixin
 from ..latents import LatentNormalization, vae_scale_factor
 from ..noise_levels import uses_learned_variance
+from .model_index import check_model_index
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -76,6 +79,19 @@ class DTRPipeline(HubMixin, DiffusionPipeline):
         self.register_to_config(id2label=id2label)
         self.vae_scale_factor = 1 if vae is None else vae_scale_factor(vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> dict | tuple:
+        """Load `model_index.json` as diffusers does, and refuse one that names what is not this pipeline's.
+
+        Raises:
+            ValueError: If it names an unknown component, another library or a path. Nothing of it is imported.
+        """
+        loaded = super().load_config(pretrained_model_name_or_path, **kwargs)
+        path = Path(pretrained_model_name_or_path)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        check_model_index(config, path.parent if path.is_file() else path, cls)
+        return loaded
 
     @property
     def denoiser(self) -> ModelMixin:
