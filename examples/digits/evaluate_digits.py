@@ -1,13 +1,15 @@
 """Sample every digit from a trained pipeline, draw them as a labelled grid, and say how good they are.
 
 Prints, as JSON, the held-out denoising loss and the share of samples that a classifier reads as the digit that was
-asked for. The classifier has only ever seen real digits; its own accuracy on held-out ones is printed beside.
+asked for. The classifier has only ever seen real digits; its own accuracy on held-out ones is printed beside. A
+pipeline in a folder gets the figures in its `metrics.json`, where `diffusers-dtr card` finds them.
 
     python evaluate_digits.py --pipeline pipeline --digits_dir digits --samples samples.png
 """
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,11 @@ from PIL import Image, ImageDraw, ImageFont
 from sklearn.svm import SVC
 
 from diffusers_dtr import DTRPipeline, NoiseLevels, cluster_timesteps
+from diffusers_dtr.model_card import save_metrics
 from diffusers_dtr.training import HeldOutLoss
+
+
+EVALUATIONS_PER_IMAGE = 4
 
 
 def parse_args(argv=None):
@@ -59,8 +65,41 @@ def held_out_loss(pipeline, images, labels):
     levels = NoiseLevels(pipeline.scheduler)
     clean = torch.from_numpy(images)[:, None] * 2 - 1
     clusters = cluster_timesteps(levels.num_train_timesteps, num_clusters=8, cost="uniform")
-    measure = HeldOutLoss(levels, clusters, clean, torch.from_numpy(labels), evaluations_per_image=4)
-    return measure(lambda *inputs: pipeline.denoiser(*inputs, return_dict=False)[0], Accelerator())
+    batch = {"class_labels": torch.from_numpy(labels)}
+    measure = HeldOutLoss(levels, clusters, clean, batch, evaluations_per_image=EVALUATIONS_PER_IMAGE)
+    denoiser = pipeline.denoiser
+    return measure(
+        lambda noisy, timesteps, batch: denoiser(noisy, timesteps, **batch, return_dict=False)[0], Accelerator()
+    )
+
+
+def card_metrics(args, report, num_held_out):
+    sampling = {
+        "samples": 10 * args.num_per_digit,
+        "guidance_scale": args.guidance_scale,
+        "num_inference_steps": args.num_inference_steps,
+        "seed": args.seed,
+        "classifier": "SVM (RBF kernel) fitted to the real training digits",
+        "classifier_accuracy_on_held_out_digits": report["classifier_accuracy_on_held_out_digits"],
+    }
+    evaluation = {"images": num_held_out, "noised_copies_of_each": EVALUATIONS_PER_IMAGE}
+    shared = {"dataset": "scikit-learn digits"}
+    return [
+        {
+            "name": "Samples that a classifier reads as the digit asked for",
+            "type": "accuracy",
+            "value": report["share_of_samples_read_as_asked"],
+            "settings": sampling,
+            **shared,
+        },
+        {
+            "name": "Denoising loss on the held-out digits",
+            "type": "mse",
+            "value": report["held_out_denoising_loss"],
+            "settings": evaluation,
+            **shared,
+        },
+    ]
 
 
 def main(args):
@@ -90,6 +129,8 @@ def main(args):
         ),
         "samples": args.samples,
     }
+    if Path(args.pipeline).is_dir():
+        save_metrics(args.pipeline, card_metrics(args, report, len(test_images)), sys.argv)
     print(json.dumps(report, indent=2))
 
 

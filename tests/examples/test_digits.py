@@ -68,6 +68,19 @@ def test_evaluation_draws_all_digits_and_reports_loss_and_readability(digits, tm
     assert 0 <= report["share_of_samples_read_as_asked"] <= 1
 
 
+def test_evaluation_leaves_its_figures_for_the_card_of_the_pipeline(digits, tmp_path, capsys):
+    run = train_on_digits(digits, tmp_path / "run")
+    capsys.readouterr()
+    report = evaluate(run, digits, tmp_path / "samples.png", capsys)
+    accuracy, loss = json.loads((run / "metrics.json").read_text())
+    assert accuracy["value"] == report["share_of_samples_read_as_asked"]
+    assert accuracy["settings"]["samples"] == 20
+    assert accuracy["settings"]["num_inference_steps"] == 2
+    assert loss["value"] == report["held_out_denoising_loss"]
+    assert loss["settings"]["images"] == 360
+    assert str(tmp_path) not in (run / "metrics.json").read_text()
+
+
 def test_real_digits_would_be_read_as_asked(digits, tmp_path, capsys, monkeypatch):
     """With a sampler that returns held-out scans, the share is the classifier's accuracy on real digits."""
     run = train_on_digits(digits, tmp_path / "run")

@@ -1,0 +1,108 @@
+"""The sentences and the code of a model card."""
+
+from __future__ import annotations
+
+import json
+
+from ..publishing import LOCAL_PREFIX
+from .trained_model import TrainedModel
+
+
+_DENOISERS = {
+    "DTRTransformer2DModel": "diffusion transformer (DiT)",
+    "DTRUNet2DModel": "U-Net",
+    "DTRUNet2DConditionModel": "Stable Diffusion U-Net",
+    "DTRPixArtTransformer2DModel": "PixArt transformer",
+    "DTRSD3Transformer2DModel": "Stable Diffusion 3 transformer",
+    "DTRFluxTransformer2DModel": "Flux transformer",
+}
+
+
+def overview(model: TrainedModel) -> str:
+    """One paragraph that says what the model is."""
+    arguments = model.arguments
+    denoiser = _DENOISERS.get(model.denoiser.get("_class_name"), "diffusion model")
+    kind = "text-to-image" if model.is_text_to_image else "class-conditional" if model.num_classes else "unconditional"
+    article = "An" if kind == "unconditional" and not model.is_adapter else "A"
+    parts = [f"{'LoRA weights for a' if model.is_adapter else article} {kind} {denoiser}"]
+    if model.is_routed:
+        parts.append("with Denoising Task Routing")
+    size = model.record.get("model", {}).get("num_parameters")
+    if size is not None:
+        parts.append(f"({size:,} parameters)")
+    base, dataset = model.hub_id("pretrained_model_name_or_path"), model.hub_id("dataset_name")
+    if arguments:
+        verb = "trained from scratch" if arguments.get("pretrained_model_name_or_path") is None else "fine-tuned"
+        parts.append(f", {verb}" + ("" if base is None else f" from [{base}](https://huggingface.co/{base})"))
+    if dataset is not None:
+        parts.append(f"on [{dataset}](https://huggingface.co/datasets/{dataset})")
+    if "resolution" in arguments:
+        parts.append(f"at {arguments['resolution']}×{arguments['resolution']} pixels")
+    return " ".join(parts).replace(" ,", ",") + "." + _class_names(model)
+
+
+def samples_caption(model: TrainedModel) -> str:
+    """How the samples were made."""
+    arguments = model.arguments
+    subject = "Samples of the classes in turn" if model.num_classes else "Samples"
+    settings = (
+        (arguments.get("validation_guidance_scale"), "guidance {:g}"),
+        (arguments.get("validation_num_inference_steps"), "{} steps"),
+    )
+    given = [text.format(value) for value, text in settings if value is not None]
+    return ", ".join([f"{subject}, not picked", *given]) + "."
+
+
+def loading_code(model: TrainedModel, repo_id: str | None, name: str) -> str:
+    """Python that loads the model and makes an image."""
+    source = repo_id or f"{LOCAL_PREFIX}{name}"
+    if model.is_adapter:
+        return _adapter_code(model, source)
+    pipeline_class = model.index.get("_class_name", "DTRPipeline")
+    if pipeline_class == "DTRPipeline":
+        lines = ["from diffusers_dtr import DTRPipeline"]
+    else:
+        lines = [
+            "import diffusers_dtr  # lets diffusers find the routed model",
+            f"from diffusers import {pipeline_class}",
+        ]
+    return "\n".join([*lines, "", f'pipe = {pipeline_class}.from_pretrained("{source}")', _call(model)])
+
+
+def _adapter_code(model: TrainedModel, source: str) -> str:
+    base = model.hub_id("pretrained_model_name_or_path") or f"{LOCAL_PREFIX}base-model"
+    config, routed_class = model.denoiser, model.denoiser.get("_class_name", "")
+    lines = ["from diffusers import DiffusionPipeline"]
+    routing = []
+    if routed_class in _DENOISERS:
+        lines.append(f"from diffusers_dtr import {routed_class}")
+        component = "unet" if "UNet" in routed_class else "transformer"
+        keys = sorted(key for key in config if key.startswith("routing_") and config[key] is not None)
+        values = ", ".join(f"{key}={config[key]!r}" for key in keys)
+        routing = [f"pipe.{component} = {routed_class}.from_{component}(pipe.{component}, {values})"]
+    load = [f'pipe = DiffusionPipeline.from_pretrained("{base}")', *routing, f'pipe.load_lora_weights("{source}")']
+    return "\n".join([*lines, "", *load, _call(model)])
+
+
+def _call(model: TrainedModel) -> str:
+    if model.is_text_to_image:
+        prompt = model.arguments.get("validation_prompts") or model.arguments.get("validation_prompt") or "a prompt"
+        prompt = prompt if isinstance(prompt, str) else prompt[0]
+        return f"image = pipe({prompt!r}).images[0]"
+    labels = model.index.get("id2label")
+    if not model.num_classes:
+        call = "pipe()" if model.index.get("_class_name") != "DTRPipeline" else "pipe(num_images=4)"
+    elif labels and model.index.get("_class_name") == "DTRPipeline":
+        call = f"pipe(class_labels={json.dumps([next(iter(labels.values())).split(',')[0]], ensure_ascii=False)})"
+    else:
+        call = "pipe(class_labels=[0])"
+    return f"images = {call}.images"
+
+
+def _class_names(model: TrainedModel) -> str:
+    if not model.num_classes:
+        return ""
+    labels = [label.split(",")[0] for label in (model.index.get("id2label") or {}).values()]
+    if not 0 < len(labels) <= 20:
+        return f" It knows {model.num_classes} classes."
+    return f" Its classes are {', '.join(labels)}."

@@ -1,0 +1,366 @@
+"""What cards say of real folders: of training runs, pipelines of several families, and LoRA weights."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+import pytest
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from huggingface_hub import HfApi, ModelCard
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from PIL import Image
+from tiny_dit import routed_dit
+
+import diffusers_dtr
+from diffusers_dtr import DTRPipeline, DTRTransformer2DModel, DTRUNet2DConditionModel, DTRUNet2DModel
+from diffusers_dtr.model_card import build_model_card, fetch_card, save_metrics, save_model_card
+from diffusers_dtr.model_card.edits import was_edited
+from diffusers_dtr.training import LossHistory, run_record, save_record
+from diffusers_dtr.training.loss_monitor import ObservedLosses
+from diffusers_dtr.training.record import describe_model
+
+
+UNET = {
+    "sample_size": 8,
+    "down_block_types": ("DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D"),
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+}
+ARGUMENTS = {
+    "dataset_name": "owner/digits",
+    "validation_split": "test",
+    "resolution": 8,
+    "seed": 5,
+    "train_batch_size": 4,
+    "gradient_accumulation_steps": 3,
+    "max_train_steps": 20,
+    "learning_rate": 1e-3,
+    "lr_scheduler": "cosine",
+    "use_ema": True,
+    "ema_max_decay": 0.99,
+    "cluster_cost": "snr",
+    "balancing": "uncertainty",
+    "loss_weighting": "min_snr",
+    "snr_gamma": 5.0,
+    "timestep_sampling": None,
+    "routing_warmup_steps": 0,
+    "pretrained_model_name_or_path": None,
+    "hub_model_id": None,
+    "hub_token": "hf_secret",
+    "output_dir": "/home/me/run",
+    "num_clusters": 2,
+    "validation_guidance_scale": 1.5,
+    "validation_num_inference_steps": 7,
+}
+RESULTS = {"validation_loss": 0.123456, "validation_loss/cluster_0": 0.2, "validation_loss/cluster_1": 0.05}
+
+
+def write_record(folder: Path, model, arguments: dict = {}, **results) -> None:  # noqa: B006 - only read
+    record = run_record(
+        argparse.Namespace(**{**ARGUMENTS, **arguments}),
+        ["examples/train.py", "--seed", "5", "--output_dir", "/home/me/run", "--hub_token", "hf_secret"],
+        Accelerator(cpu=True),
+        3725.0,
+        **{"clusters": {"num_clusters": 2, "boundaries": [0, 700, 1000]}, "results": RESULTS, "unreadable_images": []},
+        **{"model": describe_model(model), "num_images": 1437, "held_out": {"images": 360}},
+        **results,
+    )
+    save_record(record, folder)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A folder as a training script leaves it."""
+    folder = tmp_path / "digits"
+    model = routed_dit(in_channels=3, out_channels=3)
+    DTRPipeline(DDPMScheduler(), transformer=model, id2label={0: "zero, nought", 1: "one"}).save_pretrained(folder)
+    write_record(folder, model)
+    history = LossHistory(folder)
+    history.append(10, ObservedLosses(0.5, (0.4, 0.6)), [1.0, 1.0])
+    history.append(20, ObservedLosses(0.4, (0.3, float("nan"))), [0.5, 1.5])
+    history.save_picture()
+    (folder / "samples").mkdir()
+    for step, colour in ((10, "black"), (20, "red")):
+        Image.new("RGB", (16, 8), colour).save(folder / "samples" / f"step-{step:08d}.png")
+    return folder
+
+
+def card_of(folder: Path, **options) -> ModelCard:
+    return ModelCard.load(save_model_card(folder, **options))
+
+
+def rows(card: ModelCard) -> dict[str, list[str]]:
+    """All rows of all tables by their first cell."""
+    cells = [
+        [cell.strip() for cell in line.strip("|").split(" | ")] for line in card.text.splitlines() if line[:1] == "|"
+    ]
+    return {first: rest for first, *rest in cells}
+
+
+def code(card: ModelCard) -> str:
+    return re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1]
+
+
+# ---- what it says
+
+
+def test_metadata_is_what_the_hub_indexes(run):
+    data = card_of(run, license="mit").data
+    assert data.library_name == "diffusers"
+    assert data.pipeline_tag == "unconditional-image-generation"
+    assert data.license == "mit"
+    assert data.datasets == ["owner/digits"]
+    assert data.metrics == ["mse"]
+    assert {"diffusers-dtr", "class-conditional-image-generation"} < {*data.tags}
+    assert data.base_model is None
+    (result,) = data.eval_results
+    assert (result.dataset_name, result.metric_value) == ("owner/digits", 0.12346)
+    assert result.metric_args == {
+        "images": 360,
+        "split": "test",
+        "loss": "mean squared error of the prediction",
+        "prediction_type": "epsilon",
+        "weights": "exponential moving average",
+    }
+
+
+def test_tables_are_those_of_config_record_and_losses(run):
+    table = rows(card_of(run))
+    assert table["share of active channels β"] == ["0.8"]
+    assert table["active channels"] == ["12 of 16"]
+    assert table["exponent of the slide α"] == ["4"]
+    assert table["balancing"] == ["uncertainty weighting (ANT-UW)"]
+    assert table["weighting by noise level"] == ["min_snr, γ = 5"]
+    assert table["optimizer steps"] == ["20"]
+    assert table["images per step"] == ["12"]
+    assert table["images"] == ["1,437"]
+    assert table["seed"] == ["5"]
+    assert table["duration"] == ["1 h 2 min 5 s"]
+    assert f"diffusers-dtr {diffusers_dtr.__version__}" in table["versions"][0]
+
+
+def test_every_cluster_has_its_timesteps_last_loss_and_weight(run):
+    text = build_model_card(run).text
+    assert "| 0 | 0 to 699 | 0.3 | 0.5 |\n| 1 | 700 to 999 | – | 1.5 |\n" in text
+    assert "| 0 | 0.2 |\n| 1 | 0.05 |\n" in text
+    assert "**0.12346**" in text
+
+
+def test_pictures_are_there_and_the_last_samples_are_enlarged_without_smoothing(run):
+    card = card_of(run)
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", card.text)
+    assert pictures == ["figures/samples.png", "figures/routing_masks.png", "loss_per_cluster.png"]
+    assert all(Image.open(run / picture) for picture in pictures)
+    with Image.open(run / "figures" / "samples.png") as samples:
+        assert samples.size == (400, 200)
+        assert samples.getcolors() == [(400 * 200, (255, 0, 0))]
+
+
+def test_the_command_can_be_typed_again_and_nothing_is_secret_or_local(run, tmp_path):
+    text = str(card_of(run))
+    assert "accelerate launch examples/train.py --seed 5 --output_dir path/to/run\n" in text
+    for private in ("hf_secret", "/home/", str(tmp_path), "None", "nan"):
+        assert private not in text
+
+
+def test_a_record_as_older_versions_wrote_it_is_not_published_as_it_is(run, tmp_path):
+    record = json.loads((run / "training_config.json").read_text())
+    record["arguments"] |= {"pretrained_model_name_or_path": "/home/me/base", "hub_token": "hf_secret"}
+    record["command"] = "accelerate launch train.py"
+    save_record(record, run)
+    card = card_of(run, card_dir=tmp_path / "card")
+    assert card.data.base_model is None
+    for path in (tmp_path / "card").rglob("*.*"):
+        assert b"/home/me" not in path.read_bytes()
+        assert b"hf_secret" not in path.read_bytes()
+
+
+def test_metrics_of_evaluations_are_results_with_their_settings_and_command(run):
+    metric = {
+        "name": "FID | 5k",
+        "type": "fid",
+        "value": 12.3456789,
+        "settings": {"samples": 5000},
+        "dataset": "mnist",
+    }
+    save_metrics(run, [{**metric, "value": 99.0}, {"name": "other", "type": "accuracy", "value": 1.0}], ["old.py"])
+    save_metrics(run, [metric], ["eval/fid.py", "--pipeline", str(run)])
+    card = card_of(run)
+    results = {result.metric_name: result for result in card.data.eval_results}
+    assert results["FID | 5k"].metric_value == 12.3456789
+    assert results["FID | 5k"].metric_args == {"samples": 5000}
+    assert results["FID | 5k"].dataset_type == "mnist"
+    assert results["other"].dataset_type == "owner/digits"
+    assert card.data.metrics == ["accuracy", "fid", "mse"]
+    assert r"| FID \| 5k | 12.35 | samples: 5000 |" in card.text
+    assert "```bash\npython eval/fid.py --pipeline path/to/digits\n```" in card.text
+    assert "was not measured" not in card.text
+
+
+# ---- families
+
+
+def test_the_code_of_the_card_makes_images(run):
+    namespace = {}
+    source = code(card_of(run))
+    assert 'from_pretrained("path/to/digits")' in source
+    assert '["zero"]' in source
+    source = source.replace("path/to/digits", str(run)).replace('["zero"]', '["zero"], num_inference_steps=1')
+    exec(source, namespace)
+    assert len(namespace["images"]) == 1
+
+
+def test_an_unconditional_unet_without_a_record_has_a_card(tmp_path):
+    DTRPipeline(DDPMScheduler(), unet=DTRUNet2DModel(**UNET, routing_alpha=2.0)).save_pretrained(tmp_path / "faces")
+    card = card_of(tmp_path / "faces")
+    assert "An unconditional U-Net with Denoising Task Routing." in card.text
+    assert rows(card)["active channels"] == ["6 of 8, 12 of 16"]
+    assert rows(card)["exponent of the slide α"] == ["2"]
+    for absent in ("## Clusters", "## Results", "## Training", "None", "![Samples]"):
+        assert absent not in card.text
+    assert card.data.eval_results is None
+    assert "class-conditional-image-generation" not in card.data.tags
+    namespace = {}
+    source = code(card).replace("path/to/faces", str(tmp_path / "faces"))
+    exec(source.replace("num_images=4", "num_images=2, num_inference_steps=1"), namespace)
+    assert len(namespace["images"]) == 2
+
+
+# These pipelines have no text encoder, which a pipeline must be told when it is loaded.
+TEXTLESS = "text_encoder=None, tokenizer=None"
+
+
+def stable_diffusion(unet) -> StableDiffusionPipeline:
+    none = ("text_encoder", "tokenizer", "safety_checker", "feature_extractor")
+    return StableDiffusionPipeline(
+        unet=unet,
+        vae=AutoencoderKL(block_out_channels=(4,), norm_num_groups=2),
+        scheduler=DDPMScheduler(),
+        **dict.fromkeys(none),
+        requires_safety_checker=False,
+    )
+
+
+UNET_CONDITION = {**UNET, "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "cross_attention_dim": 12}
+UNET_CONDITION |= {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "attention_head_dim": 2}
+
+
+def test_a_text_to_image_pipeline_is_loaded_by_its_own_class(tmp_path):
+    unet = DTRUNet2DConditionModel(**UNET_CONDITION)
+    stable_diffusion(unet).save_pretrained(tmp_path)
+    base = {"pretrained_model_name_or_path": "owner/base", "hub_model_id": "owner/fine", "caption_column": "text"}
+    write_record(tmp_path, unet, {**base, "validation_prompt": 'a "red" cat'})
+    card = card_of(tmp_path)
+    assert card.data.pipeline_tag == "text-to-image"
+    assert card.data.base_model == "owner/base"
+    assert card.data.base_model_relation == "finetune"
+    assert "# fine\n" in card.text
+    load, call = code(card).rstrip().rsplit("\n", 1)
+    assert call == """image = pipe('a "red" cat').images[0]"""
+    namespace = {}
+    exec(load.replace('"owner/fine"', f"'{tmp_path}', {TEXTLESS}"), namespace)
+    assert type(namespace["pipe"].unet) is DTRUNet2DConditionModel
+
+
+def test_lora_weights_have_a_card_that_routes_their_base_model(tmp_path):
+    stable_diffusion(UNet2DConditionModel(**UNET_CONDITION)).save_pretrained(tmp_path / "base")
+    unet = DTRUNet2DConditionModel(**UNET_CONDITION, routing_beta=0.5).requires_grad_(False)
+    unet.add_adapter(LoraConfig(r=1, target_modules=["to_q"]))
+    StableDiffusionPipeline.save_lora_weights(tmp_path / "lora", get_peft_model_state_dict(unet))
+    base = {"pretrained_model_name_or_path": "owner/base", "caption_column": "text"}
+    write_record(tmp_path / "lora", unet, base)
+    card = card_of(tmp_path / "lora")
+    assert card.data.base_model_relation == "adapter"
+    assert "lora" in card.data.tags
+    assert "LoRA weights for a text-to-image Stable Diffusion U-Net" in card.text
+    assert rows(card)["active channels"] == ["4 of 8, 8 of 16"]
+    assert re.fullmatch(r"[\d,]+ of [\d,]+", rows(card)["trained parameters"][0])
+    load = code(card).rstrip().rsplit("\n", 1)[0]
+    namespace = {}
+    load = load.replace('"owner/base"', f"'{tmp_path}/base', {TEXTLESS}").replace("path/to/lora", f"{tmp_path}/lora")
+    exec(load, namespace)
+    assert type(namespace["pipe"].unet) is DTRUNet2DConditionModel
+    assert namespace["pipe"].unet.config.routing_beta == 0.5
+    assert namespace["pipe"].get_active_adapters()
+
+
+@pytest.mark.parametrize(
+    ("routing", "said"),
+    [
+        ({"routing_type": "none"}, "is not routed"),
+        ({"routing_beta": 1.0}, "is not routed"),
+        ({"routing_type": "random", "routing_seed": 7}, "random channels"),
+    ],
+)
+def test_a_window_that_does_not_slide_is_not_drawn(tmp_path, routing, said):
+    model = DTRTransformer2DModel(num_attention_heads=2, attention_head_dim=8, num_layers=1, sample_size=8, **routing)
+    DTRPipeline(DDPMScheduler(), transformer=model).save_pretrained(tmp_path)
+    card = card_of(tmp_path)
+    assert said in card.text
+    assert "routing_masks" not in card.text
+    assert rows(card).get("seed") == (["7"] if "routing_seed" in routing else None)
+
+
+def test_folders_without_a_model_and_broken_records_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"`folder` must hold one of model_index.json, training_config.json"):
+        build_model_card(tmp_path)
+    (tmp_path / "training_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"training_config.json must be JSON"):
+        build_model_card(tmp_path)
+    assert not (tmp_path / "README.md").exists()
+
+
+# ---- again
+
+
+def test_a_fresh_card_has_no_edits_and_stays_the_same(run):
+    path = save_model_card(run)
+    once = path.read_bytes()
+    assert not was_edited(once.decode())
+    assert save_model_card(run).read_bytes() == once
+    assert str(ModelCard.load(path)) == once.decode()
+
+
+def test_edits_stay_and_the_rest_is_renewed_by_a_longer_run(run):
+    path = save_model_card(run, license="mit")
+    edited = path.read_text().replace("# digits", "# My digits").replace("Research on", "Teaching about")
+    path.write_text(edited.replace("license: mit", "license: apache-2.0"))
+    write_record(run, routed_dit(in_channels=3, out_channels=3), {"max_train_steps": 4000})
+    card = card_of(run)
+    assert "# My digits" in card.text
+    assert "Teaching about" in card.text
+    assert card.data.license == "apache-2.0"
+    assert rows(card)["optimizer steps"] == ["4,000"]
+
+
+def test_edits_made_on_the_hub_are_in_the_next_card(run, hub):
+    HfApi().create_repo("owner/digits")
+    assert fetch_card("owner/digits") is None
+    path = save_model_card(run)
+    edited = path.read_text().replace("# digits", "# Digits, on the Hub")
+    HfApi().upload_file(repo_id="owner/digits", path_or_fileobj=edited.encode(), path_in_repo="README.md")
+    write_record(run, routed_dit(in_channels=3, out_channels=3), {"max_train_steps": 4000})
+    card = card_of(run, published=fetch_card("owner/digits"))
+    assert "# Digits, on the Hub" in card.text
+    assert rows(card)["optimizer steps"] == ["4,000"]
+
+
+def test_a_card_that_cannot_be_fetched_is_not_taken_for_none(hub):
+    with pytest.raises(OSError, match="Repository Not Found"):
+        fetch_card("owner/nothing")
+
+
+def test_a_card_elsewhere_has_copies_of_all_it_links_to(run, tmp_path):
+    save_metrics(run, [{"name": "accuracy", "type": "accuracy", "value": 0.5}], ["evaluate.py"])
+    card = card_of(run, card_dir=tmp_path / "card")
+    links = {link for link in re.findall(r"\]\((.*?)\)", card.text) if not link.startswith("http")}
+    assert {link for link in links if not (tmp_path / "card" / link).is_file()} == set()
+    assert (tmp_path / "card" / "metrics.json").is_file()
+    assert not (run / "README.md").exists()
