@@ -364,3 +364,8 @@ def test_a_card_elsewhere_has_copies_of_all_it_links_to(run, tmp_path):
     assert {link for link in links if not (tmp_path / "card" / link).is_file()} == set()
     assert (tmp_path / "card" / "metrics.json").is_file()
     assert not (run / "README.md").exists()
+
+
+def test_the_template_of_the_repository_is_the_one_that_is_installed():
+    installed = Path(diffusers_dtr.__file__).parent / "model_card" / "template.md"
+    assert (Path(__file__).parents[2] / "model_cards" / "template.md").read_text() == installed.read_text()

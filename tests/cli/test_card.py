@@ -1,0 +1,146 @@
+"""`diffusers-dtr card`: cards of folders and of repositories, written, renewed and pushed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from diffusers import DDPMScheduler
+from huggingface_hub import HfApi, ModelCard
+from tiny_dit import routed_dit
+
+from diffusers_dtr import DTRPipeline
+from diffusers_dtr.cli import main
+
+
+CARD = {"README.md", "figures/routing_masks.png", "training_config.json"}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    DTRPipeline(DDPMScheduler(), transformer=routed_dit()).save_pretrained("digits")
+    record = {"command": "accelerate launch train.py", "arguments": {"max_train_steps": 20}}
+    (tmp_path / "digits" / "training_config.json").write_text(json.dumps(record))
+    return tmp_path / "digits"
+
+
+@pytest.fixture
+def repository(hub, folder):
+    HfApi().create_repo("owner/digits")
+    HfApi().upload_folder(repo_id="owner/digits", folder_path=folder)
+    return "owner/digits"
+
+
+def card(*arguments: object) -> None:
+    assert main(["card", *map(str, arguments)]) == 0
+
+
+def files(repo_id: str) -> set[str]:
+    return set(HfApi().list_repo_files(repo_id)) - {".gitattributes"}
+
+
+def published(repo_id: str) -> str:
+    with open(HfApi().hf_hub_download(repo_id, "README.md"), encoding="utf-8") as file:
+        return file.read()
+
+
+def train_longer(folder) -> None:
+    text = (folder / "training_config.json").read_text()
+    (folder / "training_config.json").write_text(text.replace("20", "4000"))
+
+
+def test_a_folder_gets_its_card(folder, capsys):
+    card(folder, "--license", "mit", "--name", "My digits")
+    assert capsys.readouterr().out.strip() == str(folder / "README.md")
+    written = ModelCard.load(folder / "README.md")
+    assert written.data.license == "mit"
+    assert "# My digits\n" in written.text
+    assert "| optimizer steps | 20 |" in written.text
+
+
+def test_a_card_is_renewed_around_its_edits_and_keeps_its_license(folder):
+    card("digits", "--license", "mit")
+    readme = folder / "README.md"
+    readme.write_text(readme.read_text().replace("# digits", "# By hand"))
+    train_longer(folder)
+    card("digits")
+    assert "# By hand" in readme.read_text()
+    assert "| optimizer steps | 4,000 |" in readme.read_text()
+    assert ModelCard.load(readme).data.license == "mit"
+
+
+def test_a_card_written_elsewhere_leaves_the_folder_as_it_is(folder):
+    before = set(folder.rglob("*"))
+    card("digits", "--output", "cards/mine")
+    assert set(folder.rglob("*")) == before
+    written = folder.parent / "cards" / "mine"
+    assert {str(path.relative_to(written)) for path in written.rglob("*.*")} == CARD
+
+
+def test_the_card_of_a_folder_is_pushed_without_its_weights(hub, folder, capsys):
+    HfApi().create_repo("owner/other")
+    card("digits", "--push", "--hub_model_id", "owner/other")
+    assert files("owner/other") == CARD
+    assert 'from_pretrained("owner/other")' in published("owner/other")
+    assert "/owner/other/commit/" in capsys.readouterr().out
+
+
+def test_the_card_of_a_repository_is_renewed_in_one_commit_around_edits_made_there(repository):
+    card(repository, "--push")
+    before = len(HfApi().list_repo_commits(repository))
+    edited = published(repository).replace("# digits", "# On the Hub")
+    HfApi().upload_file(repo_id=repository, path_or_fileobj=edited.encode(), path_in_repo="README.md")
+    HfApi().upload_file(
+        repo_id=repository,
+        path_or_fileobj=b'{"command": "x", "arguments": {"max_train_steps": 4000}}',
+        path_in_repo="training_config.json",
+    )
+    card(repository, "--push")
+    assert len(HfApi().list_repo_commits(repository)) == before + 3
+    assert "# On the Hub" in published(repository)
+    assert "| optimizer steps | 4,000 |" in published(repository)
+    assert "transformer/diffusion_pytorch_model.safetensors" in files(repository)
+
+
+def test_the_card_of_a_repository_is_written_without_fetching_weights(hub, repository, folder):
+    hub.requests.clear()
+    card(repository, "--output", "card")
+    assert not [request for request in hub.requests if ".safetensors" in str(request)]
+    assert 'from_pretrained("owner/digits")' in (folder.parent / "card" / "README.md").read_text()
+
+
+def test_edits_in_a_repository_are_in_a_card_that_is_written_elsewhere(repository, folder):
+    card(repository, "--push")
+    edited = published(repository).replace("# digits", "# On the Hub")
+    HfApi().upload_file(repo_id=repository, path_or_fileobj=edited.encode(), path_in_repo="README.md")
+    card(repository, "--output", "card")
+    assert "# On the Hub" in (folder.parent / "card" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["owner/digits"], "give `--output FOLDER` or `--push`"),
+        (["digits", "--push"], "`--hub_model_id owner/name`"),
+        (["digits/transformer"], "must hold one of model_index.json"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(folder, capsys, arguments, message):
+    assert main(["card", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_pushing_to_a_repository_that_is_not_there_is_one_line(hub, folder, capsys):
+    assert main(["card", "digits", "--push", "--hub_model_id", "owner/typo"]) == 2
+    assert "owner/typo" in capsys.readouterr().err
+
+
+def test_help_says_what_is_kept(capsys):
+    with pytest.raises(SystemExit):
+        main(["card", "--help"])
+    text = capsys.readouterr().out
+    assert "keeps every edit" in " ".join(text.split())
+    assert "diffusers-dtr card owner/digits --output digits-card" in text
