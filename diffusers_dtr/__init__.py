@@ -6,7 +6,8 @@ from diffusers import ModelMixin
 from .analysis import TaskAffinity
 from .diffusers_registration import register_library, register_pipeline, register_routed_model
 from .latents import decode_latents, encode_images, vae_scale_factor
-from .models.convert_original_dit import convert_original_dit
+from .models.convert_original_dit import convert_original_dit, original_dit_state_dict
+from .models.original_checkpoint import load_original_checkpoint
 from .models.presets import DIT_PRESETS
 from .models.transformer_dit import DTRTransformer2DModel
 from .models.transformer_flux import DTRFluxTransformer2DModel
@@ -47,6 +48,8 @@ __all__ = [
     "convert_original_dit",
     "decode_latents",
     "encode_images",
+    "load_original_checkpoint",
+    "original_dit_state_dict",
     "random_routing_mask",
     "routing_mask",
     "vae_scale_factor",

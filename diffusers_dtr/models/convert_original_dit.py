@@ -1,14 +1,16 @@
-"""From the state dicts of the original DiT, DTR and ANT code to [`DTRTransformer2DModel`], with the names as data."""
+"""Between the state dicts of the original DiT, DTR and ANT code and [`DTRTransformer2DModel`], the names as data."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import accelerate
 import torch
 
+from .original_masks import MASK_BUFFER, mask_table, read_mask_tables
+from .presets import DIT_PRESETS
 from .transformer_dit import DTRTransformer2DModel
 
 
@@ -30,44 +32,54 @@ _QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 
-# DTR's code keeps the table of masks, (timesteps, channels), as a buffer of this name in every block's router.
-_MASK_BUFFER = "_unit_mapping"
+# The original's weight averaging works on the fixed table too: x <- 0.9999 x + 0.0001 p in float32 comes to rest at up
+# to 1.7e-4 from p. The table is part of the model's definition, so the exact one is used.
+_POSITION_TOLERANCE = 1e-3
 
-# The original computes the table in NumPy and stores it as float32.
-_POSITION_TOLERANCE = 1e-5
+# What the original's code has written into it, and its state dicts cannot say otherwise.
+_FIXED = {
+    "activation_fn": "gelu-approximate",
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-6,
+    "freq_shift": 0,
+}
 
 
 def convert_original_dit(
     state_dict: Mapping[str, torch.Tensor],
-    num_attention_heads: int,
+    num_attention_heads: int | None = None,
     *,
     class_dropout_prob: float | None = None,
     **config,
 ) -> DTRTransformer2DModel:
     """Build the model of an original DiT, DTR or ANT state dict.
 
-    Depth, widths, patch size, input size, channels, learned variance, classes and null class come from the shapes. The
-    mask buffers of DTR checkpoints are not read: the routing is computed from the config.
+    Depth, widths, patch size, input size, channels, learned variance, classes and null class come from the shapes, the
+    routing from the mask buffers of DTR checkpoints. A checkpoint without any is taken for one of the unrouted code.
 
     Args:
         state_dict: Weights under the original's names, `x_embedder.proj.weight` and so on.
-        num_attention_heads: Number of heads, the one thing that shapes do not tell (6, 12, 16, 16 for S, B, L, XL).
+        num_attention_heads: Number of heads, the one thing that shapes do not tell. Defaults to that of the published
+            model of this depth and width (6, 12, 16, 16 for S, B, L, XL).
         class_dropout_prob: Probability of dropping a label. The last row of the label table is the null class where it
             is above 0. Defaults to 0.1, or to 0 for a table of a single row.
-        **config: Config values of [`DTRTransformer2DModel`] that a checkpoint does not hold: `routing_alpha`,
-            `routing_beta`, `routing_timestep_range`, ... For weights of the original DiT pass `routing_beta=1.0`, or
-            `routing_type="none"`.
+        **config: Config values of [`DTRTransformer2DModel`] that a checkpoint may not hold: `routing_alpha`,
+            `routing_beta`, `routing_timestep_range`, ... They have to agree with the masks, if there are any.
+            `routing_beta` defaults to 1, the unrouted model, if there are none.
 
     Returns:
         The model, in eval mode, with the original's epsilon (1e-6) and frequencies (`freq_shift=0`).
 
     Raises:
-        ValueError: If a tensor is missing, unknown or of a shape that does not fit, or the position table is not the
-            fixed one.
+        ValueError: If a tensor is missing, unknown or of a shape that does not fit, the position table is not the
+            fixed one, the number of heads is not known, or the masks are not those of the routing.
     """
-    weights = {key: value for key, value in state_dict.items() if not key.endswith(_MASK_BUFFER)}
+    masks = [value for key, value in state_dict.items() if key.endswith(f".{MASK_BUFFER}")]
+    weights = {key: value for key, value in state_dict.items() if not key.endswith(f".{MASK_BUFFER}")}
     position_table = weights.pop("pos_embed", None)
-    config = {**_infer_config(weights, num_attention_heads, class_dropout_prob, position_table), **config}
+    routing = read_mask_tables(masks, config) if masks else {"routing_beta": config.get("routing_beta", 1.0)}
+    config = {**_infer_config(weights, num_attention_heads, class_dropout_prob, position_table), **config, **routing}
+    _check_mask_widths(masks, config)
     with accelerate.init_empty_weights():
         model = DTRTransformer2DModel(**config)
     converted = _rename(weights)
@@ -81,6 +93,9 @@ def convert_original_dit(
 
 def _infer_config(weights, num_attention_heads, class_dropout_prob, position_table) -> dict:
     width, in_channels, patch_size, _ = _shape(weights, "x_embedder.proj.weight")
+    num_layers = 1 + max((int(match[1]) for match in map(_BLOCK.fullmatch, weights) if match), default=-1)
+    if num_attention_heads is None:
+        num_attention_heads = _published_heads(num_layers, width)
     if num_attention_heads < 1 or width % num_attention_heads:
         raise ValueError(f"`num_attention_heads` must divide the width {width}, got {num_attention_heads!r}.")
     hidden_width = _shape(weights, "blocks.0.mlp.fc1.weight")[0]
@@ -94,17 +109,35 @@ def _infer_config(weights, num_attention_heads, class_dropout_prob, position_tab
         "attention_head_dim": width // num_attention_heads,
         "in_channels": in_channels,
         "out_channels": _shape(weights, "final_layer.linear.weight")[0] // patch_size**2,
-        "num_layers": 1 + max(int(match[1]) for match in map(_BLOCK.fullmatch, weights) if match),
+        "num_layers": num_layers,
         "patch_size": patch_size,
         "attention_bias": "blocks.0.attn.qkv.bias" in weights,
         "num_embeds_ada_norm": table_rows - 1 if class_dropout_prob > 0 else table_rows,
         "class_dropout_prob": class_dropout_prob,
-        "norm_eps": 1e-6,
-        "freq_shift": 0,
+        **_FIXED,
     }
     if position_table is not None:
         config["sample_size"] = math.isqrt(position_table.shape[1]) * patch_size
     return config
+
+
+def _published_heads(num_layers, width) -> int:
+    for preset in DIT_PRESETS.values():
+        heads = preset["num_attention_heads"]
+        if (num_layers, width) == (preset["num_layers"], heads * preset["attention_head_dim"]):
+            return heads
+    raise ValueError(
+        f"`num_attention_heads` must be given: {num_layers} blocks of width {width} are of no published model."
+    )
+
+
+def _check_mask_widths(masks, config) -> None:
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    if masks and (masks[0].shape[1], len(masks)) != (width, config["num_layers"]):
+        raise ValueError(
+            f"`state_dict` must have masks of {width} channels for {config['num_layers']} blocks, got "
+            f"{masks[0].shape[1]} channels for {len(masks)} blocks."
+        )
 
 
 def _shape(weights, name) -> torch.Size:
@@ -147,3 +180,73 @@ def _check_fixed_positions(table, expected) -> None:
             "`pos_embed` must be the fixed sine-cosine table of a square grid of shape "
             f"{tuple(expected.shape)}; this one, of shape {tuple(table.shape)}, holds other values."
         )
+
+
+def original_dit_state_dict(model: DTRTransformer2DModel) -> dict[str, torch.Tensor]:
+    """The state dict of a model under the original's names: the inverse of [`convert_original_dit`].
+
+    A routed model's has the mask buffers of DTR's code and loads there; an unrouted one's loads in that of DiT and
+    ANT. Converting it again gives the same weights, to the bit. What a state dict does not hold has to be known to
+    whoever loads it: the number of heads, and whether the last row of the label table is the null class.
+
+    Args:
+        model: A class-conditional model with the original's conventions, such as a converted one or one made by
+            `from_preset`.
+
+    Returns:
+        The weights, which share memory with the model's where they are stored alike, the position table and the masks,
+        all of the dtype of the weights but for the masks, which are float32.
+
+    Raises:
+        ValueError: If the model's config has a value that the original's code cannot have; it names that.
+    """
+    _check_expressible(model)
+    weights = model.state_dict()
+    parts: dict[str, list[torch.Tensor]] = {"pos_embed": [model.pos_embed.pos_embed.to(model.dtype)]}
+    for ours, theirs in _original_modules(model.config.num_layers):
+        for kind in ("weight", "bias"):
+            if f"{ours}.{kind}" in weights:
+                parts.setdefault(f"{theirs}.{kind}", []).append(weights.pop(f"{ours}.{kind}"))
+    if weights:
+        raise ValueError(
+            f"`model` must have the weights of an original DiT alone, but it has `{next(iter(weights))}`."
+        )
+    state_dict = {key: tensors[0] if len(tensors) == 1 else torch.cat(tensors) for key, tensors in parts.items()}
+    return {**state_dict, **_mask_buffers(model)}
+
+
+def _original_modules(num_layers) -> Iterator[tuple[str, str]]:
+    """The names of all modules, ours and the original's; three of ours share one."""
+    yield from ((ours, theirs) for theirs, ours in _NAMES.items())
+    for block in range(num_layers):
+        prefix = f"transformer_blocks.{block}"
+        yield from ((f"{prefix}.{ours}", f"blocks.{block}.attn.qkv") for ours in _QKV)
+        yield from ((f"{prefix}.{ours}", f"blocks.{block}.{theirs}") for theirs, ours in _BLOCK_NAMES.items())
+
+
+def _check_expressible(model) -> None:
+    config = model.config
+    for name, value in _FIXED.items():
+        if config[name] != value:
+            raise ValueError(f"The original's code has `{name}`={value!r} only, got a model with {config[name]!r}.")
+    if config.num_embeds_ada_norm is None:
+        raise ValueError("The original's code has no model without classes, got `num_embeds_ada_norm`=None.")
+    low, high = model.routing.timestep_range
+    if _is_routed(model) and (model.routing.routing_type != "dtr" or low != 0 or high != int(high)):
+        raise ValueError(
+            'The original\'s code has `routing_type`="dtr" and a `routing_timestep_range` from 0 to an integer only, '
+            f"got a model with {model.routing.routing_type!r} and {model.routing.timestep_range}."
+        )
+
+
+def _is_routed(model) -> bool:
+    return model.routing.routing_type != "none" and model.routing.beta < 1
+
+
+def _mask_buffers(model) -> dict[str, torch.Tensor]:
+    if not _is_routed(model):
+        return {}
+    routing = model.routing
+    table = mask_table(int(routing.timestep_range[1]) + 1, model.inner_dim, routing.alpha, routing.beta)
+    # All blocks have the same, which `torch.save` writes once.
+    return {f"blocks.{block}.{MASK_BUFFER}": table for block in range(model.config.num_layers)}

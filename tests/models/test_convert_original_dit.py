@@ -2,9 +2,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors import safe_open
+from tiny_dit import CONFIG, output, routed_dit
 
-from diffusers_dtr import DTRTransformer2DModel, convert_original_dit
+from diffusers_dtr import DTRTransformer2DModel, convert_original_dit, original_dit_state_dict
+from diffusers_dtr.models.original_masks import mask_table
 
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -30,6 +33,13 @@ class Reference:
     def convert(self, **config):
         config = {"routing_beta": self.routing_beta, **config}
         return convert_original_dit(self.state_dict, int(self.metadata["num_heads"]), **config)
+
+    def add_masks(self, num_channels=None, blocks=None):
+        """What the authors' code saves beside the weights."""
+        num_channels = num_channels or int(self.metadata["hidden_size"])
+        for block in range(int(self.metadata["depth"])) if blocks is None else blocks:
+            table = mask_table(1000, num_channels, 4.0, self.routing_beta)
+            self.state_dict[f"blocks.{block}.routing._unit_mapping"] = table
 
     def outputs(self, model):
         names = {"hidden_states": "sample", "timestep": "timestep", "class_labels": "class_labels"}
@@ -112,11 +122,128 @@ def test_a_table_may_hold_classes_only(tiny):
     assert model.null_class is None
 
 
-def test_mask_buffers_are_ignored(tiny):
-    for block in range(3):
-        # Of the wrong contents and size: they must not be looked at.
-        tiny.state_dict[f"blocks.{block}.router._unit_mapping"] = torch.zeros(10, 64)
-    torch.testing.assert_close(tiny.outputs(tiny.convert()), tiny.tensors["output_routed"], **CLOSE)
+def test_a_checkpoint_without_masks_is_unrouted(tiny):
+    model = convert_original_dit(tiny.state_dict, int(tiny.metadata["num_heads"]))
+    assert model.config.routing_beta == 1.0
+    torch.testing.assert_close(tiny.outputs(model), tiny.tensors["output_unrouted"], **CLOSE)
+
+
+def test_the_routing_is_read_from_the_masks(tiny):
+    tiny.add_masks()
+    model = convert_original_dit(tiny.state_dict, int(tiny.metadata["num_heads"]))
+    config = model.config
+    assert (config.routing_type, config.routing_alpha, config.routing_beta) == ("dtr", 4.0, tiny.routing_beta)
+    assert config.routing_timestep_range == (0, 999)
+    torch.testing.assert_close(tiny.outputs(model), tiny.tensors["output_routed"], **CLOSE)
+    assert not any("mask" in key or "mapping" in key for key in model.state_dict())
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"routing_beta": 0.7}, {"routing_alpha": 3.0}, {"routing_type": "none"}, {"routing_timestep_range": (0, 499)}],
+)
+def test_a_routing_that_the_masks_do_not_have_is_refused(tiny, given):
+    tiny.add_masks()
+    with pytest.raises(ValueError, match=r"must be that of the checkpoint's masks, .*'routing_alpha': 4\.0") as error:
+        tiny.convert(**given)
+    assert repr(given) in str(error.value)
+
+
+def test_masks_that_do_not_fit_the_model_are_refused(tiny):
+    tiny.add_masks(num_channels=48)
+    with pytest.raises(ValueError, match="must have masks of 64 channels for 3 blocks, got 48 channels for 3 blocks"):
+        tiny.convert()
+    del tiny.state_dict["blocks.0.routing._unit_mapping"]
+    tiny.add_masks(blocks=(1, 2))
+    with pytest.raises(ValueError, match="for 3 blocks, got 64 channels for 2 blocks"):
+        tiny.convert()
+
+
+def test_heads_are_those_of_the_published_model_of_that_size(tiny):
+    with pytest.raises(
+        ValueError, match="`num_attention_heads` must be given: 3 blocks of width 64 are of no published"
+    ):
+        convert_original_dit(tiny.state_dict)
+    model = DTRTransformer2DModel.from_preset("DiT-S/8")
+    assert convert_original_dit(original_dit_state_dict(model)).config.num_attention_heads == 6
+
+
+def test_positions_that_averaging_has_moved_are_put_right(tiny):
+    exact = tiny.state_dict["pos_embed"].clone()
+    averaged = tiny.state_dict["pos_embed"]
+    for _ in range(10_000):
+        averaged.mul_(0.9999).add_(exact, alpha=1 - 0.9999)
+    assert (averaged - exact).abs().max() > 1e-4
+    assert torch.equal(tiny.convert().pos_embed.pos_embed, exact)
+
+
+# ---- and back
+
+
+def test_an_original_state_dict_comes_back_to_the_bit(reference):
+    reference.add_masks()
+    back = original_dit_state_dict(reference.convert())
+    assert back.keys() == reference.state_dict.keys()
+    assert all(torch.equal(value, reference.state_dict[key]) for key, value in back.items())
+    assert all(value.dtype == reference.state_dict[key].dtype for key, value in back.items())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"routing_beta": 0.6, "routing_alpha": 2.5, "routing_timestep_range": (0, 249)},
+        {"routing_beta": 1.0},
+        {"attention_bias": False, "out_channels": 4},
+        {"class_dropout_prob": 0.0, "num_embeds_ada_norm": 6},
+    ],
+)
+def test_a_model_comes_back_to_the_bit(config):
+    model = routed_dit(norm_eps=1e-6, freq_shift=0, **config)
+    dropped = model.config.class_dropout_prob
+    back = convert_original_dit(original_dit_state_dict(model), 2, class_dropout_prob=dropped)
+    for name in ("num_layers", "sample_size", "routing_alpha", "routing_beta", *CONFIG, *config):
+        assert back.config[name] == model.config[name]
+    weights = model.state_dict()
+    assert back.state_dict().keys() == weights.keys()
+    assert all(torch.equal(value, weights[key]) for key, value in back.state_dict().items())
+    assert torch.equal(output(back), output(model))
+
+
+def test_an_unrouted_model_is_written_without_masks():
+    for config in ({"routing_beta": 1.0}, {"routing_type": "none"}):
+        state_dict = original_dit_state_dict(routed_dit(norm_eps=1e-6, freq_shift=0, **config))
+        assert not any("routing" in key for key in state_dict)
+
+
+def test_half_precision_is_written_as_such(tiny):
+    state_dict = original_dit_state_dict(tiny.convert().to(torch.bfloat16))
+    assert {value.dtype for key, value in state_dict.items() if "_unit_mapping" not in key} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"norm_eps": 1e-5}, "`norm_eps`=1e-06 only, got a model with 1e-05"),
+        ({"freq_shift": 1}, "`freq_shift`=0 only, got a model with 1"),
+        ({"activation_fn": "gelu"}, "`activation_fn`='gelu-approximate' only, got a model with 'gelu'"),
+        ({"norm_elementwise_affine": True}, "`norm_elementwise_affine`=False only, got a model with True"),
+        ({"num_embeds_ada_norm": None}, "no model without classes"),
+        ({"routing_type": "random"}, "only, got a model with 'random'"),
+        ({"routing_timestep_range": (1, 999)}, r"only, got a model with 'dtr' and \(1, 999\)"),
+        ({"routing_timestep_range": (0, 0.5)}, r"only, got a model with 'dtr' and \(0, 0.5\)"),
+    ],
+)
+def test_what_the_original_cannot_express_is_refused(config, message):
+    model = routed_dit(**{"norm_eps": 1e-6, "freq_shift": 0, **config})
+    with pytest.raises(ValueError, match=message):
+        original_dit_state_dict(model)
+
+
+def test_adapters_are_not_left_out_in_silence(tiny):
+    model = tiny.convert()
+    model.add_adapter(LoraConfig(target_modules=["to_q"]))
+    with pytest.raises(ValueError, match=r"but it has `transformer_blocks\.0\.attn1\.to_q\.base_layer"):
+        original_dit_state_dict(model)
 
 
 def test_the_position_table_may_be_missing_if_the_size_is_given(tiny):

@@ -1,0 +1,140 @@
+"""Reads the checkpoint files of the original DiT, DTR and ANT code without running anything that they say to run.
+
+These files are pickles that hold, beside weights, the run's arguments: objects of argparse and OmegaConf. A pickle can
+name any function to call. torch's restricted unpickler calls none but those that make tensors; for the classes of the
+arguments it is handed stand-ins, so that none of them is built, and any other name is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+
+CHECKPOINT_WEIGHTS = ("ema", "model")
+
+_ZIP_MAGIC = b"PK\x03\x04"
+
+
+class _Skipped:
+    """Stands for an object that is no tensor: takes whatever it would be built with, and keeps none of it."""
+
+    def __new__(cls, *args):
+        return super().__new__(cls)
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+def _plain_dict(*args) -> dict:
+    # The restricted unpickler puts items into real dictionaries only.
+    return {}
+
+
+_SKIPPED = (
+    "argparse.Namespace",
+    "omegaconf.base.ContainerMetadata",
+    "omegaconf.base.Metadata",
+    "omegaconf.dictconfig.DictConfig",
+    "omegaconf.listconfig.ListConfig",
+    "omegaconf.nodes.AnyNode",
+    "omegaconf.nodes.BooleanNode",
+    "omegaconf.nodes.BytesNode",
+    "omegaconf.nodes.FloatNode",
+    "omegaconf.nodes.IntegerNode",
+    "omegaconf.nodes.InterpolationResultNode",
+    "omegaconf.nodes.PathNode",
+    "omegaconf.nodes.StringNode",
+    # Types and paths that these refer to. `builtins` goes by its name in Python 2 in a pickle, and by this one here.
+    "builtins.bool",
+    "builtins.bytes",
+    "builtins.dict",
+    "builtins.float",
+    "builtins.int",
+    "builtins.list",
+    "builtins.object",
+    "builtins.str",
+    "builtins.tuple",
+    "pathlib.PosixPath",
+    "pathlib.WindowsPath",
+    "typing.Any",
+    "typing.Dict",
+    "typing.List",
+)
+_STAND_INS = [*((_Skipped, name) for name in _SKIPPED), (_plain_dict, "collections.defaultdict")]
+
+
+def load_original_checkpoint(path: str | Path, weights: str | None = None) -> dict[str, torch.Tensor]:
+    """Read a state dict from a file of the original DiT, DTR or ANT code; nothing in the file is executed.
+
+    Args:
+        path: A file written by `torch.save`, with a state dict or with "ema", "model" and more, or a `.safetensors`
+            file with a state dict. It is mapped into memory where its format allows, and read as tensors are used.
+        weights: "ema" (the averaged weights, which the authors sample from) or "model", for a file with both. Defaults
+            to "ema". A file that holds a state dict and nothing else has no such choice.
+
+    Returns:
+        The tensors by their names in the file, on the CPU.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it names anything that is neither a tensor nor the arguments of a run (the error tells what), is
+            damaged, or does not hold these weights.
+    """
+    if weights is not None and weights not in CHECKPOINT_WEIGHTS:
+        raise ValueError(f"`weights` must be one of {', '.join(CHECKPOINT_WEIGHTS)}, got {weights!r}.")
+    path = Path(path)
+    checkpoint = _load(path)
+    if _is_state_dict(checkpoint):
+        if weights is not None:
+            raise ValueError(f"`weights` must be left out: {path.name} is a single state dict, got {weights!r}.")
+        return dict(checkpoint)
+    weights = "ema" if weights is None else weights
+    if not isinstance(checkpoint, Mapping) or not _is_state_dict(checkpoint.get(weights)):
+        held = checkpoint if isinstance(checkpoint, Mapping) else {}
+        named = [repr(key) for key, value in held.items() if _is_state_dict(value)]
+        raise ValueError(
+            f"`weights`={weights!r} must name a state dict in {path.name}, which has {', '.join(named) or 'none'}."
+        )
+    return dict(checkpoint[weights])
+
+
+def _is_state_dict(value) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and len(value) > 0
+        and all(isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in value.items())
+    )
+
+
+def _load(path: Path):
+    try:
+        return load_file(path) if path.suffix == ".safetensors" else _load_restricted(path)
+    except (MemoryError, OSError):
+        raise
+    except Exception as error:  # damaged and hostile files lead the unpickler into errors of almost every type
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if refused is None:
+            message = f"{path.name} is no checkpoint of tensors, or damaged ({type(error).__name__})."
+            raise ValueError(message) from error
+        # Without its cause, which advises to switch the protection off.
+        raise ValueError(
+            f"{path.name} names `{refused[1]}`, which is neither a tensor nor a known part of a run's arguments. A "
+            "checkpoint can have any code run in this way, so nothing of it was loaded. Whoever made it can save its "
+            "state dict alone, best as safetensors."
+        ) from None
+
+
+def _load_restricted(path: Path):
+    with path.open("rb") as file:
+        is_zip = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
+    with torch.serialization.safe_globals(_STAND_INS):
+        # What was saved before torch 1.6 is no zip file, and cannot be mapped.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)

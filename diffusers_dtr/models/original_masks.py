@@ -1,0 +1,123 @@
+"""The tables of channel masks that checkpoints of DTR's code hold, and the routing that they stand for.
+
+Every block's router keeps its masks of all timesteps as a float32 buffer `(timesteps, channels)`: 129 MB in DiT-XL. In
+ours they follow from three numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from ..routing import routing_mask
+
+
+MASK_BUFFER = "routing._unit_mapping"
+
+# The only value in the released code, so what masks are taken for that do not tell.
+_RELEASED_ALPHA = 4.0
+
+_ROUNDING = 1e-12
+
+
+def mask_table(num_timesteps: int, num_channels: int, alpha: float, beta: float) -> torch.Tensor:
+    """The masks of all timesteps, as DTR's code saves them.
+
+    Args:
+        num_timesteps: T, at least 2.
+        num_channels: C.
+        alpha: As in [`~diffusers_dtr.routing_mask`].
+        beta: As in [`~diffusers_dtr.routing_mask`].
+
+    Returns:
+        Float32 `(num_timesteps, num_channels)`, 1 where a channel is active.
+    """
+    timesteps = torch.arange(num_timesteps)
+    limits = (0, num_timesteps - 1)
+    return routing_mask(timesteps, num_channels, alpha=alpha, beta=beta, timestep_range=limits).float()
+
+
+def read_mask_tables(tables: Iterable[torch.Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The routing of a checkpoint, from the masks of its blocks.
+
+    The share of active channels and the exponent are the shortest decimals that give exactly these masks.
+
+    Args:
+        tables: `(timesteps, channels)` for every block.
+        given: Values of the routing's config that are known already; they have to give the same masks.
+
+    Returns:
+        `routing_type`, `routing_alpha`, `routing_beta` and `routing_timestep_range`.
+
+    Raises:
+        ValueError: If the blocks differ, the masks are no sliding windows (random routing is none), or `given` gives
+            others.
+    """
+    first, *others = tables
+    if any(not torch.equal(first, other) for other in others):
+        raise ValueError(
+            "The masks of the checkpoint differ between blocks, as those of random routing do; "
+            "only one sliding window for all blocks can be converted."
+        )
+    found = _infer_routing(first)
+    if found is None:
+        raise ValueError(
+            f"The masks of the checkpoint, of shape {tuple(first.shape)}, are not those of a window that slides over "
+            "the timesteps, so they cannot be converted."
+        )
+    routing = {**found, **{name: given[name] for name in found if given.get(name) is not None}}
+    if routing["routing_type"] != "dtr" or not _gives(first, routing):
+        differing = {name: given[name] for name, value in found.items() if given.get(name, value) != value}
+        raise ValueError(f"The routing must be that of the checkpoint's masks, {found}, got {differing}.")
+    return routing
+
+
+def _infer_routing(table: torch.Tensor) -> dict[str, Any] | None:
+    if table.ndim != 2 or table.shape[0] < 2 or table.shape[1] < 1:
+        return None
+    num_timesteps, num_channels = table.shape
+    num_active = int(table[0].count_nonzero())
+    if num_active == 0:
+        return None
+    routing = {
+        "routing_type": "dtr",
+        "routing_alpha": _alpha(table.argmax(dim=1), num_channels - num_active),
+        "routing_beta": _shortest_decimal(
+            num_active / num_channels, math.nextafter((num_active + 1) / num_channels, 0)
+        ),
+        "routing_timestep_range": (0, num_timesteps - 1),
+    }
+    return routing if _gives(table, routing) else None
+
+
+def _gives(table: torch.Tensor, routing: Mapping[str, Any]) -> bool:
+    if tuple(routing["routing_timestep_range"]) != (0, table.shape[0] - 1):
+        return False
+    return torch.equal(table.float(), mask_table(*table.shape, routing["routing_alpha"], routing["routing_beta"]))
+
+
+def _alpha(starts: torch.Tensor, last_start: int) -> float:
+    """The exponent of s = round(L τ^α), from |L τ^α - s| <= 1/2 at every timestep."""
+    if last_start == 0:
+        return _RELEASED_ALPHA
+    starts = starts[1:-1].double()
+    log_position = torch.log(torch.linspace(0, 1, len(starts) + 2, dtype=torch.float64)[1:-1])
+    # log τ is negative, so the upper end of s bounds α from below; beyond [0, L] there is no bound.
+    at_least = torch.log(((starts + 0.5) / last_start).clamp(max=1)) / log_position
+    at_most = torch.log(((starts - 0.5) / last_start).clamp(min=0)) / log_position
+    # A tie puts the exponent at the very end of the interval, where float64's rounding decides.
+    low = max([0.0, *at_least.tolist()]) - _ROUNDING
+    high = min([math.inf, *at_most.tolist()]) + _ROUNDING
+    return _RELEASED_ALPHA if low <= _RELEASED_ALPHA <= high or low > high else _shortest_decimal(low, high)
+
+
+def _shortest_decimal(low: float, high: float) -> float:
+    """The number above 0 and in [low, high] with the fewest digits after the point."""
+    for digits in range(17):
+        number = round(max(math.ceil(low * 10**digits), 1) / 10**digits, digits)
+        if low <= number <= high:
+            return number
+    return low

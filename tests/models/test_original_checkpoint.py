@@ -1,0 +1,226 @@
+"""Reading the authors' files: their weights come out, and nothing that is in them runs."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import pickle
+import sys
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hostile_pickles import Evaluates, Executes, Imports, fake_omegaconf, omegaconf_of
+from safetensors.torch import save_file
+
+from diffusers_dtr import load_original_checkpoint
+from diffusers_dtr.models import original_checkpoint
+
+
+SETTINGS = {
+    "general": {"image_size": 256, "lr": 1e-4, "mixed_precision": True, "vae": "ema", "root": Path("/data")},
+    "betas": [0.9, 0.999],
+}
+FORMATS = [True, False]
+
+
+def weights(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return OrderedDict(a=torch.randn(3, 2, generator=generator), b=torch.randn(4, generator=generator).half())
+
+
+def optimizer_state():
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([parameter])
+    parameter.sum().backward()
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+def authors_checkpoint(**more):
+    """What DTR's and ANT's training scripts save."""
+    args = argparse.Namespace(data_path="/home/somebody/imagenet", iterations=400_000, lr=1e-4, resume=None)
+    return {"model": weights(0), "ema": weights(1), "opt": optimizer_state(), "args": args, **more}
+
+
+@pytest.fixture(params=FORMATS, ids=["zip", "legacy"])
+def save(request, tmp_path):
+    """Saves as torch does today, or as it did before 1.6."""
+
+    def save(checkpoint):
+        torch.save(checkpoint, tmp_path / "0400000.pt", _use_new_zipfile_serialization=request.param)
+        return tmp_path / "0400000.pt"
+
+    return save
+
+
+def equal(state_dict, expected):
+    assert state_dict.keys() == expected.keys()
+    return all(
+        torch.equal(value, expected[key]) and value.dtype == expected[key].dtype for key, value in state_dict.items()
+    )
+
+
+# ---- what is read
+
+
+def test_averaged_weights_are_read_unless_others_are_named(save):
+    path = save(authors_checkpoint())
+    assert equal(load_original_checkpoint(path), weights(1))
+    assert equal(load_original_checkpoint(path, "ema"), weights(1))
+    assert equal(load_original_checkpoint(str(path), "model"), weights(0))
+
+
+def test_settings_of_omegaconf_are_passed_over_without_the_package(save):
+    with fake_omegaconf() as modules:
+        path = save(authors_checkpoint(config=omegaconf_of(modules, SETTINGS), uw={"log_var": torch.zeros(8)}))
+    assert "omegaconf" not in sys.modules
+    assert equal(load_original_checkpoint(path), weights(1))
+
+
+def test_a_single_state_dict_is_read_from_either_format(save, tmp_path):
+    assert equal(load_original_checkpoint(save(weights())), weights())
+    save_file(weights(), tmp_path / "dit.safetensors")
+    assert equal(load_original_checkpoint(tmp_path / "dit.safetensors"), weights())
+
+
+def test_arguments_are_not_built_and_nothing_of_them_is_kept(save):
+    with fake_omegaconf() as modules:
+        path = save(authors_checkpoint(config=omegaconf_of(modules, SETTINGS)))
+    read = original_checkpoint._load_restricted(path)
+    for name in ("args", "config"):
+        assert not isinstance(read[name], argparse.Namespace)
+        assert vars(read[name]) == {}
+
+
+def test_reading_leaves_torchs_list_of_safe_names_as_it_was(save):
+    before = set(torch.serialization.get_safe_globals())
+    load_original_checkpoint(save(authors_checkpoint()))
+    assert set(torch.serialization.get_safe_globals()) == before
+
+
+def test_weights_are_mapped_and_not_copied(tmp_path):
+    torch.save({"model": weights(), "ema": {"a": torch.ones(1000)}}, tmp_path / "big.pt")
+    (tensor,) = load_original_checkpoint(tmp_path / "big.pt").values()
+    # In the file's own memory map, storages lie as far apart as they do in the file.
+    with zipfile.ZipFile(tmp_path / "big.pt") as file:
+        assert sum(info.file_size for info in file.infolist()) > tensor.nbytes
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("/proc/self/maps is not there to look at")
+    spans = [line.split() for line in maps.read_text().splitlines() if line.endswith("big.pt")]
+    limits = [[int(end, 16) for end in span[0].split("-")] for span in spans]
+    assert any(low <= tensor.data_ptr() < high for low, high in limits)
+
+
+# ---- what is refused
+
+HOSTILE = {
+    "as_the_checkpoint": lambda bad: bad,
+    "beside_the_weights": lambda bad: authors_checkpoint(extra=bad),
+    "in_the_arguments": lambda bad: authors_checkpoint(args=argparse.Namespace(lr=bad)),
+    "nested": lambda bad: authors_checkpoint(opt={"state": [{"deep": (1, {"er": [bad]})}]}),
+    "in_a_state_dict": lambda bad: {"ema": weights(), "model": {**weights(), "c": bad}},
+    "as_a_key": lambda bad: {**weights(), (bad,): 1},
+}
+
+
+@pytest.mark.parametrize("place", HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize(
+    ("bad", "name"), [(Executes, r"(posix|nt)\.system"), (Evaluates, "eval"), (Imports, r"(posix|nt)\.system")]
+)
+def test_nothing_that_a_file_asks_for_is_run(save, tmp_path, place, bad, name):
+    proof = tmp_path / "ran"
+    path = save(place(bad(proof)))
+    with pytest.raises(ValueError, match=rf"0400000\.pt names `{name}`, which is neither a tensor") as error:
+        load_original_checkpoint(path)
+    assert not proof.exists()
+    assert "weights_only" not in str(error.value)
+    # And that the file does run code where nobody takes care.
+    torch.load(path, weights_only=False)
+    assert proof.exists()
+
+
+def test_code_in_omegaconfs_objects_is_not_run_either(save, tmp_path):
+    with fake_omegaconf() as modules:
+        config = omegaconf_of(modules, SETTINGS)
+        config._content["hidden"] = Executes(tmp_path / "ran")
+        path = save(authors_checkpoint(config=config))
+    with pytest.raises(ValueError, match=r"names `(posix|nt)\.system`"):
+        load_original_checkpoint(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_stand_ins_cannot_be_made_to_call_anything(tmp_path):
+    """The state of a skipped object, and calls of the names that are skipped, come to nothing."""
+    stream = io.BytesIO()
+    # builtins.list(("ab",)), as __reduce__ of any class may say, then state with names that Python gives a meaning to.
+    stream.write(b"\x80\x02c__builtin__\nlist\nX\x02\x00\x00\x00ab\x85R}X\x09\x00\x00\x00__class__K\x01sb.")
+    assert pickle.loads(b"\x80\x02c__builtin__\nlist\nX\x02\x00\x00\x00ab\x85R.") == ["a", "b"]
+    path = tmp_path / "list.pt"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("archive/data.pkl", stream.getvalue())
+        file.writestr("archive/version", "3\n")
+    with pytest.raises(ValueError, match=r"must name a state dict in list\.pt, which has none"):
+        load_original_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("value", "name"), [(np.float64(1), r"numpy\.\S*scalar"), (Path, "pathlib"), (argparse.ArgumentParser, "argparse")]
+)
+def test_what_is_not_known_is_named(save, value, name):
+    with pytest.raises(ValueError, match=rf"names `{name}"):
+        load_original_checkpoint(save(authors_checkpoint(extra=value)))
+
+
+def test_an_unknown_module_is_named_and_not_imported(save, tmp_path, monkeypatch):
+    (tmp_path / "careless_module.py").write_text("import pathlib\nclass Thing: ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import careless_module
+
+    path = save({"ema": weights(), "thing": careless_module.Thing()})
+    (tmp_path / "careless_module.py").write_text("raise SystemExit('imported')\n")
+    del sys.modules["careless_module"]
+    with pytest.raises(ValueError, match=r"names `careless_module\.Thing`"):
+        load_original_checkpoint(path)
+    assert "careless_module" not in sys.modules
+
+
+# ---- what is not there
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "arguments", "message"),
+    [
+        ({"model": weights()}, [], r"`weights`='ema' must name a state dict in 0400000\.pt, which has 'model'\."),
+        (authors_checkpoint(model=None), ["model"], r"'model' must name a state dict .* which has 'ema'\."),
+        ([weights()], [], "which has none"),
+        ({}, [], "which has none"),
+        ({"a": 1.0}, [], "which has none"),
+        (weights(), ["model"], r"`weights` must be left out: 0400000\.pt is a single state dict, got 'model'\."),
+        (weights(), ["opt"], "`weights` must be one of ema, model, got 'opt'"),
+    ],
+)
+def test_weights_that_are_not_there_are_an_error(save, checkpoint, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load_original_checkpoint(save(checkpoint), *arguments)
+
+
+@pytest.mark.parametrize("kept", [0, 10, 1000, -100])
+def test_a_truncated_file_is_an_error(save, kept):
+    path = save(authors_checkpoint())
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"0400000\.pt is no checkpoint of tensors, or damaged"):
+        load_original_checkpoint(path)
+
+
+def test_another_file_is_an_error(tmp_path):
+    for name in ("notes.pt", "notes.safetensors"):
+        (tmp_path / name).write_text("These are notes.")
+        with pytest.raises(ValueError, match=rf"{name} is no checkpoint of tensors, or damaged"):
+            load_original_checkpoint(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=r"none\.pt"):
+        load_original_checkpoint(tmp_path / "none.pt")
