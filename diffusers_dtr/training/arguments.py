@@ -139,7 +139,13 @@ def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
     add("--loss_weighting", choices=("constant", "min_snr", "p2", "soft_min_snr", "debiased"), default="constant")
     add("--snr_gamma", type=float, help="γ of min_snr and soft_min_snr. Default 5.")
     add("--num_clusters", type=positive_int, default=8, help="Number of clusters of timesteps.")
-    add("--cluster_cost", choices=("uniform", "timestep", "snr"), default="snr", help="What clusters minimise.")
+    add(
+        "--cluster_cost",
+        choices=("uniform", "timestep", "snr", "affinity"),
+        default="snr",
+        help="What clusters minimise; the task affinity of --affinity_path they maximise.",
+    )
+    add("--affinity_path", help="File of compute_task_affinity.py, for --cluster_cost affinity.")
     add(
         "--balancing",
         choices=(*BALANCINGS, *GRADIENT_BALANCINGS),
@@ -254,6 +260,8 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         )
     if args.balancing in GRADIENT_BALANCINGS and find_spec("torchjd") is None:
         parser.error(f'--balancing {args.balancing} needs torchjd: pip install "diffusers-dtr[balancing]"')
+    if (args.cluster_cost == "affinity") != (args.affinity_path is not None):
+        parser.error("--cluster_cost affinity and --affinity_path need each other")
     if args.timestep_sampling != "logit_normal" and (args.logit_mean, args.logit_std) != (None, None):
         parser.error("--logit_mean and --logit_std have an effect on --timestep_sampling logit_normal only")
     if args.logit_std is not None and not args.logit_std > 0:
@@ -312,3 +320,57 @@ def warmed_up_beta(step: int, warmup_steps: int, target: float) -> float:
         1 at step 0, `target` from `warmup_steps` on.
     """
     return target if step >= warmup_steps else 1.0 - (1.0 - target) * step / warmup_steps
+
+
+def add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of captions, of their embeddings, and of the prompts of validation."""
+    group = parser.add_argument_group("captions")
+    add = group.add_argument
+    add("--caption_column", default="text", help="Column with the captions: a string or a list of strings per image.")
+    add(
+        "--proportion_empty_prompts",
+        type=float,
+        default=0.0,
+        help="Share of the captions that are replaced by an empty one, for classifier-free guidance.",
+    )
+    add("--max_sequence_length", type=positive_int, help="Tokens of a T5 encoder's prompt. Default the pipeline's.")
+    add(
+        "--cache_text_embeddings",
+        action="store_true",
+        help="Encode all captions once, before training, and free the memory of the text encoders.",
+    )
+    add(
+        "--validation_prompts",
+        nargs="+",
+        help="Prompts of the grid's images, in turn. Default the captions of the first images.",
+    )
+
+
+def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of LoRA adapters."""
+    group = parser.add_argument_group("LoRA")
+    add = group.add_argument
+    add("--rank", type=positive_int, help="Train LoRA adapters of this rank, and nothing else.")
+    add("--lora_alpha", type=positive_int, help="Adapters are scaled by this over the rank. Default the rank.")
+    add("--lora_layers", nargs="+", help="Names of the layers to adapt, or their ends. Default all of attention.")
+
+
+def check_text_to_image_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Stop with a message about arguments of captions and LoRA that do not fit.
+
+    Args:
+        parser: Reports the error and exits.
+        args: What was parsed.
+    """
+    if not 0 <= args.proportion_empty_prompts <= 1:
+        parser.error(f"--proportion_empty_prompts must be in [0, 1], got {args.proportion_empty_prompts}")
+    if args.rank is None:
+        if args.lora_alpha is not None or args.lora_layers is not None:
+            parser.error("--lora_alpha and --lora_layers have an effect with --rank only")
+        return
+    if args.use_ema:
+        parser.error("--rank does not go with --use_ema: the average would be of all weights, not of the adapters")
+    if args.denoiser_config is not None:
+        parser.error("--rank does not go with --denoiser_config: adapters need a denoiser that is trained already")
+    if find_spec("peft") is None:
+        parser.error('--rank needs peft: pip install "diffusers-dtr[training]"')

@@ -11,6 +11,7 @@ import torch._functorch.config
 from accelerate import Accelerator
 from diffusers import SchedulerMixin
 
+from ..analysis import load_task_affinity
 from ..noise_levels import NoiseLevels
 from ..objective.adaptive_sampling import AdaptiveTimestepSampler
 from ..objective.balancing import BALANCINGS, Balancing
@@ -132,9 +133,13 @@ def build_objective(
         accelerator: Saves and loads the state.
 
     Raises:
-        ValueError: If a flag is out of its range, or gradient balancing gets fewer samples than clusters.
+        ValueError: If a flag is out of its range, the affinity is not one of these timesteps, or gradient balancing
+            gets fewer samples than clusters.
     """
-    clusters = cluster_timesteps(noise_scheduler, args.num_clusters, args.cluster_cost)
+    cost = args.cluster_cost
+    if cost == "affinity":
+        cost = load_task_affinity(args.affinity_path, len(NoiseLevels(noise_scheduler).timesteps))
+    clusters = cluster_timesteps(noise_scheduler, args.num_clusters, cost)
     loss_fn = ClusteredLoss(
         noise_scheduler,
         clusters,

@@ -56,6 +56,8 @@ def test_flags_have_the_names_that_users_of_diffusers_know():
         (("--lr_warmup_steps", "5"), "no effect on --lr_scheduler constant: use constant_with_warmup"),
         (("--snr_gamma", "5"), "no effect on --loss_weighting constant: use min_snr or soft_min_snr"),
         (("--balancing_update_every", "2"), "no effect on --balancing uniform: it is for aligned_mtl"),
+        (("--cluster_cost", "affinity"), "--cluster_cost affinity and --affinity_path need each other"),
+        (("--affinity_path", "a.safetensors"), "--cluster_cost affinity and --affinity_path need each other"),
         (("--logit_mean", "1"), "have an effect on --timestep_sampling logit_normal only"),
         (("--timestep_sampling", "logit_normal", "--logit_std", "0"), "--logit_std must be above 0, got 0.0"),
         (("--num_clusters", "4", "--train_cluster", "4"), "--train_cluster must be below --num_clusters 4, got 4"),
