@@ -1,7 +1,18 @@
-"""Whether timesteps get along: the affinity of their gradients."""
+"""Whether timesteps get along: the affinity of their gradients, and what training on all of them costs some."""
 
+from .frechet import frechet_distance
+from .negative_transfer import ClusterLosses, confidence_interval, negative_transfer_gap
 from .noise_distance import noise_distance_correlation, noise_distances
 from .task_affinity import TaskAffinity, load_task_affinity
 
 
-__all__ = ["TaskAffinity", "load_task_affinity", "noise_distance_correlation", "noise_distances"]
+__all__ = [
+    "ClusterLosses",
+    "TaskAffinity",
+    "confidence_interval",
+    "frechet_distance",
+    "load_task_affinity",
+    "negative_transfer_gap",
+    "noise_distance_correlation",
+    "noise_distances",
+]

@@ -1,0 +1,197 @@
+"""Negative transfer: what training on all timesteps does to the timesteps of one cluster.
+
+A model that was trained on all timesteps is compared with specialists, each of which was trained with the same budget
+on one cluster of timesteps alone. Addressing Negative Transfer in Diffusion Models (ANT, arXiv 2306.00354, Section 3,
+observation O2) measures this as the negative transfer gap: what changes where one cluster is left to its specialist.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..objective.clustering import TimestepClusters
+from ..objective.denoising_loss import DenoisingLoss
+from .timestep_gradients import evaluating
+
+
+class ClusterLosses:
+    """Denoising loss within one cluster of timesteps, on the same images, noise and timesteps for every model.
+
+    The samples of a cluster are drawn from the seed and the cluster's number alone, so that the losses of two models
+    can be compared sample by sample, in which much less noise is left than in either loss. The model is called in eval
+    mode as `model(model_input, timestep=timesteps, **conditions, return_dict=False)[0]`.
+
+    Args:
+        loss_fn: The loss, of the scheduler that the models were trained with. Of a learned variance, the squared error
+            of the prediction alone counts.
+        clusters: Clusters of timesteps.
+        clean: Held-out clean samples `(N, C, ...)`, on any device.
+        conditions: What else the models are called with, by argument name: tensors `(N, ...)`.
+        num_samples: Samples per cluster. Clean samples take turns, each with new noise and a new timestep.
+        seed: Seed of noise and timesteps, >= 0.
+        batch_size: Samples per forward call.
+
+    Raises:
+        ValueError: For clusters of another schedule, conditions of another length, or numbers out of range.
+
+    Example:
+        >>> import torch
+        >>> from diffusers import DDPMScheduler, UNet2DModel
+        >>> from diffusers_dtr import DenoisingLoss, cluster_timesteps
+        >>> from diffusers_dtr.analysis import ClusterLosses
+        >>> scheduler = DDPMScheduler()
+        >>> joint, specialist = (
+        ...     UNet2DModel(8, block_out_channels=(8, 8), norm_num_groups=4,
+        ...         down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
+        ...     for _ in range(2)
+        ... )
+        >>> clusters = cluster_timesteps(scheduler, num_clusters=4, cost="snr")
+        >>> losses = ClusterLosses(DenoisingLoss(scheduler), clusters, torch.zeros(16, 3, 8, 8), num_samples=64)
+        >>> gaps = losses(specialist, 3) - losses(joint, 3)  # one per sample; below 0 is negative transfer
+        >>> gaps.shape
+        torch.Size([64])
+    """
+
+    def __init__(
+        self,
+        loss_fn: DenoisingLoss,
+        clusters: TimestepClusters,
+        clean: Tensor,
+        conditions: Mapping[str, Tensor] | None = None,
+        *,
+        num_samples: int = 2048,
+        seed: int = 0,
+        batch_size: int = 256,
+    ):
+        if clusters.num_train_timesteps != loss_fn.levels.num_train_timesteps:
+            raise ValueError(
+                f"`clusters` must be of the {loss_fn.levels.num_train_timesteps} timesteps of `loss_fn`, got clusters "
+                f"of {clusters.num_train_timesteps}."
+            )
+        for name, value in (("num_samples", num_samples), ("batch_size", batch_size), ("len(clean)", len(clean))):
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        for name, values in (conditions or {}).items():
+            if len(values) != len(clean):
+                raise ValueError(
+                    f"`conditions` must have one entry for each of the {len(clean)} clean samples, got {len(values)} "
+                    f"of {name!r}."
+                )
+        self.loss_fn = loss_fn
+        self.clusters = clusters
+        self.clean = clean
+        self.conditions = dict(conditions or {})
+        self.num_samples = num_samples
+        self.seed = seed
+        self.batch_size = batch_size
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module, cluster: int) -> Tensor:
+        """The losses of a model.
+
+        Args:
+            model: The denoiser; it is evaluated on the device of its parameters.
+            cluster: Number of a cluster, in [0, k).
+
+        Returns:
+            float64 `(num_samples,)` on the CPU.
+
+        Raises:
+            ValueError: If there is no such cluster, or as [`DenoisingLoss`].
+        """
+        if not 0 <= cluster < len(self.clusters):
+            raise ValueError(f"`cluster` must be in [0, {len(self.clusters)}), got {cluster}.")
+        device = next(model.parameters()).device
+        shares = [float(number == cluster) for number in range(len(self.clusters))]
+        # Another number for every seed and cluster
+        generator = torch.Generator().manual_seed(self.seed * len(self.clusters) + cluster)
+        timesteps = self.clusters.sample(self.num_samples, shares=shares, generator=generator)
+        losses = []
+        with evaluating(model):
+            for places in torch.arange(self.num_samples).split(self.batch_size):
+                rows = places % len(self.clean)
+                # One by one, so that noise does not depend on the number of samples in a forward call
+                noise = torch.stack([torch.randn(self.clean.shape[1:], generator=generator) for _ in rows])
+                clean = self.clean[rows.to(self.clean.device)].to(device)
+                conditions = {name: values[rows.to(values.device)] for name, values in self.conditions.items()}
+                conditions = {name: values.to(device) for name, values in conditions.items()}
+                losses.append(self._losses(model, clean, noise.to(device), timesteps[places].to(device), conditions))
+        return torch.cat(losses).double().cpu()
+
+    def _losses(
+        self, model: nn.Module, clean: Tensor, noise: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]
+    ) -> Tensor:
+        levels = self.loss_fn.levels
+        model_input = levels.model_input(levels.add_noise(clean, noise, timesteps), timesteps)
+        output = model(model_input, timestep=timesteps, **conditions, return_dict=False)[0]
+        return self.loss_fn(output, clean, noise, timesteps).mse
+
+
+def negative_transfer_gap(specialist: Tensor, joint: Tensor, *, relative: bool = False) -> Tensor:
+    """The negative transfer gap of ANT: a metric with the specialist in its cluster, less that of the joint model.
+
+    The metric is one of which less is better, as a held-out loss or a Fréchet distance. Below zero there is negative
+    transfer: training on the other timesteps too made the joint model worse in this cluster. Above zero, it gained.
+
+    Args:
+        specialist: The metric, of any shape, where the cluster's timesteps are the specialist's.
+        joint: The metric where they are the joint model's, of a shape that broadcasts.
+        relative: Divide by the joint model's metric, for clusters whose losses differ by orders of magnitude.
+
+    Returns:
+        float64 tensor.
+    """
+    specialist, joint = specialist.double(), joint.double()
+    gap = specialist - joint
+    return gap / joint if relative else gap
+
+
+def confidence_interval(values: Tensor, confidence: float = 0.95) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean of independent values with its confidence interval by Student's t distribution.
+
+    Exact for normally distributed values. Few values have wide intervals: the half-width at 95 % is 9.0 standard
+    deviations of two values, 2.5 of three and 1.2 of five.
+
+    Args:
+        values: `(n, ...)`, n >= 2: one entry for each seed.
+        confidence: Share of such intervals that hold the expectation, in (0, 1).
+
+    Returns:
+        Mean, lower and upper end, float64 `(...)`.
+
+    Raises:
+        ValueError: For fewer than two values or a share out of range.
+    """
+    if values.ndim == 0 or len(values) < 2:
+        raise ValueError(
+            f"`values` must have at least two entries, of which a spread can be told, got shape {tuple(values.shape)}."
+        )
+    if not 0 < confidence < 1:
+        raise ValueError(f"`confidence` must be in (0, 1), got {confidence}.")
+    values = values.double()
+    mean = values.mean(0)
+    half = _student_t_quantile(confidence, len(values) - 1) * values.std(0) / math.sqrt(len(values))
+    return mean, mean - half, mean + half
+
+
+def _student_t_quantile(confidence: float, degrees: int) -> float:
+    """The t for which a variable with Student's t distribution lies in [−t, t] with this probability."""
+    low, high = 0.0, math.pi / 2
+    while (middle := (low + high) / 2) not in (low, high):
+        low, high = (middle, high) if _share_within(middle, degrees) < confidence else (low, middle)
+    return math.sqrt(degrees) * math.tan(middle)
+
+
+def _share_within(theta: float, degrees: int) -> float:
+    """Probability of [−t, t] for θ = arctan(t / √ν) (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    odd = degrees % 2
+    cosine, sine = math.cos(theta), math.sin(theta)
+    term, total = (cosine if odd else 1.0), 0.0
+    for number in range(odd, degrees - 1, 2):
+        total += term
+        term *= cosine**2 * (number + 1) / (number + 2)
+    return 2 / math.pi * (theta + sine * total) if odd else sine * total
