@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from .analysis import TaskAffinity, noise_distance_correlation, noise_distances
+from .noise_levels import NoiseLevels
+from .objective.clustering import TimestepClusters
 from .routing import DEFAULT_TIMESTEP_RANGE, check_routing, routing_mask
 
 
@@ -82,6 +87,156 @@ def plot_cluster_losses(history: Sequence[dict], ax: Axes | None = None) -> Axes
     ax.set_ylabel("loss before balancing")
     ax.set_yscale("log")
     ax.legend(title="from clean to noisy", fontsize="small", ncols=2)
+    return ax
+
+
+def plot_task_affinity(affinity: TaskAffinity, ax: Axes | None = None) -> Axes:
+    """Task affinity of all pairs of training timesteps, with timesteps at the left and below, log SNR above.
+
+    Args:
+        affinity: What [`~diffusers_dtr.TaskAffinity.measure`] or `load` returned.
+        ax: Axes to draw on; those of a new figure by default.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        ImportError: Without matplotlib.
+    """
+    ax = _axes(ax)
+    full = affinity.full_matrix().numpy()
+    # Colours are the same in every picture of this kind; noise can lead beyond them.
+    image = ax.imshow(full, origin="lower", cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+    ax.figure.colorbar(image, ax=ax, label="task affinity (cosine of the gradients)", shrink=0.8)
+    grid = affinity.training_timesteps
+    numbers = torch.linspace(0, len(grid) - 1, 5).round().long().unique()
+    labels = [f"{timestep:.4g}" for timestep in grid[numbers].tolist()]
+    ax.set_xticks(numbers.tolist(), labels)
+    ax.set_yticks(numbers.tolist(), labels)
+    ax.set_xlabel("timestep")
+    ax.set_ylabel("timestep")
+    above = ax.secondary_xaxis("top")
+    finite = affinity.log_snr.isfinite()
+    marks = torch.linspace(0, int(finite.sum()) - 1, 5).round().long().unique()
+    places = torch.searchsorted(grid, affinity.timesteps[finite][marks])
+    above.set_xticks(places.tolist(), [f"{value:.1f}" for value in affinity.log_snr[finite][marks].tolist()])
+    above.set_xlabel("log SNR")
+    return ax
+
+
+def plot_affinity_by_noise_distance(affinity: TaskAffinity, ax: Axes | None = None) -> Axes:
+    """Task affinity of every pair of timesteps against the distance of their noise levels, and its running median.
+
+    Args:
+        affinity: Of at least three timesteps of finite log SNR.
+        ax: Axes to draw on; those of a new figure by default.
+
+    Returns:
+        The Axes, titled with the rank correlation, see
+        [`~diffusers_dtr.analysis.noise_distance_correlation`].
+
+    Raises:
+        ImportError: Without matplotlib.
+        ValueError: For fewer timesteps.
+    """
+    correlation = noise_distance_correlation(affinity)
+    ax = _axes(ax)
+    distances, affinities = noise_distances(affinity)
+    order = distances.argsort()
+    distances, affinities = distances[order], affinities[order]
+    # More dots than this are one blot, and a large file.
+    shown = torch.linspace(0, len(distances) - 1, min(len(distances), 5000)).long()
+    ax.scatter(
+        distances[shown], affinities[shown], s=4, color="C0", alpha=0.25, linewidths=0, label="pair of timesteps"
+    )
+    parts = list(zip(distances.tensor_split(20), affinities.tensor_split(20), strict=True))
+    medians = [(float(near.median()), float(values.median())) for near, values in parts if len(near)]
+    ax.plot(*zip(*medians, strict=True), color="C1", marker="o", markersize=3, label="median of a twentieth of them")
+    ax.axhline(0, color="0.7", linewidth=0.8, zorder=0)
+    ax.set_xlabel("distance in log SNR")
+    ax.set_ylabel("task affinity")
+    ax.set_title(f"Spearman rank correlation {correlation:.2f}", fontsize="medium")
+    ax.legend(fontsize="small")
+    return ax
+
+
+def plot_cluster_boundaries(
+    clusterings: Mapping[str, TimestepClusters], levels: NoiseLevels, ax: Axes | None = None
+) -> Axes:
+    """Where clusterings cut the noise levels: one row of bars for each, over log SNR, from clean to noisy.
+
+    Args:
+        clusterings: By name; all of the timesteps of `levels`.
+        levels: Noise levels of the scheduler. Those of infinite log SNR have no place on the axis.
+        ax: Axes to draw on; those of a new figure by default.
+
+    Returns:
+        The Axes, where every cluster is a bar, with its first timestep on it where there is room.
+
+    Raises:
+        ImportError: Without matplotlib.
+        ValueError: If there is no clustering, or one of another number of timesteps.
+    """
+    if not clusterings:
+        raise ValueError("`clusterings` must have at least one clustering, got none.")
+    log_snr = levels.log_snr(levels.timesteps)
+    for name, clusters in clusterings.items():
+        if clusters.num_train_timesteps != len(log_snr):
+            raise ValueError(
+                f"`clusterings` must be of the {len(log_snr)} timesteps of `levels`, got {name!r} of "
+                f"{clusters.num_train_timesteps}."
+            )
+    finite = log_snr[log_snr.isfinite()]
+    # Halfway between neighbouring timesteps, as clusters divide the timesteps themselves.
+    edges = torch.cat([log_snr[:1], (log_snr[1:] + log_snr[:-1]) / 2, log_snr[-1:]]).clamp(finite[-1], finite[0])
+    ax = _axes(ax)
+    for row, clusters in enumerate(clusterings.values()):
+        for number, (start, stop) in enumerate(pairwise(clusters.boundaries)):
+            left, right = float(edges[start]), float(edges[stop])
+            color = _color(number, len(clusters))
+            ax.barh(row, right - left, left=left, height=0.8, color=color, edgecolor="white", linewidth=1)
+            # Narrow bars have no room for it.
+            if left - right > 0.04 * float(finite[0] - finite[-1]):
+                first = f" {float(levels.timesteps[start]):.4g}"
+                ink = "white" if number < 0.6 * len(clusters) else "black"
+                ax.text(left, row, first, va="center", fontsize="x-small", color=ink)
+    ax.set_yticks(range(len(clusterings)), list(clusterings))
+    ax.set_xlim(float(finite[0]), float(finite[-1]))
+    ax.set_xlabel("log SNR (bars begin at the timestep written on them)")
+    ax.invert_yaxis()
+    return ax
+
+
+def plot_cluster_gaps(gaps: Mapping[str, tuple[Tensor, Tensor, Tensor]], ax: Axes | None = None) -> Axes:
+    """A value per cluster with its interval, for several models side by side, such as gaps of negative transfer.
+
+    Args:
+        gaps: For each model name: mean, lower and upper end of the interval, `(k,)` each.
+        ax: Axes to draw on; those of a new figure by default.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        ImportError: Without matplotlib.
+        ValueError: If there is no model, or models have different numbers of clusters.
+    """
+    sizes = {len(values) for triple in gaps.values() for values in triple}
+    if len(sizes) != 1:
+        raise ValueError(f"`gaps` must have the same number of clusters for at least one model, got {sorted(sizes)}.")
+    ax = _axes(ax)
+    (num_clusters,) = sizes
+    width = 0.8 / len(gaps)
+    for number, (name, (mean, low, high)) in enumerate(gaps.items()):
+        places = torch.arange(num_clusters, dtype=torch.float64) + (number - (len(gaps) - 1) / 2) * width
+        mean, low, high = (torch.as_tensor(values, dtype=torch.float64) for values in (mean, low, high))
+        whiskers = {"yerr": torch.stack([mean - low, high - mean]).numpy(), "ecolor": "0.2", "capsize": 2}
+        ax.bar(places.numpy(), mean.numpy(), width, color=f"C{number % 10}", label=name, **whiskers)
+    ax.axhline(0, color="0.3", linewidth=0.8)
+    ax.set_xticks(range(num_clusters))
+    ax.set_xlabel("cluster, from clean to noisy")
+    ax.set_ylabel("gap")
+    ax.legend(fontsize="small")
     return ax
 
 

@@ -2,11 +2,22 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+from diffusers import DDPMScheduler
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
+from diffusers_dtr import NoiseLevels, TaskAffinity, TimestepClusters
+from diffusers_dtr.analysis import noise_distance_correlation
 from diffusers_dtr.routing import routing_mask
-from diffusers_dtr.visualization import plot_cluster_losses, plot_routing_masks
+from diffusers_dtr.visualization import (
+    plot_affinity_by_noise_distance,
+    plot_cluster_boundaries,
+    plot_cluster_gaps,
+    plot_cluster_losses,
+    plot_routing_masks,
+    plot_task_affinity,
+)
 
 
 HISTORY = [
@@ -14,6 +25,19 @@ HISTORY = [
     {"step": 20, "loss": 1.0, "clusters": [0.2, None, 2.0], "weights": [1.0, 1.0, 1.0]},
     {"step": 30, "loss": 1.0, "clusters": [0.3, 0.5, 1.0], "weights": [1.0, 1.0, 1.0]},
 ]
+GAPS = {"plain": ([1.0, -2.0], [0.5, -3.0], [2.0, -1.5]), "routed": ([0.0, 1.0], [-1.0, 0.0], [1.0, 2.0])}
+LEVELS = NoiseLevels(DDPMScheduler(rescale_betas_zero_snr=True))
+CLUSTERS = {"even": TimestepClusters([0, 500, 1000]), "odd": TimestepClusters([0, 100, 600, 1000])}
+
+
+def falling_affinity():
+    """Of four timesteps, the last of which is pure noise."""
+    timesteps = torch.tensor([0.0, 300.0, 600.0, 999.0], dtype=torch.float64)
+    matrix = torch.exp(-(timesteps[:, None] - timesteps).abs() / 500)
+    return TaskAffinity(matrix, timesteps, LEVELS.timesteps, LEVELS.log_snr(timesteps), 0.9, "plain")
+
+
+AFFINITY = falling_affinity()
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +47,15 @@ def close_figures():
 
 
 @pytest.mark.parametrize(
-    "plot", [lambda **o: plot_cluster_losses(HISTORY, **o), lambda **o: plot_routing_masks(8, **o)]
+    "plot",
+    [
+        lambda **o: plot_cluster_losses(HISTORY, **o),
+        lambda **o: plot_routing_masks(8, **o),
+        lambda **o: plot_task_affinity(AFFINITY, **o),
+        lambda **o: plot_affinity_by_noise_distance(AFFINITY, **o),
+        lambda **o: plot_cluster_boundaries(CLUSTERS, LEVELS, **o),
+        lambda **o: plot_cluster_gaps(GAPS, **o),
+    ],
 )
 def test_plots_draw_on_the_axes_given_or_on_new_ones(plot):
     ax = Figure().add_subplot()
@@ -95,3 +127,60 @@ def test_missing_matplotlib_is_an_error_that_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install 'diffusers-dtr\[training\]'"):
         plot_routing_masks(8)
+
+
+def test_heat_map_is_the_full_matrix_with_timesteps_and_noise_levels():
+    ax = plot_task_affinity(AFFINITY)
+    (image,) = ax.images
+    assert np.array_equal(image.get_array(), AFFINITY.full_matrix().numpy())
+    assert image.get_clim() == (-1, 1)
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "250", "500", "749", "999"]
+    (above,) = ax.child_axes
+    assert above.get_xticks().tolist() == [0, 300, 600]
+    expected = [f"{value:.1f}" for value in AFFINITY.log_snr[:3].tolist()]
+    assert [label.get_text() for label in above.get_xticklabels()] == expected
+    ax.figure.canvas.draw()
+
+
+def test_pairs_of_timesteps_are_points_under_their_correlation():
+    ax = plot_affinity_by_noise_distance(AFFINITY)
+    points = ax.collections[0].get_offsets()
+    assert len(points) == 3  # pairs with pure noise have no distance
+    assert (np.diff(points[:, 0]) > 0).all()
+    assert sorted(points[:, 1]) == pytest.approx(sorted(AFFINITY.matrix[[0, 0, 1], [1, 2, 2]].tolist()))
+    assert ax.get_title() == f"Spearman rank correlation {noise_distance_correlation(AFFINITY):.2f}"
+
+
+def test_boundaries_are_bars_that_tile_the_noise_levels():
+    ax = plot_cluster_boundaries(CLUSTERS, LEVELS)
+    bars = [(bar.get_y() + bar.get_height() / 2, bar.get_x(), bar.get_x() + bar.get_width()) for bar in ax.patches]
+    log_snr = LEVELS.log_snr(LEVELS.timesteps)
+    halfway = [(float(log_snr[i - 1]) + float(log_snr[i])) / 2 for i in (500, 100, 600)]
+    clean, noisy = float(log_snr[0]), float(log_snr[998])
+    rows = [[clean, halfway[0], noisy], [clean, halfway[1], halfway[2], noisy]]
+    expected = [(row, *edges) for row in (0, 1) for edges in zip(rows[row], rows[row][1:], strict=False)]
+    assert bars == [pytest.approx(bar) for bar in expected]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["even", "odd"]
+
+
+def test_boundaries_of_another_schedule_are_refused():
+    with pytest.raises(ValueError, match="of the 1000 timesteps of `levels`, got 'short' of 10"):
+        plot_cluster_boundaries({"short": TimestepClusters([0, 10])}, LEVELS)
+    with pytest.raises(ValueError, match="`clusterings` must have at least one"):
+        plot_cluster_boundaries({}, LEVELS)
+
+
+def test_gaps_are_bars_side_by_side_with_their_intervals():
+    ax = plot_cluster_gaps(GAPS)
+    plain, routed = [container for container in ax.containers if hasattr(container, "patches")]
+    assert [bar.get_height() for bar in (*plain, *routed)] == [1.0, -2.0, 0.0, 1.0]
+    assert plain[0].get_x() + plain[0].get_width() == pytest.approx(routed[0].get_x())
+    ends = [segment[:, 1].tolist() for segment in plain.errorbar.lines[2][0].get_segments()]
+    assert ends == [[0.5, 2.0], [-3.0, -1.5]]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["plain", "routed"]
+
+
+@pytest.mark.parametrize("gaps", [{}, {**GAPS, "short": ([1.0], [0.0], [2.0])}])
+def test_gaps_of_unequal_clusters_are_refused(gaps):
+    with pytest.raises(ValueError, match="`gaps` must have the same number of clusters"):
+        plot_cluster_gaps(gaps)
