@@ -4,7 +4,12 @@
 from diffusers import ModelMixin
 
 from .analysis import TaskAffinity
-from .diffusers_registration import register_library, register_pipeline, register_routed_model
+from .diffusers_registration import (
+    register_instead_of_code,
+    register_library,
+    register_pipeline,
+    register_routed_model,
+)
 from .latents import decode_latents, encode_images, vae_scale_factor
 from .models.convert_original_dit import convert_original_dit, original_dit_state_dict
 from .models.original_checkpoint import load_original_checkpoint
@@ -23,6 +28,7 @@ from .objective.denoising_loss import DenoisingLoss
 from .objective.gradient_balancing import GradientBalancer
 from .pipelines.pipeline_dtr import DTRPipeline
 from .routing import random_routing_mask, routing_mask
+from .self_contained import add_code
 
 
 __version__ = "0.1.0"
@@ -44,6 +50,7 @@ __all__ = [
     "NoiseLevels",
     "TaskAffinity",
     "TimestepClusters",
+    "add_code",
     "cluster_timesteps",
     "convert_original_dit",
     "decode_latents",
@@ -56,6 +63,7 @@ __all__ = [
 ]
 
 register_library()
+register_instead_of_code()
 register_pipeline(DTRPipeline)
 for _model_class in (
     DTRFluxTransformer2DModel,

@@ -13,6 +13,8 @@ PACKAGE = Path(diffusers_dtr.__file__).parent
 # Each may import those before it, and itself. The rest (the command line) is above them all.
 LAYERS = [
     "publishing",
+    "bundling",
+    "self_contained",
     "hub",
     "routing",
     "noise_levels",

@@ -26,17 +26,24 @@ class HubMixin:
             pretrained_model_name_or_path: Folder, or name of a repository on the Hub.
             verify_checksums: Whether to compare new downloads with the Hub's checksums. What was verified once is not
                 read again. Folders and loads with `local_files_only` are never verified.
-            **kwargs: What diffusers' `from_pretrained` takes, such as `revision`, `variant`, `subfolder` or `token`.
+            **kwargs: What diffusers' `from_pretrained` takes, such as `revision`, `variant`, `subfolder` or `token`,
+                and for a model config values, such as `routing_beta`, that replace saved ones.
 
         Raises:
+            ValueError: For a `token` that is none, or a checkpoint that does not fit.
             OSError: If a download is damaged. It is removed from the cache: load again to download it anew.
         """
         if not verify_checksums:
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+            return cls._load_pretrained(pretrained_model_name_or_path, **kwargs)
         names = ("revision", "cache_dir", "token", "local_files_only")
         where = {name: kwargs[name] for name in names if name in kwargs}
         with verified_downloads(pretrained_model_name_or_path, **where):
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+            return cls._load_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def _load_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, **kwargs: Any) -> Any:
+        """Load without verifying."""
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def push_to_hub(
         self,
@@ -51,6 +58,7 @@ class HubMixin:
         *,
         revision: str | None = None,
         max_shard_size: int | str = "10GB",
+        **save_options: Any,
     ) -> CommitInfo:
         """Save to the Hub, in one commit.
 
@@ -69,6 +77,7 @@ class HubMixin:
             subfolder: Folder of the repository. Default its root.
             revision: Branch, made from `main` if there is none of that name. Default `main`.
             max_shard_size: Weights larger than this, in bytes or as "5GB", are split over several files.
+            **save_options: What else `save_pretrained` takes, such as a pipeline's `include_code`.
 
         Returns:
             The commit.
@@ -81,7 +90,11 @@ class HubMixin:
         with tempfile.TemporaryDirectory() as folder:
             commit = FolderCommit(folder, repo_id, message, **where, path_in_repo=subfolder or "", keep=("README.md",))
             self.save_pretrained(
-                folder, safe_serialization=safe_serialization, variant=variant, max_shard_size=max_shard_size
+                folder,
+                safe_serialization=safe_serialization,
+                variant=variant,
+                max_shard_size=max_shard_size,
+                **save_options,
             )
             if not subfolder:
                 self._card().save(Path(folder, "README.md"))

@@ -25,13 +25,14 @@ from diffusers.utils.torch_utils import randn_tensor, unwrap_module
 from ..hub.shared import HubMixin
 from ..latents import LatentNormalization, vae_scale_factor
 from ..noise_levels import uses_learned_variance
+from ..self_contained import SelfContainedMixin
 from .model_index import check_model_index
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
-class DTRPipeline(HubMixin, DiffusionPipeline):
+class DTRPipeline(SelfContainedMixin, HubMixin, DiffusionPipeline):
     r"""Pipeline for image generation with a class-conditional or unconditional denoiser.
 
     This pipeline inherits from [`~diffusers.DiffusionPipeline`], whose saving, loading, offloading and device handling
