@@ -9,6 +9,8 @@ from tempfile import TemporaryDirectory
 
 from diffusers import ConfigMixin, DiffusionPipeline
 
+from ..publishing import publishable
+
 
 @contextmanager
 def new_output(path: str | Path, suffix: str | None = None) -> Iterator[Path]:
@@ -48,5 +50,5 @@ def forget_local_paths(pipeline: DiffusionPipeline) -> None:
         pipeline: Its config and those of its components change. Names of repositories stay.
     """
     for part in (pipeline, *pipeline.components.values()):
-        if isinstance(part, ConfigMixin) and Path(part.config.get("_name_or_path") or "").is_absolute():
-            part.register_to_config(_name_or_path=None)
+        if isinstance(part, ConfigMixin) and part.config.get("_name_or_path") is not None:
+            part.register_to_config(_name_or_path=publishable(part.config["_name_or_path"], "_name_or_path"))

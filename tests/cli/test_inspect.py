@@ -1,0 +1,254 @@
+"""`diffusers-dtr inspect`: what is said of folders, checkpoints and repositories, and that no weights are read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DModel
+from huggingface_hub import constants
+from PIL import Image
+from tiny_dit import plain_dit, routed_dit
+
+from diffusers_dtr import DTRPipeline, DTRUNet2DModel
+from diffusers_dtr.cli import main
+
+
+@pytest.fixture
+def dit():
+    return routed_dit(routing_alpha=2.0, routing_beta=0.5, routing_timestep_range=(0, 499))
+
+
+@pytest.fixture
+def folder(dit, tmp_path):
+    vae = AutoencoderKL(latent_channels=4, block_out_channels=(4,), norm_num_groups=2)
+    DTRPipeline(DDIMScheduler(beta_schedule="squaredcos_cap_v2"), transformer=dit, vae=vae).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def num_parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def described(model, capsys, *arguments):
+    assert main(["inspect", str(model), "--json", *arguments]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def shown(model, capsys, *arguments):
+    """The printed lines by their first word."""
+    assert main(["inspect", str(model), *arguments]) == 0
+    return dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+
+
+def test_a_pipeline_is_described(folder, dit, capsys):
+    assert described(folder, capsys) == {
+        "pipeline": "DTRPipeline",
+        "step": None,
+        "denoiser": {
+            "class": "DTRTransformer2DModel",
+            "folder": "transformer",
+            "parameters": num_parameters(dit),
+            "dtypes": ["float32"],
+            "classes": 5,
+            "averaged_beside_it": False,
+        },
+        "routing": {
+            "type": "dtr",
+            "alpha": 2.0,
+            "beta": 0.5,
+            "seed": 0,
+            "timestep_range": [0, 499],
+            "widths": [{"channels": 16, "active": 8}],
+        },
+        "clusters": None,
+        "scheduler": {
+            "class": "DDIMScheduler",
+            "num_train_timesteps": 1000,
+            "beta_schedule": "squaredcos_cap_v2",
+            "prediction_type": "epsilon",
+        },
+        "vae": "AutoencoderKL",
+    }
+
+
+def test_people_get_lines(folder, dit, capsys):
+    assert shown(folder, capsys) == {
+        "pipeline": "DTRPipeline",
+        "denoiser": "DTRTransformer2DModel in transformer/",
+        "parameters": f"{num_parameters(dit):,} float32",
+        "classes": "5",
+        "routing": "dtr, alpha=2, beta=0.5, timesteps 0 to 499",
+        "active": "8 of 16 channels",
+        "scheduler": "DDIMScheduler, num_train_timesteps=1000, beta_schedule=squaredcos_cap_v2, "
+        "prediction_type=epsilon",
+        "vae": "AutoencoderKL",
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "routing", "active"),
+    [
+        ({"routing_type": "none"}, "none, all channels are active", "16 of 16 channels"),
+        ({"routing_beta": 1.0}, "dtr, alpha=4, beta=1, timesteps 0 to 999", "16 of 16 channels"),
+        (
+            {"routing_type": "random", "routing_seed": 7},
+            "random, beta=0.8, seed=7, timesteps 0 to 999",
+            "12 of 16 channels",
+        ),
+    ],
+)
+def test_every_kind_of_routing_is_told(tmp_path, capsys, config, routing, active):
+    routed_dit(**config).save_pretrained(tmp_path)
+    lines = shown(tmp_path, capsys)
+    assert (lines["routing"], lines["active"]) == (routing, active)
+
+
+def test_a_model_without_a_pipeline_is_described(tmp_path, capsys):
+    plain_dit().half().save_pretrained(tmp_path)
+    description = described(tmp_path, capsys)
+    assert description["denoiser"]["class"] == "DiTTransformer2DModel"
+    assert description["denoiser"]["dtypes"] == ["float16"]
+    assert [description[name] for name in ("pipeline", "routing", "scheduler", "vae")] == [None] * 4
+    assert shown(tmp_path, capsys)["routing"] == "none, not a routed model"
+
+
+def make_unet(cls=DTRUNet2DModel, **config):
+    return cls(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        **config,
+    )
+
+
+def test_a_unet_has_a_window_for_every_width(tmp_path, capsys):
+    DTRPipeline(DDPMScheduler(), unet=make_unet(num_class_embeds=3)).save_pretrained(tmp_path)
+    description = described(tmp_path, capsys)
+    assert description["denoiser"]["folder"] == "unet"
+    assert description["denoiser"]["classes"] == 3
+    widths = {width["channels"]: width["active"] for width in description["routing"]["widths"]}
+    # The decoder's blocks see what the encoder hands over beside their own input.
+    assert widths == {8: 6, 16: 12, 24: 19, 32: 25}
+
+
+def test_a_checkpoint_and_the_record_of_a_run_are_read(dit, tmp_path, capsys):
+    dit.save_pretrained(tmp_path / "transformer")
+    dit.save_pretrained(tmp_path / "transformer_ema")
+    (tmp_path / "training_state.json").write_text(json.dumps({"global_step": 20, "settings": {}}))
+    clusters = {"num_clusters": 3, "boundaries": [0, 100, 400, 1000]}
+    (tmp_path / "training_config.json").write_text(json.dumps({"clusters": clusters, "arguments": {}}))
+    lines = shown(tmp_path, capsys)
+    assert lines["step"] == "20"
+    assert lines["averaged"] == "transformer_ema/"
+    assert lines["clusters"] == "3 of timesteps, bounded by 0, 100, 400, 1000"
+    assert described(tmp_path, capsys)["clusters"] == clusters
+
+
+def test_weights_in_several_files_are_counted_together(dit, tmp_path, capsys):
+    dit.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len([*tmp_path.glob("*.safetensors")]) > 1
+    assert described(tmp_path, capsys)["denoiser"]["parameters"] == num_parameters(dit)
+
+
+def test_only_headers_of_weights_are_read(folder, dit, capsys):
+    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    content = path.read_bytes()
+    path.write_bytes(content[:header] + bytes([0xFF]) * (len(content) - header))
+    assert described(folder, capsys)["denoiser"]["parameters"] == num_parameters(dit)
+    path.unlink()
+    assert shown(folder, capsys)["parameters"] == "no safetensors weights"
+
+
+# ---- pictures
+
+
+def test_masks_are_drawn_for_every_width(tmp_path, capsys):
+    make_unet().save_pretrained(tmp_path / "unet")
+    described(tmp_path, capsys, "--masks", str(tmp_path / "unet.png"))
+    routed_dit().save_pretrained(tmp_path / "transformer")
+    described(tmp_path, capsys, "--masks", str(tmp_path / "dit.png"))
+    four, one = (Image.open(tmp_path / name) for name in ("unet.png", "dit.png"))
+    assert four.width > 3 * one.width
+    assert len(four.convert("L").getcolors()) > 2
+    assert main(["inspect", str(tmp_path), "--masks", str(tmp_path / "dit.png")]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_masks_that_do_not_slide_are_not_drawn(tmp_path, capsys):
+    for name, model in (("random", routed_dit(routing_type="random")), ("plain", make_unet(UNet2DModel))):
+        model.save_pretrained(tmp_path / name)
+        assert main(["inspect", str(tmp_path / name), "--masks", str(tmp_path / "masks.png")]) == 2
+        assert "`--masks` shows routing of type" in capsys.readouterr().err
+    assert not (tmp_path / "masks.png").exists()
+
+
+# ---- Hub
+
+
+def test_a_repository_is_described_by_its_configs_and_a_part_of_its_weights(hub, folder, capsys):
+    DTRPipeline.from_pretrained(folder).push_to_hub("owner/model")
+    expected = described(folder, capsys)
+    hub.requests.clear()
+    assert described("owner/model", capsys) == expected
+    weights = [method for method, path in hub.requests if path.endswith(".safetensors")]
+    assert weights == ["GET"], "the header alone is asked for, once"
+    assert not [*Path(constants.HF_HUB_CACHE).rglob("*.safetensors")]
+
+
+def test_a_private_repository_and_its_revisions_are_described(hub, folder, tmp_path, capsys, monkeypatch):
+    DTRPipeline.from_pretrained(folder).push_to_hub("owner/model", private=True)
+    revision = hub.repos["models", "owner/model"].resolve("main").sha
+    DTRPipeline(DDPMScheduler(), transformer=routed_dit(num_layers=1)).push_to_hub("owner/model")
+    monkeypatch.delenv("HF_TOKEN")
+    new = described("owner/model", capsys, "--token", "hf_owner")
+    old = described("owner/model", capsys, "--token", "hf_owner", "--revision", revision)
+    assert old["denoiser"]["parameters"] > new["denoiser"]["parameters"]
+    assert main(["inspect", "owner/model"]) == 2
+    assert "hf_" not in capsys.readouterr().err
+
+
+def test_weights_of_a_repository_may_be_in_several_files(hub, dit, capsys):
+    dit.push_to_hub("owner/model", max_shard_size="20KB")
+    assert described("owner/model", capsys)["denoiser"]["parameters"] == num_parameters(dit)
+
+
+# ---- errors
+
+
+def damage_index(folder):
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    index = {"weight_map": {"a": "../vae/diffusion_pytorch_model.safetensors"}}
+    weights.with_name(weights.name + ".index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: shutil.rmtree(folder / "transformer"), "There is no diffusers model"),
+        (lambda folder: (folder / "model_index.json").write_text("{"), "`model_index.json` is no JSON"),
+        (lambda folder: (folder / "model_index.json").write_text("[]"), "must hold a JSON object, got list"),
+        (
+            lambda folder: (folder / "transformer" / "diffusion_pytorch_model.safetensors").write_text("no"),
+            "header",
+        ),
+        (damage_index, "must name files beside it, got '../vae/diffusion_pytorch_model.safetensors'"),
+    ],
+)
+def test_what_is_no_model_is_one_line_on_stderr(folder, capsys, damage, message):
+    damage(folder)
+    assert main(["inspect", str(folder)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("diffusers-dtr inspect: ")
+    assert message in line
+
+
+def test_a_revision_of_a_folder_is_refused(folder, capsys):
+    assert main(["inspect", str(folder), "--revision", "main"]) == 2
+    assert "`revision` is one of a repository" in capsys.readouterr().err
