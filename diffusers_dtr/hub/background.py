@@ -123,7 +123,7 @@ class BackgroundPush:
             unpushed = [self._current] if self._thread.is_alive() else []
             unpushed += [self._waiting[0]] if self._waiting is not None else []
         for step in unpushed:
-            self._fail(step, f"not done within {timeout:.0f} s")
+            self._fail(step, f"not done within {timeout:g} s")
         if not self._thread.is_alive():
             shutil.rmtree(self._snapshots, ignore_errors=True)
         return self.report

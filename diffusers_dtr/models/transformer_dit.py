@@ -395,10 +395,8 @@ class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMi
         return cls._from_state(transformer, share_embedders(transformer.state_dict()), copy=True, **routing)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> DTRTransformer2DModel:
-        """Load from a folder or the Hub, as [`~diffusers.ModelMixin.from_pretrained`] does.
-
-        Checkpoints of diffusers' own DiT, which repeat the embedders in every block, load too.
+    def _load_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> DTRTransformer2DModel:
+        """[`from_pretrained`], also of checkpoints of diffusers' own DiT, which repeat the embedders in every block.
 
         Args:
             pretrained_model_name_or_path: Folder or repository.
@@ -411,7 +409,7 @@ class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMi
         """
         config = cls.load_config(pretrained_model_name_or_path, **kwargs)
         if config.get("_class_name") not in PER_BLOCK_CLASS_NAMES:
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+            return super()._load_pretrained(pretrained_model_name_or_path, **kwargs)
 
         for name in ("device_map", "quantization_config"):
             if kwargs.get(name) is not None:

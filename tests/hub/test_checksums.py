@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler
 from hub_server import AnswerStatus, CorruptDownload
 from huggingface_hub import HfApi, constants, hf_hub_download, scan_cache_dir
 from huggingface_hub.utils import sha
-from tiny_dit import routed_dit
+from tiny_dit import plain_dit, routed_dit
 
 from diffusers_dtr import DTRPipeline, DTRTransformer2DModel
 from diffusers_dtr.hub import verify_download
@@ -196,6 +196,14 @@ def test_folders_and_what_is_not_cached_are_left_alone(hub, repo, tmp_path):
     verify_download(REPO)
     verify_download("no/such/repository")
     assert hub.requests == []
+
+
+def test_a_checkpoint_of_diffusers_own_dit_is_verified(hub):
+    plain_dit().push_to_hub(REPO)
+    hub.faults.append(CorruptDownload(**WEIGHTS))
+    with pytest.raises(OSError, match="is not what the Hub has"):
+        DTRTransformer2DModel.from_pretrained(REPO)
+    assert equal(DTRTransformer2DModel.from_pretrained(REPO), DTRTransformer2DModel.from_transformer(plain_dit()))
 
 
 def test_a_repository_loaded_by_diffusers_own_pipeline_is_verified_on_request(hub, repo):

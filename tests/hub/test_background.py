@@ -1,0 +1,259 @@
+"""Checkpoints reach the Hub while training goes on, and no fault reaches the training."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+import time
+
+import pytest
+import torch
+from accelerate import Accelerator
+from hub_server import AnswerStatus, CutUpload, Exchange, Fault, LoseAnswer
+from huggingface_hub import HfApi
+from tiny_dit import routed_dit
+
+from diffusers_dtr.hub import BackgroundPush, create_run_repo
+from diffusers_dtr.training.checkpoints import Checkpoints
+
+
+REPO = "owner/digits"
+COMMIT = {"method": "POST", "path": "/commit/"}
+
+
+class Hold(Fault):
+    """The request waits until the test lets it go."""
+
+    def __init__(self, **matching):
+        super().__init__(**matching)
+        self.reached, self.released = threading.Event(), threading.Event()
+
+    def play(self, exchange: Exchange) -> None:
+        body = exchange.read()
+        self.reached.set()
+        assert self.released.wait(30)
+        exchange.send(exchange.answer(body))
+
+
+@pytest.fixture
+def output_dir(tmp_path):
+    (tmp_path / "digits").mkdir()
+    return tmp_path / "digits"
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Pauses between attempts that are short enough to test, and the client's own."""
+    wait_for = threading.Condition.wait_for
+    monkeypatch.setattr(
+        threading.Condition,
+        "wait_for",
+        lambda self, predicate, timeout=None: wait_for(self, predicate, None if timeout is None else timeout / 200),
+    )
+
+
+def checkpoint(output_dir, step, files=("training_state.json", "transformer/model.safetensors")):
+    folder = output_dir / f"checkpoint-{step}"
+    for path in files:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(f"{path} of step {step}")
+    return folder
+
+
+def files(hub):
+    return {path: data.decode() for path, data in hub.files(REPO).items() if path.startswith("last-checkpoint/")}
+
+
+def titles():
+    return [commit.title for commit in HfApi().list_repo_commits(REPO)][:-1]
+
+
+def until(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def leftovers(output_dir):
+    return [path for path in output_dir.rglob("*") if path.is_file() and "checkpoint-" not in str(path)]
+
+
+# ---- what arrives
+
+
+def test_a_checkpoint_is_pushed_whole_in_one_commit(hub, output_dir):
+    push = BackgroundPush(output_dir)
+    folder = checkpoint(output_dir, 10)
+    push.push_checkpoint(folder, 10)
+    report = push.finish()
+    assert (report.pushed, report.superseded, report.failed) == ([10], [], {})
+    assert files(hub) == {
+        "last-checkpoint/training_state.json": "training_state.json of step 10",
+        "last-checkpoint/transformer/model.safetensors": "transformer/model.safetensors of step 10",
+    }
+    assert titles() == ["Checkpoint of step 10"]
+    assert leftovers(output_dir) == []
+
+
+def test_the_next_checkpoint_replaces_all_of_it(hub, output_dir):
+    push = BackgroundPush(output_dir, REPO, "hf_owner", private=True)
+    push.push_checkpoint(checkpoint(output_dir, 10, ["a.bin", "b/c.bin"]), 10)
+    until(lambda: push.report.pushed)
+    push.push_checkpoint(checkpoint(output_dir, 20, ["a.bin", "d.bin"]), 20)
+    assert push.finish().pushed == [10, 20]
+    assert files(hub) == {"last-checkpoint/a.bin": "a.bin of step 20", "last-checkpoint/d.bin": "d.bin of step 20"}
+    assert titles() == ["Checkpoint of step 20", "Checkpoint of step 10"]
+    assert HfApi().model_info(REPO).private
+
+
+def test_a_checkpoint_may_be_renamed_and_deleted_before_it_is_pushed(hub, output_dir):
+    hold = Hold(**COMMIT)
+    hub.faults.append(hold)
+    push = BackgroundPush(output_dir)
+    push.push_checkpoint(checkpoint(output_dir, 10), 10)
+    hold.reached.wait(20)
+    second = checkpoint(output_dir, 20)
+    push.push_checkpoint(second, 20)
+    second.rename(output_dir / "checkpoint-20.partial")
+    shutil.rmtree(output_dir / "checkpoint-20.partial")
+    shutil.rmtree(output_dir / "checkpoint-10")
+    hold.released.set()
+    assert push.finish().pushed == [10, 20]
+    assert files(hub)["last-checkpoint/training_state.json"].endswith("step 20")
+
+
+def test_a_slow_network_gets_the_latest_checkpoint_only_and_nobody_waits(hub, output_dir):
+    hold = Hold(**COMMIT)
+    hub.faults.append(hold)
+    push = BackgroundPush(output_dir)
+    for step in (10, 20, 30, 40):
+        push.push_checkpoint(checkpoint(output_dir, step), step)
+        hold.reached.wait(20)
+    # None of these calls waited for the Hub, which has not answered yet.
+    assert titles() == []
+    hold.released.set()
+    report = push.finish()
+    assert (report.pushed, report.superseded) == ([10, 40], [20, 30])
+    assert files(hub)["last-checkpoint/training_state.json"].endswith("step 40")
+
+
+def test_without_hard_links_checkpoints_are_copied(hub, output_dir, monkeypatch):
+    monkeypatch.setattr("os.link", lambda *paths: (_ for _ in ()).throw(PermissionError("no links here")))
+    push = BackgroundPush(output_dir)
+    push.push_checkpoint(checkpoint(output_dir, 10), 10)
+    assert push.finish().pushed == [10]
+
+
+def test_a_checkpoint_of_training_arrives_without_paths_of_this_machine_and_can_be_resumed(hub, output_dir, tmp_path):
+    routed_dit().save_pretrained(tmp_path / "pretrained")
+    model = type(routed_dit()).from_pretrained(tmp_path / "pretrained")
+    accelerator = Accelerator(cpu=True)
+    optimizer = torch.optim.AdamW(accelerator.prepare(model).parameters())
+    accelerator.prepare(optimizer)
+    folder = Checkpoints(accelerator, output_dir, "transformer", model).save(3, {"seed": 0})
+    push = BackgroundPush(output_dir)
+    push.push_checkpoint(folder, 3)
+    assert push.finish().pushed == [3]
+    assert not [path for path, data in hub.files(REPO).items() if str(tmp_path).encode() in data]
+    pulled = HfApi().snapshot_download(REPO)
+    resumed = Checkpoints(accelerator, tmp_path / "resumed", "transformer", model)
+    assert resumed.resume(f"{pulled}/last-checkpoint", {"seed": 0}) == 3
+
+
+# ---- faults
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        LoseAnswer(**COMMIT),
+        AnswerStatus(**COMMIT, status=503, times=8),
+        AnswerStatus(method="POST", path="/repos/create", status=503, times=3),
+        CutUpload(method="PUT", path="/lfs/", after=10, times=8),
+    ],
+    ids=lambda fault: type(fault).__name__,
+)
+def test_a_push_that_fails_is_tried_again_until_it_succeeds(hub, output_dir, quick, waits, caplog, fault):
+    hub.faults.append(fault)
+    push = BackgroundPush(output_dir)
+    with caplog.at_level(logging.WARNING):
+        push.push_checkpoint(checkpoint(output_dir, 10), 10)
+        assert push.finish().pushed == [10]
+    assert "Pushing the checkpoint of step 10 failed, will be tried again" in caplog.text
+    assert titles() == ["Checkpoint of step 10"]
+
+
+def test_a_later_checkpoint_ends_the_attempts_of_an_earlier_one(hub, output_dir, caplog):
+    hub.faults.append(AnswerStatus(**COMMIT, status=503))
+    push = BackgroundPush(output_dir)
+    push.push_checkpoint(checkpoint(output_dir, 10), 10)
+    until(lambda: "tried again" in caplog.text)
+    push.push_checkpoint(checkpoint(output_dir, 20), 20)
+    report = push.finish()
+    assert (report.pushed, report.superseded) == ([20], [10])
+    assert titles() == ["Checkpoint of step 20"]
+    assert leftovers(output_dir) == []
+
+
+def test_a_wrong_token_is_reported_and_later_checkpoints_are_tried_nevertheless(hub, output_dir, caplog):
+    push = BackgroundPush(output_dir, REPO, "hf_wrong")
+    push.push_checkpoint(checkpoint(output_dir, 10), 10)
+    until(lambda: push.report.failed)
+    hub.tokens["hf_wrong"] = "owner"
+    push.push_checkpoint(checkpoint(output_dir, 20), 20)
+    report = push.finish()
+    assert report.pushed == [20]
+    assert "401" in report.failed[10]
+    assert "checkpoint of step 10 was not pushed; it is complete in digits" in caplog.text
+    assert "hf_wrong" not in caplog.text + str(report)
+
+
+def test_a_hub_that_stays_away_costs_a_bounded_time_at_the_end(hub, output_dir, caplog, quick, waits):
+    hub.faults.append(AnswerStatus(method=".*", path=".", status=503, times=10**6))
+    push = BackgroundPush(output_dir)
+    folder = checkpoint(output_dir, 10)
+    push.push_checkpoint(folder, 10)
+    report = push.finish(timeout=0.3)
+    assert list(report.failed) == [10]
+    assert report.pushed == []
+    assert "checkpoint of step 10 was not pushed" in caplog.text
+    assert {path.name for path in folder.iterdir()} == {"training_state.json", "transformer"}
+
+
+def test_an_upload_that_hangs_is_not_waited_for_beyond_the_time_given(hub, output_dir, caplog):
+    hold = Hold(**COMMIT)
+    hub.faults.append(hold)
+    push = BackgroundPush(output_dir)
+    push.push_checkpoint(checkpoint(output_dir, 10), 10)
+    hold.reached.wait(20)
+    push.push_checkpoint(checkpoint(output_dir, 20), 20)
+    assert push.finish(timeout=0.05).failed == {10: "not done within 0.05 s", 20: "not done within 0.05 s"}
+    hold.released.set()
+    push._thread.join(20)
+
+
+def test_a_disk_that_is_full_is_reported(hub, output_dir, monkeypatch):
+    def full(*paths):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.link", full)
+    monkeypatch.setattr("shutil.copyfile", full)
+    push = BackgroundPush(output_dir)
+    push.push_checkpoint(checkpoint(output_dir, 10), 10)
+    assert "No space left on device" in push.finish().failed[10]
+    assert hub.requests == []
+
+
+def test_what_a_killed_run_left_is_removed(hub, output_dir):
+    leftover = checkpoint(output_dir / ".push", 5)
+    BackgroundPush(output_dir).finish()
+    assert not leftover.exists()
+
+
+def test_a_token_that_is_none_is_refused_before_training(hub, output_dir):
+    with pytest.raises(ValueError, match="`token` must be"):
+        BackgroundPush(output_dir, REPO, "hf_owner\n")
+    with pytest.raises(ValueError, match="`token` must be"):
+        create_run_repo(output_dir, REPO, "hf_owner\n", private=False)

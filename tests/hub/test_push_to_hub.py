@@ -1,0 +1,166 @@
+"""Models and pipelines are pushed with everything that can be asked for, and come back to the bit."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from hub_server import LoseAnswer
+from huggingface_hub import HfApi, ModelCard
+from tiny_dit import routed_dit
+
+from diffusers_dtr import DTRPipeline, DTRTransformer2DModel
+
+
+REPO = "owner/tiny"
+NAME = "diffusion_pytorch_model"
+
+
+def make_pipeline(**config):
+    return DTRPipeline(scheduler=DDIMScheduler(), transformer=routed_dit(**config))
+
+
+def load(**options):
+    return DTRTransformer2DModel.from_pretrained(REPO, **options)
+
+
+def load_from_pipeline(**options):
+    return DTRPipeline.from_pretrained(REPO, **options).transformer
+
+
+# What is pushed, and how its transformer is loaded again.
+both = pytest.mark.parametrize(
+    ("make", "load"), [(routed_dit, load), (make_pipeline, load_from_pipeline)], ids=["model", "pipeline"]
+)
+
+
+def equal(one, other):
+    state, others = one.state_dict(), other.state_dict()
+    return state.keys() == others.keys() and all(torch.equal(value, others[key]) for key, value in state.items())
+
+
+def files(hub, revision="main"):
+    return {path.rpartition("transformer/")[2] for path in hub.files(REPO, revision)}
+
+
+@both
+def test_a_private_repository_is_only_for_its_owner(hub, make, load, tmp_path):
+    make().push_to_hub(REPO, private=True)
+    assert HfApi().model_info(REPO).private
+    assert equal(load(), routed_dit())
+    assert equal(load(token="hf_owner"), routed_dit())
+    with pytest.raises(OSError, match="owner/tiny"):
+        load(token="hf_guest", cache_dir=tmp_path)
+
+
+@both
+def test_a_branch_is_pushed_and_loaded_beside_main(hub, make, load):
+    make().push_to_hub(REPO)
+    commit = make(num_layers=1).push_to_hub(REPO, revision="small", commit_message="Smaller")
+    assert HfApi().list_repo_commits(REPO, revision="small")[0].title == "Smaller"
+    for revision, layers in ((None, 3), ("main", 3), ("small", 1), (commit.oid, 1)):
+        options = {} if revision is None else {"revision": revision}
+        assert equal(load(**options), routed_dit(num_layers=layers))
+        assert equal(load(**options, local_files_only=True), routed_dit(num_layers=layers))
+
+
+@both
+def test_a_pull_request_is_loaded_by_its_revision(hub, make, load):
+    make().push_to_hub(REPO)
+    commit = make(num_layers=1).push_to_hub(REPO, create_pr=True)
+    assert commit.pr_revision == "refs/pr/1"
+    assert equal(load(), routed_dit())
+    assert equal(load(revision="refs/pr/1"), routed_dit(num_layers=1))
+
+
+@both
+def test_a_variant_lies_beside_the_whole_and_each_replaces_only_itself(hub, make, load):
+    make().push_to_hub(REPO)
+    make().to(torch.bfloat16).push_to_hub(REPO, variant="bf16", max_shard_size="5KB")
+    make(num_layers=3, patch_size=2, norm_eps=1e-6).push_to_hub(REPO)
+    assert {f"{NAME}.safetensors", f"{NAME}.safetensors.index.bf16.json"} < files(hub)
+    variant = load(variant="bf16", dtype=torch.bfloat16)
+    assert equal(variant, routed_dit().to(torch.bfloat16))
+    assert equal(load(), routed_dit())
+    assert equal(load(variant="bf16", dtype=torch.bfloat16, local_files_only=True), variant)
+
+
+@both
+def test_shards_load_and_a_whole_file_pushed_later_takes_their_place(hub, make, load):
+    make().push_to_hub(REPO, max_shard_size="10KB")
+    assert sum("-of-" in path for path in files(hub)) > 2
+    assert equal(load(), routed_dit())
+    assert equal(load(local_files_only=True), routed_dit())
+    make(num_layers=1).push_to_hub(REPO)
+    assert not [path for path in files(hub) if "-of-" in path or path.endswith("safetensors.index.json")]
+    assert equal(load(), routed_dit(num_layers=1))
+
+
+def test_a_component_is_pushed_into_its_folder(hub):
+    make_pipeline().push_to_hub(REPO)
+    card = hub.files(REPO)["README.md"]
+    routed_dit(num_layers=1).push_to_hub(REPO, subfolder="transformer")
+    assert equal(load(subfolder="transformer"), routed_dit(num_layers=1))
+    assert equal(load_from_pipeline(), routed_dit(num_layers=1))
+    assert hub.files(REPO)["README.md"] == card
+
+
+@both
+def test_a_push_is_one_commit_and_its_answer_may_get_lost(hub, make, load, waits):
+    hub.faults.append(LoseAnswer(method="POST", path="/commit/"))
+    commit = make().push_to_hub(REPO)
+    titles = [commit.title for commit in HfApi().list_repo_commits(REPO)]
+    assert titles == [f"Upload {type(make()).__name__}", "initial commit"]
+    assert commit.oid == HfApi().model_info(REPO).sha
+    assert equal(load(), routed_dit())
+
+
+@both
+def test_a_new_repository_gets_a_card_and_one_edited_by_hand_stays(hub, make, load):
+    make().push_to_hub(REPO)
+    card = ModelCard.load(REPO)
+    assert (card.data.library_name, card.data.tags) == ("diffusers", ["diffusers", "diffusers-dtr"])
+    assert type(make()).__name__ in card.text
+    HfApi().upload_file(path_or_fileobj=b"---\ntags: [mine]\n---\nBy hand.", path_in_repo="README.md", repo_id=REPO)
+    make(num_layers=1).push_to_hub(REPO)
+    assert hub.files(REPO)["README.md"] == b"---\ntags: [mine]\n---\nBy hand."
+
+
+@both
+def test_saving_with_a_push_makes_the_same_commit(hub, make, load, tmp_path):
+    make().push_to_hub(REPO, max_shard_size="10KB")
+    make().save_pretrained(tmp_path / "first")
+    again = type(make()).from_pretrained(tmp_path / "first")
+    again.save_pretrained(str(tmp_path / "tiny"), push_to_hub=True, repo_id=REPO)
+    assert equal(load(), routed_dit())
+    assert not [path for path in files(hub) if "-of-" in path or path.endswith("safetensors.index.json")]
+    assert str(tmp_path) not in str(hub.files(REPO))
+    assert len(HfApi().list_repo_commits(REPO)) == 3
+
+
+@both
+def test_neither_token_nor_path_is_in_what_is_pushed_or_logged(hub, make, load, tmp_path, caplog, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    make().save_pretrained(tmp_path)
+    loaded = type(make()).from_pretrained(tmp_path)
+    for logger in ("diffusers", "huggingface_hub"):
+        logging.getLogger(logger).addHandler(caplog.handler)
+    with caplog.at_level(logging.INFO):
+        loaded.push_to_hub(REPO, token="hf_owner")
+    for logger in ("diffusers", "huggingface_hub"):
+        logging.getLogger(logger).removeHandler(caplog.handler)
+    pushed = b"".join(hub.files(REPO).values()).decode(errors="replace")
+    commits = "".join(f"{commit.title} {commit.message}" for commit in HfApi().list_repo_commits(REPO))
+    for secret in ("hf_owner", str(tmp_path)):
+        assert secret not in pushed + commits + caplog.text
+    config = "config.json" if make is routed_dit else "transformer/config.json"
+    assert "_name_or_path" not in json.loads(hub.files(REPO)[config])
+
+
+def test_a_branch_and_a_pull_request_exclude_each_other(hub):
+    with pytest.raises(ValueError, match="`create_pr`"):
+        routed_dit().push_to_hub(REPO, revision="small", create_pr=True)
+    assert hub.requests == []
