@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
-from hub_server import AnswerStatus
+from hub_server import AnswerStatus, LoseAnswer
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -25,6 +25,7 @@ SHARED = {
 KEPT = {
     ".pipeline.partial/model_index.json",
     ".pipeline.previous/transformer/config.json",
+    ".push/10-abc/optimizer.bin",
     "checkpoint-10/optimizer.bin",
     "checkpoint-10/transformer/config.json",
     "checkpoint-20.partial/optimizer.bin",
@@ -43,12 +44,12 @@ def run(tmp_path):
     return tmp_path / "digits"
 
 
-def push(run, repo_id="owner/digits", token=None, private=False, message="End of training"):
-    return push_run(run, repo_id, token, private, message)
+def push(run, repo_id="owner/digits", token=None, private=False, message="End of training", **options):
+    return push_run(run, repo_id, token, private, message, **options)
 
 
-def files(repo_id="owner/digits"):
-    return set(HfApi().list_repo_files(repo_id)) - {".gitattributes"}
+def files(repo_id="owner/digits", revision="main"):
+    return set(HfApi().list_repo_files(repo_id, revision=revision)) - {".gitattributes"}
 
 
 # ---- uploading
@@ -92,6 +93,22 @@ def test_pushing_again_adds_to_the_repository(hub, run):
     (run / "samples" / "step-00000020.png").write_text("new")
     push(run)
     assert files() == SHARED | {"samples/step-00000020.png"}
+
+
+def test_a_branch_and_a_pull_request_leave_main_alone(hub, run):
+    push(run, revision="step/10")
+    address = push(run, create_pr=True)
+    assert address == f"{hub.url}/owner/digits/discussions/1"
+    assert files() == set()
+    assert files(revision="step/10") == files(revision="refs/pr/1") == SHARED
+
+
+def test_a_push_whose_answer_was_lost_is_found_and_not_made_twice(hub, run, waits):
+    hub.faults.append(LoseAnswer(method="POST", path="/commit/"))
+    url = push(run)
+    commits = HfApi().list_repo_commits("owner/digits")
+    assert [commit.title for commit in commits] == ["End of training", "initial commit"]
+    assert url == f"{hub.url}/owner/digits/commit/{commits[0].commit_id}"
 
 
 def test_a_failed_upload_is_an_error(hub, run):
