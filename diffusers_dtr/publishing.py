@@ -18,7 +18,7 @@ _SECRET_NAME = re.compile(r"(token|password|secret|api_key)$")
 # What huggingface.co's tokens look like, wherever they were typed, and the user part of an address.
 _SECRET_VALUE = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=://)[^/\s]+@")
 
-# Arguments whose relative values may be a file or folder, or else an id on the Hub.
+# Arguments whose values may be a file or folder without a `/`.
 _PATH_NAME = re.compile(r"(_dir|_path|_file|_checkpoint|_config|_name)$")
 _ABSOLUTE = re.compile(r"(/|~|\.\.?(/|\\|$)|[A-Za-z]:[\\/]|\\\\|file://)")
 
@@ -26,9 +26,9 @@ _ABSOLUTE = re.compile(r"(/|~|\.\.?(/|\\|$)|[A-Za-z]:[\\/]|\\\\|file://)")
 def publishable(value: Any, name: str = "") -> Any:
     """A JSON value as it may be published: without secrets, and with `path/to/...` for what lies on this machine.
 
-    A string is a path of this machine if it is absolute or begins with `~` or `.`; one that is relative is, if `name`
-    is that of an argument that takes paths and it exists. What remains of it is its last component. An id on the Hub
-    stays as it is. Applied again, nothing changes.
+    A string is a path of this machine if it is absolute or begins with `~` or `.`. One that is relative is, if it
+    exists, and has a `/` or a `name` that says that paths may come. What remains of it is its last component. An id on
+    the Hub stays as it is. Applied again, nothing changes.
 
     Args:
         value: Of JSON types; in dictionaries and lists, every value is looked at.
@@ -66,7 +66,8 @@ def public_command(argv: Sequence[str], launcher: Sequence[str] = ("accelerate",
         The command, quoted for a shell.
     """
     script, *arguments = argv
-    words = [*launcher, Path(script).name if _is_local(script) or ".." in Path(script).parts else script]
+    elsewhere = _ABSOLUTE.match(script) or ".." in Path(script).parts
+    words = [*launcher, Path(script).name if elsewhere else script]
     flag = name = ""
     for argument in arguments:
         equals, value = "", argument
@@ -94,7 +95,10 @@ def _publishable_json(text: str) -> str:
 def _is_local(value: str, name: str = "") -> bool:
     if value.startswith(LOCAL_PREFIX):
         return False
-    return bool(_ABSOLUTE.match(value) or (_PATH_NAME.search(name) and os.path.exists(value)))
+    if _ABSOLUTE.match(value):
+        return True
+    may_be_path = _PATH_NAME.search(name) or ("/" in value and not name.endswith("_id"))
+    return bool(may_be_path and os.path.exists(value))
 
 
 def _without_folders(path: str) -> str:

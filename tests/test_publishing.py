@@ -57,6 +57,8 @@ def here(tmp_path, monkeypatch):
         ("hub_model_id", "owner/base", "owner/base"),
         ("image_column", "image", "image"),
         ("anything", "{here}/demo", "path/to/demo"),
+        ("anything", "demo/digits", "path/to/digits"),
+        ("anything", "demo", "demo"),
         ("anything", "file://{here}/demo", "path/to/demo"),
         ("output_dir", "/", "path/to/folder"),
         ("output_dir", "..", "path/to/folder"),
@@ -97,7 +99,9 @@ def test_a_configuration_without_paths_stays_as_it_was_typed():
         ("a/../../me/train.py", "train.py"),
     ],
 )
-def test_a_script_keeps_the_folders_below_the_one_it_was_started_in(script, named):
+def test_a_script_keeps_the_folders_below_the_one_it_was_started_in(here, script, named):
+    (here / "examples" / "class_conditional").mkdir(parents=True)
+    (here / "examples" / "class_conditional" / "train.py").touch()
     assert public_command([script], ["python"]) == f"python {named}"
 
 

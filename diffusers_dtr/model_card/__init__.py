@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, hf_hub_download
-from huggingface_hub.errors import RemoteEntryNotFoundError
+from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
 
 from ..publishing import public_command, publishable
 from . import prose, tables
 from .edits import latest_edit, refresh_card, seal_card
-from .figures import FIGURES, MASKS_FILE, SAMPLES_FILE, draw_figures, shows_masks
+from .figures import FIGURES, MASKS_FILE, SAMPLES_FILE, copy_drawing, draw_figures, shows_masks
 from .metadata import card_metadata, held_out_settings
 from .trained_model import LOSSES_PICTURE, METRICS_FILE, RECORD_FILE, TrainedModel
 
@@ -59,8 +58,6 @@ def build_model_card(
     repo_id = repo_id or model.arguments.get("hub_model_id")
     name = name or Path(repo_id or model.folder.resolve()).name
     loss = model.record.get("results", {}).get("validation_loss")
-    settings = held_out_settings(model)
-    metrics = model.metrics
     card = ModelCard.from_template(
         card_metadata(model, name, license),
         template_str=_TEMPLATE.read_text(encoding="utf-8"),
@@ -76,17 +73,17 @@ def build_model_card(
         cluster_rows=tables.cluster_rows(model),
         losses_picture=LOSSES_PICTURE if (model.folder / LOSSES_PICTURE).is_file() else None,
         held_out_loss=None if loss is None else f"{loss:.5g}",
-        held_out_settings=", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in settings.items()),
+        held_out_settings=tables.settings_text(held_out_settings(model)),
         held_out_rows=tables.held_out_rows(model),
         metric_rows=tables.metric_rows(model),
-        metric_commands=list(dict.fromkeys(metric["command"] for metric in metrics if "command" in metric)),
-        command=model.record.get("command"),
+        metric_commands=[prose.wrap_command(command) for command in model.metric_commands],
+        command=prose.wrap_command(model.record.get("command", "")),
         training_rows=tables.training_rows(model),
         resolution=model.arguments.get("resolution"),
         base_model=model.hub_id("pretrained_model_name_or_path"),
     )
     # What a template leaves where there is nothing to say.
-    return ModelCard(seal_card(re.sub(r"\n{3,}", "\n\n", str(card))))
+    return ModelCard(seal_card(re.sub(r"\n{3,}", "\n\n", f"{card}\n")))
 
 
 def save_model_card(
@@ -139,14 +136,14 @@ def fetch_card(repo_id: str, *, token: str | None = None, revision: str | None =
         revision: Branch, tag or commit. Default `main`.
 
     Returns:
-        The card, or None if the repository has none.
+        The card, or None if the repository has none, or no such revision yet.
 
     Raises:
         OSError: If there is no such repository or the Hub cannot be reached.
     """
     try:
         path = hf_hub_download(repo_id, CARD_FILE, revision=revision, token=token)
-    except RemoteEntryNotFoundError:
+    except (RemoteEntryNotFoundError, RevisionNotFoundError):
         return None
     return _read(Path(path))
 
@@ -174,7 +171,7 @@ def save_metrics(folder: str | Path, metrics: Sequence[dict[str, Any]], argv: Se
 
 def _copy_linked(model: TrainedModel, card_dir: Path) -> None:
     if (model.folder / LOSSES_PICTURE).is_file():
-        shutil.copyfile(model.folder / LOSSES_PICTURE, card_dir / LOSSES_PICTURE)
+        copy_drawing(model.folder / LOSSES_PICTURE, card_dir / LOSSES_PICTURE)
     for name, content in ((RECORD_FILE, model.record), (METRICS_FILE, model.metrics)):
         if content:
             _write_json(content, card_dir / name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 from ..publishing import LOCAL_PREFIX
 from .trained_model import TrainedModel
@@ -36,6 +37,8 @@ def overview(model: TrainedModel) -> str:
         parts.append(f", {verb}" + ("" if base is None else f" from [{base}](https://huggingface.co/{base})"))
     if dataset is not None:
         parts.append(f"on [{dataset}](https://huggingface.co/datasets/{dataset})")
+    elif "num_images" in model.record:
+        parts.append(f"on {model.record['num_images']:,} images")
     if "resolution" in arguments:
         parts.append(f"at {arguments['resolution']}×{arguments['resolution']} pixels")
     return " ".join(parts).replace(" ,", ",") + "." + _class_names(model)
@@ -45,12 +48,34 @@ def samples_caption(model: TrainedModel) -> str:
     """How the samples were made."""
     arguments = model.arguments
     subject = "Samples of the classes in turn" if model.num_classes else "Samples"
-    settings = (
-        (arguments.get("validation_guidance_scale"), "guidance {:g}"),
-        (arguments.get("validation_num_inference_steps"), "{} steps"),
-    )
-    given = [text.format(value) for value, text in settings if value is not None]
-    return ", ".join([f"{subject}, not picked", *given]) + "."
+    guidance, steps = (arguments.get(f"validation_{name}") for name in ("guidance_scale", "num_inference_steps"))
+    settings = [
+        None if guidance is None else "without guidance" if guidance <= 1 else f"guidance {guidance:g}",
+        None if steps is None else f"{steps} steps",
+    ]
+    return ", ".join([f"{subject}, not picked", *filter(None, settings)]) + "."
+
+
+def wrap_command(command: str, width: int = 100) -> str:
+    """A command over several lines, broken before flags, still to be typed as it is.
+
+    Args:
+        command: Quoted for a shell.
+        width: Characters that a line has at most, unless one flag with its values has more.
+    """
+    pieces: list[str] = []
+    for word in shlex.split(command):
+        if word.startswith("--") or not pieces:
+            pieces.append(shlex.quote(word))
+        else:
+            pieces[-1] += f" {shlex.quote(word)}"
+    lines = pieces[:1]
+    for piece in pieces[1:]:
+        if len(lines[-1]) + len(piece) < width:
+            lines[-1] += f" {piece}"
+        else:
+            lines.append(f"  {piece}")
+    return " \\\n".join(lines)
 
 
 def loading_code(model: TrainedModel, repo_id: str | None, name: str) -> str:

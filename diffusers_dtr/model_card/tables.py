@@ -90,11 +90,16 @@ def metric_rows(model: TrainedModel) -> Rows:
     return [
         (
             _cell(metric["name"]),
-            _cell(_number(metric["value"])),
-            _cell(", ".join(f"{key}: {value}" for key, value in metric.get("settings", {}).items())),
+            f"{metric['value']:.1%}" if metric["type"] == "accuracy" else _cell(_number(metric["value"])),
+            _cell(settings_text(metric.get("settings", {}))),
         )
         for metric in model.metrics
     ]
+
+
+def settings_text(settings: dict[str, Any]) -> str:
+    """Settings of an evaluation in one line."""
+    return ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in settings.items())
 
 
 def training_rows(model: TrainedModel) -> Rows:

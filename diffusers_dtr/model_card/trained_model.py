@@ -60,6 +60,11 @@ class TrainedModel:
         """What was measured after training: see [`~diffusers_dtr.model_card.save_metrics`]."""
         return publishable(self._json(METRICS_FILE) or [])
 
+    @property
+    def metric_commands(self) -> list[str]:
+        """The commands that measured, each once."""
+        return list(dict.fromkeys(metric["command"] for metric in self.metrics if "command" in metric))
+
     @cached_property
     def last_losses(self) -> dict[str, Any]:
         """The last line of the loss history."""

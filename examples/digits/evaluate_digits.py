@@ -82,7 +82,7 @@ def card_metrics(args, report, num_held_out):
         "classifier": "SVM (RBF kernel) fitted to the real training digits",
         "classifier_accuracy_on_held_out_digits": report["classifier_accuracy_on_held_out_digits"],
     }
-    evaluation = {"images": num_held_out, "noised_copies_of_each": EVALUATIONS_PER_IMAGE}
+    evaluation = {"images": num_held_out, "noised_samples": num_held_out * EVALUATIONS_PER_IMAGE}
     shared = {"dataset": "scikit-learn digits"}
     return [
         {

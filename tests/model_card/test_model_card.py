@@ -153,14 +153,18 @@ def test_every_cluster_has_its_timesteps_last_loss_and_weight(run):
     assert "**0.12346**" in text
 
 
-def test_pictures_are_there_and_the_last_samples_are_enlarged_without_smoothing(run):
+def test_pictures_are_there_and_those_linked_to(run):
     card = card_of(run)
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", card.text)
     assert pictures == ["figures/samples.png", "figures/routing_masks.png", "loss_per_cluster.png"]
     assert all(Image.open(run / picture) for picture in pictures)
+
+
+def test_the_last_samples_are_enlarged_without_smoothing_and_set_apart(run):
+    save_model_card(run)
     with Image.open(run / "figures" / "samples.png") as samples:
-        assert samples.size == (400, 200)
-        assert samples.getcolors() == [(400 * 200, (255, 0, 0))]
+        assert samples.size == (2 * 200 + 6, 200)
+        assert sorted(samples.getcolors()) == [(6 * 200, (255, 255, 255)), (2 * 200 * 200, (255, 0, 0))]
 
 
 def test_the_command_can_be_typed_again_and_nothing_is_secret_or_local(run, tmp_path):
@@ -199,6 +203,7 @@ def test_metrics_of_evaluations_are_results_with_their_settings_and_command(run)
     assert results["FID | 5k"].dataset_type == "mnist"
     assert results["other"].dataset_type == "owner/digits"
     assert card.data.metrics == ["accuracy", "fid", "mse"]
+    assert rows(card)["other"] == ["100.0%", ""]
     assert r"| FID \| 5k | 12.35 | samples: 5000 |" in card.text
     assert "```bash\npython eval/fid.py --pipeline path/to/digits\n```" in card.text
     assert "was not measured" not in card.text
