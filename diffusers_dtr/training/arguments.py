@@ -16,6 +16,7 @@ from ..routing import ROUTING_TYPES, check_routing
 _LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 TIMESTEP_SAMPLINGS = ("uniform", "clusters", "loss", "variance", "logit_normal")
 _TRACKERS = ("tensorboard", "wandb", "trackio")
+_HUB_FLAGS = ("hub_revision", "hub_create_pr", "hub_strategy")
 
 
 def positive_int(text: str) -> int:
@@ -216,10 +217,18 @@ def add_run_arguments(parser: argparse.ArgumentParser, guidance: bool = True) ->
     add("--logging_steps", type=positive_int, default=10, help="Steps between readings of the loss.")
     add("--logging_dir", default="logs", help="Folder of the tracker's files inside the output folder.")
     add("--report_to", choices=(*_TRACKERS, "none"), default="tensorboard", help="Where losses and samples go.")
-    add("--push_to_hub", action="store_true", help="Upload the final pipeline and its card.")
+    add("--push_to_hub", action="store_true", help="Upload the result with its card, samples and logs.")
     add("--hub_model_id", help="Repository to push to. Defaults to the name of the output folder.")
     add("--hub_token", help="Token to push with. Defaults to the one of `hf auth login`.")
     add("--hub_private_repo", action="store_true", help="Make the repository private.")
+    add("--hub_revision", help="Branch to push to, made if there is none of that name. Default main.")
+    add("--hub_create_pr", action="store_true", help="Push the result as a pull request.")
+    add(
+        "--hub_strategy",
+        choices=("end", "checkpoint"),
+        default="end",
+        help="When to push: at the end, or the latest checkpoint too while training goes on, in the background.",
+    )
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -247,6 +256,13 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error("--lr_warmup_steps has no effect on --lr_scheduler constant: use constant_with_warmup")
     if args.report_to in _TRACKERS and find_spec(args.report_to) is None:
         parser.error(f"--report_to {args.report_to} needs the package {args.report_to}, which is not installed")
+    if args.hub_create_pr and (args.hub_revision is not None or args.hub_strategy == "checkpoint"):
+        parser.error(
+            "--hub_create_pr is for the result alone: neither --hub_revision nor --hub_strategy goes with it"
+        )
+    hub_flags = [name for name in _HUB_FLAGS if getattr(args, name) not in (None, False, "end")]
+    if hub_flags and not args.push_to_hub:
+        parser.error(f"--{hub_flags[0]} has an effect with --push_to_hub only")
     if args.report_to == "wandb" and args.hub_token is not None:
         parser.error("--report_to wandb uploads the command line, and --hub_token with it: use `hf auth login`")
     if args.snr_gamma is not None and args.loss_weighting not in ("min_snr", "soft_min_snr"):

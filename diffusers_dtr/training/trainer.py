@@ -18,7 +18,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from ..hub import push_run, save_model_card
+from ..hub import BackgroundPush, create_run_repo, push_run
+from ..hub.commit import retry
+from ..model_card import fetch_card, save_model_card
 from ..objective.clustering import cluster_timesteps
 from .arguments import warmed_up_beta
 from .checkpoints import Checkpoints
@@ -30,7 +32,7 @@ from .objective import build_objective
 from .optimizer import build_lr_scheduler, build_optimizer
 from .outputs import save_record
 from .randomness import noise_generator, seed_model
-from .record import run_record, tracker_config
+from .record import describe_model, run_record, tracker_config
 from .tracking import log_image
 from .validation import HeldOutLoss, save_sample_grid
 
@@ -116,6 +118,11 @@ class Trainer:
         self.loader = build_loader(args, dataset, accelerator, self.global_step)
         if accelerator.is_main_process and args.report_to != "none":
             accelerator.init_trackers(project_name, config=tracker_config(args))
+        self._background_push = None
+        if args.push_to_hub and args.hub_strategy == "checkpoint" and accelerator.is_main_process:
+            self._background_push = BackgroundPush(
+                self.output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo, revision=args.hub_revision
+            )
         self.unreadable = UnreadableImages()
         self.monitor = LossMonitor(accelerator, len(self.objective.clusters))
         self.history = LossHistory(self.output_dir, self.global_step)
@@ -189,7 +196,9 @@ class Trainer:
         if step % args.logging_steps == 0 or checkpoint_due:
             self._log(progress_bar)
         if checkpoint_due:
-            self.checkpoints.save(step, self._settings)
+            checkpoint = self.checkpoints.save(step, self._settings)
+            if self._background_push is not None:
+                self._background_push.push_checkpoint(checkpoint, step)
             if self.accelerator.is_main_process:
                 self.history.save_picture()
         if args.validation_steps is not None and step % args.validation_steps == 0 and not last:
@@ -255,23 +264,42 @@ class Trainer:
                 sys.argv,
                 self.accelerator,
                 time.perf_counter() - self._start_time,
+                model=describe_model(self.model),
+                num_images=self._settings["num_images"],
                 clusters=self.objective.describe(),
+                held_out=None if self.held_out_loss is None else self.held_out_loss.describe(),
                 results=results,
                 unreadable_images=unreadable_images,
             )
             save_record(record, self.output_dir)
+            save_model_card(self.output_dir, repo_id=self.args.hub_model_id)
             logger.info(f"Saved the result in {self.output_dir}")
-            if self.args.push_to_hub:
-                self._push(record)
+        # It closes the trackers, whose files are shared too.
         self.accelerator.end_training()
+        if self.args.push_to_hub and self.accelerator.is_main_process:
+            self._push()
         return record
 
-    def _push(self, record: dict[str, Any]) -> None:
+    def _push(self) -> None:
         args = self.args
-        description = f"{type(self.model).__name__}, trained for {self.global_step} steps with `{record['command']}`."
-        tags = ["diffusers", "diffusers-dtr"]
-        save_model_card(self.output_dir, description, tags, base_model=args.pretrained_model_name_or_path)
-        url = push_run(self.output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo, "End of training")
+        if self._background_push is not None:
+            report = self._background_push.finish()
+            logger.info(f"Checkpoints on the Hub: {report}")
+        repo_id = create_run_repo(self.output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo)
+        # What was edited there stays.
+        published = retry(
+            lambda: fetch_card(repo_id, token=args.hub_token, revision=args.hub_revision), "Reading the model card"
+        )
+        save_model_card(self.output_dir, repo_id=repo_id, published=published)
+        url = push_run(
+            self.output_dir,
+            repo_id,
+            args.hub_token,
+            args.hub_private_repo,
+            "End of training",
+            revision=args.hub_revision,
+            create_pr=args.hub_create_pr,
+        )
         logger.info(f"Pushed to {url}")
 
     def _trained_parameters(self) -> list[torch.nn.Parameter]:

@@ -77,6 +77,15 @@ class HeldOutLoss:
         timesteps = grid[(places * len(grid)).long()]
         self.timesteps = timesteps.long() if torch.equal(timesteps, timesteps.round()) else timesteps.float()
 
+    def describe(self) -> dict[str, int | str]:
+        """The settings of this evaluation, for a record."""
+        return {
+            "images": len(self.clean),
+            "noised_samples": self.num_samples,
+            "timesteps": "one per sample, evenly over the schedule",
+            "seed": _SEED,
+        }
+
     def __call__(
         self,
         denoise: Callable[[torch.Tensor, torch.Tensor, dict[str, torch.Tensor | list]], torch.Tensor],

@@ -1,0 +1,121 @@
+"""What a training script shares on the Hub, when, and what a failing network does to it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import AnswerStatus
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError
+from training_runs import make_images, same_weights, train, weights
+
+from diffusers_dtr import DTRPipeline
+
+
+DIGITS = ["--push_to_hub", "--hub_model_id", "owner/digits"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return make_images(tmp_path_factory.mktemp("data") / "images")
+
+
+def hub_files(hub, branch: str = "main") -> set[str]:
+    return set(hub.repos["models", "owner/digits"].branches[branch].files)
+
+
+def test_pushed_pipeline_loads_from_the_hub_without_what_is_of_no_use(hub, images, tmp_path):
+    flags = ["--hub_token", "hf_owner", "--hub_private_repo", "--report_to", "tensorboard"]
+    run = train(images, tmp_path / "run", *DIGITS, *flags)
+    assert hub_files(hub) >= {"README.md", "model_index.json", "training_config.json", "samples/step-00000003.png"}
+    assert any(path.startswith("logs/") for path in hub_files(hub))
+    assert not [path for path in hub_files(hub) if path.startswith(("checkpoint-", ".p", "latents", "last-"))]
+    assert hub.repos["models", "owner/digits"].private
+    pipeline = DTRPipeline.from_pretrained("owner/digits")
+    for name, weight in weights(run).items():
+        assert torch.equal(pipeline.transformer.state_dict()[name], weight)
+
+
+def test_nothing_that_is_shared_names_a_token_or_this_machine(hub, images, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py", "--hub_token", "hf_owner", "--output_dir", str(tmp_path / "run")])
+    flags = ["--hub_token", "hf_owner", "--hub_strategy", "checkpoint", "--report_to", "tensorboard"]
+    train(images, tmp_path / "run", *DIGITS, *flags)
+    for path in hub_files(hub):
+        content = Path(HfApi().hf_hub_download("owner/digits", path)).read_bytes()
+        for private in (b"hf_owner", str(tmp_path).encode(), str(images).encode(), str(Path.home()).encode() + b"/"):
+            assert private not in content, path
+
+
+def test_card_tells_of_the_run(hub, images, tmp_path):
+    flags = ["--validation_data_dir", images, "--num_clusters", 3, "--balancing", "uncertainty", "--seed", 7]
+    run = train(images, tmp_path / "run", *DIGITS, *flags)
+    card = ModelCard.load(run / "README.md")
+    assert card.data.library_name == "diffusers"
+    (result,) = card.data.eval_results
+    record = json.loads((run / "training_config.json").read_text())
+    assert result.metric_value == pytest.approx(record["results"]["validation_loss"], abs=1e-5)
+    assert result.metric_args["images"] == record["held_out"]["images"] == 24
+    assert record["model"]["class"] == "DTRTransformer2DModel"
+    assert record["num_images"] == 24
+    for text in ("uncertainty", 'DTRPipeline.from_pretrained("owner/digits")', record["command"]):
+        assert text in card.text
+
+
+def test_card_that_was_edited_on_the_hub_keeps_the_edit(hub, images, tmp_path):
+    run = train(images, tmp_path / "first", *DIGITS)
+    edited = (run / "README.md").read_text() + "\nTrained in the garden.\n"
+    HfApi().upload_file(repo_id="owner/digits", path_or_fileobj=edited.encode(), path_in_repo="README.md")
+    again = train(images, tmp_path / "second", *DIGITS, "--seed", 5)
+    assert "Trained in the garden." in (again / "README.md").read_text()
+    shared = Path(HfApi().hf_hub_download("owner/digits", "README.md")).read_text()
+    assert "Trained in the garden." in shared
+
+
+def test_repository_is_named_after_the_folder_unless_given(hub, images, tmp_path):
+    train(images, tmp_path / "my-digits", "--push_to_hub")
+    assert not hub.repos["models", "owner/my-digits"].private
+
+
+def test_result_goes_to_a_branch_or_a_pull_request(hub, images, tmp_path):
+    train(images, tmp_path / "branch", *DIGITS, "--hub_revision", "experiment")
+    assert "model_index.json" in hub_files(hub, "experiment")
+    assert "model_index.json" not in hub_files(hub)
+    train(images, tmp_path / "request", *DIGITS, "--hub_create_pr")
+    assert "model_index.json" not in hub_files(hub)
+    assert DTRPipeline.from_pretrained("owner/digits", revision="refs/pr/1").transformer is not None
+
+
+def test_a_wrong_token_stops_the_run_before_training(hub, images, tmp_path):
+    with pytest.raises(HfHubHTTPError):
+        train(images, tmp_path / "run", *DIGITS, "--hub_token", "hf_wrong")
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_latest_checkpoint_is_shared_while_training_and_resumes_elsewhere(hub, images, tmp_path):
+    flags = ["--max_train_steps", 4, "--checkpointing_steps", 2, "--use_ema"]
+    whole = train(images, tmp_path / "whole", *DIGITS, *flags, "--hub_strategy", "checkpoint")
+    assert "last-checkpoint/training_state.json" in hub_files(hub)
+    fetched = HfApi().snapshot_download("owner/digits", allow_patterns="last-checkpoint/*", local_dir=tmp_path / "hub")
+    checkpoint = Path(fetched) / "last-checkpoint"
+    assert json.loads((checkpoint / "training_state.json").read_text())["global_step"] == 4
+    assert same_weights(checkpoint, whole / "checkpoint-4")
+    longer = train(images, tmp_path / "longer", *flags, "--max_train_steps", 6, "--resume_from_checkpoint", checkpoint)
+    assert json.loads((longer / "checkpoint-6" / "training_state.json").read_text())["global_step"] == 6
+
+
+def test_network_that_fails_neither_stops_the_training_nor_loses_its_result(hub, images, tmp_path, waits, caplog):
+    hub.faults.append(AnswerStatus(method="POST", path=r"/commit/", status=503, times=3))
+    flags = ["--max_train_steps", 4, "--checkpointing_steps", 2, "--hub_strategy", "checkpoint"]
+    run = train(images, tmp_path / "run", *DIGITS, *flags)
+    assert any("failed, will be tried again" in message for message in caplog.messages)
+    assert "model_index.json" in hub_files(hub)
+    assert DTRPipeline.from_pretrained(run).transformer is not None
+
+
+def test_push_that_is_refused_is_an_error_and_the_result_complete_on_disk(hub, images, tmp_path, waits):
+    hub.faults.append(AnswerStatus(method="POST", path=r"/commit/", status=403, times=100))
+    with pytest.raises(HfHubHTTPError, match="403"):
+        train(images, tmp_path / "run", *DIGITS)
+    assert DTRPipeline.from_pretrained(tmp_path / "run").transformer is not None
+    assert (tmp_path / "run" / "README.md").exists()
