@@ -2,13 +2,16 @@
 
 from .arguments import (
     add_data_arguments,
+    add_lora_arguments,
     add_noise_arguments,
     add_objective_arguments,
     add_optimization_arguments,
     add_pretrained_arguments,
     add_routing_arguments,
     add_run_arguments,
+    add_text_arguments,
     check_arguments,
+    check_text_to_image_arguments,
     json_config,
     noise_config,
     routing_config,
@@ -34,6 +37,7 @@ from .components import (
     sampling_scheduler,
 )
 from .ema import averaged_weights, build_ema
+from .lora import add_lora, save_lora
 from .loss_history import LossHistory
 from .loss_monitor import LossMonitor
 from .objective import Objective, build_objective
@@ -42,12 +46,24 @@ from .outputs import prepare_output_dir, save_pipeline, save_record
 from .randomness import derive_seed, noise_generator, seed_model, timestep_generator
 from .record import run_record, tracker_config
 from .run import start_run
+from .text_embeddings import CachedTextEmbeddings, cache_text_embeddings
+from .text_to_image import (
+    TEXT_TO_IMAGE_FAMILIES,
+    TextToImageFamily,
+    build_text_encoder,
+    frozen_dtype,
+    load_text_to_image_pipeline,
+    sample_text_to_image,
+    text_to_image_family,
+)
 from .tracking import log_image
 from .trainer import Trainer
 from .validation import HeldOutLoss, HeldOutLosses, save_sample_grid
 
 
 __all__ = [
+    "TEXT_TO_IMAGE_FAMILIES",
+    "CachedTextEmbeddings",
     "CaptionedDataset",
     "Captions",
     "Checkpoints",
@@ -56,15 +72,19 @@ __all__ = [
     "LossHistory",
     "LossMonitor",
     "Objective",
+    "TextToImageFamily",
     "Trainer",
     "UnreadableImages",
     "add_data_arguments",
+    "add_lora",
+    "add_lora_arguments",
     "add_noise_arguments",
     "add_objective_arguments",
     "add_optimization_arguments",
     "add_pretrained_arguments",
     "add_routing_arguments",
     "add_run_arguments",
+    "add_text_arguments",
     "averaged_weights",
     "build_dataset",
     "build_ema",
@@ -72,15 +92,20 @@ __all__ = [
     "build_lr_scheduler",
     "build_objective",
     "build_optimizer",
+    "build_text_encoder",
+    "cache_text_embeddings",
     "check_arguments",
     "check_pretrained_denoiser",
+    "check_text_to_image_arguments",
     "clean_samples",
     "derive_seed",
+    "frozen_dtype",
     "held_out_dataset",
     "held_out_samples",
     "json_config",
     "load_images",
     "load_noise_scheduler",
+    "load_text_to_image_pipeline",
     "load_vae",
     "log_image",
     "noise_config",
@@ -90,12 +115,15 @@ __all__ = [
     "pretrained_options",
     "routing_config",
     "run_record",
+    "sample_text_to_image",
     "sampling_scheduler",
+    "save_lora",
     "save_pipeline",
     "save_record",
     "save_sample_grid",
     "seed_model",
     "start_run",
+    "text_to_image_family",
     "timestep_generator",
     "tracker_config",
     "warmed_up_beta",

@@ -13,6 +13,7 @@ from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 
 from .ema import load_ema_state
+from .lora import has_lora, load_adapter, save_adapter
 from .loss_monitor import not_finite
 
 
@@ -34,7 +35,8 @@ class Checkpoints:
         accelerator: Its prepared model, optimizer and scheduler, and whatever is registered with it, are saved.
         output_dir: The run's folder.
         model_name: Folder of the model inside a checkpoint ("transformer" or "unet"), as in a saved pipeline.
-        model: The model itself, on which the optimizer works.
+        model: The model itself, on which the optimizer works. Of one with LoRA adapters these alone are saved, as
+            `<model_name>_lora`.
         ema: Average of the model's weights, saved as `<model_name>_ema`, or None.
         total_limit: How many checkpoints to keep; the oldest go once a new one is complete. None keeps all.
 
@@ -116,7 +118,7 @@ class Checkpoints:
 
         Raises:
             ValueError: If the folder is not a complete checkpoint, has no averaged weights for a run that averages, or
-                if the run's folder holds checkpoints of later steps.
+                not the adapters that a run trains, or if the run's folder holds checkpoints of later steps.
         """
         if resume_from_checkpoint is None:
             return 0
@@ -153,6 +155,10 @@ class Checkpoints:
             raise ValueError(
                 f"`use_ema` must be what it was: the checkpoint {path} has no averaged weights to go on with."
             )
+        if not (path / self._model_folder).is_dir():
+            raise ValueError(
+                f"`rank` must be what it was: the checkpoint {path} has no {self._model_folder} to go on with."
+            )
         self.accelerator.load_state(str(path))
         # Forward calls since the last optimizer step, had the number of them in a step not changed.
         self.accelerator.step = 0
@@ -168,12 +174,17 @@ class Checkpoints:
         return dict(sorted(by_step.items()))
 
     @property
+    def _model_folder(self) -> str:
+        return f"{self.model_name}_lora" if has_lora(self.model) else self.model_name
+
+    @property
     def _ema_name(self) -> str:
         return f"{self.model_name}_ema"
 
     def _save_models(self, models, weights, output_dir) -> None:
         if self.accelerator.is_main_process:
-            self.model.save_pretrained(Path(output_dir) / self.model_name)
+            save = save_adapter if has_lora(self.model) else type(self.model).save_pretrained
+            save(self.model, Path(output_dir) / self._model_folder)
             if self.ema is not None:
                 self.ema.save_pretrained(str(Path(output_dir) / self._ema_name))
         # What is popped here accelerate does not save a second time.
@@ -181,8 +192,11 @@ class Checkpoints:
 
     def _load_models(self, models, input_dir) -> None:
         models.clear()
-        saved = type(self.model).from_pretrained(Path(input_dir) / self.model_name)
-        self.model.load_state_dict(saved.state_dict())
+        folder = Path(input_dir) / self._model_folder
+        if has_lora(self.model):
+            load_adapter(self.model, folder)
+        else:
+            self.model.load_state_dict(type(self.model).from_pretrained(folder).state_dict())
         if self.ema is None:
             return
         device = self.ema.shadow_params[0].device

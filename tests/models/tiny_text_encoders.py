@@ -1,10 +1,19 @@
-"""Tiny text encoders, tokenizers and VAEs for diffusers' pipelines, with random weights and nothing downloaded."""
+"""Tiny text encoders, tokenizers, VAEs and pipelines of diffusers, with random weights and nothing downloaded."""
 
 from __future__ import annotations
 
 import string
 
-from diffusers import AutoencoderKL
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    ModelMixin,
+    PixArtAlphaPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+)
 from tiny_dit import with_random_weights
 from transformers import (
     CLIPTextConfig,
@@ -69,4 +78,36 @@ def tiny_vae(latent_channels: int = 4) -> AutoencoderKL:
         AutoencoderKL(
             block_out_channels=(4,), norm_num_groups=2, latent_channels=latent_channels, sample_size=8, shift_factor=0
         )
+    )
+
+
+def stable_diffusion(unet: ModelMixin) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline(
+        vae=tiny_vae(),
+        text_encoder=clip_text_model(),
+        tokenizer=clip_tokenizer(),
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(timestep_spacing="trailing", steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def pixart_alpha(transformer: ModelMixin) -> PixArtAlphaPipeline:
+    return PixArtAlphaPipeline(t5_tokenizer(), t5_encoder(), tiny_vae(), transformer, DPMSolverMultistepScheduler())
+
+
+def stable_diffusion_3(transformer: ModelMixin) -> StableDiffusion3Pipeline:
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=tiny_vae(),
+        # Side by side, the two are as wide as the third.
+        text_encoder=clip_text_model_with_projection(WIDTH // 2),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=clip_text_model_with_projection(WIDTH // 2),
+        tokenizer_2=clip_tokenizer(),
+        text_encoder_3=t5_encoder(),
+        tokenizer_3=t5_tokenizer(),
     )

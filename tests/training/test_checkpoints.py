@@ -1,6 +1,7 @@
 import json
 import logging
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file
 from sudden_death import die_before_every_change
 
 from diffusers_dtr import DTRTransformer2DModel
-from diffusers_dtr.training import Checkpoints
+from diffusers_dtr.training import Checkpoints, add_lora
 
 
 SETTINGS = {"seed": 0}
@@ -214,3 +216,44 @@ def test_forward_calls_are_counted_anew_after_resuming(tmp_path):
 def test_state_file_tells_step_and_settings(tmp_path):
     path = Run(tmp_path).checkpoints.save(4, SETTINGS)
     assert json.loads((path / "training_state.json").read_text()) == {"global_step": 4, "settings": SETTINGS}
+
+
+class AdaptedRun(Run):
+    """A run that trains LoRA adapters."""
+
+    def __init__(self, folder: Path, *, seed: int = 0, rank: int = 2):
+        super().__init__(folder, use_ema=False)
+        torch.manual_seed(seed)
+        add_lora(self.model, Namespace(rank=rank, lora_alpha=None, lora_layers=None), ("to_q",))
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.accelerator.free_memory()
+        self.optimizer = self.accelerator.prepare(torch.optim.AdamW(trained, lr=0.1))
+
+    def step(self) -> None:
+        for parameter in self.model.parameters():
+            parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+        self.optimizer.step()
+
+
+def test_adapters_alone_are_saved_and_restored(tmp_path):
+    run = AdaptedRun(tmp_path)
+    run.step()
+    path = run.checkpoints.save(1, SETTINGS)
+    weights = {name for file in path.rglob("*.safetensors") for name in load_file(file)}
+    assert weights
+    assert all("lora_" in name for name in weights)
+    other = AdaptedRun(tmp_path, seed=1)
+    other.checkpoints.resume("latest", SETTINGS)
+    assert_same(other.state(), run.state())
+    run.step()
+    other.step()
+    assert_same(other.state(), run.state())
+
+
+def test_run_without_adapters_does_not_go_on_with_them_nor_the_other_way_round(tmp_path):
+    AdaptedRun(tmp_path / "adapted").checkpoints.save(1, SETTINGS)
+    with pytest.raises(ValueError, match=r"`rank` must be what it was: .*checkpoint-1 has no transformer to"):
+        Run(tmp_path / "adapted", use_ema=False).checkpoints.resume("latest", SETTINGS)
+    Run(tmp_path / "whole", use_ema=False).checkpoints.save(1, SETTINGS)
+    with pytest.raises(ValueError, match=r"`rank` must be what it was: .*checkpoint-1 has no transformer_lora to"):
+        AdaptedRun(tmp_path / "whole").checkpoints.resume("latest", SETTINGS)

@@ -1,0 +1,100 @@
+"""LoRA (arXiv 2106.09685) on a denoiser: adapters alone are trained, saved and resumed."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.training_utils import cast_training_params
+from safetensors.torch import load_file
+
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+_ADAPTER = "default"
+
+
+def add_lora(model: ModelMixin, args: argparse.Namespace, layers: tuple[str, ...]) -> None:
+    """Freeze a denoiser and give it adapters in float32, which begin at doing nothing.
+
+    Args:
+        model: The denoiser.
+        args: Parsed flags of [`add_lora_arguments`].
+        layers: Names of the adapted layers, or their ends, unless `--lora_layers` gives others.
+
+    Raises:
+        ValueError: If the denoiser has no such layers.
+    """
+    from peft import LoraConfig  # an extra: `diffusers-dtr[training]`
+
+    model.requires_grad_(False)
+    config = LoraConfig(
+        r=args.rank,
+        lora_alpha=args.rank if args.lora_alpha is None else args.lora_alpha,
+        init_lora_weights="gaussian",
+        target_modules=list(args.lora_layers or layers),
+    )
+    model.add_adapter(config, adapter_name=_ADAPTER)
+    cast_training_params(model, torch.float32)
+
+
+def has_lora(model: ModelMixin) -> bool:
+    """Whether adapters are what is trained of a model."""
+    return bool(getattr(model, "peft_config", None))
+
+
+def save_adapter(model: ModelMixin, folder: str | Path) -> None:
+    """Save a model's adapters alone, for `model.load_lora_adapter(folder, weight_name=LORA_FILE, prefix=None)`.
+
+    Args:
+        model: The denoiser.
+        folder: Is made if it does not exist.
+    """
+    model.save_lora_adapter(folder, adapter_name=_ADAPTER, weight_name=LORA_FILE)
+
+
+def load_adapter(model: ModelMixin, folder: str | Path) -> None:
+    """Give a model's adapters the weights that [`save_adapter`] wrote.
+
+    Args:
+        model: The denoiser, with adapters of the same layers and rank.
+        folder: The folder.
+
+    Raises:
+        ValueError: If they are of other layers or another rank.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    saved, own = load_file(Path(folder) / LORA_FILE), get_peft_model_state_dict(model, adapter_name=_ADAPTER)
+    shapes = [{name: tensor.shape for name, tensor in state.items()} for state in (saved, own)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"`rank` and `lora_layers` must be what they were: {folder} has adapters of other shapes.")
+    set_peft_model_state_dict(model, saved, adapter_name=_ADAPTER)
+
+
+def save_lora(model: ModelMixin, model_name: str, pipeline_class: type[DiffusionPipeline], folder: str | Path) -> None:
+    """Save a denoiser's adapters as users of its pipeline load them.
+
+    Args:
+        model: The denoiser.
+        model_name: What pipelines call it: "unet" or "transformer".
+        pipeline_class: A class that can load LoRA (`load_lora_weights(folder)`), or else the adapters are saved for
+            the denoiser, see [`save_adapter`].
+        folder: Gets `pytorch_lora_weights.safetensors`.
+    """
+    from peft import get_peft_model_state_dict
+
+    if not hasattr(pipeline_class, "save_lora_weights"):
+        save_adapter(model, folder)
+        return
+    config = model.peft_config[_ADAPTER].to_dict()
+    # Without the config the scale of the adapters would be lost. The order of a set differs between runs.
+    metadata = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+    layers = get_peft_model_state_dict(model, adapter_name=_ADAPTER)
+    pipeline_class.save_lora_weights(
+        folder,
+        weight_name=LORA_FILE,
+        **{f"{model_name}_lora_layers": layers, f"{model_name}_lora_adapter_metadata": metadata},
+    )

@@ -1,0 +1,259 @@
+"""The families of text-to-image models that can be trained: what is different about each, and what they share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline, ModelMixin
+from PIL import Image
+
+from ..latents import decode_latents
+from ..models.transformer_pixart import DTRPixArtTransformer2DModel
+from ..models.transformer_sd3 import DTRSD3Transformer2DModel
+from ..models.unet_2d_condition import DTRUNet2DConditionModel
+from .arguments import noise_config
+from .components import pretrained_options
+from .text_embeddings import TextEncoder, cache_text_embeddings
+
+
+class TextEmbedding(NamedTuple):
+    """One of the tensors that a pipeline makes of prompts.
+
+    Attributes:
+        position: Its place in what the pipeline's `encode_prompt` returns.
+        pipeline_argument: The argument of the pipeline that takes it. "negative_" + that takes the one of the
+            negative prompts.
+        denoiser_argument: The argument of the denoiser that takes it.
+    """
+
+    position: int
+    pipeline_argument: str
+    denoiser_argument: str
+
+
+@dataclass(frozen=True)
+class TextToImageFamily:
+    """What is different about one family.
+
+    Attributes:
+        routed_class: The denoiser's class.
+        embeddings: What its pipelines make of prompts.
+        lora_layers: The layers that LoRA adapts unless others are asked for.
+        denoiser: What pipelines call the denoiser.
+        max_sequence_length: Whether `encode_prompt` takes such an argument, or the tokenizer decides.
+        encode_options: Arguments of `encode_prompt` that only this family needs.
+        sample_options: Arguments of the pipeline that only this family needs.
+        micro_conditions: Whether the denoiser may be told the size of the image.
+        takes_variance: Whether the pipeline can sample a denoiser that predicts a variance too.
+    """
+
+    routed_class: type[ModelMixin]
+    embeddings: tuple[TextEmbedding, ...]
+    lora_layers: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    denoiser: str = "transformer"
+    max_sequence_length: bool = True
+    encode_options: dict[str, Any] = field(default_factory=dict)
+    sample_options: dict[str, Any] = field(default_factory=dict)
+    micro_conditions: bool = False
+    takes_variance: bool = False
+
+    def conditions(self, embeddings: dict[str, torch.Tensor], resolution: int) -> dict[str, Any]:
+        """The keyword arguments of the denoiser beside noisy sample and timestep.
+
+        Args:
+            embeddings: Of the captions, as a [`TextEncoder`] of this family returns them.
+            resolution: Side of the images in pixels.
+        """
+        arguments = {names.denoiser_argument: embeddings[names.pipeline_argument] for names in self.embeddings}
+        if self.micro_conditions:
+            first = embeddings[self.embeddings[0].pipeline_argument]
+            size = {
+                "resolution": first.new_full((len(first), 2), resolution),
+                "aspect_ratio": first.new_ones(len(first), 1),
+            }
+            arguments["added_cond_kwargs"] = size
+        return arguments
+
+
+_PROMPT = TextEmbedding(0, "prompt_embeds", "encoder_hidden_states")
+_PIXART = TextToImageFamily(
+    DTRPixArtTransformer2DModel,
+    (_PROMPT, TextEmbedding(1, "prompt_attention_mask", "encoder_attention_mask")),
+    # Else the images would be of a size that the pipeline prefers.
+    sample_options={"use_resolution_binning": False},
+    micro_conditions=True,
+    takes_variance=True,
+)
+
+# By the class of the pipeline. Its name alone: importing the classes would import the models of transformers.
+TEXT_TO_IMAGE_FAMILIES = {
+    "StableDiffusionPipeline": TextToImageFamily(
+        DTRUNet2DConditionModel, (_PROMPT,), denoiser="unet", max_sequence_length=False
+    ),
+    "PixArtAlphaPipeline": _PIXART,
+    "PixArtSigmaPipeline": _PIXART,
+    "StableDiffusion3Pipeline": TextToImageFamily(
+        DTRSD3Transformer2DModel,
+        (_PROMPT, TextEmbedding(2, "pooled_prompt_embeds", "pooled_projections")),
+        lora_layers=(
+            *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+            *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+        ),
+        encode_options={"prompt_2": None, "prompt_3": None},
+    ),
+}
+
+
+def text_to_image_family(args: argparse.Namespace) -> TextToImageFamily:
+    """The family of `--pretrained_model_name_or_path`.
+
+    Args:
+        args: Parsed flags.
+
+    Raises:
+        ValueError: If its pipeline is of none, or a flag asks for what the family does not have.
+    """
+    index = DiffusionPipeline.load_config(
+        args.pretrained_model_name_or_path, revision=args.revision, cache_dir=args.cache_dir
+    )
+    name = index["_class_name"]
+    if name not in TEXT_TO_IMAGE_FAMILIES:
+        raise ValueError(
+            f"`pretrained_model_name_or_path` must be a pipeline of {', '.join(TEXT_TO_IMAGE_FAMILIES)}, got {name}."
+        )
+    family = TEXT_TO_IMAGE_FAMILIES[name]
+    if args.max_sequence_length is not None and not family.max_sequence_length:
+        raise ValueError(f"`--max_sequence_length` must be left out: the tokenizer of a {name} decides.")
+    if args.learn_sigma and not family.takes_variance:
+        raise ValueError(f"`--learn_sigma` must be left out: a {name} cannot sample with a predicted variance.")
+    return family
+
+
+def load_text_to_image_pipeline(
+    args: argparse.Namespace, family: TextToImageFamily, model: ModelMixin, vae: ModelMixin
+) -> DiffusionPipeline:
+    """The pretrained pipeline with another denoiser and autoencoder, and the noise schedule of the flags.
+
+    Args:
+        args: Parsed flags.
+        family: The pipeline's family.
+        model: The denoiser.
+        vae: The autoencoder.
+    """
+    pipeline = DiffusionPipeline.from_pretrained(
+        args.pretrained_model_name_or_path, **{family.denoiser: model, "vae": vae}, **pretrained_options(args)
+    )
+    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **noise_config(args))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def build_text_encoder(
+    args: argparse.Namespace,
+    family: TextToImageFamily,
+    pipeline: DiffusionPipeline,
+    texts: Collection[str],
+    accelerator: Accelerator,
+) -> TextEncoder:
+    """What turns texts into embeddings on the accelerator's device: the text encoders, or a cache of what they made.
+
+    Args:
+        args: Parsed flags.
+        family: The pipeline's family.
+        pipeline: Its text encoders are frozen, and brought to the device and the precision of the run. With
+            `--cache_text_embeddings` it has none afterwards.
+        texts: All that will be asked for; what a cache is made of.
+        accelerator: Its main process encodes, the others wait.
+    """
+    device = accelerator.device
+    tokenizers, encoders = _named(pipeline, "tokenizer"), _named(pipeline, "text_encoder")
+    for encoder in encoders.values():
+        encoder.requires_grad_(False).eval().to(device, frozen_dtype(accelerator))
+    options = dict(family.encode_options)
+    if args.max_sequence_length is not None:
+        options["max_sequence_length"] = args.max_sequence_length
+
+    @torch.no_grad()
+    def encode(some: list[str]) -> dict[str, torch.Tensor]:
+        encoded = pipeline.encode_prompt(
+            some, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False, **options
+        )
+        return {names.pipeline_argument: encoded[names.position] for names in family.embeddings}
+
+    if not args.cache_text_embeddings:
+        return encode
+    with accelerator.main_process_first():
+        cached = cache_text_embeddings(
+            encode,
+            texts,
+            list(tokenizers.values()),
+            list(encoders.values()),
+            {"pipeline": type(pipeline).__name__, **options},
+            Path(args.output_dir) / "text_embeddings",
+            batch_size=args.train_batch_size,
+            device=device,
+        )
+    for name in encoders:
+        setattr(pipeline, name, None)
+    return cached
+
+
+def frozen_dtype(accelerator: Accelerator) -> torch.dtype:
+    """The precision of models that are not trained: that of the run.
+
+    Args:
+        accelerator: Tells the run's precision.
+    """
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+
+
+def sample_text_to_image(
+    args: argparse.Namespace,
+    family: TextToImageFamily,
+    pipeline: DiffusionPipeline,
+    encode: TextEncoder,
+    prompts: list[str],
+    generator: torch.Generator,
+) -> list[Image.Image]:
+    """Images of prompts, at the flags' resolution, guidance and number of steps.
+
+    Args:
+        args: Parsed flags.
+        family: The pipeline's family.
+        pipeline: Holds the denoiser, in eval mode.
+        encode: Of [`build_text_encoder`].
+        prompts: One per image.
+        generator: Draws the noise.
+    """
+    images = []
+    for start in range(0, len(prompts), args.train_batch_size):
+        some = prompts[start : start + args.train_batch_size]
+        negative = {f"negative_{name}": embeddings for name, embeddings in encode([""] * len(some)).items()}
+        latents = pipeline(
+            **encode(some),
+            **negative,
+            **family.sample_options,
+            negative_prompt=None,
+            height=args.resolution,
+            width=args.resolution,
+            guidance_scale=args.validation_guidance_scale,
+            num_inference_steps=args.validation_num_inference_steps,
+            generator=generator,
+            output_type="latent",
+        ).images
+        # Not by the pipeline, which may have an autoencoder in another precision than its latents.
+        with torch.no_grad():
+            images += pipeline.image_processor.postprocess(decode_latents(pipeline.vae, latents))
+    return images
+
+
+def _named(pipeline: DiffusionPipeline, beginning: str) -> dict[str, Any]:
+    """A pipeline's components whose names begin alike, such as text_encoder, text_encoder_2."""
+    components = pipeline.components.items()
+    return {name: component for name, component in components if name.startswith(beginning) and component is not None}

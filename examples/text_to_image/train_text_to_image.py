@@ -1,0 +1,144 @@
+"""Train or fine-tune a text-to-image model with Denoising Task Routing: Stable Diffusion, PixArt, Stable Diffusion 3.
+
+Run with `accelerate launch train_text_to_image.py --help`; README.md beside this file has complete commands.
+"""
+
+import argparse
+
+import torch
+
+from diffusers_dtr import training, vae_scale_factor
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--pretrained_model_name_or_path",
+        required=True,
+        help="StableDiffusionPipeline, PixArtAlphaPipeline, PixArtSigmaPipeline or StableDiffusion3Pipeline, whose "
+        "denoiser is diffusers' or ours.",
+    )
+    group.add_argument(
+        "--denoiser_config",
+        type=training.json_config,
+        help="Config of a new denoiser to train from scratch with the pipeline's other parts, as JSON or as a JSON "
+        "file.",
+    )
+    training.add_pretrained_arguments(group)
+    training.add_data_arguments(parser, labels=False)
+    training.add_text_arguments(parser)
+    training.add_optimization_arguments(parser)
+    training.add_lora_arguments(parser)
+    training.add_noise_arguments(parser)
+    training.add_objective_arguments(parser)
+    training.add_routing_arguments(parser)
+    training.add_run_arguments(parser)
+    args = parser.parse_args(argv)
+    training.check_arguments(parser, args)
+    training.check_text_to_image_arguments(parser, args)
+    return args
+
+
+def load_denoiser(args, family, noise_scheduler, vae, accelerator):
+    given = {
+        **training.routing_config(args),
+        "routing_timestep_range": (0, noise_scheduler.config.num_train_timesteps - 1),
+    }
+    if args.denoiser_config is None:
+        model = family.routed_class.from_pretrained(
+            args.pretrained_model_name_or_path,
+            subfolder=family.denoiser,
+            # What is trained is in full precision, and what is frozen under adapters is not.
+            torch_dtype=torch.float32 if args.rank is None else training.frozen_dtype(accelerator),
+            **training.pretrained_options(args),
+            **given,
+        )
+        training.check_pretrained_denoiser(args, model, vae)
+        return model
+    channels = vae.config.latent_channels
+    shape = {
+        "sample_size": args.resolution // vae_scale_factor(vae),
+        "in_channels": channels,
+        "out_channels": 2 * channels if args.learn_sigma else channels,
+    }
+    return family.routed_class(**{**args.denoiser_config, **shape, **given})
+
+
+def main(args):
+    accelerator = training.start_run(args)
+
+    # 1. Captioned images, and the autoencoder in whose latent space they are learned
+    family = training.text_to_image_family(args)
+    images = training.load_images(args, label_column=None, caption_column=args.caption_column)
+    vae = training.load_vae(args).to(accelerator.device)
+    if not vae.config.force_upcast:  # else half precision would overflow
+        vae.to(training.frozen_dtype(accelerator))
+
+    # 2. Denoiser and noise schedule
+    noise_scheduler = training.load_noise_scheduler(args)
+    torch.manual_seed(args.seed)
+    model = load_denoiser(args, family, noise_scheduler, vae, accelerator)
+    if args.rank is not None:
+        training.add_lora(model, args, family.lora_layers)
+
+    # 3. What a sample is: an image, and one of its captions or, now and then, none
+    channels = vae.config.in_channels
+    dataset = training.CaptionedDataset(
+        training.build_dataset(args, images, channels, vae, accelerator),
+        images.captions,
+        seed=args.seed,
+        proportion_empty=args.proportion_empty_prompts,
+    )
+    held_out = training.held_out_dataset(args, images, channels)
+    if held_out is not None:
+        held_out = training.CaptionedDataset(held_out, held_out.images.captions)
+
+    # 4. The text encoders, or what they make of every text that will be needed
+    rows = range(min(args.num_validation_images, len(images)))
+    prompts = args.validation_prompts or [images.captions[row][0] for row in rows]
+    texts = {"", *prompts, *images.captions.distinct()}
+    if held_out is not None:
+        texts |= held_out.captions.distinct()
+    pipeline = training.load_text_to_image_pipeline(args, family, model, vae)
+    encode = training.build_text_encoder(args, family, pipeline, texts, accelerator)
+
+    # 5. What the denoiser is told, and how it is sampled
+    def conditions(batch):
+        return family.conditions(encode(batch["caption"]), args.resolution)
+
+    def sample(generator):
+        in_turn = [prompts[number % len(prompts)] for number in range(args.num_validation_images)]
+        return training.sample_text_to_image(args, family, pipeline, encode, in_turn, generator)
+
+    # 6. Train
+    trainer = training.Trainer(
+        args,
+        accelerator,
+        model,
+        family.denoiser,
+        noise_scheduler,
+        dataset=dataset,
+        held_out_dataset=held_out,
+        vae=vae,
+        conditions=conditions,
+        sample=sample,
+        project_name="text-to-image",
+    )
+    trainer.train()
+
+    # 7. Save the adapters, or a pipeline whose frozen parts are as they were loaded, in full precision
+    def save(folder):
+        if args.rank is not None:
+            training.save_lora(model, family.denoiser, type(pipeline), folder)
+        else:
+            result = training.load_text_to_image_pipeline(args, family, model, training.load_vae(args))
+            training.save_pipeline(result, folder)
+
+    trainer.finish(save)
+
+
+if __name__ == "__main__":
+    main(parse_args())
