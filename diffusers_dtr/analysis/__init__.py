@@ -1,6 +1,7 @@
 """Whether timesteps get along: the affinity of their gradients, and what training on all of them costs some."""
 
 from .frechet import frechet_distance
+from .measurement import Workspace
 from .negative_transfer import ClusterLosses, confidence_interval, negative_transfer_gap
 from .noise_distance import noise_distance_correlation, noise_distances
 from .task_affinity import TaskAffinity, load_task_affinity
@@ -9,6 +10,7 @@ from .task_affinity import TaskAffinity, load_task_affinity
 __all__ = [
     "ClusterLosses",
     "TaskAffinity",
+    "Workspace",
     "confidence_interval",
     "frechet_distance",
     "load_task_affinity",

@@ -25,6 +25,7 @@ from .timestep_gradients import NUM_PARTS, DenoisingBatch, TimestepGradients, ch
 
 
 _FORMAT = "diffusers-dtr task affinity 1"
+_METADATA_KEY = "task_affinity"
 _TENSORS = ("matrix", "timesteps", "training_timesteps", "log_snr")
 
 
@@ -206,12 +207,14 @@ class TaskAffinity:
         Args:
             path: The file; it is replaced once the new one is complete.
         """
-        metadata = {
+        description = {
             "format": _FORMAT,
             "estimator": self.estimator,
-            "reliability": json.dumps(self.reliability),
-            "provenance": json.dumps(self.provenance, sort_keys=True),
+            "reliability": self.reliability,
+            "provenance": self.provenance,
         }
+        # Under one key: safetensors writes several in an order that changes from process to process.
+        metadata = {_METADATA_KEY: json.dumps(description, sort_keys=True)}
         path = Path(path)
         partial = path.with_name(f"{path.name}.partial")
         save_file({name: getattr(self, name).contiguous() for name in _TENSORS}, partial, metadata)
@@ -229,23 +232,19 @@ class TaskAffinity:
         """
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
+                description = json.loads((file.metadata() or {}).get(_METADATA_KEY, "{}"))
+                if description.get("format") != _FORMAT:
                     raise ValueError(
                         f"`path` must be a file of a task affinity, written by compute_task_affinity.py or "
-                        f"`TaskAffinity.save`: {str(path)!r} says it is {metadata.get('format', 'something else')!r}."
+                        f"`TaskAffinity.save`: {str(path)!r} says it is "
+                        f"{description.get('format', 'something else')!r}."
                     )
                 tensors = {name: file.get_tensor(name) for name in _TENSORS}
         except (OSError, SafetensorError) as error:
             raise ValueError(
                 f"`path` must be a file of a task affinity, cannot read {str(path)!r}: {error}"
             ) from error
-        return cls(
-            **tensors,
-            reliability=json.loads(metadata["reliability"]),
-            estimator=metadata["estimator"],
-            provenance=json.loads(metadata["provenance"]),
-        )
+        return cls(**tensors, **{key: value for key, value in description.items() if key != "format"})
 
 
 def load_task_affinity(path: str | PathLike, num_train_timesteps: int | None = None) -> Tensor:

@@ -1,0 +1,219 @@
+"""Task affinity measured as users measure it: of a saved pipeline, interrupted, by several processes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from training_runs import (
+    EXAMPLES,
+    MODEL,
+    NUM_CLASSES,
+    files,
+    finish,
+    kill,
+    load_script,
+    make_images,
+    run_main,
+    wait_for,
+)
+
+from diffusers_dtr import DTRPipeline, DTRTransformer2DModel, TaskAffinity, cluster_timesteps
+from diffusers_dtr.analysis import load_task_affinity
+
+
+SCRIPT = EXAMPLES / "analysis" / "compute_task_affinity.py"
+
+
+def make_pipeline(folder, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    model = DTRTransformer2DModel(**MODEL, out_channels=1, sample_size=8, num_embeds_ada_norm=NUM_CLASSES)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2, generator=generator)
+    DTRPipeline(scheduler=DDPMScheduler(), transformer=model).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    return make_images(folder / "images"), make_pipeline(folder / "pipeline"), make_pipeline(folder / "other", seed=1)
+
+
+def arguments(inputs, output_dir, *flags, models=None):
+    images, pipeline, _ = inputs
+    common = [
+        "--pretrained_model_name_or_path",
+        *(models or [pipeline]),
+        "--train_data_dir",
+        images,
+        "--resolution",
+        8,
+    ]
+    small = ["--num_images", 8, "--num_timesteps", 6, "--cache_dir", images.parent / "cache"]
+    return [str(value) for value in [*common, *small, "--output_dir", output_dir, *flags]]
+
+
+def measure(inputs, output_dir, *flags, **options):
+    run_main(load_script(SCRIPT), arguments(inputs, output_dir, *flags, **options))
+    return TaskAffinity.load(output_dir / "task_affinity.safetensors")
+
+
+def launch(argv, num_processes=1):
+    command = [sys.executable, str(SCRIPT)]
+    if num_processes > 1:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+        command += [str(num_processes), str(SCRIPT)]
+    return subprocess.Popen(
+        [*command, *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+    )
+
+
+def test_result_is_one_file_a_picture_and_clusters(inputs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments(inputs, tmp_path / "out", "--cluster", 3)])
+    found = measure(inputs, tmp_path / "out", "--cluster", 3)
+    assert sorted(files(tmp_path / "out")) == ["task_affinity.png", "task_affinity.safetensors"]
+    assert found.timesteps.tolist() == [0, 200, 400, 599, 799, 999]
+    assert found.provenance["command"].startswith("accelerate launch")
+    assert str(tmp_path) not in str(found.provenance)
+    assert found.provenance["versions"]["torch"] == torch.__version__
+    full = load_task_affinity(tmp_path / "out" / "task_affinity.safetensors", 1000)
+    printed = capsys.readouterr().out
+    for name, cost in {"affinity": full, "snr": "snr", "timestep": "timestep"}.items():
+        boundaries = cluster_timesteps(DDPMScheduler(), 3, cost).boundaries
+        assert f"3 clusters by {name}: {', '.join(map(str, boundaries))}\n" in printed
+    assert f"split-half reliability: {found.reliability:.3f}" in printed
+
+
+def test_affinity_of_several_pipelines_is_the_mean_of_theirs(inputs, tmp_path):
+    alone = [measure(inputs, tmp_path / model.name, models=[model]).matrix for model in inputs[1:]]
+    both = measure(inputs, tmp_path / "both", models=inputs[1:]).matrix
+    torch.testing.assert_close(both, sum(alone) / 2)
+    assert not torch.allclose(*alone, atol=1e-2)
+
+
+def test_checkpoints_of_a_run_are_measured(inputs, tmp_path):
+    other = inputs[2]
+    run = make_pipeline(tmp_path / "run")
+    (run / "checkpoint-10").mkdir()
+    (other / "transformer").rename(run / "checkpoint-10" / "transformer")
+    try:
+        found = measure(inputs, tmp_path / "out", "--checkpoints", 10, models=[run])
+    finally:
+        (run / "checkpoint-10" / "transformer").rename(other / "transformer")
+    assert torch.equal(found.matrix, measure(inputs, tmp_path / "other", models=[other]).matrix)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--seed", 1),
+        ("--num_images", 12),
+        ("--estimator", "plain"),
+        ("--sketch_size", 0),
+        ("--sketch_size", 512),
+        ("--parameters", "transformer_blocks.0"),
+        ("--center_crop",),
+    ],
+    ids=lambda flags: " ".join(map(str, flags)),
+)
+def test_every_flag_changes_the_result(inputs, tmp_path, flags):
+    plain = measure(inputs, tmp_path / "plain").matrix
+    assert not torch.equal(measure(inputs, tmp_path / "changed", *flags).matrix, plain)
+
+
+def test_given_timesteps_are_measured(inputs, tmp_path):
+    argv = arguments(inputs, tmp_path / "out", "--timesteps", 5, 500, 990)
+    argv[argv.index("--num_timesteps") : argv.index("--num_timesteps") + 2] = []
+    run_main(load_script(SCRIPT), argv)
+    found = TaskAffinity.load(tmp_path / "out" / "task_affinity.safetensors")
+    assert found.timesteps.tolist() == [5, 500, 990]
+
+
+def test_number_of_images_in_a_forward_call_does_not_matter(inputs, tmp_path):
+    found = [measure(inputs, tmp_path / str(size), "--train_batch_size", size).matrix for size in (1, 2)]
+    torch.testing.assert_close(*found, rtol=0, atol=1e-4)
+
+
+def test_interrupted_measurement_refuses_other_settings_and_goes_on(inputs, tmp_path, monkeypatch):
+    from diffusers_dtr.analysis import measurement
+
+    expected = measure(inputs, tmp_path / "whole" / "out")
+    save, saved = measurement.save_file, []
+
+    def die_at_the_third(tensors, path):
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+        save(tensors, path)
+        saved.append(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(measurement, "save_file", die_at_the_third)
+        with pytest.raises(KeyboardInterrupt):
+            measure(inputs, tmp_path / "cut" / "out")
+    with pytest.raises(ValueError, match="of other settings: `samples_sha256`, `seed` changed"):
+        measure(inputs, tmp_path / "cut" / "out", "--seed", 1)
+    found = measure(inputs, tmp_path / "cut" / "out")
+    assert torch.equal(found.matrix, expected.matrix)
+    assert files(tmp_path / "cut" / "out") == files(tmp_path / "whole" / "out")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--timesteps", 1, 2), "at most one of --num_timesteps and --timesteps"),
+        (("--dataset_name", "other"), "exactly one of --dataset_name and --train_data_dir"),
+        (("--pretrained_model_name_or_path", "a", "b", "--checkpoints", 1), "--checkpoints are those of one"),
+        (("--cache_latents",), "of no use"),
+        (("--dataloader_num_workers", 1), "of no use"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused(inputs, tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit):
+        load_script(SCRIPT).parse_args(arguments(inputs, tmp_path / "out", *flags))
+    assert message in capsys.readouterr().err
+
+
+def test_result_is_never_written_over(inputs, tmp_path, capsys):
+    measure(inputs, tmp_path / "out")
+    with pytest.raises(SystemExit):
+        load_script(SCRIPT).parse_args(arguments(inputs, tmp_path / "out"))
+    assert "already holds task_affinity.safetensors" in capsys.readouterr().err
+
+
+def test_images_of_more_classes_than_the_model_knows_are_refused(inputs, tmp_path):
+    images = make_images(tmp_path / "images", num_classes=4)
+    with pytest.raises(ValueError, match="The images have 4 classes, but the model knows 3"):
+        measure(inputs, tmp_path / "out", "--train_data_dir", images)
+
+
+@pytest.mark.slow
+def test_killed_measurement_is_gone_on_with_by_two_processes_without_repeating_work(inputs, tmp_path):
+    flags = ["--num_timesteps", 40]
+    whole, cut = tmp_path / "whole" / "out", tmp_path / "cut" / "out"
+    finish(launch(arguments(inputs, whole, *flags)))
+    process = launch(arguments(inputs, cut, *flags))
+    try:
+        wait_for(lambda: len(list(cut.glob("measurement/*-*-*.safetensors"))) >= 8, process)
+    finally:
+        kill(process)
+    left = 40 - len(list(cut.glob("measurement/*-*-*.safetensors")))
+    assert 0 < left < 40
+    share = -(-left // 2)  # of the first process, whose progress is shown
+    assert f"{share}/{share}" in finish(launch(arguments(inputs, cut, *flags), num_processes=2))
+    assert files(cut) == files(whole)
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_does(inputs, tmp_path):
+    one, two = tmp_path / "one" / "out", tmp_path / "two" / "out"
+    finish(launch(arguments(inputs, one)))
+    finish(launch(arguments(inputs, two), num_processes=2))
+    assert files(one) == files(two)
