@@ -183,9 +183,17 @@ def test_diffusers_own_pipeline_runs_with_our_transformer_and_loads_it_from_a_fo
 
 # ---- Hub
 
-LOAD_IN_ALL_WAYS = """
-    import hashlib, json, torch, diffusers, diffusers_dtr
+# With the network, then without. The branch `shards` has the transformer in several files.
+WAYS = [
+    {**way, **offline}
+    for offline in ({}, {"local_files_only": True})
+    for way in ({}, {"revision": "shards"}, {"variant": "other"})
+]
 
+LOAD_IN_ALL_WAYS = """
+    import hashlib, json, os, torch, diffusers, diffusers_dtr
+
+    assert not os.path.exists(os.path.join(os.environ["HF_HOME"], "hub"))
     loads = [
         (diffusers_dtr.DTRPipeline, "owner/ours"),
         (diffusers.DiffusionPipeline, "owner/ours"),
@@ -194,11 +202,12 @@ LOAD_IN_ALL_WAYS = """
     ]
     found = []
     for loader, repo in loads:
-        pipeline = loader.from_pretrained(repo)
-        pipeline.set_progress_bar_config(disable=True)
-        images = pipeline(**json.loads({arguments!r}), generator=torch.Generator().manual_seed(0)).images
-        names = [type(pipeline).__name__, type(pipeline.transformer).__name__]
-        found.append([*names, hashlib.sha256(images.tobytes()).hexdigest()])
+        for way in {ways!r}:
+            pipeline = loader.from_pretrained(repo, **way)
+            pipeline.set_progress_bar_config(disable=True)
+            images = pipeline(**json.loads({arguments!r}), generator=torch.Generator().manual_seed(0)).images
+            names = [type(pipeline).__name__, type(pipeline.transformer).__name__]
+            found.append([*names, hashlib.sha256(images.tobytes()).hexdigest()])
     print(json.dumps(found))
 """
 
@@ -208,13 +217,22 @@ def test_pipelines_load_from_a_hub_in_a_fresh_process_with_the_same_samples(hub,
     samples = {}
     for name, pipeline in (("ours", ours), ("theirs", theirs)):
         pipeline.push_to_hub(f"owner/{name}")
-        pipeline.save_pretrained(tmp_path / name)
+        pipeline.push_to_hub(f"owner/{name}", variant="other")
+        pipeline.save_pretrained(tmp_path / name, max_shard_size="50KB")
+        HfApi().create_branch(f"owner/{name}", branch="shards")
+        HfApi().upload_folder(
+            repo_id=f"owner/{name}", folder_path=tmp_path / name, revision="shards", delete_patterns="*.safetensors"
+        )
+        assert any("-of-" in path for path in HfApi().list_repo_files(f"owner/{name}", revision="shards"))
         # Loaded weights lie elsewhere in memory than new ones, which changes the last bits of matrix products.
-        samples[name] = digest(draw(type(pipeline).from_pretrained(tmp_path / name)))
-    found = fresh_process(LOAD_IN_ALL_WAYS.format(arguments=json.dumps(ARGUMENTS)))
+        samples[name, "shards"] = digest(draw(type(pipeline).from_pretrained(tmp_path / name)))
+        pipeline.save_pretrained(tmp_path / "whole" / name)
+        samples[name, "main"] = digest(draw(type(pipeline).from_pretrained(tmp_path / "whole" / name)))
+    found = fresh_process(LOAD_IN_ALL_WAYS.format(arguments=json.dumps(ARGUMENTS), ways=WAYS))
     assert found == [
-        *[["DTRPipeline", "DTRTransformer2DModel", samples["ours"]]] * 2,
-        *[["DiTPipeline", "DTRTransformer2DModel", samples["theirs"]]] * 2,
+        [pipeline_class, "DTRTransformer2DModel", samples[name, way.get("revision", "main")]]
+        for pipeline_class, name in (("DTRPipeline", "ours"), ("DiTPipeline", "theirs"))
+        for way in WAYS * 2
     ]
 
 
