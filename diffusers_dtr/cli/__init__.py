@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from huggingface_hub.errors import EntryNotFoundError, HTTPError, SafetensorsParsingError
 from safetensors import SafetensorError
 
-from . import card, inspect, sample
+from . import card, convert, inspect, sample
 
 
-_COMMANDS = (card, inspect, sample)
+_COMMANDS = (card, convert, inspect, sample)
 
 # What users can do something about: arguments, files, the network, missing extras. Anything else is a bug, and shows
 # as one. `HTTPError` is that of the Hub client's transport, whose package depends on the client's version.

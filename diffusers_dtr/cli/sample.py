@@ -16,7 +16,7 @@ from .options import add_hub_arguments, new_parser
 from .outputs import new_output
 
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_HALF_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 _EXAMPLE = """\
   diffusers-dtr sample demo/pipeline --labels 3 7 --num_images 8 --guidance_scale 1.5 --output digits.png
   diffusers-dtr sample owner/model --labels "golden retriever" --scheduler DPMSolverMultistepScheduler \\
@@ -29,6 +29,14 @@ def scheduler_class(name: str) -> type[SchedulerMixin]:
     if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
         raise argparse.ArgumentTypeError(f"must be a scheduler of diffusers, such as DDIMScheduler, got {name!r}")
     return found
+
+
+def device(name: str) -> torch.device:
+    """Parse the name of a device that is there for argparse."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"must be a device of this machine, such as cpu, got {name!r}") from error
 
 
 def add_parser(subparsers) -> None:
@@ -77,8 +85,12 @@ def add_parser(subparsers) -> None:
         default=16,
         help="Compute at most this many images at once, to save memory. Default: %(default)s.",
     )
-    parser.add_argument("--device", help="Where to compute, such as cuda:1. An accelerator, if there is one.")
-    parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="Precision. Default: %(default)s.")
+    parser.add_argument(
+        "--device", type=device, help="Where to compute, such as cuda:1. An accelerator, if there is one."
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", *_HALF_DTYPES), default="float32", help="Precision. Default: %(default)s."
+    )
     parser.add_argument(
         "--output", default="samples.png", help="PNG to write; it must not exist. Default: %(default)s."
     )
@@ -99,7 +111,11 @@ def run(args: argparse.Namespace) -> None:
             labels = [_label(pipeline, text) for text in args.labels]
             wanted, columns = {"class_labels": [label for label in labels for _ in seeds]}, len(seeds)
             seeds = [*seeds] * len(labels)
-        images = pipeline.to(args.device or _default_device(), _DTYPES[args.dtype])(
+        pipeline.to(args.device or _default_device())
+        # diffusers warns of every cast, also of one that changes nothing.
+        if args.dtype in _HALF_DTYPES:
+            pipeline.to(_HALF_DTYPES[args.dtype])
+        images = pipeline(
             **wanted,
             guidance_scale=args.guidance_scale,
             num_inference_steps=args.num_inference_steps,

@@ -143,3 +143,11 @@ def test_an_unknown_scheduler_is_refused_before_anything_is_loaded(capsys):
         with pytest.raises(SystemExit, match="2"):
             main(["sample", "owner/none", "--scheduler", name])
         assert f"must be a scheduler of diffusers, such as DDIMScheduler, got '{name}'" in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(folder, tmp_path, capsys):
+    for name in ("cuda:99", "nonsense"):
+        with pytest.raises(SystemExit, match="2"):
+            main(["sample", "owner/none", "--device", name])
+        assert f"must be a device of this machine, such as cpu, got '{name}'" in capsys.readouterr().err
+    sample(folder, tmp_path / "grid.png", "--device", "cpu")

@@ -1,0 +1,265 @@
+"""`diffusers-dtr convert`: between checkpoints of the original DiT, DTR and ANT code and pipelines."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler
+
+from ..hub.checksums import verified_downloads
+from ..models.convert_original_dit import convert_original_dit, original_dit_state_dict
+from ..models.original_checkpoint import CHECKPOINT_WEIGHTS, load_original_checkpoint
+from ..models.per_block_embedders import PER_BLOCK_CLASS_NAMES
+from ..models.transformer_dit import DTRTransformer2DModel
+from ..pipelines.pipeline_dtr import DTRPipeline
+from ..training.arguments import positive_int
+from ..training.outputs import PIPELINE_INDEX
+from .options import add_hub_arguments, new_parser
+from .outputs import forget_local_paths, new_output
+from .sources import open_source
+
+
+_VAE = "stabilityai/sd-vae-ft-ema"
+_IMAGENET_PIPELINE = "facebook/DiT-XL-2-256"
+_IMAGENET_CLASSES = 1000
+
+_FILE_SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
+_HALF_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
+
+# The flags that each kind of source has a use for.
+_ROUTING = ("routing_alpha", "routing_beta")
+_HUB = ("revision", "token")
+_FILE_FLAGS = (
+    "weights",
+    "num_attention_heads",
+    "class_dropout_prob",
+    "noise_schedule",
+    "num_train_timesteps",
+    "vae_name_or_path",
+    "no_vae",
+    "labels",
+    "no_labels",
+    *_ROUTING,
+    "token",
+)
+_EXAMPLE = f"""\
+  diffusers-dtr convert 0400000.pt dit-l-dtr
+  diffusers-dtr convert DiT-XL-2-256x256.pt dit-xl --vae_name_or_path path/to/vae --labels names.json
+  diffusers-dtr convert {_IMAGENET_PIPELINE} dit-xl-routed --routing_beta 0.8
+  diffusers-dtr convert dit-l-dtr back.pt --to_original"""
+
+
+def add_parser(subparsers) -> None:
+    """Add the command's parser."""
+    parser = new_parser(
+        subparsers,
+        "convert",
+        "Convert checkpoints of the original DiT, DTR and ANT code to pipelines, and back.",
+        "SOURCE is a file of the authors' code (.pt or .safetensors), which becomes a pipeline, or a pipeline with a\n"
+        "DiT, in a folder or on the Hub, which becomes a routed one or, with --to_original, a state dict of the\n"
+        "authors' code. Nothing in a file is executed: one that asks for it is refused. Nothing is written over.",
+        _EXAMPLE,
+    )
+    parser.add_argument("source", metavar="SOURCE", help="Checkpoint file, or a pipeline's folder or repository.")
+    parser.add_argument("output", metavar="OUTPUT", help="Folder of the new pipeline, or the .pt file to write.")
+    parser.add_argument(
+        "--to_original", action="store_true", help="Write a state dict under the names of the authors' code."
+    )
+    group = parser.add_argument_group("what a checkpoint file does not tell")
+    group.add_argument(
+        "--weights",
+        choices=CHECKPOINT_WEIGHTS,
+        help="Which weights of a training checkpoint: averaged, or as trained. Default: ema.",
+    )
+    group.add_argument(
+        "--num_attention_heads",
+        type=positive_int,
+        help="Attention heads. Default: those of the published model of the same depth and width.",
+    )
+    group.add_argument(
+        "--class_dropout_prob",
+        type=float,
+        help="Probability of dropping labels in training; at 0 all rows of the label table are classes. "
+        "Default: 0.1, or 0 for a table of one row.",
+    )
+    group.add_argument(
+        "--noise_schedule",
+        choices=("linear", "squaredcos_cap_v2"),
+        help="Noise schedule that the model was trained on. Default: linear.",
+    )
+    group.add_argument(
+        "--num_train_timesteps",
+        type=positive_int,
+        help="Timesteps that it was trained on. Default: as many as the masks have, or 1000.",
+    )
+    vae = group.add_mutually_exclusive_group()
+    vae.add_argument(
+        "--vae_name_or_path",
+        help=f"Autoencoder in whose latent space the model works; it is copied into the pipeline. Default: {_VAE}.",
+    )
+    vae.add_argument("--no_vae", action="store_true", help="The model works on pixels.")
+    labels = group.add_mutually_exclusive_group()
+    labels.add_argument(
+        "--labels",
+        help='Names of the classes: a JSON file {"0": "name", ...}, or a pipeline that has them (folder or '
+        f"repository). Default: those of {_IMAGENET_PIPELINE} for {_IMAGENET_CLASSES} classes, else none.",
+    )
+    labels.add_argument("--no_labels", action="store_true", help="Leave the classes without names.")
+    group = parser.add_argument_group(
+        "routing", "Read from the masks of DTR's checkpoints, and kept of routed pipelines; other models are unrouted."
+    )
+    group.add_argument("--routing_alpha", type=float, help="How late the channel window slides.")
+    group.add_argument("--routing_beta", type=float, help="Share of active channels; 1 is unrouted.")
+    add_hub_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Convert."""
+    source = Path(args.source)
+    if source.suffix in _FILE_SUFFIXES and not source.is_file():
+        raise ValueError(f"There is no file {args.source!r}.")
+    if args.to_original:
+        if source.is_file():
+            raise ValueError("`--to_original` takes a pipeline, in a folder or on the Hub, got a file.")
+        _check_flags(args, _HUB, "--to_original")
+        with new_output(args.output, suffix=".pt") as path:
+            torch.save(original_dit_state_dict(_load_transformer(args)), path)
+    else:
+        convert, used = (_from_file, _FILE_FLAGS) if source.is_file() else (_from_pipeline, (*_ROUTING, *_HUB))
+        _check_flags(args, used, "a file" if source.is_file() else "a pipeline")
+        with new_output(args.output) as path:
+            pipeline = convert(args)
+            forget_local_paths(pipeline)
+            pipeline.save_pretrained(path)
+    print(args.output)
+
+
+def _check_flags(args: argparse.Namespace, used: tuple[str, ...], source: str) -> None:
+    """A flag that would have no effect is a mistake."""
+    given = [name for name in (*_FILE_FLAGS, "revision") if getattr(args, name) not in (None, False)]
+    useless = [f"`--{name}`" for name in given if name not in used]
+    if useless:
+        raise ValueError(f"{', '.join(useless)} would have no effect for {source}, and must be left out.")
+
+
+def _given(args: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+# ---- from a checkpoint of the authors' code
+
+
+def _from_file(args: argparse.Namespace) -> DTRPipeline:
+    timesteps = args.num_train_timesteps
+    routing = _given(args, _ROUTING)
+    if timesteps is not None:
+        routing["routing_timestep_range"] = (0, timesteps - 1)
+    transformer = convert_original_dit(
+        load_original_checkpoint(args.source, args.weights),
+        args.num_attention_heads,
+        class_dropout_prob=args.class_dropout_prob,
+        **routing,
+    )
+    return DTRPipeline(
+        scheduler=_scheduler(transformer, args.noise_schedule or "linear", latents=not args.no_vae),
+        transformer=transformer,
+        id2label=_labels(args, transformer.config.num_embeds_ada_norm),
+        vae=_vae(args, transformer.config.in_channels),
+    )
+
+
+def _scheduler(transformer: DTRTransformer2DModel, beta_schedule: str, latents: bool) -> DDPMScheduler:
+    num_train_timesteps = int(transformer.routing.timestep_range[1]) + 1
+    learns_variance = transformer.config.out_channels == 2 * transformer.config.in_channels
+    return DDPMScheduler(
+        num_train_timesteps=num_train_timesteps,
+        # As the authors' code scales the linear schedule of DDPM to other numbers of timesteps.
+        beta_start=0.1 / num_train_timesteps,
+        beta_end=20 / num_train_timesteps,
+        beta_schedule=beta_schedule,
+        variance_type="learned_range" if learns_variance else "fixed_large",
+        clip_sample=not latents,
+    )
+
+
+def _vae(args: argparse.Namespace, in_channels: int) -> AutoencoderKL | None:
+    if args.no_vae:
+        return None
+    name = args.vae_name_or_path or _VAE
+    try:
+        channels = AutoencoderKL.load_config(name, token=args.token).get("latent_channels")
+    except OSError as error:
+        raise ValueError(
+            f"The autoencoder {name} could not be had ({type(error).__name__}). Give `--vae_name_or_path` its folder "
+            "or repository, or `--no_vae` for a model of pixels."
+        ) from error
+    if channels != in_channels:
+        raise ValueError(
+            f"`--vae_name_or_path` must be an autoencoder with {in_channels} latent channels, as the model has, but "
+            f"{name} has {channels}. For a model of pixels give `--no_vae`."
+        )
+    with verified_downloads(name, token=args.token):
+        return AutoencoderKL.from_pretrained(name, token=args.token)
+
+
+def _labels(args: argparse.Namespace, num_classes: int) -> dict[str, str] | None:
+    if args.no_labels or (args.labels is None and num_classes != _IMAGENET_CLASSES):
+        return None
+    if args.labels is not None and Path(args.labels).is_file():
+        labels = json.loads(Path(args.labels).read_text(encoding="utf-8"))
+    else:
+        labels = _labels_of_pipeline(args.labels or _IMAGENET_PIPELINE, args.token)
+    known = {str(label) for label in range(num_classes)}
+    if not (
+        isinstance(labels, dict) and labels.keys() <= known and all(isinstance(name, str) for name in labels.values())
+    ):
+        raise ValueError(f'`--labels` must be names of classes below {num_classes}, as {{"0": "name", "1": "other"}}.')
+    return labels
+
+
+def _labels_of_pipeline(name: str, token: str | None) -> Any:
+    try:
+        index = open_source(name, token=token).read_json(PIPELINE_INDEX)
+    except OSError as error:
+        raise ValueError(
+            f"The names of the classes could not be had from {name} ({type(error).__name__}). Give `--labels` a JSON "
+            "file or a pipeline that has them, or give `--no_labels`."
+        ) from error
+    labels = (index or {}).get("id2label")
+    if labels is None:
+        raise ValueError(f"`--labels` must be a pipeline with names of classes (`id2label`), but {name} has none.")
+    return labels
+
+
+# ---- from a pipeline
+
+
+def _from_pipeline(args: argparse.Namespace) -> DTRPipeline:
+    where = {"revision": args.revision, "token": args.token}
+    return DTRPipeline.from_pretrained(args.source, transformer=_load_transformer(args), **where)
+
+
+def _load_transformer(args: argparse.Namespace) -> DTRTransformer2DModel:
+    """A pipeline's denoiser in the precision that it is saved in, and with the routing that is asked for."""
+    source = open_source(args.source, args.revision, args.token)
+    config = source.read_json("transformer/config.json") or {}
+    name = config.get("_class_name")
+    if name not in ("DTRTransformer2DModel", *PER_BLOCK_CLASS_NAMES):
+        raise ValueError(
+            f"{args.source!r} must be a checkpoint file, or a pipeline whose `transformer` is a DiT of diffusers or "
+            f"ours, got {'none' if name is None else name}."
+        )
+    routing = _given(args, _ROUTING)
+    if name in PER_BLOCK_CLASS_NAMES:
+        routing = {"routing_beta": 1.0, **routing}
+    model = DTRTransformer2DModel.from_pretrained(
+        args.source, subfolder="transformer", revision=args.revision, token=args.token, **routing
+    )
+    saved = [*source.parameter_counts("transformer/")]
+    # Loaded as float32, which holds half precision exactly.
+    return model.to(_HALF_DTYPES[saved[0]]) if len(saved) == 1 and saved[0] in _HALF_DTYPES else model
