@@ -10,6 +10,7 @@ from diffusers import ModelMixin
 
 from ..hub.shared import HubMixin
 from ..routing import ChannelRouting
+from .config_limits import check_config, check_size
 
 
 class RoutedModelMixin(HubMixin):
@@ -17,9 +18,19 @@ class RoutedModelMixin(HubMixin):
 
     routing: ChannelRouting
 
+    def register_to_config(self, **config) -> None:
+        """Set config values, as diffusers' constructors do before anything is built.
+
+        Raises:
+            ValueError: For values that no model has, see [`~diffusers_dtr.models.config_limits.check_config`].
+        """
+        check_config(type(self), config)
+        super().register_to_config(**config)
+
     def _init_routing(self, widths: set[int]) -> None:
         """Read the routing from the config; call it before any layer is built, so that a bad value costs nothing."""
         config = self.config
+        check_size(config, max(widths, default=0))
         self.routing = ChannelRouting(
             alpha=config.routing_alpha,
             beta=config.routing_beta,

@@ -419,6 +419,9 @@ class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMi
                 )
         own_config = signature(cls).parameters.keys() - signature(DiTTransformer2DModel).parameters.keys()
         overrides = {name: kwargs.pop(name) for name in own_config & kwargs.keys()}
+        # diffusers' constructor refuses nothing; ours, which does, costs no memory on this device.
+        with torch.device("meta"):
+            cls(**{name: config[name] for name in signature(cls).parameters if name in config} | overrides)
         with_info = kwargs.pop("output_loading_info", False)
         plain, info = DiTTransformer2DModel.from_pretrained(
             pretrained_model_name_or_path, output_loading_info=True, **kwargs
