@@ -1,0 +1,230 @@
+"""Runs of the text-to-image script: full and LoRA, from pipelines of diffusers' and of ours."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import PixArtAlphaPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
+from huggingface_hub import HfApi
+from safetensors.torch import load_file
+from text_to_image_runs import FAMILIES, SCRIPT, every_family, make_captioned_images, train
+from training_runs import arguments, load_script, record, same_weights, weights
+
+
+PIPELINES = {"sd": StableDiffusionPipeline, "pixart": PixArtAlphaPipeline, "sd3": StableDiffusion3Pipeline}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return make_captioned_images(tmp_path_factory.mktemp("data") / "images")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> dict[str, Path]:
+    """A pipeline of every family as diffusers has it."""
+    folder = tmp_path_factory.mktemp("plain")
+    return {name: family.save_plain(folder / name) for name, family in FAMILIES.items()}
+
+
+def sample(pipeline) -> torch.Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"use_resolution_binning": False} if isinstance(pipeline, PixArtAlphaPipeline) else {}
+    size = {"height": 8, "width": 8, "num_inference_steps": 2, "output_type": "pt"}
+    return pipeline("a two", generator=torch.Generator().manual_seed(0), **size, **options).images
+
+
+def first_call(name, images, output_dir, pipeline, monkeypatch, *flags) -> tuple[tuple, dict, torch.Tensor]:
+    """What the denoiser is told in the first step, and what it says."""
+    cls, calls = FAMILIES[name].family.routed_class, []
+    forward = cls.forward
+
+    def spy(model, *inputs, **options):
+        output = forward(model, *inputs, **options)
+        if model.training:
+            calls.append((inputs, options, output[0].detach()))
+        return output
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cls, "forward", spy)
+        train(name, images, output_dir, pipeline, "--max_train_steps", 2, *flags)
+    return calls[0]
+
+
+@every_family
+def test_result_is_the_familys_pipeline_with_our_denoiser_and_the_pretrained_parts(name, plain, images, tmp_path):
+    flags = [
+        "--proportion_empty_prompts",
+        0.2,
+        "--validation_prompts",
+        "a one",
+        "two",
+        "--validation_guidance_scale",
+        2,
+    ]
+    run = train(name, images, tmp_path / "run", plain[name], *flags, "--use_ema", "--validation_data_dir", images)
+    before, after = PIPELINES[name].from_pretrained(plain[name]), PIPELINES[name].from_pretrained(run)
+    denoiser = getattr(after, FAMILIES[name].denoiser)
+    assert type(denoiser) is FAMILIES[name].family.routed_class
+    assert denoiser.config.routing_beta == 0.8
+    assert tuple(denoiser.config.routing_timestep_range) == (0, 999)
+    assert after.scheduler.config == before.scheduler.config
+    for part, component in before.components.items():
+        if isinstance(component, torch.nn.Module) and part != FAMILIES[name].denoiser:
+            kept = getattr(after, part).state_dict()
+            assert all(torch.equal(kept[key], value) for key, value in component.state_dict().items())
+    assert not torch.equal(sample(after), sample(before))
+    assert list((run / "samples").glob("*.png"))
+    assert record(run)["results"]["validation_loss"] > 0
+
+
+@every_family
+def test_adapters_alone_are_saved_and_load_on_the_routed_base(name, plain, images, tmp_path):
+    run = train(name, images, tmp_path / "run", plain[name], "--rank", 2, "--lora_alpha", 4, "--routing_beta", 0.7)
+    assert "model_index.json" not in {path.name for path in run.iterdir()}
+    assert len(load_file(run / "pytorch_lora_weights.safetensors")) > 0
+    denoiser, cls = FAMILIES[name].denoiser, FAMILIES[name].family.routed_class
+    routing = {key: value for key, value in record(run)["model"]["config"].items() if key.startswith("routing_")}
+    assert routing["routing_beta"] == 0.7
+    pipeline = PIPELINES[name].from_pretrained(plain[name])
+    routed = getattr(cls, f"from_{denoiser}")(getattr(pipeline, denoiser), **routing)
+    setattr(pipeline, denoiser, routed)
+    before = sample(pipeline)
+    if name == "pixart":
+        routed.load_lora_adapter(run, weight_name="pytorch_lora_weights.safetensors", prefix=None)
+    else:
+        pipeline.load_lora_weights(run)
+    assert not torch.equal(sample(pipeline), before)
+    trained = load_file(run / "checkpoint-3" / f"{denoiser}_lora" / "pytorch_lora_weights.safetensors")
+    (adapter,) = routed.peft_config
+    loaded = routed.state_dict()
+    assert all(torch.equal(loaded[key.replace(".weight", f".{adapter}.weight")], trained[key]) for key in trained)
+
+
+@every_family
+@pytest.mark.parametrize("rank", [(), ("--rank", 2)], ids=["full", "lora"])
+def test_warm_up_starts_exactly_at_the_pretrained_model(name, rank, plain, images, tmp_path, monkeypatch):
+    flags = [*rank, "--routing_warmup_steps", 2]
+    inputs, options, said = first_call(name, images, tmp_path / "warm", plain[name], monkeypatch, *flags)
+    pretrained = getattr(PIPELINES[name].from_pretrained(plain[name]), FAMILIES[name].denoiser)
+    with torch.no_grad():
+        expected = pretrained(*inputs, **options)[0]
+    assert torch.equal(said, expected)
+    *_, cold = first_call(name, images, tmp_path / "cold", plain[name], monkeypatch, *rank)
+    assert not torch.equal(cold, expected)
+
+
+def test_routed_base_keeps_its_routing_unless_another_is_given(images, tmp_path):
+    base = FAMILIES["sd"].save_routed(tmp_path / "base", routing_beta=0.6, routing_alpha=2.0)
+    kept = train("sd", images, tmp_path / "kept", base, "--rank", 2, "--max_train_steps", 1)
+    changed = train("sd", images, tmp_path / "changed", base, "--routing_beta", 0.9, "--max_train_steps", 1)
+    assert record(kept)["model"]["config"]["routing_beta"] == 0.6
+    config = StableDiffusionPipeline.from_pretrained(changed).unet.config
+    assert (config.routing_beta, config.routing_alpha) == (0.9, 2.0)
+
+
+@every_family
+def test_cached_and_fresh_embeddings_and_latents_train_alike(name, plain, images, tmp_path):
+    flags = ["--center_crop", "--proportion_empty_prompts", 0.3]
+    fresh = train(name, images, tmp_path / "fresh", plain[name], *flags)
+    caching = ["--cache_latents", "--cache_text_embeddings"]
+    cached = train(name, images, tmp_path / "cached", plain[name], *flags, *caching)
+    assert {path.name for path in cached.iterdir()} - {path.name for path in fresh.iterdir()} == {
+        "latents",
+        "text_embeddings",
+    }
+    denoiser = FAMILIES[name].denoiser
+    for key, weight in weights(fresh, denoiser).items():
+        # A text's embedding is rounded by the batch that it is in, and Adam divides by small gradients.
+        torch.testing.assert_close(weights(cached, denoiser)[key], weight, rtol=0, atol=1e-4)
+    assert (cached / "text_encoder").is_dir()
+
+
+def test_empty_prompts_say_nothing_of_the_captions(plain, images, tmp_path):
+    others = make_captioned_images(tmp_path / "others")
+    metadata = others / "metadata.jsonl"
+    lines = [json.loads(line) | {"text": ["something else"]} for line in metadata.read_text().splitlines()]
+    metadata.write_text("\n".join(map(json.dumps, lines)))
+    for proportion in (0, 1):
+        flags = ["--proportion_empty_prompts", proportion, "--max_train_steps", 1]
+        runs = [
+            train("sd", data, tmp_path / f"{proportion}-{data.name}", plain["sd"], *flags) for data in (images, others)
+        ]
+        assert same_weights(*runs, "unet") == (proportion == 1)
+
+
+def test_held_out_loss_is_of_first_captions_whatever_the_run_draws(plain, images, tmp_path):
+    losses = set()
+    for seed, proportion in ((0, 0), (1, 1)):
+        flags = ["--seed", seed, "--proportion_empty_prompts", proportion, "--validation_data_dir", images]
+        still = ["--learning_rate", 0, "--max_train_steps", 1]
+        run = train("sd", images, tmp_path / f"{seed}-{proportion}", plain["sd"], *flags, *still)
+        losses.add(record(run)["results"]["validation_loss"])
+    assert len(losses) == 1
+
+
+def test_denoiser_from_scratch_has_the_config_and_the_size_of_the_images(plain, images, tmp_path):
+    config = {**FAMILIES["sd"].family.config, "block_out_channels": (4, 8), "sample_size": 32}
+    run = train("sd", images, tmp_path / "run", plain["sd"], "--denoiser_config", config, "--max_train_steps", 1)
+    unet = StableDiffusionPipeline.from_pretrained(run).unet
+    assert (unet.config.block_out_channels, unet.config.sample_size) == ([4, 8], 8)
+
+
+def test_predicted_variance_is_learned(plain, images, tmp_path):
+    flags = ["--denoiser_config", FAMILIES["pixart"].family.config, "--learn_sigma", "--max_train_steps", 1]
+    pipeline = PixArtAlphaPipeline.from_pretrained(train("pixart", images, tmp_path / "run", plain["pixart"], *flags))
+    assert pipeline.transformer.config.out_channels == 8
+    assert sample(pipeline).shape == (1, 3, 8, 8)
+
+
+def test_flow_matching_takes_logit_normal_timesteps(plain, images, tmp_path):
+    flags = ["--timestep_sampling", "logit_normal", "--logit_mean", 0.5, "--logit_std", 1.2]
+    one_step = ["--max_train_steps", 1]
+    uniform = train("sd3", images, tmp_path / "uniform", plain["sd3"], *one_step)
+    logit_normal = train("sd3", images, tmp_path / "logit_normal", plain["sd3"], *one_step, *flags)
+    assert not same_weights(uniform, logit_normal)
+
+
+def test_all_that_the_trainer_can_do_works_together(plain, images, tmp_path):
+    flags = [
+        "--gradient_checkpointing",
+        "--mixed_precision",
+        "bf16",
+        "--gradient_accumulation_steps",
+        2,
+        "--max_train_steps",
+        1,
+    ]
+    clusters = ["--num_clusters", 2, "--balancing", "uncertainty", "--loss_weighting", "min_snr"]
+    for rank in ((), ("--rank", 2)):
+        run = train("sd", images, tmp_path / str(len(rank)), plain["sd"], *flags, *clusters, *rank)
+        assert record(run)["mixed_precision"] == "bf16"
+
+
+def test_revision_and_variant_of_a_hub_repository_are_loaded(hub, images, tmp_path):
+    api = HfApi()
+    api.create_repo("owner/base")
+    FAMILIES["sd"].pipeline(FAMILIES["sd"].family.plain()).save_pretrained(tmp_path / "base", variant="fp16")
+    first = api.upload_folder(repo_id="owner/base", folder_path=tmp_path / "base").oid
+    api.delete_folder("unet", repo_id="owner/base")
+    flags = ["--revision", first, "--variant", "fp16", "--learning_rate", 0, "--max_train_steps", 1]
+    run = train("sd", images, tmp_path / "run", "owner/base", *flags)
+    before = load_file(tmp_path / "base" / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    assert all(torch.equal(value, before[key]) for key, value in weights(run, "unet").items())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rank", 2, "--use_ema"], "--rank does not go with --use_ema"),
+        (["--rank", 2, "--denoiser_config", {}], "--rank does not go with --denoiser_config"),
+        (["--lora_alpha", 2], "--lora_alpha and --lora_layers have an effect with --rank only"),
+        (["--proportion_empty_prompts", 1.5], r"--proportion_empty_prompts must be in \[0, 1\], got 1.5"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused(flags, message, images, tmp_path, capsys):
+    source = ("--pretrained_model_name_or_path", "base")
+    with pytest.raises(SystemExit):
+        load_script(SCRIPT).parse_args(arguments(images, tmp_path / "run", *flags, source=source))
+    assert message.replace("\\", "") in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

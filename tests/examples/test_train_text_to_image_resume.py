@@ -1,0 +1,50 @@
+"""A text-to-image run that is interrupted and resumed ends with the weights of the uninterrupted one, to the bit."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from text_to_image_runs import FAMILIES, every_family, make_captioned_images, train
+
+
+# Everything that draws at random, or has a state.
+EVERYTHING = [
+    *("--max_train_steps", 4, "--checkpointing_steps", 2, "--proportion_empty_prompts", 0.3, "--random_flip"),
+    *("--routing_warmup_steps", 3, "--lr_scheduler", "cosine", "--gradient_accumulation_steps", 2),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Sums are split between threads, and equal to the bit only where they are split alike."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@every_family
+@pytest.mark.parametrize("way", [("--use_ema",), ("--rank", 2)], ids=["full", "lora"])
+def test_resumed_run_ends_with_the_uninterrupted_weights(name, way, tmp_path):
+    images = make_captioned_images(tmp_path / "images")
+    pipeline = FAMILIES[name].save_plain(tmp_path / "base")
+    whole = train(name, images, tmp_path / "whole", pipeline, *EVERYTHING, *way)
+    run = tmp_path / "run"
+    shutil.copytree(whole / "checkpoint-2", run / "checkpoint-2")
+    train(name, images, run, pipeline, *EVERYTHING, *way, "--resume_from_checkpoint", "latest")
+    one, other = (saved_weights(folder) for folder in (run, whole))
+    assert one.keys() == other.keys()
+    assert one
+    assert all(torch.equal(one[key], value) for key, value in other.items())
+
+
+def saved_weights(run: Path) -> dict[str, torch.Tensor]:
+    """Of the result, and of the last checkpoint."""
+    files = [run / "pytorch_lora_weights.safetensors", *run.glob("*/diffusion_pytorch_model.safetensors")]
+    files += (run / "checkpoint-4").rglob("*.safetensors")
+    tensors = {}
+    for file in filter(Path.exists, files):
+        tensors |= {f"{file.relative_to(run)}/{key}": value for key, value in load_file(file).items()}
+    return tensors

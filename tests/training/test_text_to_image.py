@@ -1,0 +1,176 @@
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+
+sys.path.append(str(Path(__file__).parents[1] / "models"))
+
+from tiny_models import PIXART, SD3, UNET_CONDITION
+from tiny_text_encoders import pixart_alpha, stable_diffusion, stable_diffusion_3
+
+from diffusers_dtr import DTRPipeline
+from diffusers_dtr.training import (
+    TEXT_TO_IMAGE_FAMILIES,
+    build_text_encoder,
+    frozen_dtype,
+    load_text_to_image_pipeline,
+    sample_text_to_image,
+    text_to_image_family,
+)
+
+
+PROMPTS = ["a one", "two", "three"]
+PIPELINES = {
+    "sd": lambda: stable_diffusion(UNET_CONDITION.routed()),
+    "pixart": lambda: pixart_alpha(PIXART.routed()),
+    "sd3": lambda: stable_diffusion_3(SD3.routed()),
+}
+every_family = pytest.mark.parametrize("name", PIPELINES)
+
+
+@pytest.fixture
+def accelerator(request):
+    yield Accelerator(cpu=True, mixed_precision=getattr(request, "param", "no"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    PartialState._reset_state()
+
+
+@pytest.fixture
+def args(tmp_path):
+    options = {"max_sequence_length": None, "cache_text_embeddings": False, "learn_sigma": False}
+    source = {"pretrained_model_name_or_path": str(tmp_path / "base"), "revision": None, "variant": None}
+    noise = {"noise_schedule": None, "num_train_timesteps": None, "prediction_type": None}
+    size = {"resolution": 8, "train_batch_size": 2, "output_dir": str(tmp_path), "cache_dir": None}
+    sampling = {"validation_guidance_scale": 3.0, "validation_num_inference_steps": 3}
+    return Namespace(**options, **source, **noise, **size, **sampling)
+
+
+def build(name, args, accelerator, prompts=PROMPTS):
+    pipeline = PIPELINES[name]()
+    pipeline.set_progress_bar_config(disable=True)
+    family = TEXT_TO_IMAGE_FAMILIES[type(pipeline).__name__]
+    return pipeline, family, build_text_encoder(args, family, pipeline, {"", *prompts}, accelerator)
+
+
+@every_family
+def test_denoiser_is_told_in_training_what_its_pipeline_tells_it(name, args, accelerator):
+    args.max_sequence_length = None if name == "sd" else 12
+    pipeline, family, encode = build(name, args, accelerator)
+    said = {}
+    getattr(pipeline, family.denoiser).register_forward_pre_hook(
+        lambda module, positional, keywords: said.update(keywords), with_kwargs=True
+    )
+    length = {} if name == "sd" else {"max_sequence_length": 12}
+    options = {"guidance_scale": 1.0, "num_inference_steps": 2, "height": 8, "width": 8}
+    pipeline(PROMPTS, **options, **family.sample_options, **length)
+    conditions = family.conditions(encode(PROMPTS), resolution=8)
+    conditions.pop("added_cond_kwargs", None)
+    assert conditions
+    for argument, value in conditions.items():
+        torch.testing.assert_close(value, said[argument])
+
+
+@every_family
+@pytest.mark.parametrize("cached", [False, True])
+def test_validation_images_are_those_of_the_pipeline(name, cached, args, accelerator):
+    args.cache_text_embeddings, args.train_batch_size = cached, 3
+    expected_pipeline = PIPELINES[name]()
+    pipeline, family, encode = build(name, args, accelerator)
+    images = sample_text_to_image(args, family, pipeline, encode, PROMPTS, torch.Generator().manual_seed(0))
+    expected_pipeline.set_progress_bar_config(disable=True)
+    expected = expected_pipeline(
+        PROMPTS,
+        guidance_scale=3.0,
+        num_inference_steps=3,
+        height=8,
+        width=8,
+        generator=torch.Generator().manual_seed(0),
+        **family.sample_options,
+    ).images
+    assert len(images) == 3
+    for one, other in zip(images, expected, strict=True):
+        assert np.abs(np.asarray(one, dtype=int) - np.asarray(other)).max() <= 1  # grey values of 255
+
+
+@every_family
+def test_validation_takes_batches_no_larger_than_those_of_training(name, args, accelerator):
+    pipeline, family, encode = build(name, args, accelerator)
+    sizes = []
+    getattr(pipeline, family.denoiser).register_forward_pre_hook(
+        lambda module, positional, keywords: sizes.append(len(keywords["encoder_hidden_states"])), with_kwargs=True
+    )
+    images = sample_text_to_image(args, family, pipeline, encode, PROMPTS, torch.Generator())
+    assert len(images) == 3
+    assert set(sizes) == {2, 4}  # guided: twice
+
+
+@every_family
+def test_text_encoders_are_gone_once_their_embeddings_are_cached(name, args, accelerator):
+    args.cache_text_embeddings = True
+    pipeline, _, encode = build(name, args, accelerator)
+    left = {part for part in pipeline.components if part.startswith("text_encoder")}
+    assert all(getattr(pipeline, part) is None for part in left)
+    assert all(len(embeddings) == 3 for embeddings in encode(PROMPTS).values())
+
+
+@pytest.mark.parametrize("accelerator", ["bf16"], indirect=True)
+def test_text_encoders_are_frozen_and_in_the_precision_of_the_run(args, accelerator):
+    pipeline, _, encode = build("sd", args, accelerator)
+    assert not any(parameter.requires_grad for parameter in pipeline.text_encoder.parameters())
+    assert not pipeline.text_encoder.training
+    assert pipeline.text_encoder.dtype == frozen_dtype(accelerator) == torch.bfloat16
+    assert encode(["one"])["prompt_embeds"].dtype == torch.bfloat16
+
+
+def test_pixart_is_told_the_size_of_its_images_where_it_wants_to_know(args, accelerator):
+    _, family, encode = build("pixart", args, accelerator)
+    wants = PIXART.routed(use_additional_conditions=True, attention_head_dim=12, cross_attention_dim=24)
+    inputs = {"hidden_states": torch.ones(3, 4, 8, 8), "timestep": torch.tensor([5, 50, 500])}
+    with torch.no_grad():
+        one, other = (wants(**inputs, **family.conditions(encode(PROMPTS), size)).sample for size in (8, 512))
+    assert not torch.equal(one, other)
+
+
+@every_family
+def test_pipeline_keeps_its_parts_but_for_denoiser_autoencoder_and_noise_schedule(name, args):
+    base = PIPELINES[name]()
+    base.save_pretrained(args.pretrained_model_name_or_path)
+    if name != "sd3":
+        args.prediction_type = "v_prediction"
+    family = text_to_image_family(args)
+    model, vae = getattr(base, family.denoiser), base.vae
+    pipeline = load_text_to_image_pipeline(args, family, model, vae)
+    assert type(pipeline) is type(base)
+    assert getattr(pipeline, family.denoiser) is model
+    assert pipeline.vae is vae
+    assert type(pipeline.scheduler) is type(base.scheduler)
+    assert name == "sd3" or pipeline.scheduler.config.prediction_type == "v_prediction"
+    assert base.components.keys() == pipeline.components.keys()
+
+
+def test_pipeline_of_another_kind_is_refused(args):
+    DTRPipeline(stable_diffusion(None).scheduler, unet=UNET_CONDITION.routed()).save_pretrained(
+        args.pretrained_model_name_or_path
+    )
+    with pytest.raises(ValueError, match=r"must be a pipeline of StableDiffusionPipeline, .*, got DTRPipeline"):
+        text_to_image_family(args)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ({"max_sequence_length": 4}, "`--max_sequence_length` must be left out: the tokenizer of a StableDiffusion"),
+        ({"learn_sigma": True}, "`--learn_sigma` must be left out: a StableDiffusionPipeline cannot sample"),
+    ],
+)
+def test_flags_that_the_family_has_no_use_for_are_refused(flag, message, args):
+    PIPELINES["sd"]().save_pretrained(args.pretrained_model_name_or_path)
+    with pytest.raises(ValueError, match=message):
+        text_to_image_family(Namespace(**{**vars(args), **flag}))
