@@ -11,6 +11,7 @@ import accelerate
 import diffusers_dtr
 
 from ..models.routed_model import RoutedModelMixin
+from ..pipelines.model_index import pipeline_class_name
 from ..training.checkpoints import STATE_FILE
 from ..training.outputs import PIPELINE_INDEX, RECORD_FILE
 from ..visualization import plot_routing_masks
@@ -79,7 +80,7 @@ def describe(source: Source) -> dict[str, Any]:
     scheduler = source.read_json("scheduler/scheduler_config.json")
     vae = source.read_json("vae/config.json") if index else None
     return {
-        "pipeline": index.get("_class_name"),
+        "pipeline": pipeline_class_name(index),
         "step": state.get("global_step"),
         "denoiser": {
             "class": config["_class_name"],

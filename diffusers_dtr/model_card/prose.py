@@ -83,7 +83,7 @@ def loading_code(model: TrainedModel, repo_id: str | None, name: str) -> str:
     source = repo_id or f"{LOCAL_PREFIX}{name}"
     if model.is_adapter:
         return _adapter_code(model, source)
-    pipeline_class = model.index.get("_class_name", "DTRPipeline")
+    pipeline_class = model.pipeline_class or "DTRPipeline"
     if pipeline_class == "DTRPipeline":
         lines = ["from diffusers_dtr import DTRPipeline"]
     else:
@@ -116,8 +116,8 @@ def _call(model: TrainedModel) -> str:
         return f"image = pipe({prompt!r}).images[0]"
     labels = model.index.get("id2label")
     if not model.num_classes:
-        call = "pipe()" if model.index.get("_class_name") != "DTRPipeline" else "pipe(num_images=4)"
-    elif labels and model.index.get("_class_name") == "DTRPipeline":
+        call = "pipe()" if model.pipeline_class != "DTRPipeline" else "pipe(num_images=4)"
+    elif labels and model.pipeline_class == "DTRPipeline":
         call = f"pipe(class_labels={json.dumps([next(iter(labels.values())).split(',')[0]], ensure_ascii=False)})"
     else:
         call = "pipe(class_labels=[0])"

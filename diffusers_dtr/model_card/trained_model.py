@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..pipelines.model_index import pipeline_class_name
 from ..publishing import LOCAL_PREFIX, publishable
 
 
@@ -54,6 +55,11 @@ class TrainedModel:
     def index(self) -> dict[str, Any]:
         """The pipeline's `model_index.json`."""
         return self._json(PIPELINE_INDEX) or {}
+
+    @property
+    def pipeline_class(self) -> str | None:
+        """Name of the pipeline's class."""
+        return pipeline_class_name(self.index)
 
     @property
     def metrics(self) -> list[dict[str, Any]]:

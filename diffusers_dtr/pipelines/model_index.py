@@ -46,3 +46,13 @@ def _check_class(name: str, value: list, folder: Path) -> None:
             f"`model_index.json` must name a class of {', '.join(LIBRARIES)} for `{name}`, got {value}: nothing of it "
             "was imported."
         )
+
+
+def pipeline_class_name(index: dict[str, Any]) -> str | None:
+    """The class of a pipeline, which a pipeline that ships its code records with the code's file.
+
+    Args:
+        index: Content of a `model_index.json`.
+    """
+    name = index.get("_class_name")
+    return name[-1] if isinstance(name, list) else name

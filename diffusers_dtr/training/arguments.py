@@ -217,6 +217,12 @@ def add_run_arguments(parser: argparse.ArgumentParser, guidance: bool = True) ->
     add("--logging_steps", type=positive_int, default=10, help="Steps between readings of the loss.")
     add("--logging_dir", default="logs", help="Folder of the tracker's files inside the output folder.")
     add("--report_to", choices=(*_TRACKERS, "none"), default="tensorboard", help="Where losses and samples go.")
+    add(
+        "--include_code",
+        action="store_true",
+        help="Save the code of our classes with the pipeline, which then loads without this package, for those who "
+        "trust it.",
+    )
     add("--push_to_hub", action="store_true", help="Upload the result with its card, samples and logs.")
     add("--hub_model_id", help="Repository to push to. Defaults to the name of the output folder.")
     add("--hub_token", help="Token to push with. Defaults to the one of `hf auth login`.")
@@ -384,6 +390,8 @@ def check_text_to_image_arguments(parser: argparse.ArgumentParser, args: argpars
         if args.lora_alpha is not None or args.lora_layers is not None:
             parser.error("--lora_alpha and --lora_layers have an effect with --rank only")
         return
+    if args.include_code:
+        parser.error("--rank does not go with --include_code: adapters are no pipeline, and have no code")
     if args.use_ema:
         parser.error("--rank does not go with --use_ema: the average would be of all weights, not of the adapters")
     if args.denoiser_config is not None:

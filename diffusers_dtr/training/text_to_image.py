@@ -17,6 +17,7 @@ from ..latents import decode_latents
 from ..models.transformer_pixart import DTRPixArtTransformer2DModel
 from ..models.transformer_sd3 import DTRSD3Transformer2DModel
 from ..models.unet_2d_condition import DTRUNet2DConditionModel
+from ..pipelines.model_index import pipeline_class_name
 from .arguments import noise_config
 from .components import pretrained_options
 from .text_embeddings import TextEncoder, cache_text_embeddings
@@ -122,7 +123,7 @@ def text_to_image_family(args: argparse.Namespace) -> TextToImageFamily:
     index = DiffusionPipeline.load_config(
         args.pretrained_model_name_or_path, revision=args.revision, cache_dir=args.cache_dir
     )
-    name = index["_class_name"]
+    name = pipeline_class_name(index)
     if name not in TEXT_TO_IMAGE_FAMILIES:
         raise ValueError(
             f"`pretrained_model_name_or_path` must be a pipeline of {', '.join(TEXT_TO_IMAGE_FAMILIES)}, got {name}."
