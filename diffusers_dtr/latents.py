@@ -139,7 +139,8 @@ def decode_latents(vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
 
     Args:
         vae: A diffusers autoencoder of images.
-        latents: `(batch, latent channels, height, width)`, normalised.
+        latents: `(batch, latent channels, height, width)`, normalised, on the device that the VAE runs on. An
+            offloaded VAE says that it is elsewhere, and brings them where it goes.
 
     Returns:
         `(batch, channels, height, width)`, about [-1, 1], in the VAE's precision.
@@ -149,7 +150,7 @@ def decode_latents(vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
     """
     # Half-precision latents are denormalised in float32, as `encode_images` normalises them.
     latents = LatentNormalization.from_vae(vae).denormalize(latents.float())
-    return vae.decode(latents.to(vae.device, vae.dtype)).sample
+    return vae.decode(latents.to(vae.dtype), return_dict=False)[0]
 
 
 def vae_scale_factor(vae: ModelMixin) -> int:

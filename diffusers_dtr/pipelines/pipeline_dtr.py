@@ -23,7 +23,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor, unwrap_module
 
 from ..hub.shared import HubMixin
-from ..latents import LatentNormalization, vae_scale_factor
+from ..latents import LatentNormalization, decode_latents, vae_scale_factor
 from ..noise_levels import uses_learned_variance
 from ..self_contained import SelfContainedMixin
 from .model_index import check_model_index
@@ -230,7 +230,8 @@ class DTRPipeline(SelfContainedMixin, HubMixin, DiffusionPipeline):
             raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}.")
 
         decodes = self.vae is not None and output_type != "latent"
-        normalization = LatentNormalization.from_vae(self.vae) if decodes else None
+        if decodes:
+            LatentNormalization.from_vae(self.vae)  # refuses what could not be decoded, before any work
 
         device = self._execution_device
         labels = None if labels is None else torch.tensor(labels, device=device)
@@ -257,7 +258,9 @@ class DTRPipeline(SelfContainedMixin, HubMixin, DiffusionPipeline):
                     tensors = {"latents": latents} if callback_on_step_end_tensor_inputs else {}
                     latents = (callback_on_step_end(self, step, timestep, tensors) or {}).get("latents", latents)
                 progress_bar.update()
-            images = latents if normalization is None else self._decode(latents, normalization, max_batch_size)
+            images = latents
+            if decodes:
+                images = torch.cat([decode_latents(self.vae, part) for part in latents.split(max_batch_size)])
 
         if output_type != "latent":
             images = self.image_processor.postprocess(images, output_type=output_type)
@@ -307,11 +310,6 @@ class DTRPipeline(SelfContainedMixin, HubMixin, DiffusionPipeline):
     def _evaluate(self, inputs, timestep, labels):
         timestep = timestep.to(inputs.device).expand(len(inputs))
         return self.denoiser(inputs, timestep, class_labels=labels, return_dict=False)[0]
-
-    def _decode(self, latents: torch.Tensor, normalization: LatentNormalization, max_batch_size: int) -> torch.Tensor:
-        # Latents stay on the device they are on: that of an offloaded VAE is not the one it runs on.
-        latents = normalization.denormalize(latents.float()).to(self.vae.dtype)
-        return torch.cat([self.vae.decode(part, return_dict=False)[0] for part in latents.split(max_batch_size)])
 
     def _resolve_labels(self, class_labels, num_images) -> tuple[int, list[int] | None]:
         """The number of images, and their labels unless the denoiser is unconditional."""
