@@ -139,11 +139,9 @@ class FolderCommit:
         return found | {pull.ref: pull.target_commit for pull in refs.pull_requests or ()}
 
     def _landed(self, refs: dict[str, str]) -> CommitInfo | None:
-        """Our commit, if an earlier attempt made it: on the branch, or on a pull request that was not there before."""
+        """Our commit, if an earlier attempt made it: on what has moved, or is new, since the first one."""
         moved = [ref for ref, commit in refs.items() if self._first_refs.get(ref) != commit]
         for ref in moved:
-            if ref.startswith("refs/pr/") != self.create_pr or (not self.create_pr and ref != self.branch):
-                continue
             for commit in self._api.list_repo_commits(self.repo_id, revision=ref):
                 if commit.message == self._description:
                     page = f"{self._api.endpoint}/{self.repo_id}"

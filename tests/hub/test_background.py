@@ -197,6 +197,14 @@ def test_a_later_checkpoint_ends_the_attempts_of_an_earlier_one(hub, output_dir,
     assert leftovers(output_dir) == []
 
 
+def test_the_end_of_training_ends_a_pause(hub, output_dir, caplog):
+    hub.faults.append(AnswerStatus(**COMMIT, status=429, retry_after=10**6))
+    push = BackgroundPush(output_dir)
+    push.push_checkpoint(checkpoint(output_dir, 10), 10)
+    until(lambda: "tried again" in caplog.text)
+    assert push.finish(timeout=20).pushed == [10]
+
+
 def test_a_wrong_token_is_reported_and_later_checkpoints_are_tried_nevertheless(hub, output_dir, caplog):
     push = BackgroundPush(output_dir, REPO, "hf_wrong")
     push.push_checkpoint(checkpoint(output_dir, 10), 10)
@@ -248,8 +256,9 @@ def test_a_disk_that_is_full_is_reported(hub, output_dir, monkeypatch):
 
 def test_what_a_killed_run_left_is_removed(hub, output_dir):
     leftover = checkpoint(output_dir / ".push", 5)
-    BackgroundPush(output_dir).finish()
+    push = BackgroundPush(output_dir)
     assert not leftover.exists()
+    push.finish()
 
 
 def test_a_token_that_is_none_is_refused_before_training(hub, output_dir):
