@@ -81,6 +81,13 @@ def test_feature_without_variance_adds_its_squared_difference():
     )
 
 
+def test_features_that_depend_on_each_other_are_no_trouble():
+    one, other = gaussian(60, 4), gaussian(50, 4, seed=1)
+    # An orthonormal combination of them in ten dimensions keeps all distances.
+    turn = torch.linalg.qr(gaussian(10, 4, seed=2))[0].T
+    assert frechet_distance(one @ turn, other @ turn) == pytest.approx(frechet_distance(one, other))
+
+
 def test_features_in_half_precision_are_compared_in_float64():
     one, other = ((300 + gaussian(500, 3, seed)).half() for seed in (0, 1))
     assert frechet_distance(one, other) == frechet_distance(one.double(), other.double())

@@ -37,6 +37,15 @@ def losses(clean=CLEAN, conditions=LABELS, **options):
     return ClusterLosses(DenoisingLoss(SCHEDULER), CLUSTERS, clean, conditions, **options)
 
 
+def asked_about(model):
+    """The clean samples, noise and timesteps of a Recorder's 40 samples."""
+    model_input, timesteps = (torch.cat([call[place] for call in model.calls]) for place in (0, 1))
+    clean = CLEAN[torch.arange(40) % 6]
+    levels = NoiseLevels(SCHEDULER)
+    alpha, sigma = (share(timesteps).view(-1, 1, 1, 1).float() for share in (levels.alpha, levels.sigma))
+    return clean, (model_input - alpha * clean) / sigma, timesteps
+
+
 @pytest.mark.parametrize("cluster", range(4))
 def test_model_is_asked_about_timesteps_of_the_cluster_alone(cluster):
     model = Recorder()
@@ -51,14 +60,9 @@ def test_model_is_asked_about_timesteps_of_the_cluster_alone(cluster):
 def test_losses_are_squared_errors_of_the_target():
     model, measure = Recorder(), losses()
     values = measure(model, 2)
-    model_input = torch.cat([call[0] for call in model.calls])
-    timesteps = torch.cat([call[1] for call in model.calls])
-    levels = NoiseLevels(SCHEDULER)
-    clean = CLEAN[torch.arange(40) % 6]
-    alpha, sigma = (share(timesteps).view(-1, 1, 1, 1).float() for share in (levels.alpha, levels.sigma))
-    noise = (model_input - alpha * clean) / sigma
+    clean, noise, timesteps = asked_about(model)
     assert noise.std() == pytest.approx(1, abs=0.05)
-    expected = levels.target(clean, noise, timesteps).square().flatten(1).mean(1)
+    expected = NoiseLevels(SCHEDULER).target(clean, noise, timesteps).square().flatten(1).mean(1)
     torch.testing.assert_close(values.float(), expected, rtol=1e-3, atol=1e-4)
 
 
@@ -80,6 +84,17 @@ def test_models_are_compared_on_the_same_samples():
 def test_number_of_samples_in_a_call_changes_nothing():
     model = routed_dit()
     torch.testing.assert_close(losses(batch_size=7)(model, 1), losses()(model, 1))
+    # Of a size for which a generator that is asked twice for half the noise gives other noise
+    clean = CLEAN[:, :1, :3, :3]
+    few, all_at_once = (losses(clean, None, batch_size=size)(Recorder(), 1) for size in (1, 256))
+    torch.testing.assert_close(few, all_at_once)
+
+
+def test_clusters_have_noise_of_their_own():
+    one, other = Recorder(), Recorder()
+    losses()(one, 1), losses()(other, 2)
+    correlation = torch.corrcoef(torch.stack([asked_about(model)[1].flatten() for model in (one, other)]))[0, 1]
+    assert abs(correlation) < 0.05
 
 
 def test_seeds_draw_other_samples():
