@@ -6,11 +6,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from hub_server import AnswerStatus, LoseAnswer
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from diffusers_dtr import DTRPipeline, DTRTransformer2DModel
-from diffusers_dtr.hub import push_run, save_model_card
+from diffusers_dtr.hub import push_run
 
 
 SHARED = {
@@ -120,48 +120,14 @@ def test_a_failed_upload_is_an_error(hub, run):
 def test_a_pushed_run_is_a_pipeline(hub, tmp_path):
     model = DTRTransformer2DModel(num_attention_heads=2, attention_head_dim=8, num_layers=1, sample_size=8)
     DTRPipeline(scheduler=DDIMScheduler(), transformer=model).save_pretrained(tmp_path)
-    save_model_card(tmp_path, "A model.", ["diffusers-dtr"])
     push(tmp_path)
     loaded = DiffusionPipeline.from_pretrained("owner/digits").transformer
     assert torch.equal(loaded.pos_embed.proj.weight, model.pos_embed.proj.weight)
 
 
-# ---- card
-
-
-def test_the_card_says_what_the_model_is(tmp_path):
-    description = "Trained with `--name={{ value }}`.\n\n| a | b |\n| --- | --- |"
-    path = save_model_card(tmp_path / ".", description, ["diffusers", "diffusers-dtr"], base_model="owner/base")
-    assert path == tmp_path / "README.md"
-    card = ModelCard.load(path)
-    assert card.data.library_name == "diffusers"
-    assert card.data.tags == ["diffusers", "diffusers-dtr"]
-    assert card.data.base_model == "owner/base"
-    assert card.text.strip() == f"# {tmp_path.name}\n\n{description}"
-
-
-def test_a_local_base_model_is_not_named(tmp_path):
-    (tmp_path / "base").mkdir()
-    for base_model in (None, str(tmp_path / "base")):
-        path = save_model_card(tmp_path, "A model.", [], base_model=base_model)
-        assert ModelCard.load(path).data.base_model is None
-        path.unlink()
-
-
-def test_a_card_is_made_without_asking_the_hub_about_a_folder_that_looks_like_a_repository(hub, tmp_path, monkeypatch):
-    HfApi().create_repo("owner/digits")
-    HfApi().upload_file(repo_id="owner/digits", path_or_fileobj=b"somebody else's", path_in_repo="README.md")
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "owner" / "digits").mkdir(parents=True)
-    hub.requests.clear()
-    assert "A model." in save_model_card("owner/digits", "A model.", []).read_text()
-    assert hub.requests == []
-
-
-def test_a_card_edited_by_hand_is_kept_and_pushed(hub, run):
+def test_a_card_is_pushed_as_it_is(hub, run):
     edited = "---\ntags: [mine]\n---\nWritten by hand: ä, 🤗.\r\n".encode()
     (run / "README.md").write_bytes(edited)
-    save_model_card(run, "A model.", ["diffusers-dtr"])
     push(run)
     with open(HfApi().hf_hub_download("owner/digits", "README.md"), "rb") as file:
         assert file.read() == edited

@@ -2,7 +2,7 @@
 
 from .background import BackgroundPush, PushReport
 from .checksums import verify_download
-from .run import create_run_repo, push_run, save_model_card
+from .run import create_run_repo, push_run
 
 
 __all__ = [
@@ -10,6 +10,5 @@ __all__ = [
     "PushReport",
     "create_run_repo",
     "push_run",
-    "save_model_card",
     "verify_download",
 ]

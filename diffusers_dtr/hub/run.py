@@ -4,37 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData, create_repo
+from huggingface_hub import create_repo
 
 from .commit import FolderCommit, check_token, retry
 
 
 # What a run leaves in its folder that is of no use to others, or not complete. A `*` matches `/` too.
 _PRIVATE_PATTERNS = ("checkpoint-*/*", ".pipeline.*/*", ".push/*", "latents*/*", "*.partial")
-
-
-def save_model_card(output_dir: str | Path, description: str, tags: list[str], base_model: str | None = None) -> Path:
-    """Write the model card of a run, unless its folder has one already.
-
-    Args:
-        output_dir: The run's folder.
-        description: Markdown that says what the model is and how it was trained.
-        tags: Tags for the Hub.
-        base_model: Model that was fine-tuned, or None. A local folder is left out, because the Hub refuses cards that
-            name one.
-
-    Returns:
-        The card's path.
-    """
-    output_dir = Path(output_dir)
-    path = output_dir / "README.md"
-    if not path.exists():
-        if base_model is not None and Path(base_model).is_dir():
-            base_model = None
-        metadata = ModelCardData(library_name="diffusers", tags=list(tags), base_model=base_model)
-        content = f"---\n{metadata.to_yaml()}\n---\n\n# {output_dir.resolve().name}\n\n{description}\n"
-        ModelCard(content).save(path)
-    return path
 
 
 def default_repo(output_dir: str | Path) -> str:

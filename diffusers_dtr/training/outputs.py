@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from diffusers import DiffusionPipeline
 
@@ -27,7 +28,8 @@ def prepare_output_dir(output_dir: str | Path, resuming: bool) -> Path:
         The folder.
 
     Raises:
-        ValueError: If a run that does not resume would write into a folder that holds a pipeline or checkpoints.
+        ValueError: If the folder cannot be written to, or a run that does not resume would write into one that holds a
+            pipeline or checkpoints.
     """
     output_dir = Path(output_dir)
     if not resuming and output_dir.is_dir():
@@ -38,7 +40,13 @@ def prepare_output_dir(output_dir: str | Path, resuming: bool) -> Path:
                 f"`output_dir`={str(output_dir)!r} already holds {', '.join(present[:4])}. Choose another folder, "
                 "remove it, or go on with `--resume_from_checkpoint latest`."
             )
-    output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=output_dir).close()
+    except OSError as error:
+        raise ValueError(
+            f"`output_dir` must be a folder that can be written to, got {str(output_dir)!r}: {error.strerror}."
+        ) from error
     return output_dir
 
 

@@ -288,7 +288,10 @@ class Trainer:
         if self._background_push is not None:
             report = self._background_push.finish()
             logger.info(f"Checkpoints on the Hub: {report}")
-        repo_id = create_run_repo(self.output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo)
+        repo_id = retry(
+            lambda: create_run_repo(self.output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo),
+            "Looking for the repository",
+        )
         # What was edited there stays.
         published = retry(
             lambda: fetch_card(repo_id, token=args.hub_token, revision=args.hub_revision), "Reading the model card"

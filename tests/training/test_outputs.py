@@ -100,3 +100,17 @@ def test_record_is_json_and_replaced_as_a_whole(tmp_path):
     assert all(json.loads(found["training_config.json"]) == {"results": {"loss": 1.5}} for found in contents)
     assert json.loads((tmp_path / "training_config.json").read_text()) == {"name": "β"}
     assert list(files(tmp_path)) == ["training_config.json"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc, where nobody can write, not even root")
+@pytest.mark.parametrize("folder", ["/proc/self/task", "/proc/self/task/run"])
+def test_folder_that_cannot_be_written_to_is_refused(folder):
+    with pytest.raises(ValueError, match=f"`output_dir` must be a folder that can be written to, got '{folder}'"):
+        prepare_output_dir(folder, resuming=False)
+
+
+def test_file_in_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(ValueError, match="`output_dir` must be a folder that can be written to"):
+        prepare_output_dir(tmp_path / "run", resuming=True)
+    assert (tmp_path / "run").read_text() == "mine"
