@@ -10,6 +10,12 @@ import torch
 from torch import Tensor
 
 
+# Sums in rows, which run on several threads. Their number is fixed, so that results do not depend on the machine's.
+_LANES = 8
+# Of a row at a time: indices, which are kept in 2 bytes and used in 8, then take 8 MB at most.
+_COLUMNS = 2**17
+
+
 class Projection(Protocol):
     """A linear map of gradients, which preserves inner products: on its own, or summed over several of them.
 
@@ -54,8 +60,8 @@ class CountSketch:
     Nothing is assumed about how neighbouring coordinates are correlated, because buckets and signs are independent
     from coordinate to coordinate.
 
-    A sketch takes about as long as reading 2 bytes per parameter at random from the processor's cache: 35 ms for 33 M
-    parameters on one CPU core. The 2 bytes (4 beyond m = 16384) are kept.
+    A sketch takes about 1 ns per parameter on one CPU core, 35 ms for 33 M of them. 2 bytes per parameter are kept (4
+    beyond m = 16384).
 
     Args:
         parameters: The parameters by name; their sizes and devices are used.
@@ -83,9 +89,15 @@ class CountSketch:
     def __call__(self, gradients: Mapping[str, Tensor]) -> Tensor:
         """Sketch the gradients of all parameters: float32 `(m,)`, on their device."""
         device = gradients[self.names[0]].device
-        signed = torch.zeros(2 * self.size, device=device)
+        lanes = torch.zeros(_LANES, 2 * self.size, device=device)
         for name, codes in self._codes.items():
-            signed.scatter_add_(0, codes.long(), gradients[name].flatten().float())
+            values = gradients[name].flatten()
+            whole = len(values) // _LANES * _LANES
+            columns = (part[:whole].view(_LANES, -1).split(_COLUMNS, dim=1) for part in (codes, values))
+            for indices, addends in zip(*columns, strict=True):
+                lanes.scatter_add_(1, indices.long(), addends.float())
+            lanes[0].scatter_add_(0, codes[whole:].long(), values[whole:].float())
+        signed = lanes.sum(0)
         return signed[: self.size] - signed[self.size :]
 
 
