@@ -3,14 +3,16 @@
 python prepare_digits.py --output_dir digits
 python prepare_text_to_image.py --digits_dir digits --family sd --output_dir digits-sd
 
-The folder gets train/ and test/, images with captions such as "a handwritten seven", and pipeline/: tokenizers trained
-on the captions, text encoders of two layers with random weights, an autoencoder trained on the digits, and a denoiser
-that has learned nothing yet.
+The folder gets train/ and test/, images with captions such as "a handwritten seven", and pipeline/: tokenizers made
+for the captions, text encoders of two layers with random weights, an autoencoder trained on the digits, and a
+denoiser that has learned nothing yet.
 """
 
 import argparse
 import json
+import math
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -114,13 +116,16 @@ def clip_tokenizer():
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     spelling = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=MAX_TOKENS)
-    return spelling.train_new_from_iterator(map(captions_of, range(10)), vocab_size=200)
+    # Of which 256 are bytes.
+    return spelling.train_new_from_iterator(map(captions_of, range(10)), vocab_size=512)
 
 
 def t5_tokenizer():
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0)]
-    tokenizer = T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=MAX_TOKENS)
-    return tokenizer.train_new_from_iterator(map(captions_of, range(10)), vocab_size=64)
+    """Its pieces are the words of the captions, as often as they occur."""
+    words = Counter(word for label in range(10) for caption in captions_of(label) for word in caption.split())
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    pieces = [(f"▁{word}", math.log(count / words.total())) for word, count in words.items()]
+    return T5Tokenizer(vocab=[*special, ("▁", -10.0), *pieces], extra_ids=0, model_max_length=MAX_TOKENS)
 
 
 def clip_text_encoder(model_class, tokenizer, width):
@@ -152,8 +157,8 @@ def stable_diffusion(vae):
         sample_size=LATENT_SIZE,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         block_out_channels=(32, 64),
         layers_per_block=1,
         attention_head_dim=4,
