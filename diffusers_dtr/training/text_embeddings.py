@@ -75,7 +75,7 @@ def cache_text_embeddings(
 
     A cache belongs to its texts and to what encodes them; anything else makes a new one. It is written under another
     name and renamed when it is complete. With several processes, let the main one go first. A cache takes the bytes
-    of one embedding per text, in the text encoders' precision: 2.6 MB in half precision for Stable Diffusion 3.
+    of one embedding per text, in the text encoders' precision: 2.7 MB in half precision for Stable Diffusion 3.
 
     Args:
         encode: The text encoder. Its embeddings have the same shape for every text.
