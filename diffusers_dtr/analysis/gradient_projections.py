@@ -53,9 +53,14 @@ class CountSketch:
        $\frac{1}{m^2}(3 + 8 m \|p\|_4^4 \|q\|_4^4 + 12/m)$, since $\sum_{i<j} a_{ij}^4 \le 8 \|p\|_4^4 \|q\|_4^4$. By
        Markov's inequality $P(|Z| > ε) \le E Z^4 / ε^4$, which for m = 8192 and ε = 0.05 is 0.72 % and stays below 1 %
        while $\|p\|_4^4$ and $\|q\|_4^4$ are at most 1/235. That is: **the error of any cosine is at most 0.05 with
-       99 % confidence, for gradients that are spread over at least 235 coordinates** (1/‖p‖₄⁴, for unit p, is the
-       number of coordinates it is spread over). Gradients of networks are spread over thousands; then Z, a sum over
-       8192 independent buckets, is close to normal, and 99 % of the errors are below 0.029.
+       99 % confidence, for gradients that are spread over at least 235 coordinates** ($1 / \|p\|_4^4$, for unit p, is
+       the number of coordinates that p is spread over). When it is spread over thousands, Z, a sum over 8192
+       independent buckets, is close to normal, and 99 % of the errors are below 0.029.
+    4. What a gradient is concentrated on lies in small parameters: biases, the first and the last layer. So each
+       coordinate of a parameter of n is first copied, $\min(16, 2^{16} / n)$ times over, and divided by the root of
+       that number: an isometry, after which 1 to 3 hold of the copies. On a trained transformer of 1.3 M parameters
+       the gradients were spread over 108 to 450 coordinates (most of them the last layer's), and over 1 700 and more
+       with the copies.
 
     Nothing is assumed about how neighbouring coordinates are correlated, because buckets and signs are independent
     from coordinate to coordinate.
@@ -79,19 +84,20 @@ class CountSketch:
         self.size = size
         # A code in [0, 2m): below m, the bucket to add to; from m on, the one to take from.
         dtype = torch.int16 if 2 * size <= 2**15 else torch.int32
-        self._codes = {
-            name: torch.randint(2 * size, (value.numel(),), generator=_generator(seed, name), dtype=dtype).to(
-                value.device
-            )
-            for name, value in parameters.items()
-        }
+        self._codes = {}
+        for name, value in parameters.items():
+            shape = (value.numel() * _copies(value),)
+            codes = torch.randint(2 * size, shape, generator=_generator(seed, name), dtype=dtype)
+            self._codes[name] = codes.to(value.device)
 
     def __call__(self, gradients: Mapping[str, Tensor]) -> Tensor:
         """Sketch the gradients of all parameters: float32 `(m,)`, on their device."""
         device = gradients[self.names[0]].device
         lanes = torch.zeros(_LANES, 2 * self.size, device=device)
         for name, codes in self._codes.items():
+            copies = _copies(gradients[name])
             values = gradients[name].flatten()
+            values = values if copies == 1 else values.float().repeat(copies) / copies**0.5
             whole = len(values) // _LANES * _LANES
             columns = (part[:whole].view(_LANES, -1).split(_COLUMNS, dim=1) for part in (codes, values))
             for indices, addends in zip(*columns, strict=True):
@@ -137,6 +143,11 @@ def exact_blocks(parameters: Mapping[str, Tensor], size: int) -> list[Coordinate
             room -= stop - start
             start = stop
     return [CoordinateBlock(slices) for slices in blocks]
+
+
+def _copies(parameter: Tensor) -> int:
+    """How often each coordinate is copied."""
+    return max(1, min(16, 2**16 // max(1, parameter.numel())))
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
