@@ -31,6 +31,7 @@ KEPT = {
     "checkpoint-20.partial/optimizer.bin",
     "latents-0123/moments.npy",
     "latents/0123/moments.npy",
+    "text_embeddings/text-embeddings-0123/index.json",
     "training_config.partial",
 }
 

@@ -10,7 +10,7 @@ from .commit import FolderCommit, check_token, retry
 
 
 # What a run leaves in its folder that is of no use to others, or not complete. A `*` matches `/` too.
-_PRIVATE_PATTERNS = ("checkpoint-*/*", ".pipeline.*/*", ".push/*", "latents*/*", "*.partial")
+_PRIVATE_PATTERNS = ("checkpoint-*/*", ".pipeline.*/*", ".push/*", "latents*/*", "text_embeddings*/*", "*.partial")
 
 
 def default_repo(output_dir: str | Path) -> str:
