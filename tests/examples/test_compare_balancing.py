@@ -90,7 +90,7 @@ def test_runs_of_the_file_are_not_repeated(study, launched, data, tmp_path, caps
 def test_runs_of_a_seed_differ_in_the_method_only(study, launched, data, tmp_path):
     main(study, data, tmp_path / "digits.json", "--seeds", 3, "--methods", "plain", "uncertainty")
     one, other = (run["arguments"] for run in launched)
-    assert {name for name in one if one[name] != other[name]} == {"balancing", "output_dir"}
+    assert {name for name in one if one[name] != other[name]} == {"balancing"}
 
 
 def test_file_of_another_task_is_refused(study, launched, data, tmp_path):
