@@ -5,6 +5,7 @@ processes share the work. An interrupted measurement goes on when the same comma
 """
 
 import argparse
+import math
 import platform
 import re
 import shutil
@@ -168,7 +169,8 @@ def draw(affinity, path):
 
 
 def report(args, affinity, scheduler):
-    print(f"split-half reliability: {affinity.reliability:.3f}")
+    unknown = "cannot be told: half of the images are too few at some timestep, take more"
+    print(f"split-half reliability: {unknown if math.isnan(affinity.reliability) else f'{affinity.reliability:.3f}'}")
     print(f"rank correlation of affinity and distance in log SNR: {noise_distance_correlation(affinity):.3f}")
     if args.cluster is not None:
         for name, cost in {"affinity": affinity.full_matrix(), "snr": "snr", "timestep": "timestep"}.items():
