@@ -16,7 +16,9 @@ from training_runs import (
     kill,
     load_script,
     make_images,
+    record,
     run_main,
+    train,
     wait_for,
 )
 
@@ -217,3 +219,13 @@ def test_two_processes_find_what_one_does(inputs, tmp_path):
     finish(launch(arguments(inputs, one)))
     finish(launch(arguments(inputs, two), num_processes=2))
     assert files(one) == files(two)
+
+
+def test_training_goes_on_with_the_clusters_that_the_affinity_implies(inputs, tmp_path, capsys):
+    affinity = measure(inputs, tmp_path / "affinity", "--cluster", 3, "--estimator", "plain")
+    clusters = cluster_timesteps(DDPMScheduler(), 3, cost=affinity.full_matrix())
+    path = tmp_path / "affinity" / "task_affinity.safetensors"
+    flags = ["--num_clusters", 3, "--cluster_cost", "affinity", "--affinity_path", path, "--balancing", "uncertainty"]
+    run = train(inputs[0], tmp_path / "run", *flags)
+    assert record(run)["clusters"]["boundaries"] == list(clusters.boundaries)
+    assert f"3 clusters by affinity: {', '.join(map(str, clusters.boundaries))}" in capsys.readouterr().out
