@@ -1,5 +1,6 @@
 """What training scripts share: data, arguments, checkpoints, validation."""
 
+from .argument_checks import check_arguments, check_text_to_image_arguments
 from .arguments import (
     add_data_arguments,
     add_lora_arguments,
@@ -10,8 +11,6 @@ from .arguments import (
     add_routing_arguments,
     add_run_arguments,
     add_text_arguments,
-    check_arguments,
-    check_text_to_image_arguments,
     json_config,
     noise_config,
     routing_config,

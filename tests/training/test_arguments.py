@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusers_dtr import training
-from diffusers_dtr.training import arguments
+from diffusers_dtr.training import argument_checks, arguments
 from diffusers_dtr.training.arguments import noise_config, routing_config, warmed_up_beta
 
 
@@ -87,14 +87,14 @@ def test_held_out_images_come_from_one_place(capsys):
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb", "trackio"])
 def test_tracker_that_is_not_installed_is_named(tracker, capsys, monkeypatch):
-    monkeypatch.setattr(arguments, "find_spec", lambda name: None)
+    monkeypatch.setattr(argument_checks, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         parse("--report_to", tracker)
     assert f"--report_to {tracker} needs the package {tracker}" in capsys.readouterr().err
 
 
 def test_token_is_not_given_to_a_tracker_that_uploads_the_command_line(capsys, monkeypatch):
-    monkeypatch.setattr(arguments, "find_spec", lambda name: name)
+    monkeypatch.setattr(argument_checks, "find_spec", lambda name: name)
     with pytest.raises(SystemExit):
         parse("--report_to", "wandb", "--hub_token", "hf_secret")
     error = capsys.readouterr().err

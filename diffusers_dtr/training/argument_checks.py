@@ -1,0 +1,97 @@
+"""Flags that do not fit each other are refused while they are parsed, before any work is done."""
+
+from __future__ import annotations
+
+import argparse
+from importlib.util import find_spec
+
+from ..objective.gradient_balancing import GRADIENT_BALANCINGS
+from ..routing import check_routing
+from .arguments import TRACKERS, routing_config
+
+
+_HUB_FLAGS = ("hub_revision", "hub_create_pr", "hub_strategy")
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Stop with a message about arguments that do not fit each other.
+
+    Args:
+        parser: Reports the error and exits.
+        args: What was parsed.
+    """
+    if (args.dataset_name is None) == (args.train_data_dir is None):
+        parser.error("exactly one of --dataset_name and --train_data_dir must be given")
+    if args.validation_split is not None and args.dataset_name is None:
+        parser.error(
+            "--validation_split is a split of --dataset_name; with --train_data_dir use --validation_data_dir"
+        )
+    if args.validation_split is not None and args.validation_data_dir is not None:
+        parser.error("at most one of --validation_split and --validation_data_dir can be given")
+    if args.cache_latents and args.vae_name_or_path is None and args.pretrained_model_name_or_path is None:
+        parser.error("--cache_latents needs --vae_name_or_path, or a pretrained pipeline that has an autoencoder")
+    if args.cache_latents and not args.center_crop:
+        parser.error("--cache_latents needs --center_crop: a random crop would be encoded anew every time")
+    if args.max_train_steps is not None and args.routing_warmup_steps > args.max_train_steps:
+        parser.error("--routing_warmup_steps must not exceed --max_train_steps: the run would end before its target")
+    if args.lr_scheduler == "constant" and args.lr_warmup_steps > 0:
+        parser.error("--lr_warmup_steps has no effect on --lr_scheduler constant: use constant_with_warmup")
+    if args.report_to in TRACKERS and find_spec(args.report_to) is None:
+        parser.error(f"--report_to {args.report_to} needs the package {args.report_to}, which is not installed")
+    if args.hub_create_pr and (args.hub_revision is not None or args.hub_strategy == "checkpoint"):
+        parser.error("--hub_create_pr is for the result alone: neither --hub_revision nor --hub_strategy goes with it")
+    hub_flags = [name for name in _HUB_FLAGS if getattr(args, name) not in (None, False, "end")]
+    if hub_flags and not args.push_to_hub:
+        parser.error(f"--{hub_flags[0]} has an effect with --push_to_hub only")
+    if args.report_to == "wandb" and args.hub_token is not None:
+        parser.error("--report_to wandb uploads the command line, and --hub_token with it: use `hf auth login`")
+    if args.snr_gamma is not None and args.loss_weighting not in ("min_snr", "soft_min_snr"):
+        parser.error(
+            f"--snr_gamma has no effect on --loss_weighting {args.loss_weighting}: use min_snr or soft_min_snr"
+        )
+    if args.balancing_update_every is not None and args.balancing not in GRADIENT_BALANCINGS:
+        parser.error(
+            f"--balancing_update_every has no effect on --balancing {args.balancing}: it is for "
+            f"{', '.join(GRADIENT_BALANCINGS)}"
+        )
+    if args.balancing in GRADIENT_BALANCINGS and find_spec("torchjd") is None:
+        parser.error(f'--balancing {args.balancing} needs torchjd: pip install "diffusers-dtr[balancing]"')
+    if (args.cluster_cost == "affinity") != (args.affinity_path is not None):
+        parser.error("--cluster_cost affinity and --affinity_path need each other")
+    if args.timestep_sampling != "logit_normal" and (args.logit_mean, args.logit_std) != (None, None):
+        parser.error("--logit_mean and --logit_std have an effect on --timestep_sampling logit_normal only")
+    if args.logit_std is not None and not args.logit_std > 0:
+        parser.error(f"--logit_std must be above 0, got {args.logit_std}")
+    if args.train_cluster is not None and args.train_cluster >= args.num_clusters:
+        parser.error(f"--train_cluster must be below --num_clusters {args.num_clusters}, got {args.train_cluster}")
+    if args.train_cluster is not None and (args.balancing != "uniform" or args.timestep_sampling is not None):
+        parser.error("--train_cluster leaves nothing to balance: no --balancing or --timestep_sampling goes with it")
+    given = routing_config(args)
+    given = {name if name == "routing_type" else name.removeprefix("routing_"): given[name] for name in given}
+    try:
+        check_routing(**given)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def check_text_to_image_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Stop with a message about arguments of captions and LoRA that do not fit.
+
+    Args:
+        parser: Reports the error and exits.
+        args: What was parsed.
+    """
+    if not 0 <= args.proportion_empty_prompts <= 1:
+        parser.error(f"--proportion_empty_prompts must be in [0, 1], got {args.proportion_empty_prompts}")
+    if args.rank is None:
+        if args.lora_alpha is not None or args.lora_layers is not None:
+            parser.error("--lora_alpha and --lora_layers have an effect with --rank only")
+        return
+    if args.include_code:
+        parser.error("--rank does not go with --include_code: adapters are no pipeline, and have no code")
+    if args.use_ema:
+        parser.error("--rank does not go with --use_ema: the average would be of all weights, not of the adapters")
+    if args.denoiser_config is not None:
+        parser.error("--rank does not go with --denoiser_config: adapters need a denoiser that is trained already")
+    if find_spec("peft") is None:
+        parser.error('--rank needs peft: pip install "diffusers-dtr[training]"')
