@@ -374,3 +374,13 @@ def test_a_card_elsewhere_has_copies_of_all_it_links_to(run, tmp_path):
 def test_the_template_of_the_repository_is_the_one_that_is_installed():
     installed = Path(diffusers_dtr.__file__).parent / "model_card" / "template.md"
     assert (Path(__file__).parents[2] / "model_cards" / "template.md").read_text() == installed.read_text()
+
+
+def test_name_that_is_given_later_is_the_title_unless_that_was_edited(run):
+    path = save_model_card(run)
+    assert "# digits\n" in path.read_text()
+    save_model_card(run, name="dtr-digits")
+    assert "# dtr-digits\n" in path.read_text()
+    path.write_text(path.read_text().replace("# dtr-digits", "# Mine"))
+    save_model_card(run, name="other")
+    assert "# Mine\n" in path.read_text()
