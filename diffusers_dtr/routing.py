@@ -193,8 +193,14 @@ class ChannelRouting:
             _check_no_nan(timestep)
         beta = self.beta if self._beta_override is None else self._beta_override
         if self.routing_type == "random":
-            return _random_channels(timestep, num_channels, self.seed, beta, self.timestep_range)
-        return _sliding_window(timestep, num_channels, self.alpha, beta, self.timestep_range)
+            mask = _random_channels(timestep, num_channels, self.seed, beta, self.timestep_range)
+        else:
+            mask = _sliding_window(timestep, num_channels, self.alpha, beta, self.timestep_range)
+        if torch.compiler.is_compiling():
+            # The same, but it has to be in memory for that. Left to itself, the compiler computes the mask once more
+            # for every element that it is applied to, which cost a compiled U-Net 5 % of its time.
+            mask = mask.as_strided(mask.shape, mask.stride())
+        return mask
 
 
 def check_routing(

@@ -25,12 +25,19 @@ from .routed_model import RoutedModelMixin, timestep_batch
 # Bool `(batch, width)` by width, None where nothing is routed.
 _Masks = Mapping[int, torch.Tensor | None]
 
-_running = threading.local()
+
+class _Running(threading.local):
+    # Of every thread from the start: a graph that is compiled in the absence of something is compiled again in its
+    # presence.
+    masks: _Masks | None = None
+
+
+_running = _Running()
 
 
 @contextmanager
 def _scope(masks: _Masks | None) -> Iterator[None]:
-    outer = getattr(_running, "masks", None)
+    outer = _running.masks
     _running.masks = masks
     try:
         yield
@@ -51,7 +58,7 @@ def current_mask(width: int, device: torch.device) -> torch.Tensor | None:
     Raises:
         RuntimeError: Outside a routed model's forward call.
     """
-    masks = getattr(_running, "masks", None)
+    masks = _running.masks
     if masks is None:
         raise RuntimeError(
             "A routed block ran outside its model's forward call, so it belongs to no timestep. Call the model, not "
