@@ -106,7 +106,7 @@ def test_code_has_no_unused_or_undefined_names_and_needs_no_package(name, tmp_pa
     assert "Apache" in source
     path = tmp_path / CODE_FILE
     path.write_text(source)
-    pytest.importorskip("ruff", reason="ruff is not installed (the extra `dev` has it)")
+    pytest.importorskip("ruff", reason="ruff is not installed (the extra `test` has it)")
     done = subprocess.run(
         [sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache", "--select", "E9,F", path],
         capture_output=True,
