@@ -27,9 +27,9 @@ _Masks = Mapping[int, torch.Tensor | None]
 
 
 class _Running(threading.local):
-    # Of every thread from the start: a graph that is compiled in the absence of something is compiled again in its
-    # presence.
-    masks: _Masks | None = None
+    def __init__(self):
+        # In every thread from the start: a graph that is compiled in its absence is compiled again in its presence.
+        self.masks: _Masks | None = None
 
 
 _running = _Running()

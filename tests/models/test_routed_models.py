@@ -452,3 +452,23 @@ def test_lora_fine_tuning_trains_saves_and_loads_the_adapter_alone(family, tmp_p
     assert_close(output(loaded, family.inputs()), after)
     loaded.disable_adapters()
     assert torch.equal(output(loaded, family.inputs()), before)
+
+
+def test_first_compiled_call_of_a_process_is_not_compiled_again(fresh_process):
+    """No routed model has run before it, in which the scope would have left traces."""
+    found = fresh_process(
+        """
+        import torch
+        from diffusers_dtr import DTRPixArtTransformer2DModel
+
+        model = DTRPixArtTransformer2DModel(2, 8, num_layers=1, sample_size=8, cross_attention_dim=16)
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        inputs = {"encoder_hidden_states": torch.randn(1, 5, 16), "added_cond_kwargs": {}}
+        call = lambda t: compiled(torch.ones(1, 4, 8, 8), timestep=torch.tensor([t]), **inputs).sample
+        with torch.no_grad():
+            call(3)
+            with torch.compiler.set_stance("fail_on_recompile"):
+                print(list(call(500).shape))
+        """
+    )
+    assert found == [1, 8, 8, 8]
