@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..objective.clustering import TimestepClusters
 from ..objective.denoising_loss import DenoisingLoss
-from .timestep_gradients import evaluating
+from .timestep_gradients import checked_conditions, evaluating
 
 
 class ClusterLosses:
@@ -75,16 +75,10 @@ class ClusterLosses:
         for name, value in (("num_samples", num_samples), ("batch_size", batch_size), ("len(clean)", len(clean))):
             if value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        for name, values in (conditions or {}).items():
-            if len(values) != len(clean):
-                raise ValueError(
-                    f"`conditions` must have one entry for each of the {len(clean)} clean samples, got {len(values)} "
-                    f"of {name!r}."
-                )
         self.loss_fn = loss_fn
         self.clusters = clusters
         self.clean = clean
-        self.conditions = dict(conditions or {})
+        self.conditions = checked_conditions(conditions, len(clean))
         self.num_samples = num_samples
         self.seed = seed
         self.batch_size = batch_size

@@ -41,15 +41,9 @@ class DenoisingBatch:
             raise ValueError(
                 f"`noise` must have the shape of `clean`, {tuple(clean.shape)}, got {tuple(noise.shape)}."
             )
-        for name, values in (conditions or {}).items():
-            if len(values) != len(clean):
-                raise ValueError(
-                    f"`conditions` must have one entry for each of the {len(clean)} images, "
-                    f"got {len(values)} of {name!r}."
-                )
         self.clean = clean
         self.noise = noise
-        self.conditions = dict(conditions or {})
+        self.conditions = checked_conditions(conditions, len(clean))
 
     def __len__(self) -> int:
         return len(self.clean)
@@ -136,6 +130,25 @@ class TimestepGradients:
         model_input = levels.model_input(levels.add_noise(clean, noise, timesteps), timesteps)
         output = self.model(model_input, timestep=timesteps, **conditions, return_dict=False)[0]
         return self.loss_fn(output, clean, noise, timesteps).per_sample.sum() / (len(self.batch) // NUM_PARTS)
+
+
+def checked_conditions(conditions: Mapping[str, Tensor] | None, num_images: int) -> dict[str, Tensor]:
+    """What else a denoiser is called with.
+
+    Args:
+        conditions: Tensors by argument name, or None.
+        num_images: How many entries each must have.
+
+    Raises:
+        ValueError: If one has another number of entries.
+    """
+    for name, values in (conditions or {}).items():
+        if len(values) != num_images:
+            raise ValueError(
+                f"`conditions` must have one entry for each of the {num_images} clean samples, got {len(values)} of "
+                f"{name!r}."
+            )
+    return dict(conditions or {})
 
 
 def chosen_parameters(model: nn.Module, predicate: Callable[[str], bool] | None) -> dict[str, nn.Parameter]:

@@ -58,6 +58,7 @@ def verify_download(
         return
     try:
         result = HfApi(token=token).verify_repo_checksums(repo_id, revision=snapshot.name, cache_dir=cache_dir)
+    # Of the network there are errors of several libraries; what is none of them goes on.
     except Exception as error:
         if not is_transient(error):
             raise
@@ -96,6 +97,7 @@ def verified_downloads(
 
     try:
         yield
+    # Whatever went wrong, damage may be why, and is then the better answer; if it is not, the error goes on.
     except Exception:
         verify()
         raise

@@ -193,6 +193,7 @@ def retry(
     for attempt in itertools.count(1):
         try:
             return action()
+        # Of the network there are errors of several libraries; what is none of them goes on.
         except Exception as error:
             if attempt == attempts or not is_transient(error):
                 raise

@@ -14,6 +14,7 @@ import gc
 import json
 import platform
 import statistics
+import sys
 import time
 
 import diffusers
@@ -88,7 +89,7 @@ def parse_args():
     parser.add_argument("--warmup", type=int, default=2, help="Untimed runs of each model first.")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="Autocast type.")
-    parser.add_argument("--compile", action="store_true", help="Compile both models.")
+    parser.add_argument("--compile", action="store_true", help="Then measure both models compiled, too.")
     parser.add_argument(
         "--clock", choices=CLOCKS, default="wall", help="Processor time is the steadier one on a CPU that others use."
     )
@@ -164,6 +165,25 @@ def summarise(seconds):
     }
 
 
+def overhead(models, calls, inputs, args):
+    runs = {"forward": forward, "train_step": train_step}
+    return {name: summarise(measure(run, models, calls, inputs, args)) for name, run in runs.items()}
+
+
+def measure_family(family, args):
+    models, inputs = build(family, args)
+    report = {
+        "model": FAMILIES[family].__doc__,
+        "parameters": sum(parameter.numel() for parameter in models["plain"].parameters()),
+        "eager": overhead(models, models, inputs, args),
+    }
+    if args.compile:
+        calls = {name: torch.compile(model, fullgraph=True) for name, model in models.items()}
+        report["compiled"] = overhead(models, calls, inputs, args)
+        torch.compiler.reset()
+    return report
+
+
 def main():
     args = parse_args()
     report = {
@@ -176,18 +196,8 @@ def main():
         "families": {},
     }
     for family in args.families:
-        models, inputs = build(family, args)
-        calls = {
-            name: torch.compile(model, fullgraph=True) if args.compile else model for name, model in models.items()
-        }
-        report["families"][family] = {
-            "model": FAMILIES[family].__doc__,
-            "parameters": sum(parameter.numel() for parameter in models["plain"].parameters()),
-            "forward": summarise(measure(forward, models, calls, inputs, args)),
-            "train_step": summarise(measure(train_step, models, calls, inputs, args)),
-        }
-        del models, calls, inputs
-        torch.compiler.reset()
+        report["families"][family] = measure_family(family, args)
+        print(f"{family} is measured", file=sys.stderr)
         gc.collect()
     print(json.dumps(report, indent=2))
 
