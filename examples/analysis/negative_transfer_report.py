@@ -39,38 +39,45 @@ class Report:
 
     def finish(self, seeds, names):
         """Save the gaps over these seeds, in the file and as a picture beside it."""
-        self.content["gaps"] = {
-            metric: {name: self._gaps(seeds, name, metric) for name in names} for metric in self._metrics()
-        }
+        gaps, differences = {}, {}
+        for metric in self._metrics():
+            values = {name: self._values(seeds, name, metric) for name in names}
+            gaps[metric] = {name: _summary(gap) | {"joint": own.tolist()} for name, (own, gap) in values.items()}
+            (_, reference), *others = values.values()
+            pairs = zip(names[1:], others, strict=True)
+            differences[metric] = {name: _summary(gap - reference) for name, (_, gap) in pairs}
+        self.content |= {"gaps": gaps, "differences": differences}
         self._save()
         self._draw(names)
 
     def tables(self, names):
         """The gaps as Markdown."""
         edges = self.content["clusters"]
-        columns = [f"timesteps {start} to {end - 1}" for start, end in pairwise(edges)]
+        header = ["joint model", *(f"timesteps {start} to {end - 1}" for start, end in pairwise(edges))]
         lines = []
         for metric in self._metrics():
             lines += [f"\n{METRICS[metric]}, after the joint model's own value, with its 95 % interval over seeds\n"]
-            lines += [f"| joint model | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
-            for name in names:
-                gaps = self.content["gaps"][metric][name]
-                cells = [_cell(*numbers, metric) for numbers in zip(*gaps.values(), strict=True)]
-                lines.append(f"| {name} | {' | '.join(cells)} |")
+            lines += [_row(header), _row(["---"] * len(header))]
+            lines += [_row([name, *_cells(gaps, metric)]) for name, gaps in self.content["gaps"][metric].items()]
+            if differences := self.content["differences"][metric]:
+                lines += [f"\nthe same, less that of {names[0]} with the same seed\n"]
+                lines += [_row(header), _row(["---"] * len(header))]
+                lines += [_row([name, *_cells(difference, metric)]) for name, difference in differences.items()]
         return "\n".join(lines)
 
     def _metrics(self):
         return [metric for metric in METRICS if metric in self.content["entries"][0]]
 
-    def _gaps(self, seeds, joint, metric):
-        """By cluster. Losses differ by orders of magnitude, and their gaps are relative, in per cent."""
-        entries = [entry for entry in self.content["entries"] if entry["joint"] == joint and entry["seed"] in seeds]
-        own, specialist = (torch.tensor([entry[metric][key] for entry in entries]) for key in ("joint", "specialist"))
+    def _values(self, seeds, joint, metric):
+        """The joint model's own metric by cluster, and the gaps of every seed.
+
+        Losses differ by orders of magnitude, and their gaps are relative, in per cent.
+        """
+        entries = {entry["seed"]: entry[metric] for entry in self.content["entries"] if entry["joint"] == joint}
+        own, specialist = (torch.tensor([entries[seed][key] for seed in seeds]) for key in ("joint", "specialist"))
         relative = metric == "loss"
         gaps = negative_transfer_gap(specialist, own, relative=relative) * (100 if relative else 1)
-        mean, low, high = confidence_interval(gaps)
-        own = own.mean(0).expand(len(mean))
-        return {"joint": own.tolist(), "mean": mean.tolist(), "low": low.tolist(), "high": high.tolist()}
+        return own.mean(0).expand(gaps.shape[1]), gaps
 
     def _draw(self, names):
         from matplotlib import pyplot
@@ -92,6 +99,17 @@ class Report:
         partial.replace(self.path)
 
 
-def _cell(own, mean, low, high, metric):
+def _summary(values):
+    return {key: ends.tolist() for key, ends in zip(("mean", "low", "high"), confidence_interval(values), strict=True)}
+
+
+def _row(cells):
+    return f"| {' | '.join(cells)} |"
+
+
+def _cells(summary, metric):
     unit, digits = (" %", 1) if metric == "loss" else ("", 2)
-    return f"{own:.4g}: {mean:+.{digits}f}{unit} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    intervals = zip(summary["mean"], summary["low"], summary["high"], strict=True)
+    cells = [f"{mean:+.{digits}f}{unit} [{low:+.{digits}f}, {high:+.{digits}f}]" for mean, low, high in intervals]
+    own = summary.get("joint")
+    return cells if own is None else [f"{value:.4g}: {cell}" for value, cell in zip(own, cells, strict=True)]

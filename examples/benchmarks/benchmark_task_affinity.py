@@ -3,10 +3,10 @@
 For a few numbers of timesteps, bare passes (forward, loss, backward over the whole batch, one per timestep) and a
 whole measurement by TaskAffinity take turns in one process. The slope of each over the number of timesteps is the time
 per timestep; what is left is what a measurement costs once. Peak memory is of resident pages, each number from a
-process of its own, and what is reported is the difference to the process of bare passes. The last stage, the inner
-products of all sketches, is measured by itself at 1000 timesteps. Prints JSON.
+process of its own. It is compared with that of bare passes over a quarter of the batch at a time, as TaskAffinity does
+them. The last stage, the inner products of all sketches, is measured by itself at 1000 timesteps. Prints JSON.
 
-    python examples/benchmarks/benchmark_task_affinity.py --preset DiT-S/4 --batch_size 32 --num_timesteps 2 4 8
+    python examples/benchmarks/benchmark_task_affinity.py --batch_size 16 32 64 --num_timesteps 2 4 8
 """
 
 import argparse
@@ -27,7 +27,7 @@ from diffusers_dtr.analysis.estimators import gram
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="DiT-S/4", help="A size that DTRTransformer2DModel.from_preset knows.")
-    parser.add_argument("--batch_size", type=int, default=32, help="Images; a multiple of 4.")
+    parser.add_argument("--batch_size", type=int, nargs="+", default=[64], help="Images; multiples of 4.")
     parser.add_argument("--num_timesteps", type=int, nargs="+", default=[2, 4, 8], help="At least two numbers >= 2.")
     parser.add_argument("--sketch_size", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=1, help="Timed runs of each; the fastest is reported.")
@@ -37,26 +37,33 @@ def parse_args():
 class Subject:
     """A model and a batch of images, and both things that are done with them."""
 
-    def __init__(self, args):
+    def __init__(self, args, batch_size):
         torch.manual_seed(0)
         self.model = DTRTransformer2DModel.from_preset(args.preset).eval()
         for parameter in self.model.parameters():  # zeros of the initialisation would leave most gradients at zero
             torch.nn.init.normal_(parameter, std=0.02)
         self.loss_fn = DenoisingLoss(DDPMScheduler())
         config = self.model.config
-        shape = (args.batch_size, config.in_channels, config.sample_size, config.sample_size)
+        shape = (batch_size, config.in_channels, config.sample_size, config.sample_size)
         self.clean, self.noise = torch.randn(2, *shape)
-        self.labels = torch.randint(config.num_embeds_ada_norm, (args.batch_size,))
+        self.labels = torch.randint(config.num_embeds_ada_norm, (batch_size,))
         self.sketch_size = args.sketch_size
 
-    def bare(self, num_timesteps):
-        """The least that gradients at so many timesteps take."""
+    def bare(self, num_timesteps, num_parts=1):
+        """The least that gradients at so many timesteps take, over equal parts of the batch one after the other."""
         for timestep in torch.linspace(0, 999, num_timesteps).long():
-            timesteps = timestep.expand(len(self.clean))
-            noisy = self.loss_fn.levels.add_noise(self.clean, self.noise, timesteps)
-            output = self.model(noisy, timesteps, self.labels).sample
-            self.loss_fn(output, self.clean, self.noise, timesteps).loss.backward()
+            for clean, noise, labels in zip(
+                *(values.chunk(num_parts) for values in (self.clean, self.noise, self.labels)), strict=True
+            ):
+                timesteps = timestep.expand(len(clean))
+                noisy = self.loss_fn.levels.add_noise(clean, noise, timesteps)
+                output = self.model(noisy, timesteps, labels).sample
+                self.loss_fn(output, clean, noise, timesteps).loss.backward()
             self.model.zero_grad()
+
+    def bare_in_quarters(self, num_timesteps):
+        """The same passes with the activations of a quarter of the batch at a time."""
+        self.bare(num_timesteps, num_parts=4)
 
     def affinity(self, num_timesteps):
         """The whole measurement."""
@@ -72,9 +79,9 @@ class Subject:
         )
 
 
-def seconds(args):
+def seconds(args, batch_size):
     """Of each kind of run, by number of timesteps."""
-    subject = Subject(args)
+    subject = Subject(args, batch_size)
     subject.bare(1)
     best = {kind: dict.fromkeys(args.num_timesteps, float("inf")) for kind in ("bare", "affinity")}
     for _ in range(args.repeats):
@@ -86,15 +93,17 @@ def seconds(args):
     return best
 
 
-def peak_bytes(args, kind, num_timesteps):
+def peak_bytes(args, batch_size, kind, num_timesteps):
     """Of a process that does nothing else."""
-    if kind == "inner products":
-        features = torch.ones(4, num_timesteps, args.sketch_size)
-        before = current_peak()
-        gram(features)
-        return current_peak() - before + features.nbytes
-    getattr(Subject(args), kind)(num_timesteps)
+    getattr(Subject(args, batch_size), kind)(num_timesteps)
     return current_peak()
+
+
+def peak_bytes_of_inner_products(args, num_timesteps):
+    features = torch.ones(4, num_timesteps, args.sketch_size)
+    before = current_peak()
+    gram(features)
+    return current_peak() - before + features.nbytes
 
 
 def current_peak():
@@ -107,28 +116,34 @@ def slope(points):
     return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
 
 
-def main():
-    args = parse_args()
+def measure(args, batch_size, pool):
+    times = pool.apply(seconds, (args, batch_size))
     fewest, most = min(args.num_timesteps), max(args.num_timesteps)
-    tasks = [("bare", fewest), ("affinity", fewest), ("affinity", most), ("inner products", 1000)]
-    # A process that ends after each task, because peaks of memory are of a process's life.
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        times = pool.apply(seconds, (args,))
-        (_, bare), *peaks = zip(
-            tasks, pool.starmap(peak_bytes, [(args, *task) for task in tasks], chunksize=1), strict=True
-        )
-    *measured, (_, inner_products) = peaks
-    report = {
-        "command": vars(args),
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
+    bare = pool.apply(peak_bytes, (args, batch_size, "bare_in_quarters", fewest))
+    peaks = {n: pool.apply(peak_bytes, (args, batch_size, "affinity", n)) for n in (fewest, most)}
+    return {
         "seconds": {kind: {n: round(s, 3) for n, s in found.items()} for kind, found in times.items()},
         "seconds_per_timestep": {kind: round(slope(found), 4) for kind, found in times.items()},
         "ratio_per_timestep": round(slope(times["affinity"]) / slope(times["bare"]), 4),
-        "extra_peak_bytes": {n: peak - bare for (_, n), peak in measured},
-        "extra_peak_bytes_of_inner_products_of_1000_timesteps": inner_products,
+        "ratio_by_number_of_timesteps": {n: round(times["affinity"][n] / times["bare"][n], 4) for n in times["bare"]},
+        "extra_peak_bytes": {n: peak - bare for n, peak in peaks.items()},
     }
+
+
+def main():
+    args = parse_args()
+    # A process that ends after each task, because peaks of memory are of a process's life.
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        report = {
+            "command": vars(args),
+            "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "batch_size": {size: measure(args, size, pool) for size in args.batch_size},
+            "extra_peak_bytes_of_inner_products_of_1000_timesteps": pool.apply(
+                peak_bytes_of_inner_products, (args, 1000)
+            ),
+        }
     print(json.dumps(report, indent=2))
 
 

@@ -146,6 +146,21 @@ def test_gaps_are_relative_to_the_joint_models_loss_with_an_interval_over_seeds(
             assert gaps[name] == pytest.approx(end.tolist(), rel=1e-4, abs=1e-4)
 
 
+def test_joint_models_are_compared_with_the_first_seed_by_seed(measured):
+    def percent(joint: str) -> torch.Tensor:
+        losses = [entry["loss"] for entry in measured["entries"] if entry["joint"] == joint]
+        own, theirs = (
+            torch.tensor([loss[key] for loss in losses], dtype=torch.float64) for key in ("joint", "specialist")
+        )
+        return 100 * (theirs / own - 1)
+
+    assert measured["differences"]["loss"].keys() == {"clustered", "routed"}
+    for joint, difference in measured["differences"]["loss"].items():
+        ends = confidence_interval(percent(joint) - percent("plain"))
+        for name, end in zip(("mean", "low", "high"), ends, strict=True):
+            assert difference[name] == pytest.approx(end.tolist(), rel=1e-4, abs=1e-4)
+
+
 def test_all_joint_models_of_a_seed_meet_the_same_specialists(measured):
     for seed in (0, 1):
         losses = [entry["loss"] for entry in measured["entries"] if entry["seed"] == seed]
@@ -166,7 +181,7 @@ def test_report_tells_how_everything_was_made_and_no_path(measured, data):
 def test_tables_and_a_picture_show_the_gaps(script, launched, data, tmp_path, capsys):
     report = main(script, data, tmp_path / "tiny.json")
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert len(rows) == 2 + 3
+    assert len(rows) == (2 + 3) + (2 + 2)
     gaps = {name: values[0] for name, values in report["gaps"]["loss"]["plain"].items()}
     assert f"{gaps['mean']:+.1f} % [{gaps['low']:+.1f}, {gaps['high']:+.1f}]" in rows[2]
     assert rows[0].startswith(f"| joint model | timesteps 0 to {report['clusters'][1] - 1} |")
