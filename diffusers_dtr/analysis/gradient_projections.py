@@ -65,8 +65,8 @@ class CountSketch:
     Nothing is assumed about how neighbouring coordinates are correlated, because buckets and signs are independent
     from coordinate to coordinate.
 
-    A sketch takes about 1.7 ns per parameter on one CPU core, 60 ms for 33 M of them. 2 bytes per parameter are kept (4
-    beyond m = 16384).
+    A sketch takes about 1.7 ns per parameter on one CPU core, 60 ms for 33 M of them. 2 bytes per parameter are kept
+    (4 beyond m = 16384).
 
     Args:
         parameters: The parameters by name; their sizes and devices are used.
