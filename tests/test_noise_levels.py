@@ -415,6 +415,26 @@ def test_sampling_state_of_the_scheduler_does_not_change_its_levels():
         assert torch.equal(before.sigma(before.timesteps), after.sigma(before.timesteps))
 
 
+@pytest.mark.parametrize(
+    ("name", "of_another_class"),
+    [
+        ("DDPM", {"use_flow_sigmas": True, "flow_shift": 3.0}),
+        ("EulerAncestralDiscrete", {"timestep_type": "continuous"}),
+        ("FlowMatchEulerDiscrete", {"prediction_type": "epsilon"}),
+    ],
+)
+def test_settings_that_a_scheduler_only_keeps_for_another_class_do_not_change_its_levels(name, of_another_class):
+    scheduler_class = getattr(diffusers, f"{name}Scheduler")
+    own = {} if name.startswith("Flow") else {"prediction_type": "v_prediction"}
+    expected = NoiseLevels(scheduler_class(**own))
+    scheduler = scheduler_class.from_config({**own, **of_another_class})
+    assert scheduler.config.items() >= of_another_class.items()
+    levels = NoiseLevels(scheduler)
+    assert levels.prediction_type == expected.prediction_type
+    torch.testing.assert_close(levels.timesteps, expected.timesteps, rtol=0, atol=0)
+    torch.testing.assert_close(levels.log_snr(levels.timesteps), expected.log_snr(levels.timesteps), rtol=0, atol=0)
+
+
 def test_precision_at_the_first_timestep_is_that_of_the_betas():
     scheduler = make("DDPMScheduler")
     first = torch.tensor([0])

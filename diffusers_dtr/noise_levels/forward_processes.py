@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DDPMParallelScheduler, DDPMScheduler, SchedulerMixin, UnCLIPScheduler
@@ -132,7 +133,7 @@ def process_of(scheduler: SchedulerMixin) -> ForwardProcess:
     """
     if not hasattr(scheduler, "config"):
         raise TypeError(f"`scheduler` must be a diffusers scheduler, got {type(scheduler).__name__}.")
-    config = scheduler.config
+    config = _own_config(scheduler)
     if not hasattr(scheduler, "add_noise") and not hasattr(scheduler, "scale_noise"):
         raise _unserved(scheduler, "an `add_noise` or `scale_noise` method: it only samples")
     if config.get("use_flow_sigmas"):
@@ -147,7 +148,7 @@ def process_of(scheduler: SchedulerMixin) -> ForwardProcess:
     # Sampling starts from noise of this deviation: unit in a variance preserving process, σ_max in an exploding one.
     if float(scheduler.init_noise_sigma) == 1.0:
         return VariancePreserving(alphas_cumprod)
-    if config.get("timestep_type") == "continuous" and config.prediction_type == "v_prediction":
+    if config.get("timestep_type") == "continuous" and config["prediction_type"] == "v_prediction":
         return LogSigmaTime(((1 - alphas_cumprod) / alphas_cumprod).sqrt())
     return VarianceExploding(alphas_cumprod)
 
@@ -182,7 +183,7 @@ def _edm_of(scheduler: SchedulerMixin) -> ForwardProcess:
 
 
 def _flow_of(scheduler: SchedulerMixin, shift_key: str) -> ForwardProcess:
-    config = scheduler.config
+    config = _own_config(scheduler)
     missing = [key for key in ("num_train_timesteps", shift_key) if key not in config]
     if missing:
         raise _unserved(scheduler, " and ".join(f"`{key}`" for key in missing) + " in its config")
@@ -190,7 +191,7 @@ def _flow_of(scheduler: SchedulerMixin, shift_key: str) -> ForwardProcess:
         raise _unserved(scheduler, "timesteps that grow with the noise (`invert_sigmas` reverses them)")
     # A dynamic shift depends on the image size and is made when sampling: the training grid is not shifted.
     shift = 1.0 if config.get("use_dynamic_shifting") else config[shift_key]
-    return Flow(config.num_train_timesteps, shift)
+    return Flow(config["num_train_timesteps"], shift)
 
 
 def prediction_type_of(scheduler: SchedulerMixin, process: ForwardProcess) -> str:
@@ -201,11 +202,17 @@ def prediction_type_of(scheduler: SchedulerMixin, process: ForwardProcess) -> st
     """
     # Flow matching schedulers proper have no such setting.
     default = "flow_prediction" if isinstance(process, Flow) else None
-    prediction_type = scheduler.config.get("prediction_type", default)
+    prediction_type = _own_config(scheduler).get("prediction_type", default)
     if prediction_type not in process.prediction_types:
         allowed = ", ".join(f'"{name}"' for name in process.prediction_types)
         raise _unserved(scheduler, f"a `prediction_type` among {allowed} (it is {prediction_type!r})")
     return process.prediction_types[prediction_type]
+
+
+def _own_config(scheduler: SchedulerMixin) -> dict[str, Any]:
+    """The settings that the scheduler's class has: `from_config` also keeps those of the class that it came from."""
+    names = inspect.signature(type(scheduler)).parameters
+    return {name: value for name, value in scheduler.config.items() if name in names}
 
 
 def _unserved(scheduler: SchedulerMixin, missing: str) -> TypeError:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+import diffusers
+import torch
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
@@ -14,10 +16,8 @@ from diffusers import (
     SchedulerMixin,
 )
 
+from ..noise_levels import NoiseLevels
 from .arguments import noise_config
-
-
-_FLOW_SCHEDULER = FlowMatchEulerDiscreteScheduler.__name__
 
 
 def pretrained_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -52,19 +52,41 @@ def load_noise_scheduler(args: argparse.Namespace) -> SchedulerMixin:
         args: Parsed flags. Those of the noise schedule replace what the pretrained pipeline has.
 
     Raises:
-        ValueError: If a flag of a DDPMScheduler is given to a flow matching pipeline.
+        ValueError: If neither has the noise levels of the pretrained pipeline's scheduler, or a flag does not go with
+            flow matching.
+        TypeError: If nothing is known about the noise levels of that scheduler.
     """
     config = noise_config(args)
     if args.pretrained_model_name_or_path is None:
         return DDPMScheduler(**config)
-    flow = pretrained_component(args, "scheduler") == _FLOW_SCHEDULER
-    if flow and config:
-        raise ValueError(f"`{'`, `'.join(config)}` must be left out: the pretrained pipeline has flow matching.")
-    scheduler_class = FlowMatchEulerDiscreteScheduler if flow else DDPMScheduler
+    name = pretrained_component(args, "scheduler")
     # Schedulers have no variants.
     options = pretrained_options(args) | {"variant": None}
-    return scheduler_class.from_pretrained(
-        args.pretrained_model_name_or_path, subfolder="scheduler", **options, **config
+    original = getattr(diffusers, name).from_pretrained(
+        args.pretrained_model_name_or_path, subfolder="scheduler", **options
+    )
+    flow = NoiseLevels(original).prediction_type == "flow"
+    if flow and config:
+        raise ValueError(f"`{'`, `'.join(config)}` must be left out: the pretrained pipeline has flow matching.")
+    if flow and args.learn_sigma:
+        raise ValueError("`--learn_sigma` must be left out: the pretrained pipeline has flow matching.")
+    scheduler_class = FlowMatchEulerDiscreteScheduler if flow else DDPMScheduler
+    if not _same_noise_levels(original, scheduler_class.from_config(original.config)):
+        raise ValueError(
+            "`pretrained_model_name_or_path` must be a pipeline with the noise levels of a DDPMScheduler or a "
+            f"FlowMatchEulerDiscreteScheduler, got a {name} with others."
+        )
+    return scheduler_class.from_config(original.config, **config)
+
+
+def _same_noise_levels(one: SchedulerMixin, other: SchedulerMixin) -> bool:
+    """Whether a denoiser that was trained with one of them is told and asked the same by the other."""
+    one, other = NoiseLevels(one), NoiseLevels(other)
+    timesteps = other.timesteps
+    return (
+        one.prediction_type == other.prediction_type
+        and torch.equal(one.timesteps, timesteps)
+        and torch.allclose(one.log_snr(timesteps), other.log_snr(timesteps))
     )
 
 
@@ -102,19 +124,19 @@ def check_pretrained_denoiser(args: argparse.Namespace, model: ModelMixin, vae: 
         raise ValueError("`--learn_sigma` needs a pretrained model that predicts a variance, and this one does not.")
 
 
-def sampling_scheduler(noise_scheduler: SchedulerMixin, model: ModelMixin, clip_sample: bool) -> DDPMScheduler:
-    """The scheduler of the trained pipeline.
+def sampling_scheduler(noise_scheduler: SchedulerMixin, model: ModelMixin, clip_sample: bool) -> SchedulerMixin:
+    """The scheduler of the trained pipeline, of the class that was trained with.
 
     Args:
         noise_scheduler: Scheduler that is trained with.
-        model: The denoiser, whose variance it takes, if it predicts one.
-        clip_sample: Whether samples end in [-1, 1]: pixels do, latents do not.
+        model: The denoiser, whose variance a DDPMScheduler takes, if it predicts one.
+        clip_sample: Whether samples of a DDPMScheduler end in [-1, 1]: pixels do, latents do not.
     """
-    return DDPMScheduler.from_config(
-        noise_scheduler.config,
-        variance_type="learned_range" if _learns_variance(model) else "fixed_small",
-        clip_sample=clip_sample,
-    )
+    options = {}
+    if isinstance(noise_scheduler, DDPMScheduler):
+        variance_type = "learned_range" if _learns_variance(model) else "fixed_small"
+        options = {"variance_type": variance_type, "clip_sample": clip_sample}
+    return type(noise_scheduler).from_config(noise_scheduler.config, **options)
 
 
 def _learns_variance(model: ModelMixin) -> bool:

@@ -9,19 +9,22 @@ from diffusers import (
     DDPMScheduler,
     DiTPipeline,
     DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     UNet2DModel,
+    UniPCMultistepScheduler,
 )
 from tiny_dit import plain_dit
 
 from diffusers_dtr import DTRPipeline
-from diffusers_dtr.training import load_noise_scheduler, load_vae
+from diffusers_dtr.training import load_noise_scheduler, load_vae, sampling_scheduler
 
 
 def flags(**given) -> argparse.Namespace:
     names = ["pretrained_model_name_or_path", "vae_name_or_path", "revision", "variant", "cache_dir"]
     names += ["noise_schedule", "num_train_timesteps", "prediction_type"]
-    return argparse.Namespace(**{name: given.get(name) for name in names})
+    return argparse.Namespace(learn_sigma=given.pop("learn_sigma", False), **{name: given.get(name) for name in names})
 
 
 def vae() -> AutoencoderKL:
@@ -77,6 +80,36 @@ def test_flow_matching_stays_flow_matching(tmp_path):
     assert scheduler.config.shift == 3.0
     with pytest.raises(ValueError, match=r"`prediction_type` must be left out: .* flow matching"):
         load_noise_scheduler(flags(pretrained_model_name_or_path=folder, prediction_type="epsilon"))
+    with pytest.raises(ValueError, match=r"`--learn_sigma` must be left out: .* flow matching"):
+        load_noise_scheduler(flags(pretrained_model_name_or_path=folder, learn_sigma=True))
+    result = sampling_scheduler(scheduler, DTRPipeline.from_pretrained(folder).unet, clip_sample=True)
+    assert type(result) is FlowMatchEulerDiscreteScheduler
+    assert result.config.shift == 3.0
+
+
+def test_variance_exploding_sampler_is_of_the_same_noise_levels(tmp_path):
+    folder = saved(tmp_path / "euler", EulerDiscreteScheduler(beta_schedule="scaled_linear"))
+    scheduler = load_noise_scheduler(flags(pretrained_model_name_or_path=folder))
+    assert type(scheduler) is DDPMScheduler
+    assert scheduler.config.beta_schedule == "scaled_linear"
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        EDMEulerScheduler(),
+        EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"),
+        DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0),
+        UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="epsilon"),
+    ],
+    ids=["EDM", "continuous", "shifted flow", "flow of noise"],
+)
+def test_noise_levels_that_training_would_not_have_are_refused(tmp_path, scheduler):
+    folder = saved(tmp_path / "other", scheduler)
+    with pytest.raises(
+        ValueError, match=f"`pretrained_model_name_or_path` must be .*, got a {type(scheduler).__name__}"
+    ):
+        load_noise_scheduler(flags(pretrained_model_name_or_path=folder))
 
 
 def test_without_a_pipeline_the_flags_decide():
