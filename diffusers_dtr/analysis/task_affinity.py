@@ -28,6 +28,10 @@ _FORMAT = "diffusers-dtr task affinity 1"
 _METADATA_KEY = "task_affinity"
 _TENSORS = ("matrix", "timesteps", "training_timesteps", "log_snr")
 
+# Schedulers make their schedules in float32, which machines and versions round differently.
+_SAME_TIMESTEP = 1e-3
+_SAME_LOG_SNR = 1e-2
+
 
 @dataclass(frozen=True, eq=False)
 class TaskAffinity:
@@ -247,27 +251,44 @@ class TaskAffinity:
         return cls(**tensors, **{key: value for key, value in description.items() if key != "format"})
 
 
-def load_task_affinity(path: str | PathLike, num_train_timesteps: int | None = None) -> Tensor:
+def load_task_affinity(path: str | PathLike, levels: NoiseLevels | None = None) -> Tensor:
     """The full affinity matrix that a file holds, for `cluster_timesteps(scheduler, k, cost=...)`.
 
     Args:
         path: File of [`TaskAffinity.save`].
-        num_train_timesteps: T that is asked for; whatever the file has by default.
+        levels: Noise levels that it must have been measured at; any by default.
 
     Returns:
         float64 `(T, T)`, interpolated where fewer timesteps were measured.
 
     Raises:
-        ValueError: If the file is none of a task affinity, or of another number of training timesteps.
+        ValueError: If the file is none of a task affinity, or of one at other noise levels.
     """
     affinity = TaskAffinity.load(path)
-    found = len(affinity.training_timesteps)
-    if num_train_timesteps not in (None, found):
+    difference = None if levels is None else _difference(affinity, levels)
+    if difference is not None:
         raise ValueError(
-            f"`path`, {str(path)!r}, has the affinity of {found} training timesteps, but {num_train_timesteps} are "
-            "needed: measure it with the noise scheduler that is trained with."
+            f"`path`, {str(path)!r}, has the affinity of another noise schedule: {difference}. Measure it with the "
+            "noise scheduler that is trained with, or train with the one that it was measured with."
         )
     return affinity.full_matrix()
+
+
+def _difference(affinity: TaskAffinity, levels: NoiseLevels) -> str | None:
+    """What tells the noise levels of an affinity from these; None if they are the same."""
+    if len(affinity.training_timesteps) != len(levels.timesteps):
+        return f"{len(affinity.training_timesteps)} training timesteps, not {len(levels.timesteps)}"
+    shift = (affinity.training_timesteps - levels.timesteps).abs().max()
+    if shift > _SAME_TIMESTEP:
+        return f"training timesteps that lie up to {shift:.4g} elsewhere"
+    expected = levels.log_snr(affinity.timesteps)
+    # Equal infinities have no difference that is a number.
+    distances = (affinity.log_snr - expected).abs().where(affinity.log_snr != expected, 0)
+    worst = distances.argmax()
+    if distances[worst] > _SAME_LOG_SNR:
+        timestep, found = affinity.timesteps[worst], affinity.log_snr[worst]
+        return f"a log SNR of {found:.4g} at timestep {timestep:.4g}, not {expected[worst]:.4g}"
+    return None
 
 
 @contextmanager

@@ -133,12 +133,12 @@ def build_objective(
         accelerator: Saves and loads the state.
 
     Raises:
-        ValueError: If a flag is out of its range, the affinity is not one of these timesteps, or gradient balancing
+        ValueError: If a flag is out of its range, the affinity is of other noise levels, or gradient balancing
             gets fewer samples than clusters.
     """
     cost = args.cluster_cost
     if cost == "affinity":
-        cost = load_task_affinity(args.affinity_path, len(NoiseLevels(noise_scheduler).timesteps))
+        cost = load_task_affinity(args.affinity_path, NoiseLevels(noise_scheduler))
     clusters = cluster_timesteps(noise_scheduler, args.num_clusters, cost)
     loss_fn = ClusteredLoss(
         noise_scheduler,

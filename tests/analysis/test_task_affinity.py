@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from tiny_dit import NUM_CLASSES, routed_dit, with_random_weights
 from torch import nn
 
-from diffusers_dtr import DenoisingLoss, TaskAffinity, cluster_timesteps
+from diffusers_dtr import DenoisingLoss, NoiseLevels, TaskAffinity, cluster_timesteps
 from diffusers_dtr.analysis import load_task_affinity
 from diffusers_dtr.analysis.measurement import Workspace
 
@@ -243,7 +243,7 @@ def test_file_holds_everything(tmp_path):
     assert loaded.provenance["command"] == "compute_task_affinity.py"
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
     assert torch.equal(load_task_affinity(path), found.full_matrix())
-    assert load_task_affinity(path, 1000).dtype == torch.float64
+    assert torch.equal(load_task_affinity(path, NoiseLevels(DDPMScheduler())), found.full_matrix())
 
 
 def test_unknown_reliability_survives_the_file(tmp_path):
@@ -252,11 +252,58 @@ def test_unknown_reliability_survives_the_file(tmp_path):
     assert torch.tensor(TaskAffinity.load(path).reliability).isnan()
 
 
-def test_affinity_of_another_schedule_is_refused(tmp_path):
-    path = tmp_path / "affinity.safetensors"
-    affinity(torch.eye(2), [0, 9]).save(path)
-    with pytest.raises(ValueError, match="affinity of 10 training timesteps, but 1000 are needed"):
-        load_task_affinity(path, 1000)
+def of_schedule(scheduler, path):
+    """The file of an affinity that was measured with this scheduler."""
+    levels = NoiseLevels(scheduler)
+    measured = levels.timesteps[[0, len(levels.timesteps) // 2, -1]]
+    grid, log_snr = levels.timesteps, levels.log_snr(measured)
+    TaskAffinity(torch.eye(3).double(), measured, grid, log_snr, reliability=1.0, estimator="plain").save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("measured", "trained", "difference"),
+    [
+        (DDPMScheduler(num_train_timesteps=10), DDPMScheduler(), "10 training timesteps, not 1000"),
+        (
+            FlowMatchEulerDiscreteScheduler(shift=3.0),
+            FlowMatchEulerDiscreteScheduler(),
+            "training timesteps that lie up to 267.9 elsewhere",
+        ),
+        (
+            DDPMScheduler(),
+            DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+            "a log SNR of -10.12 at timestep 999, not -19.84",
+        ),
+        (
+            DDPMScheduler(beta_schedule="squaredcos_cap_v2", rescale_betas_zero_snr=True),
+            DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+            "a log SNR of -inf at timestep 999, not",
+        ),
+    ],
+    ids=["length", "shift", "betas", "zero terminal SNR"],
+)
+def test_affinity_of_another_schedule_is_refused(measured, trained, difference, tmp_path):
+    path = of_schedule(measured, tmp_path / "affinity.safetensors")
+    with pytest.raises(
+        ValueError, match=f"another noise schedule: {difference}.* Measure it with the noise scheduler"
+    ):
+        load_task_affinity(path, NoiseLevels(trained))
+
+
+@pytest.mark.parametrize(
+    ("measured", "trained"),
+    [
+        (DDPMScheduler(), EulerDiscreteScheduler(beta_start=1e-4, beta_end=0.02)),
+        (DDPMScheduler(rescale_betas_zero_snr=True), DDPMScheduler(rescale_betas_zero_snr=True)),
+        (DDPMScheduler(beta_end=0.02), DDPMScheduler(beta_end=0.020001)),
+        (FlowMatchEulerDiscreteScheduler(shift=3.0), FlowMatchEulerDiscreteScheduler(shift=3.0)),
+    ],
+    ids=["another solver", "pure noise", "rounding", "flow matching"],
+)
+def test_affinity_of_the_same_noise_levels_is_taken(measured, trained, tmp_path):
+    path = of_schedule(measured, tmp_path / "affinity.safetensors")
+    assert len(load_task_affinity(path, NoiseLevels(trained))) == 1000
 
 
 def test_files_of_something_else_are_refused(tmp_path):

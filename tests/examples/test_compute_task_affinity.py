@@ -22,7 +22,7 @@ from training_runs import (
     wait_for,
 )
 
-from diffusers_dtr import DTRPipeline, DTRTransformer2DModel, TaskAffinity, cluster_timesteps
+from diffusers_dtr import DTRPipeline, DTRTransformer2DModel, NoiseLevels, TaskAffinity, cluster_timesteps
 from diffusers_dtr.analysis import load_task_affinity
 
 
@@ -86,7 +86,7 @@ def test_result_is_one_file_a_picture_and_clusters(inputs, tmp_path, capsys, mon
     assert found.provenance["command"].startswith("accelerate launch")
     assert str(tmp_path) not in str(found.provenance)
     assert found.provenance["versions"]["torch"] == torch.__version__
-    full = load_task_affinity(tmp_path / "out" / "task_affinity.safetensors", 1000)
+    full = load_task_affinity(tmp_path / "out" / "task_affinity.safetensors", NoiseLevels(DDPMScheduler()))
     printed = capsys.readouterr().out
     for name, cost in {"affinity": full, "snr": "snr", "timestep": "timestep"}.items():
         boundaries = cluster_timesteps(DDPMScheduler(), 3, cost).boundaries

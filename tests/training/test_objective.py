@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
 
-from diffusers_dtr import DTRTransformer2DModel, TaskAffinity, training
+from diffusers_dtr import DTRTransformer2DModel, NoiseLevels, TaskAffinity, training
 from diffusers_dtr.objective.clustered_loss import ClusteredLossOutput
 
 
@@ -238,14 +238,14 @@ def test_state_of_other_boundaries_is_refused():
 
 def planted_affinity(path, boundaries: tuple[int, ...]) -> str:
     """A file that says: timesteps get along within these clusters, and not with others."""
-    num_timesteps = boundaries[-1]
-    cluster = torch.bucketize(torch.arange(num_timesteps), torch.tensor(boundaries[1:-1]), right=True)
-    grid = torch.arange(num_timesteps, dtype=torch.float64)
+    levels = NoiseLevels(DDPMScheduler(num_train_timesteps=boundaries[-1]))
+    grid = levels.timesteps
+    cluster = torch.bucketize(grid, torch.tensor(boundaries[1:-1]), right=True)
     TaskAffinity(
         matrix=(cluster[:, None] == cluster).double(),
         timesteps=grid,
         training_timesteps=grid.clone(),
-        log_snr=-grid,
+        log_snr=levels.log_snr(grid),
         reliability=1.0,
         estimator="unbiased",
     ).save(path)
@@ -256,7 +256,9 @@ def test_clusters_are_those_whose_gradients_get_along(tmp_path):
     path = planted_affinity(tmp_path / "affinity.safetensors", (0, 13, 20, 21, 50))
     flags = ["--cluster_cost", "affinity", "--affinity_path", path]
     assert Setup(*flags, num_train_timesteps=50).objective.clusters.boundaries == (0, 13, 20, 21, 50)
-    with pytest.raises(ValueError, match="has the affinity of 50 training timesteps, but 60 are needed"):
+    with pytest.raises(ValueError, match="another noise schedule: 50 training timesteps, not 60"):
         Setup(*flags, num_train_timesteps=60)
+    with pytest.raises(ValueError, match="another noise schedule: a log SNR of"):
+        Setup(*flags, num_train_timesteps=50, beta_schedule="squaredcos_cap_v2")
     with pytest.raises(ValueError, match="must be a file of a task affinity"):
         Setup("--cluster_cost", "affinity", "--affinity_path", tmp_path / "nothing.safetensors")
