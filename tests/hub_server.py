@@ -299,6 +299,7 @@ class HubServer(ThreadingHTTPServer):
         requests: Method and path, as sent, of every request so far.
         faults: What goes wrong next: the first fault that matches a request and is not used up is played.
         errors: What went wrong in the server itself. A test that leaves any has found a gap in this file.
+        private_by_default: Whether a repository is private where it is not said, as an organisation can choose.
         part_size: Larger LFS files are uploaded in several parts of this many bytes.
         page_size: Entries per page of a tree listing.
     """
@@ -319,6 +320,7 @@ class HubServer(ThreadingHTTPServer):
         self.requests: list[tuple[str, str]] = []
         self.faults: list[Fault] = []
         self.errors: list[BaseException] = []
+        self.private_by_default = False
         self.part_size = 10_000_000
         self.page_size = 1000
         self._lfs: dict[str, bytes] = {}
@@ -439,8 +441,10 @@ class HubServer(ThreadingHTTPServer):
     def create_repo(self, request: Request) -> Reply:
         kind, repo_id = self._named(request)
         self._require_owner(request, repo_id.split("/")[0])
-        private = request.json.get("visibility") == "private" or bool(request.json.get("private"))
-        repo = Repo(kind, repo_id, private)
+        # What releases of the client call it.
+        private = request.json.get("private", self.private_by_default)
+        visibility = request.json.get("visibility", "private" if private else "public")
+        repo = Repo(kind, repo_id, visibility == "private")
         answer = {"url": f"{self.url}/{repo.url_path}", "name": repo_id, "id": repo_id}
         if (kind, repo_id) in self.repos:
             raise HubError(409, "You already created this model repo", **answer)

@@ -25,14 +25,16 @@ def default_repo(output_dir: str | Path) -> str:
     return Path(output_dir).resolve().name
 
 
-def create_run_repo(output_dir: str | Path, repo_id: str | None, token: str | None, private: bool) -> str:
+def create_run_repo(
+    output_dir: str | Path, repo_id: str | None, token: str | None, private: bool | None = None
+) -> str:
     """Make sure that a run's repository is there: before training, because a wrong token should not show after it.
 
     Args:
         output_dir: The run's folder.
         repo_id: Repository; by default one named after the folder, in the user's namespace.
         token: Token, or None for the one that is logged in.
-        private: Whether a new repository is private.
+        private: Whether a new repository is private. None for what its owner has as default.
 
     Returns:
         The repository's full name.
@@ -48,7 +50,7 @@ def push_run(
     output_dir: str | Path,
     repo_id: str | None,
     token: str | None,
-    private: bool,
+    private: bool | None,
     message: str,
     *,
     revision: str | None = None,
@@ -62,7 +64,7 @@ def push_run(
         output_dir: The run's folder. Its files replace those of the same name in the repository, the card too.
         repo_id: Repository; by default one named after the folder, in the user's namespace.
         token: Token, or None for the one that is logged in.
-        private: Whether a new repository is private.
+        private: Whether a new repository is private. None for what its owner has as default.
         message: Commit message.
         revision: Branch, made from `main` if there is none of that name. Default `main`.
         create_pr: Whether to open a pull request instead of committing to a branch.

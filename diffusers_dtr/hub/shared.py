@@ -69,7 +69,7 @@ class HubMixin:
         Args:
             repo_id: Repository, which is made if need be; without a `/` in the user's namespace.
             commit_message: Commit message. Default "Upload" and the name of the class.
-            private: Whether a new repository is private. None for what the owner has as default.
+            private: Whether a new repository is private. None for what its owner has as default.
             token: Token, or None for the one that is logged in.
             create_pr: Whether to open a pull request instead of committing to a branch.
             safe_serialization: Whether to save weights as safetensors.

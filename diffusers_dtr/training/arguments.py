@@ -224,7 +224,12 @@ def add_run_arguments(parser: argparse.ArgumentParser, guidance: bool = True) ->
     add("--push_to_hub", action="store_true", help="Upload the result with its card, samples and logs.")
     add("--hub_model_id", help="Repository to push to. Defaults to the name of the output folder.")
     add("--hub_token", help="Token to push with. Defaults to the one of `hf auth login`.")
-    add("--hub_private_repo", action="store_true", help="Make the repository private.")
+    add(
+        "--hub_private_repo",
+        action="store_true",
+        default=None,
+        help="Make the repository private. Without it, as its owner has new ones.",
+    )
     add("--hub_revision", help="Branch to push to, made if there is none of that name. Default main.")
     add("--hub_create_pr", action="store_true", help="Push the result as a pull request.")
     add(

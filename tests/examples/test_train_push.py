@@ -72,9 +72,12 @@ def test_card_that_was_edited_on_the_hub_keeps_the_edit(hub, images, tmp_path):
     assert "Trained in the garden." in shared
 
 
-def test_repository_is_named_after_the_folder_unless_given(hub, images, tmp_path):
+def test_repository_is_named_after_the_folder_and_as_private_as_its_owner_wants_unless_given(hub, images, tmp_path):
     train(images, tmp_path / "my-digits", "--push_to_hub")
     assert not hub.repos["models", "owner/my-digits"].private
+    hub.private_by_default = True
+    train(images, tmp_path / "our-digits", "--push_to_hub", "--hub_strategy", "checkpoint")
+    assert hub.repos["models", "owner/our-digits"].private
 
 
 def test_result_goes_to_a_branch_or_a_pull_request(hub, images, tmp_path):

@@ -10,7 +10,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from diffusers_dtr import DTRPipeline, DTRTransformer2DModel
-from diffusers_dtr.hub import push_run
+from diffusers_dtr.hub import create_run_repo, push_run
 
 
 SHARED = {
@@ -45,7 +45,7 @@ def run(tmp_path):
     return tmp_path / "digits"
 
 
-def push(run, repo_id="owner/digits", token=None, private=False, message="End of training", **options):
+def push(run, repo_id="owner/digits", token=None, private=None, message="End of training", **options):
     return push_run(run, repo_id, token, private, message, **options)
 
 
@@ -81,6 +81,15 @@ def test_a_new_repository_is_private_where_asked(hub, run):
         assert HfApi().model_info(f"owner/private-{private}").private is private
     with pytest.raises(RepositoryNotFoundError):
         HfApi(token="hf_guest").model_info("owner/private-True")
+
+
+def test_a_new_repository_is_as_private_as_its_owner_wants_where_nothing_is_asked(hub, run):
+    for default in (False, True):
+        hub.private_by_default = default
+        assert create_run_repo(run, f"owner/made-{default}", None) == f"owner/made-{default}"
+        push(run, repo_id=f"owner/pushed-{default}")
+        for name in ("made", "pushed"):
+            assert HfApi().model_info(f"owner/{name}-{default}").private is default
 
 
 def test_the_given_token_is_used(hub, run, monkeypatch):
