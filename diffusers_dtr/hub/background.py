@@ -53,7 +53,7 @@ class BackgroundPush:
             so that they may be renamed or deleted meanwhile.
         repo_id: Repository; by default one named after the folder, in the user's namespace. It is made if need be.
         token: Token, or None for the one that is logged in.
-        private: Whether a new repository is private.
+        private: Whether a new repository is private. None for what its owner has as default.
         revision: Branch, made from `main` if there is none of that name. Default `main`.
 
     Attributes:
@@ -68,7 +68,7 @@ class BackgroundPush:
         output_dir: str | Path,
         repo_id: str | None = None,
         token: str | None = None,
-        private: bool = False,
+        private: bool | None = None,
         *,
         revision: str | None = None,
     ):
@@ -120,11 +120,12 @@ class BackgroundPush:
             self._changed.notify_all()
         self._thread.join(timeout)
         with self._changed:
-            unpushed = [self._current] if self._thread.is_alive() else []
-            unpushed += [self._waiting[0]] if self._waiting is not None else []
+            current, waiting, self._waiting = self._current, self._waiting, None
+        unpushed = [] if current is None else [current]
+        unpushed += [] if waiting is None else [waiting[0]]
         for step in unpushed:
             self._fail(step, f"not done within {timeout:g} s")
-        if not self._thread.is_alive():
+        if current is None:
             shutil.rmtree(self._snapshots, ignore_errors=True)
         return self.report
 

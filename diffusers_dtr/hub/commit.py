@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import filter_repo_objects
 
@@ -34,9 +34,6 @@ _LOCAL_KEYS = frozenset({"_name_or_path", "name_or_path"})
 
 # 412: the branch has moved since we looked, by somebody else's commit or by an earlier one of ours that came late.
 _TRANSIENT_STATUS = (408, 412, 429, 500, 502, 503, 504)
-
-# Of the client's HTTP library, which is httpx or its successor, depending on the client's release.
-_HTTP_ERROR = HfHubHTTPError.__bases__[0]
 
 
 class FolderCommit:
@@ -210,10 +207,12 @@ def is_transient(error: BaseException) -> bool:
         return False
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in _TRANSIENT_STATUS
-    # The client wraps what goes wrong in the upload of a large file; hf_xet has no class of its own for it.
-    if isinstance(error, RuntimeError):
+    # The client wraps in one what goes wrong in the upload of a large file, and hf_xet has no class of its own for
+    # errors of the network. Subclasses, such as NotImplementedError, are bugs.
+    if type(error) is RuntimeError:
         return error.__cause__ is None or is_transient(error.__cause__)
-    return isinstance(error, (_HTTP_ERROR, ConnectionError, TimeoutError))
+    # `HTTPError` is that of the client's transport, whose package depends on the client's version.
+    return isinstance(error, (HTTPError, ConnectionError, TimeoutError))
 
 
 def describe(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from hub_server import AnswerStatus, CutUpload, Exchange, Fault, LoseAnswer
 from huggingface_hub import HfApi
 from tiny_dit import routed_dit
 
-from diffusers_dtr.hub import BackgroundPush, create_run_repo
+from diffusers_dtr.hub import BackgroundPush, PushReport, create_run_repo
 from diffusers_dtr.training.checkpoints import Checkpoints
 
 
@@ -106,6 +106,14 @@ def test_the_next_checkpoint_replaces_all_of_it(hub, output_dir):
     assert files(hub) == {"last-checkpoint/a.bin": "a.bin of step 20", "last-checkpoint/d.bin": "d.bin of step 20"}
     assert titles() == ["Checkpoint of step 20", "Checkpoint of step 10"]
     assert HfApi().model_info(REPO).private
+
+
+def test_a_new_repository_is_as_private_as_its_owner_wants(hub, output_dir):
+    hub.private_by_default = True
+    push = BackgroundPush(output_dir)
+    push.push_checkpoint(checkpoint(output_dir, 10), 10)
+    push.finish()
+    assert hub.repos["models", REPO].private
 
 
 def test_a_checkpoint_may_be_renamed_and_deleted_before_it_is_pushed(hub, output_dir):
@@ -242,6 +250,12 @@ def test_an_upload_that_hangs_is_not_waited_for_beyond_the_time_given(hub, outpu
     push._thread.join(20)
 
 
+def test_nothing_has_failed_where_nothing_is_left_to_push_and_no_time_is_given(hub, output_dir, caplog):
+    push = BackgroundPush(output_dir)
+    assert push.finish(timeout=0) == PushReport()
+    assert caplog.text == ""
+
+
 def test_a_disk_that_is_full_is_reported(hub, output_dir, monkeypatch):
     def full(*paths):
         raise OSError(28, "No space left on device")
@@ -265,4 +279,4 @@ def test_a_token_that_is_none_is_refused_before_training(hub, output_dir):
     with pytest.raises(ValueError, match="`token` must be"):
         BackgroundPush(output_dir, REPO, "hf_owner\n")
     with pytest.raises(ValueError, match="`token` must be"):
-        create_run_repo(output_dir, REPO, "hf_owner\n", private=False)
+        create_run_repo(output_dir, REPO, "hf_owner\n")

@@ -316,6 +316,7 @@ def test_a_token_that_is_none_is_refused_without_being_repeated(folder, token):
 
 def test_errors_of_this_machine_are_not_waited_for():
     assert not any(map(is_transient, [FileNotFoundError(), ValueError(), PermissionError(), KeyError()]))
+    assert not any(map(is_transient, [NotImplementedError(), RecursionError()]))
     assert all(map(is_transient, [ConnectionResetError(), TimeoutError()]))
     wrapped = RuntimeError()
     wrapped.__cause__ = FileNotFoundError()
