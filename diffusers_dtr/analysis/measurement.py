@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..models.evaluating import evaluating
 from .estimators import gram
 from .gradient_projections import Projection
-from .timestep_gradients import NUM_PARTS, TimestepGradients, evaluating, fingerprint
+from .timestep_gradients import NUM_PARTS, TimestepGradients, fingerprint
 
 
 SETTINGS_FILE = "settings.json"

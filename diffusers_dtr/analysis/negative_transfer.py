@@ -13,9 +13,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ..models.evaluating import evaluating
 from ..objective.clustering import TimestepClusters
 from ..objective.denoising_loss import DenoisingLoss
-from .timestep_gradients import checked_conditions, evaluating
+from .timestep_gradients import checked_conditions
 
 
 class ClusterLosses:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +72,7 @@ class TimestepGradients:
 
     Args:
         model: The denoiser. Its mode is left as it is: gradients of a model that drops labels or features at random
-            are not comparable, see [`evaluating`].
+            are not comparable, see [`~diffusers_dtr.models.evaluating.evaluating`].
         loss_fn: The loss.
         batch: Images and noise, on the model's device.
         parameters: Which parameters take part, by name; all by default. Those with `requires_grad=False` never do.
@@ -165,18 +164,6 @@ def chosen_parameters(model: nn.Module, predicate: Callable[[str], bool] | None)
             f"{len(trainable)} trainable ones of {type(model).__name__}."
         )
     return chosen
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode, and every module of it back into the mode it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:

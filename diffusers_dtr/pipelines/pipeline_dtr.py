@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from operator import index
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -24,6 +23,7 @@ from diffusers.utils.torch_utils import randn_tensor, unwrap_module
 
 from ..hub.shared import HubMixin
 from ..latents import LatentNormalization, decode_latents, vae_scale_factor
+from ..models.evaluating import evaluating
 from ..noise_levels import uses_learned_variance
 from ..self_contained import SelfContainedMixin
 from .model_index import check_model_index
@@ -246,8 +246,9 @@ class DTRPipeline(SelfContainedMixin, HubMixin, DiffusionPipeline):
         scales = [guidance_scale if low <= t <= high else 1.0 for t in timesteps.tolist()]
         step_kwargs = self._step_kwargs(generator)
         max_batch_size = max_batch_size or batch_size
+        models = [self.denoiser] if self.vae is None else [self.denoiser, self.vae]
 
-        with _eval_mode(self.denoiser, self.vae), self.progress_bar(total=len(timesteps)) as progress_bar:
+        with evaluating(*models), self.progress_bar(total=len(timesteps)) as progress_bar:
             for step, (timestep, scale) in enumerate(zip(timesteps, scales, strict=True)):
                 model_input = latents
                 if hasattr(scheduler, "scale_model_input"):
@@ -442,16 +443,3 @@ def _keeps_three_channels(scheduler: SchedulerMixin) -> bool:
         scheduler.config.variance_type in ("learned", "learned_range")
         and scheduler.config.prediction_type == "epsilon"
     )
-
-
-@contextmanager
-def _eval_mode(*models: ModelMixin | None) -> Iterator[None]:
-    """In training mode a denoiser would drop labels at random; whatever was in training mode is again afterwards."""
-    training = [module for model in models if model is not None for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -8,7 +8,6 @@ from diffusers_dtr.analysis.timestep_gradients import (
     DenoisingBatch,
     TimestepGradients,
     chosen_parameters,
-    evaluating,
     fingerprint,
 )
 
@@ -91,21 +90,6 @@ def test_frozen_and_unchosen_parameters_are_left_out():
         chosen_parameters(model, lambda name: name == "other")
     with pytest.raises(ValueError, match="got none of the 0 trainable ones of Denoiser"):
         chosen_parameters(model.requires_grad_(False), None)
-
-
-def test_every_module_returns_to_the_mode_it_was_in():
-    model = nn.Sequential(Denoiser(), Denoiser().eval()).train()
-    model[1].eval()
-    before = [module.training for module in model.modules()]
-
-    def fail():
-        with evaluating(model):
-            assert not any(module.training for module in model.modules())
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
-    assert [module.training for module in model.modules()] == before == [True, True, True, False, False]
 
 
 @pytest.mark.parametrize("count", [0, 3, 6])

@@ -1,0 +1,25 @@
+"""Puts models into eval mode for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluate models: in training mode a denoiser would drop labels and features at random.
+
+    Args:
+        *models: Every module of theirs that was in training mode is so again afterwards, also after an error.
+    """
+    training = [module for model in models for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
