@@ -32,7 +32,7 @@ def routing_rows(model: TrainedModel) -> Rows:
     beta = config.get("routing_beta", 1)
     low, high = config.get("routing_timestep_range") or DEFAULT_TIMESTEP_RANGE
     sliding = config.get("routing_type") == "dtr"
-    active = ", ".join(f"{int(beta * width)} of {width}" for width in model.widths)
+    active = ", ".join(f"{int(beta * width)} of {width}" for width in model.routed_widths)
     warmup = model.arguments.get("routing_warmup_steps")
     return _rows(
         ("routed class", _code(config.get("_class_name"))),
@@ -79,7 +79,7 @@ def cluster_rows(model: TrainedModel) -> Rows:
 
 def held_out_rows(model: TrainedModel) -> Rows:
     """The held-out loss of every eighth of the timesteps."""
-    prefix = "validation_loss/cluster_"
+    prefix = "validation_loss/eighth_"
     results = model.record.get("results", {}).items()
     losses = {int(key.removeprefix(prefix)): loss for key, loss in results if key.startswith(prefix)}
     return [(str(number), _number(losses[number])) for number in sorted(losses)]

@@ -29,6 +29,7 @@ from .clean_samples import (
 )
 from .components import (
     check_pretrained_denoiser,
+    image_channels,
     load_noise_scheduler,
     load_vae,
     pretrained_component,
@@ -101,6 +102,7 @@ __all__ = [
     "frozen_dtype",
     "held_out_dataset",
     "held_out_samples",
+    "image_channels",
     "json_config",
     "load_images",
     "load_noise_scheduler",

@@ -6,6 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
+from diffusers import SchedulerMixin
+
 from ..objective.balancing import BALANCINGS
 from ..objective.gradient_balancing import GRADIENT_BALANCINGS
 from ..routing import ROUTING_TYPES
@@ -240,17 +242,22 @@ def add_run_arguments(parser: argparse.ArgumentParser, guidance: bool = True) ->
     )
 
 
-def routing_config(args: argparse.Namespace) -> dict:
+def routing_config(args: argparse.Namespace, noise_scheduler: SchedulerMixin | None = None) -> dict:
     """The model config values that the routing flags set.
 
     Args:
         args: What was parsed.
+        noise_scheduler: Scheduler that is trained with, or None to leave out the range of its timesteps.
 
     Returns:
-        Those of `routing_alpha`, `routing_beta`, `routing_type` and `routing_seed` that were given.
+        Those of `routing_alpha`, `routing_beta`, `routing_type` and `routing_seed` that were given, and
+        `routing_timestep_range`.
     """
     names = ("routing_alpha", "routing_beta", "routing_type", "routing_seed")
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    config = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if noise_scheduler is not None:
+        config["routing_timestep_range"] = (0, noise_scheduler.config.num_train_timesteps - 1)
+    return config
 
 
 def noise_config(args: argparse.Namespace) -> dict:

@@ -24,6 +24,7 @@ class Draw(IntEnum):
     ORDER = int.from_bytes(b"order", "big")
     AUGMENTATION = int.from_bytes(b"augmentation", "big")
     POSTERIOR = int.from_bytes(b"posterior", "big")
+    CAPTION = int.from_bytes(b"caption", "big")
 
 
 def generator_for(draw: Draw, seed: int, epoch: int, index: int = 0) -> torch.Generator:

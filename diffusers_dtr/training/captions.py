@@ -9,11 +9,8 @@ import datasets
 import torch
 from torch.utils.data import Dataset
 
-from .randomness import derive_seed
+from .batches import Draw, generator_for
 
-
-# Independent of the draws of `diffusers_dtr.training.batches.Draw`, for the reason given there.
-_CAPTION = int.from_bytes(b"caption", "big")
 
 _ROWS_AT_ONCE = 10_000
 
@@ -96,7 +93,7 @@ class CaptionedDataset(Dataset):
         captions = self.captions[sample["row"]]
         if self.seed is None:
             return sample | {"caption": captions[0]}
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, *item, _CAPTION))
+        generator = generator_for(Draw.CAPTION, self.seed, *item)
         # In float32 the product could round up to the number of captions.
         drop, choice = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
         caption = "" if drop < self.proportion_empty else captions[int(choice * len(captions))]

@@ -8,6 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
@@ -78,7 +79,7 @@ class Checkpoints:
             FloatingPointError: If a weight is not finite; it names the last good checkpoint.
         """
         # A finite loss can have gradients that are not, and the next loss would be too late for this checkpoint.
-        if not all(weight.isfinite().all() for weight in self.model.parameters()):
+        if not torch.stack([weight.isfinite().all() for weight in self.model.parameters()]).all():
             raise not_finite("The weights were", step, self.latest())
         final = self.output_dir / f"checkpoint-{step}"
         partial = final.with_name(final.name + _PARTIAL_SUFFIX)

@@ -104,6 +104,16 @@ def pretrained_component(args: argparse.Namespace, name: str) -> str | None:
     return index.get(name, [None, None])[1]
 
 
+def image_channels(model: ModelMixin, vae: ModelMixin | None) -> int:
+    """Channels of the images that a denoiser learns, through an autoencoder if there is one.
+
+    Args:
+        model: The denoiser.
+        vae: The autoencoder, or None.
+    """
+    return (model if vae is None else vae).config.in_channels
+
+
 def check_pretrained_denoiser(args: argparse.Namespace, model: ModelMixin, vae: ModelMixin | None) -> None:
     """Check that a pretrained denoiser can learn what the flags ask for.
 

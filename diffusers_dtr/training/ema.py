@@ -39,22 +39,22 @@ def build_ema(args: argparse.Namespace, model: ModelMixin, device: torch.device)
 
 
 @contextmanager
-def averaged_weights(ema: EMAModel | None, parameters: list[torch.nn.Parameter]) -> Iterator[None]:
-    """Give the model its averaged weights for a while; without an average it keeps its own.
+def averaged_weights(ema: EMAModel | None, model: ModelMixin) -> Iterator[None]:
+    """Give a model its averaged weights for a while; without an average it keeps its own.
 
     Args:
         ema: The average, or None.
-        parameters: What it averages.
+        model: The model whose weights it averages.
     """
     if ema is None:
         yield
         return
-    ema.store(parameters)
-    ema.copy_to(parameters)
+    ema.store(model.parameters())
+    ema.copy_to(model.parameters())
     try:
         yield
     finally:
-        ema.restore(parameters)
+        ema.restore(model.parameters())
 
 
 def load_ema_state(path: str | Path, model_class: type[ModelMixin]) -> dict:

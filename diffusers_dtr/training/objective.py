@@ -105,7 +105,9 @@ class Objective:
         """
         saved = state_dict["settings"]
         changed = [
-            f"`{flag}` was {saved[flag]} and is {now} now" for flag, now in self.settings.items() if saved[flag] != now
+            f"`{flag}` was {saved.get(flag)} and is {now} now"
+            for flag, now in self.settings.items()
+            if saved.get(flag) != now  # A flag that the run had not yet heard of was None
         ]
         if changed:
             raise ValueError(

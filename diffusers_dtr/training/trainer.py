@@ -102,6 +102,11 @@ class Trainer:
         global_batch_size = args.train_batch_size * self.micro_batches
         if args.max_train_steps is None:
             args.max_train_steps = math.ceil(args.num_train_epochs * len(dataset) / global_batch_size)
+        if args.routing_warmup_steps > args.max_train_steps:
+            raise ValueError(
+                f"`--routing_warmup_steps` must be at most the {args.max_train_steps} steps of the run, got "
+                f"{args.routing_warmup_steps}: it would end before its target."
+            )
 
         optimizer = build_optimizer(args, model, self.objective.loss_fn)
         self.denoiser, self.optimizer = accelerator.prepare(model, optimizer)
@@ -158,7 +163,7 @@ class Trainer:
                 self.global_step += 1
                 self.lr_scheduler.step()
                 if self.ema is not None:
-                    self.ema.step(self._trained_parameters())
+                    self.ema.step(self.model.parameters())
                 progress_bar.update()
                 self._after_step(progress_bar)
         progress_bar.close()
@@ -203,7 +208,7 @@ class Trainer:
             if self.accelerator.is_main_process:
                 self.history.save_picture()
         if args.validation_steps is not None and step % args.validation_steps == 0 and not last:
-            with averaged_weights(self.ema, self._trained_parameters()):
+            with averaged_weights(self.ema, self.model):
                 self.validate()
 
     def _log(self, progress_bar: tqdm) -> None:
@@ -222,7 +227,7 @@ class Trainer:
         """Measure the held-out loss and draw a sample grid, for the tracker and as a PNG; all processes must call it.
 
         Returns:
-            `validation_loss` and `validation_loss/cluster_<eighth>`; nothing without held-out images.
+            `validation_loss` and `validation_loss/eighth_<number>`; nothing without held-out images.
         """
         accelerator, step = self.accelerator, self.global_step
         self.model.eval()
@@ -230,7 +235,7 @@ class Trainer:
         if self.held_out_loss is not None:
             losses = self.held_out_loss(self._denoise_held_out, accelerator)
             values["validation_loss"] = losses.mean
-            values |= {f"validation_loss/cluster_{number}": loss for number, loss in enumerate(losses.per_cluster)}
+            values |= {f"validation_loss/eighth_{number}": loss for number, loss in enumerate(losses.per_cluster)}
             logger.info(f"Step {step}: held-out loss {losses.mean:.5f}")
         if accelerator.is_main_process:
             images = self.sample(torch.Generator(accelerator.device).manual_seed(0))
@@ -254,7 +259,7 @@ class Trainer:
         """
         self.model.set_routing_beta(None)
         if self.ema is not None:
-            self.ema.copy_to(self._trained_parameters())
+            self.ema.copy_to(self.model.parameters())
         results = self.validate()
         unreadable_images = self.unreadable.gather()
         record = {}
@@ -308,15 +313,13 @@ class Trainer:
         )
         logger.info(f"Pushed to {url}")
 
-    def _trained_parameters(self) -> list[torch.nn.Parameter]:
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-
     def _build_held_out_loss(self, noise_scheduler, dataset) -> HeldOutLoss | None:
         if dataset is None:
             return None
         eighths = cluster_timesteps(noise_scheduler, num_clusters=8, cost="uniform")
         clean, batch = held_out_samples(self.args, dataset, self.vae, self.accelerator.device)
-        return HeldOutLoss(self.objective.levels, eighths, clean, batch)
+        evaluations_per_image = math.ceil(len(eighths) / len(clean))
+        return HeldOutLoss(self.objective.levels, eighths, clean, batch, evaluations_per_image)
 
     def _denoise_held_out(self, model_input, timesteps, batch) -> torch.Tensor:
         return self.model(model_input, timestep=timesteps, **self.conditions(batch), return_dict=False)[0]

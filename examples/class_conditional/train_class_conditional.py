@@ -47,8 +47,7 @@ def parse_args(argv=None):
 
 def load_transformer(args, noise_scheduler, vae, num_classes):
     given = {
-        **training.routing_config(args),
-        "routing_timestep_range": (0, noise_scheduler.config.num_train_timesteps - 1),
+        **training.routing_config(args, noise_scheduler),
         "sample_size": args.resolution // (1 if vae is None else vae_scale_factor(vae)),
     }
     if args.class_dropout_prob is not None:
@@ -56,7 +55,7 @@ def load_transformer(args, noise_scheduler, vae, num_classes):
     if args.pretrained_model_name_or_path is not None:
         return load_pretrained_transformer(args, given, vae, num_classes)
     # The presets are made for latents; pixels have three channels.
-    config = args.model_config or {**DIT_PRESETS[args.model_preset], "in_channels": 3}
+    config = {**DIT_PRESETS[args.model_preset], "in_channels": 3} if args.model_config is None else args.model_config
     channels = config.get("in_channels", 3) if vae is None else vae.config.latent_channels
     shape = {
         "in_channels": channels,
@@ -67,9 +66,14 @@ def load_transformer(args, noise_scheduler, vae, num_classes):
 
 
 def load_pretrained_transformer(args, given, vae, num_classes):
-    model = DTRTransformer2DModel.from_pretrained(
-        args.pretrained_model_name_or_path, subfolder="transformer", **training.pretrained_options(args), **given
-    )
+    path, options = args.pretrained_model_name_or_path, training.pretrained_options(args)
+    before = DTRTransformer2DModel.load_config(path, subfolder="transformer", **options).get("class_dropout_prob", 0.1)
+    if (given.get("class_dropout_prob", before) > 0) != (before > 0):
+        raise ValueError(
+            f"`--class_dropout_prob` must be {'above 0' if before else '0'}, got {args.class_dropout_prob}: the "
+            f"pretrained model was trained with {before}, and has {'a' if before else 'no'} null class."
+        )
+    model = DTRTransformer2DModel.from_pretrained(path, subfolder="transformer", **options, **given)
     training.check_pretrained_denoiser(args, model, vae)
     if model.config.num_embeds_ada_norm != num_classes:
         logger.info(f"New label embedding: {model.config.num_embeds_ada_norm} classes before, {num_classes} now.")
@@ -118,7 +122,7 @@ def main(args):
         ).images
 
     # 4. Train
-    channels = model.config.in_channels if vae is None else vae.config.in_channels
+    channels = training.image_channels(model, vae)
     trainer = training.Trainer(
         args,
         accelerator,

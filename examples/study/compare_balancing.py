@@ -80,7 +80,7 @@ def run(args, method, seed):
         "command": shlex.join(["accelerate", "launch", SCRIPT.name, *shown]),
         "seconds": record["seconds"],
         "loss": results["validation_loss"],
-        "per_eighth": [results[f"validation_loss/cluster_{number}"] for number in range(8)],
+        "per_eighth": [results[f"validation_loss/eighth_{number}"] for number in range(8)],
         "versions": record["versions"],
     }
 

@@ -43,10 +43,7 @@ def parse_args(argv=None):
 
 
 def load_denoiser(args, family, noise_scheduler, vae, accelerator):
-    given = {
-        **training.routing_config(args),
-        "routing_timestep_range": (0, noise_scheduler.config.num_train_timesteps - 1),
-    }
+    given = training.routing_config(args, noise_scheduler)
     if args.denoiser_config is None:
         model = family.routed_class.from_pretrained(
             args.pretrained_model_name_or_path,
@@ -85,7 +82,7 @@ def main(args):
         training.add_lora(model, args, family.lora_layers)
 
     # 3. What a sample is: an image, and one of its captions or, now and then, none
-    channels = vae.config.in_channels
+    channels = training.image_channels(model, vae)
     dataset = training.CaptionedDataset(
         training.build_dataset(args, images, channels, vae, accelerator),
         images.captions,

@@ -56,8 +56,7 @@ def parse_args(argv=None):
 
 def load_denoiser(args, noise_scheduler, vae):
     given = {
-        **training.routing_config(args),
-        "routing_timestep_range": (0, noise_scheduler.config.num_train_timesteps - 1),
+        **training.routing_config(args, noise_scheduler),
         "sample_size": args.resolution // (1 if vae is None else vae_scale_factor(vae)),
     }
     if args.pretrained_model_name_or_path is not None:
@@ -67,10 +66,13 @@ def load_denoiser(args, noise_scheduler, vae):
         training.check_pretrained_denoiser(args, model, vae)
         return name, model.train()
 
-    name = "transformer" if args.unet_config is None else "unet"
-    # The presets are made for latents; pixels have three channels.
-    preset = None if args.model_preset is None else {**DIT_PRESETS[args.model_preset], "in_channels": 3}
-    config = args.unet_config or args.transformer_config or preset
+    if args.model_preset is not None:
+        # The presets are made for latents; pixels have three channels.
+        name, config = "transformer", {**DIT_PRESETS[args.model_preset], "in_channels": 3}
+    elif args.transformer_config is not None:
+        name, config = "transformer", args.transformer_config
+    else:
+        name, config = "unet", args.unet_config
     channels = config.get("in_channels", 3) if vae is None else vae.config.latent_channels
     shape = {"in_channels": channels, "out_channels": 2 * channels if args.learn_sigma else channels}
     if name == "transformer":
@@ -104,7 +106,7 @@ def main(args):
             max_batch_size=args.train_batch_size,
         ).images
 
-    channels = model.config.in_channels if vae is None else vae.config.in_channels
+    channels = training.image_channels(model, vae)
     trainer = training.Trainer(
         args,
         accelerator,

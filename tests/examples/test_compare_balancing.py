@@ -59,7 +59,7 @@ def test_every_method_and_seed_is_run_once_and_compared(study, launched, data, t
     assert len({entry["loss"] for entry in report["runs"]}) == len(study.METHODS)
     for entry, run in zip(report["runs"], launched, strict=True):
         assert entry["loss"] == run["results"]["validation_loss"]
-        assert entry["per_eighth"] == [run["results"][f"validation_loss/cluster_{number}"] for number in range(8)]
+        assert entry["per_eighth"] == [run["results"][f"validation_loss/eighth_{number}"] for number in range(8)]
         assert entry["command"].startswith("accelerate launch train_class_conditional.py --train_data_dir DATA/train")
         assert str(data) not in entry["command"]
         assert study.METHODS[entry["method"]] in entry["command"]

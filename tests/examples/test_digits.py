@@ -114,5 +114,5 @@ def test_loss_falls_in_every_eighth_of_the_timesteps_within_200_steps(digits, tm
     for steps in (1, 200):
         run = train_on_digits(digits, tmp_path / str(steps), *common, steps)
         results = json.loads((run / "training_config.json").read_text())["results"]
-        losses[steps] = [results[f"validation_loss/cluster_{number}"] for number in range(8)]
+        losses[steps] = [results[f"validation_loss/eighth_{number}"] for number in range(8)]
     assert all(after < before for before, after in zip(losses[1], losses[200], strict=True)), losses

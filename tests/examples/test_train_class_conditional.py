@@ -216,9 +216,24 @@ def test_validation_draws_grids_and_measures_the_held_out_loss(images, tmp_path)
     assert [path.name for path in grids] == ["step-00000002.png", "step-00000003.png"]
     assert Image.open(grids[0]).size == (24, 16)
     results = record(run)["results"]
-    assert results.keys() == {"validation_loss"} | {f"validation_loss/cluster_{number}" for number in range(8)}
+    assert results.keys() == {"validation_loss"} | {f"validation_loss/eighth_{number}" for number in range(8)}
     limited = record(train(images, tmp_path / "limited", *flags, "--max_held_out_images", 8))["results"]
     assert limited["validation_loss"] != results["validation_loss"]
+
+
+def test_few_held_out_images_are_noised_more_often(images, tmp_path):
+    held_out = make_images(tmp_path / "held_out", count=3)
+    found = record(train(images, tmp_path / "run", "--validation_data_dir", held_out))
+    assert (found["held_out"]["images"], found["held_out"]["noised_samples"]) == (3, 9)
+    assert {f"validation_loss/eighth_{number}" for number in range(8)} <= found["results"].keys()
+
+
+def test_warm_up_must_end_within_the_epochs_of_the_run(images, tmp_path):
+    script = load_script(SCRIPT)
+    argv = arguments(images, tmp_path / "run", "--routing_warmup_steps", 7, "--num_train_epochs", 1)
+    argv = argv[: argv.index("--max_train_steps")] + argv[argv.index("--max_train_steps") + 2 :]
+    with pytest.raises(ValueError, match="`--routing_warmup_steps` must be at most the 6 steps of the run, got 7"):
+        run_main(script, argv)
 
 
 @pytest.mark.parametrize("flags", [("--validation_guidance_scale", 3), ("--validation_num_inference_steps", 4)])

@@ -4,7 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+)
 from training_runs import MODEL, make_images, record, same_weights, train, weights
 
 from diffusers_dtr import DTRPipeline, DTRTransformer2DModel
@@ -110,6 +116,26 @@ def test_what_is_not_given_stays_as_it_was_pretrained(ours, images, tmp_path):
     assert changed.transformer.config.routing_beta == 0.9
     assert changed.transformer.config.class_dropout_prob == 0.2
     assert changed.scheduler.config.prediction_type == "v_prediction"
+
+
+def test_null_class_neither_comes_nor_goes(ours, images, tmp_path):
+    with pytest.raises(ValueError, match=r"`--class_dropout_prob` must be above 0, got 0\.0"):
+        fine_tune(images, tmp_path / "dropped", ours, "--class_dropout_prob", 0)
+    without = train(images, tmp_path / "without", "--max_train_steps", 1, "--class_dropout_prob", 0)
+    with pytest.raises(ValueError, match=r"`--class_dropout_prob` must be 0, got 0\.5"):
+        fine_tune(images, tmp_path / "added", without, "--class_dropout_prob", 0.5)
+    fine_tune(images, tmp_path / "kept", without, "--class_dropout_prob", 0)
+
+
+def test_flow_matching_stays_flow_matching(ours, images, tmp_path):
+    pipeline = DTRPipeline.from_pretrained(ours)
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=50, shift=3.0)
+    pipeline.save_pretrained(tmp_path / "flow")
+    run = fine_tune(images, tmp_path / "run", tmp_path / "flow")
+    assert not same_weights(run, tmp_path / "flow")
+    tuned = DTRPipeline.from_pretrained(run)
+    assert type(tuned.scheduler) is FlowMatchEulerDiscreteScheduler
+    assert tuned.scheduler.config.shift == 3.0
 
 
 def test_other_number_of_classes_gets_a_new_label_embedding(ours, tmp_path):

@@ -186,6 +186,24 @@ def test_preset_is_a_transformer_of_colour_pixels():
     assert model.config.num_embeds_ada_norm is None
 
 
+def test_frozen_weights_are_part_of_the_average(images, tmp_path):
+    source = ("--unet_config", {**UNET, "time_embedding_type": "fourier"})
+    run = train(images, tmp_path / "run", source, "--use_ema", "--validation_steps", 2)
+    averaged = DTRUNet2DModel.from_pretrained(run / "checkpoint-3" / "unet_ema").state_dict()
+    result = DTRPipeline.from_pretrained(run).unet.state_dict()
+    assert "time_proj.weight" in result
+    assert all(torch.equal(result[name], averaged[name]) for name in result)
+
+
+@every_model
+def test_config_may_leave_everything_at_its_default(name):
+    script = load_script(SCRIPT)
+    args = script.parse_args([SOURCES[name][0], "{}", "--train_data_dir", "d", "--output_dir", "o"])
+    with torch.device("meta"):
+        found, model = script.load_denoiser(args, training.load_noise_scheduler(args), None)
+    assert (found, model.config.in_channels, model.config.sample_size) == (name, 3, 32)
+
+
 @pytest.mark.parametrize("flag", ["--label_column", "--validation_guidance_scale", "--class_dropout_prob"])
 def test_flags_about_classes_are_not_there(flag, capsys):
     with pytest.raises(SystemExit):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ ARGUMENTS = {
     "validation_guidance_scale": 1.5,
     "validation_num_inference_steps": 7,
 }
-RESULTS = {"validation_loss": 0.123456, "validation_loss/cluster_0": 0.2, "validation_loss/cluster_1": 0.05}
+RESULTS = {"validation_loss": 0.123456, "validation_loss/eighth_0": 0.2, "validation_loss/eighth_1": 0.05}
 
 
 def write_record(folder: Path, model, arguments: dict = {}, **results) -> None:  # noqa: B006 - only read
@@ -186,6 +187,18 @@ def test_a_record_as_older_versions_wrote_it_is_not_published_as_it_is(run, tmp_
         assert b"hf_secret" not in path.read_bytes()
 
 
+def test_a_record_of_an_older_version_tells_no_widths_of_adapters_and_those_of_a_pipeline_are_known(run):
+    record = json.loads((run / "training_config.json").read_text())
+    del record["model"]["routed_widths"]
+    save_record(record, run)
+    assert rows(card_of(run))["active channels"] == ["12 of 16"]
+    shutil.rmtree(run / "transformer")
+    (run / "model_index.json").rename(run / "pytorch_lora_weights.safetensors")
+    card = card_of(run)
+    assert "active channels" not in rows(card)
+    assert "routing_masks" not in card.text
+
+
 def test_metrics_of_evaluations_are_results_with_their_settings_and_command(run):
     metric = {
         "name": "FID | 5k",
@@ -226,7 +239,7 @@ def test_an_unconditional_unet_without_a_record_has_a_card(tmp_path):
     DTRPipeline(DDPMScheduler(), unet=DTRUNet2DModel(**UNET, routing_alpha=2.0)).save_pretrained(tmp_path / "faces")
     card = card_of(tmp_path / "faces")
     assert "An unconditional U-Net with Denoising Task Routing." in card.text
-    assert rows(card)["active channels"] == ["6 of 8, 12 of 16"]
+    assert rows(card)["active channels"] == ["6 of 8, 12 of 16, 19 of 24, 25 of 32"]
     assert rows(card)["exponent of the slide α"] == ["2"]
     for absent in ("## Clusters", "## Results", "## Training", "None", "![Samples]"):
         assert absent not in card.text
@@ -285,7 +298,7 @@ def test_lora_weights_have_a_card_that_routes_their_base_model(tmp_path):
     assert card.data.base_model_relation == "adapter"
     assert "lora" in card.data.tags
     assert "LoRA weights for a text-to-image Stable Diffusion U-Net" in card.text
-    assert rows(card)["active channels"] == ["4 of 8, 8 of 16"]
+    assert rows(card)["active channels"] == ["4 of 8, 8 of 16, 12 of 24, 16 of 32"]
     assert re.fullmatch(r"[\d,]+ of [\d,]+", rows(card)["trained parameters"][0])
     load = code(card).rstrip().rsplit("\n", 1)[0]
     namespace = {}

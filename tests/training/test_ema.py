@@ -39,7 +39,7 @@ def test_model_has_its_average_for_a_while_and_then_its_own_weights():
     train(model, ema)
     train(model, ema)
     own = copies(model.parameters())
-    with averaged_weights(ema, list(model.parameters())):
+    with averaged_weights(ema, model):
         assert_same(model.parameters(), ema.shadow_params)
         assert not torch.equal(next(model.parameters()), own[0])
     assert_same(model.parameters(), own)
@@ -51,7 +51,7 @@ def test_model_has_its_own_weights_again_after_an_error():
     train(model, ema)
     train(model, ema)
     own = copies(model.parameters())
-    with pytest.raises(RuntimeError, match="sampling failed"), averaged_weights(ema, list(model.parameters())):
+    with pytest.raises(RuntimeError, match="sampling failed"), averaged_weights(ema, model):
         raise RuntimeError("sampling failed")
     assert_same(model.parameters(), own)
 
@@ -59,7 +59,7 @@ def test_model_has_its_own_weights_again_after_an_error():
 def test_without_an_average_the_model_keeps_its_weights():
     model = make_model()
     own = copies(model.parameters())
-    with averaged_weights(None, list(model.parameters())):
+    with averaged_weights(None, model):
         assert_same(model.parameters(), own)
 
 

@@ -230,6 +230,14 @@ def test_state_of_other_flags_is_refused(flags, message):
         Setup("--balancing", "uncertainty", *flags).objective.load_state_dict(state)
 
 
+def test_state_from_before_there_was_a_flag_is_that_of_a_run_without_it():
+    state = Setup().objective.state_dict()
+    del state["settings"]["--train_cluster"]
+    Setup().objective.load_state_dict(state)
+    with pytest.raises(ValueError, match="`--train_cluster` was None and is 1 now"):
+        Setup("--train_cluster", 1).objective.load_state_dict(state)
+
+
 def test_state_of_other_boundaries_is_refused():
     state = Setup().objective.state_dict()
     with pytest.raises(ValueError, match="must be of clusters with the boundaries"):
