@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .bundling import bundled_source
+from .run_folder import PIPELINE_INDEX
 
 
 LIBRARY_NAME = __name__.partition(".")[0]
@@ -82,8 +83,8 @@ def add_code(folder: str | os.PathLike) -> list[Path]:
         ValueError: If neither the pipeline nor a component is of this package, or one has a class that it lacks.
     """
     folder = Path(folder)
-    index_path = folder / "model_index.json"
-    index = json.loads(index_path.read_text())
+    index_path = folder / PIPELINE_INDEX
+    index = json.loads(index_path.read_text(encoding="utf-8"))
     if hasattr(import_module(LIBRARY_NAME), str(index["_class_name"])):
         index["_class_name"] = [LIBRARY_NAME, index["_class_name"]]
     sources = {
@@ -95,7 +96,7 @@ def add_code(folder: str | os.PathLike) -> list[Path]:
         raise ValueError(f"`folder` must hold a pipeline with a component of {LIBRARY_NAME}, {folder} has none.")
     for path, source in sources.items():
         path.write_text(source, encoding="utf-8")
-    index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return list(sources)
 
 

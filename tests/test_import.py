@@ -12,6 +12,8 @@ PACKAGE = Path(diffusers_dtr.__file__).parent
 
 # Each may import those before it, and itself. The rest (the command line) is above them all.
 LAYERS = [
+    "atomic_files",
+    "run_folder",
     "publishing",
     "bundling",
     "self_contained",

@@ -7,7 +7,6 @@ share the work by sharing the folder, and work that is there is not done again, 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..atomic_files import replace_text, replacing
 from ..models.evaluating import evaluating
 from .estimators import gram
 from .gradient_projections import Projection
@@ -55,7 +55,7 @@ class Workspace:
         path = self.folder / SETTINGS_FILE
         settings = json.loads(json.dumps(settings))
         if path.exists():
-            found = json.loads(path.read_text())
+            found = json.loads(path.read_text(encoding="utf-8"))
             changed = sorted(
                 key for key in settings.keys() | found.keys() if settings.get(key, ...) != found.get(key, ...)
             )
@@ -67,7 +67,7 @@ class Workspace:
         self.wait_for_everyone()
         if self.process_index == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write(path, lambda partial: partial.write_text(json.dumps(settings, indent=2)))
+            replace_text(path, json.dumps(settings, indent=2))
         self.wait_for_everyone()
 
     def products(self, gradients: TimestepGradients, timesteps: Tensor, projections: Sequence[Projection]) -> Tensor:
@@ -122,11 +122,5 @@ def _read_features(files: Sequence[Path]) -> Tensor:
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    _write(path, lambda partial: save_file(tensors, partial))
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside its name and rename it when it is complete."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    write(partial)
-    partial.replace(path)
+    with replacing(path) as partial:
+        save_file(tensors, partial)

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..atomic_files import replacing
 from ..noise_levels import NoiseLevels
 from ..objective.denoising_loss import DenoisingLoss
 from .estimators import ESTIMATORS, cosines, reliability
@@ -219,10 +220,8 @@ class TaskAffinity:
         }
         # Under one key: safetensors writes several in an order that changes from process to process.
         metadata = {_METADATA_KEY: json.dumps(description, sort_keys=True)}
-        path = Path(path)
-        partial = path.with_name(f"{path.name}.partial")
-        save_file({name: getattr(self, name).contiguous() for name in _TENSORS}, partial, metadata)
-        partial.replace(path)
+        with replacing(path) as partial:
+            save_file({name: getattr(self, name).contiguous() for name in _TENSORS}, partial, metadata)
 
     @classmethod
     def load(cls, path: str | PathLike) -> TaskAffinity:

@@ -16,8 +16,8 @@ from ..models.original_checkpoint import CHECKPOINT_WEIGHTS, load_original_check
 from ..models.per_block_embedders import PER_BLOCK_CLASS_NAMES
 from ..models.transformer_dit import DTRTransformer2DModel
 from ..pipelines.pipeline_dtr import DTRPipeline
+from ..run_folder import PIPELINE_INDEX
 from ..training.arguments import positive_int
-from ..training.outputs import PIPELINE_INDEX
 from .options import add_hub_arguments, new_parser
 from .outputs import forget_local_paths, new_output
 from .sources import open_source

@@ -12,8 +12,8 @@ import diffusers_dtr
 
 from ..models.routed_model import RoutedModelMixin
 from ..pipelines.model_index import pipeline_class_name
+from ..run_folder import PIPELINE_INDEX, RECORD_FILE
 from ..training.checkpoints import STATE_FILE
-from ..training.outputs import PIPELINE_INDEX, RECORD_FILE
 from ..visualization import plot_routing_masks
 from .options import add_hub_arguments, new_parser
 from .outputs import new_output

@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..run_folder import PUSH_SNAPSHOTS
 from .commit import FolderCommit, check_token, describe, retry
 from .run import default_repo
 
@@ -19,7 +20,6 @@ from .run import default_repo
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_FOLDER = "last-checkpoint"
-_SNAPSHOTS = ".push"
 
 
 @dataclass
@@ -76,7 +76,7 @@ class BackgroundPush:
         self.report = PushReport()
         self._repo_id = repo_id or default_repo(output_dir)
         self._options = {"token": check_token(token), "private": private, "revision": revision}
-        self._snapshots = self.output_dir / _SNAPSHOTS
+        self._snapshots = self.output_dir / PUSH_SNAPSHOTS
         # Left by a run that did not end.
         shutil.rmtree(self._snapshots, ignore_errors=True)
         self._changed = threading.Condition()

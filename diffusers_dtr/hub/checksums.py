@@ -12,6 +12,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, is_offline_mode, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
+from ..atomic_files import replace_text
 from .commit import check_token, describe, is_transient
 
 
@@ -48,7 +49,7 @@ def verify_download(
         return
     storage = snapshot.parent.parent
     record = storage / _VERIFIED
-    known = json.loads(record.read_text()) if record.is_file() else {}
+    known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     # Through the symbolic links, because snapshots share their contents.
     contents = [path.resolve() for path in snapshot.rglob("*") if path.is_file()]
     present = {
@@ -114,9 +115,7 @@ def _cached_snapshot(repo_id: str, revision: str | None, cache_dir: str | Path |
 
 
 def _remember(record: Path, verified: dict[str, list[int]]) -> None:
-    partial = record.with_suffix(f".{os.getpid()}.partial")
     try:
-        partial.write_text(json.dumps(verified))
-        partial.replace(record)
+        replace_text(record, json.dumps(verified))
     except OSError as error:
         logger.warning("The cache is not writable, so that the next load will be verified again: %s", describe(error))

@@ -6,11 +6,27 @@ from pathlib import Path
 
 from huggingface_hub import create_repo
 
+from ..run_folder import (
+    CHECKPOINT_PREFIX,
+    LATENTS,
+    PARTIAL_PIPELINE,
+    PREVIOUS_PIPELINE,
+    PUSH_SNAPSHOTS,
+    TEXT_EMBEDDINGS,
+)
 from .commit import FolderCommit, check_token, retry
 
 
 # What a run leaves in its folder that is of no use to others, or not complete. A `*` matches `/` too.
-_PRIVATE_PATTERNS = ("checkpoint-*/*", ".pipeline.*/*", ".push/*", "latents*/*", "text_embeddings*/*", "*.partial")
+_PRIVATE_PATTERNS = (
+    f"{CHECKPOINT_PREFIX}*/*",
+    f"{PARTIAL_PIPELINE}/*",
+    f"{PREVIOUS_PIPELINE}/*",
+    f"{PUSH_SNAPSHOTS}/*",
+    f"{LATENTS}*/*",
+    f"{TEXT_EMBEDDINGS}*/*",
+    "*.partial",
+)
 
 
 def default_repo(output_dir: str | Path) -> str:

@@ -11,12 +11,14 @@ from typing import Any
 from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
 
+from ..atomic_files import replace_text
 from ..publishing import public_command, publishable
+from ..run_folder import LOSSES_PICTURE, METRICS_FILE, RECORD_FILE
 from . import prose, tables
 from .edits import latest_edit, refresh_card, seal_card
 from .figures import FIGURES, MASKS_FILE, SAMPLES_FILE, copy_drawing, draw_figures, shows_masks
 from .metadata import card_metadata, held_out_settings
-from .trained_model import LOSSES_PICTURE, METRICS_FILE, RECORD_FILE, TrainedModel
+from .trained_model import TrainedModel
 
 
 __all__ = [
@@ -161,7 +163,7 @@ def save_metrics(folder: str | Path, metrics: Sequence[dict[str, Any]], argv: Se
         The file's path.
     """
     path = Path(folder) / METRICS_FILE
-    known = json.loads(path.read_text()) if path.is_file() else []
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     new = [publishable({**metric, "command": public_command(argv, ["python"])}) for metric in metrics]
     names = {metric["name"] for metric in new}
     entries = [*(metric for metric in known if metric["name"] not in names), *new]
@@ -178,7 +180,7 @@ def _copy_linked(model: TrainedModel, card_dir: Path) -> None:
 
 
 def _write_json(content: Any, path: Path) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    replace_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def _read(path: Path) -> str | None:

@@ -10,16 +10,7 @@ from typing import Any
 
 from ..pipelines.model_index import pipeline_class_name
 from ..publishing import LOCAL_PREFIX, publishable
-
-
-PIPELINE_INDEX = "model_index.json"
-LORA_FILE = "pytorch_lora_weights.safetensors"
-# What training scripts write.
-RECORD_FILE = "training_config.json"
-HISTORY_FILE = "loss_history.jsonl"
-LOSSES_PICTURE = "loss_per_cluster.png"
-# What evaluations write, with `save_metrics`.
-METRICS_FILE = "metrics.json"
+from ..run_folder import HISTORY_FILE, LORA_FILE, METRICS_FILE, PIPELINE_INDEX, RECORD_FILE
 
 
 @dataclass(frozen=True)
@@ -75,7 +66,7 @@ class TrainedModel:
     def last_losses(self) -> dict[str, Any]:
         """The last line of the loss history."""
         path = self.folder / HISTORY_FILE
-        lines = path.read_text().splitlines() if path.is_file() else []
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         return json.loads(lines[-1]) if lines else {}
 
     @property
@@ -143,6 +134,6 @@ class TrainedModel:
         if not path.is_file():
             return None
         try:
-            return json.loads(path.read_text())
+            return json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{name} must be JSON: {error}") from error

@@ -38,7 +38,7 @@ def non_negative_int(text: str) -> int:
 def json_config(text: str) -> dict:
     """Parse a JSON object, or the path of a file that holds one, for argparse."""
     try:
-        config = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text())
+        config = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise argparse.ArgumentTypeError(f"must be a JSON object or a file that holds one: {error}") from error
     if not isinstance(config, dict):

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 
+from ..run_folder import CHECKPOINT_PREFIX
 from .ema import load_ema_state
 from .lora import has_lora, load_adapter, save_adapter
 from .loss_monitor import not_finite
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "training_state.json"
 
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_CHECKPOINT = re.compile(rf"{CHECKPOINT_PREFIX}(\d+)")
 _PARTIAL_SUFFIX = ".partial"
 
 
@@ -81,17 +82,18 @@ class Checkpoints:
         # A finite loss can have gradients that are not, and the next loss would be too late for this checkpoint.
         if not torch.stack([weight.isfinite().all() for weight in self.model.parameters()]).all():
             raise not_finite("The weights were", step, self.latest())
-        final = self.output_dir / f"checkpoint-{step}"
+        final = self.output_dir / f"{CHECKPOINT_PREFIX}{step}"
         partial = final.with_name(final.name + _PARTIAL_SUFFIX)
         if self.accelerator.is_main_process:
             # Of this step or any other: what a process left that died here.
-            for abandoned in self.output_dir.glob(f"checkpoint-*{_PARTIAL_SUFFIX}"):
+            for abandoned in self.output_dir.glob(f"{CHECKPOINT_PREFIX}*{_PARTIAL_SUFFIX}"):
                 shutil.rmtree(abandoned)
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(partial))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            (partial / STATE_FILE).write_text(json.dumps({"global_step": step, "settings": settings}, indent=2))
+            state = json.dumps({"global_step": step, "settings": settings}, indent=2)
+            (partial / STATE_FILE).write_text(state, encoding="utf-8")
             if final.exists():
                 _remove(final)
             partial.rename(final)
@@ -136,7 +138,7 @@ class Checkpoints:
                 f"`resume_from_checkpoint` must be a complete checkpoint or `latest`, got {resume_from_checkpoint!r}. "
                 f"Complete ones here: {', '.join(p.name for p in self._complete().values()) or 'none'}."
             )
-        state = json.loads((path / STATE_FILE).read_text())
+        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
         # They would be taken for this run's: by `latest`, and by what counts how many to keep.
         later = [other.name for step, other in self._complete().items() if step > state["global_step"]]
         if later:
@@ -169,7 +171,7 @@ class Checkpoints:
     def _complete(self) -> dict[int, Path]:
         by_step = {
             int(match[1]): path
-            for path in self.output_dir.glob("checkpoint-*")
+            for path in self.output_dir.glob(f"{CHECKPOINT_PREFIX}*")
             if (match := _CHECKPOINT.fullmatch(path.name)) and (path / STATE_FILE).is_file()
         }
         return dict(sorted(by_step.items()))

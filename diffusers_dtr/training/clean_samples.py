@@ -15,6 +15,7 @@ from diffusers import ModelMixin
 from torch.utils.data import DataLoader, Dataset
 
 from ..latents import encode_images
+from ..run_folder import LATENTS
 from .batches import TrainingBatches
 from .data import TrainingImages, load_training_images
 from .images import ImageTransform
@@ -75,7 +76,7 @@ def build_dataset(
             vae,
             images,
             transform,
-            Path(args.output_dir) / "latents",
+            Path(args.output_dir) / LATENTS,
             seed=args.seed,
             batch_size=args.train_batch_size,
             num_workers=args.dataloader_num_workers,

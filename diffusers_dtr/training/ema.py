@@ -68,6 +68,6 @@ def load_ema_state(path: str | Path, model_class: type[ModelMixin]) -> dict:
         The averaging's settings and its `shadow_params`, in the order of the model's parameters.
     """
     model = model_class.from_pretrained(path)
-    config = json.loads((Path(path) / "config.json").read_text())
+    config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
     shadow_params = [parameter.detach() for parameter in model.parameters()]
     return {**{name: config[name] for name in _STATE}, "shadow_params": shadow_params}

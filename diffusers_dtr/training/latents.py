@@ -59,7 +59,7 @@ class LatentDataset(Dataset):
         self.transform = transform
         self.normalization = normalization
         self.seed = seed
-        unreadable = json.loads((folder / _UNREADABLE).read_text())
+        unreadable = json.loads((folder / _UNREADABLE).read_text(encoding="utf-8"))
         self.unreadable: dict[int, list[str]] = {int(index): names for index, names in unreadable.items()}
         self.labels = images.labels
 
@@ -181,7 +181,7 @@ def _write(folder: Path, vae: ModelMixin, batches: Iterable[list[dict]], num_ima
             file.write(moments.astype("<f4").tobytes())
             unreadable |= {sample["index"]: sample["unreadable"] for sample in samples if sample["unreadable"]}
             progress_bar.update(len(samples))
-    (folder / _UNREADABLE).write_text(json.dumps(unreadable))
+    (folder / _UNREADABLE).write_text(json.dumps(unreadable), encoding="utf-8")
 
 
 def _stack_moments(mean: torch.Tensor, std: torch.Tensor | None) -> torch.Tensor:

@@ -10,8 +10,8 @@ from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.training_utils import cast_training_params
 from safetensors.torch import load_file
 
+from ..run_folder import LORA_FILE
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 
 _ADAPTER = "default"
 

@@ -7,11 +7,9 @@ import math
 from importlib.util import find_spec
 from pathlib import Path
 
+from ..atomic_files import replace_text
+from ..run_folder import HISTORY_FILE, LOSSES_PICTURE
 from .loss_monitor import ObservedLosses
-
-
-HISTORY_FILE = "loss_history.jsonl"
-PICTURE_FILE = "loss_per_cluster.png"
 
 
 class LossHistory:
@@ -32,7 +30,7 @@ class LossHistory:
         self.entries: list[dict] = []
         if global_step > 0 and self.path.exists():
             # A run that was killed may have left a line unfinished; it is of a step beyond the checkpoint.
-            lines = self.path.read_text().splitlines()
+            lines = self.path.read_text(encoding="utf-8").splitlines()
             entries = [json.loads(line) for line in lines if line.endswith("}")]
             self.entries = [entry for entry in entries if entry["step"] <= global_step]
         self._rewrite = True
@@ -51,12 +49,10 @@ class LossHistory:
         new = self.entries if self._rewrite else self.entries[-1:]
         text = "".join(json.dumps(entry) + "\n" for entry in new)
         if self._rewrite:
-            partial = self.path.with_suffix(".partial")
-            partial.write_text(text)
-            partial.replace(self.path)
+            replace_text(self.path, text)
             self._rewrite = False
         else:
-            with self.path.open("a") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 file.write(text)
 
     def save_picture(self) -> Path:
@@ -71,6 +67,6 @@ class LossHistory:
 
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         plot_cluster_losses(self.entries, ax=figure.add_subplot())
-        path = self.path.with_name(PICTURE_FILE)
+        path = self.path.with_name(LOSSES_PICTURE)
         figure.savefig(path, dpi=120)
         return path

@@ -9,12 +9,8 @@ from tempfile import TemporaryFile
 
 from diffusers import DiffusionPipeline
 
-
-PIPELINE_INDEX = "model_index.json"
-RECORD_FILE = "training_config.json"
-
-_PARTIAL = ".pipeline.partial"
-_PREVIOUS = ".pipeline.previous"
+from ..atomic_files import replace_text
+from ..run_folder import CHECKPOINT_PREFIX, PARTIAL_PIPELINE, PIPELINE_INDEX, PREVIOUS_PIPELINE, RECORD_FILE
 
 
 def prepare_output_dir(output_dir: str | Path, resuming: bool) -> Path:
@@ -34,7 +30,7 @@ def prepare_output_dir(output_dir: str | Path, resuming: bool) -> Path:
     output_dir = Path(output_dir)
     if not resuming and output_dir.is_dir():
         present = [PIPELINE_INDEX] if (output_dir / PIPELINE_INDEX).exists() else []
-        present += sorted(path.name for path in output_dir.glob("checkpoint-*") if not path.suffix)
+        present += sorted(path.name for path in output_dir.glob(f"{CHECKPOINT_PREFIX}*") if not path.suffix)
         if present:
             raise ValueError(
                 f"`output_dir`={str(output_dir)!r} already holds {', '.join(present[:4])}. Choose another folder, "
@@ -60,7 +56,7 @@ def save_pipeline(pipeline: DiffusionPipeline, output_dir: str | Path) -> None:
         output_dir: The run's folder; a pipeline that it holds is replaced once the new one is complete.
     """
     output_dir = Path(output_dir)
-    partial, previous = output_dir / _PARTIAL, output_dir / _PREVIOUS
+    partial, previous = output_dir / PARTIAL_PIPELINE, output_dir / PREVIOUS_PIPELINE
     shutil.rmtree(partial, ignore_errors=True)
     pipeline.save_pretrained(partial)
     shutil.rmtree(previous, ignore_errors=True)
@@ -83,7 +79,4 @@ def save_record(record: dict, output_dir: str | Path) -> None:
         record: JSON-serialisable.
         output_dir: The run's folder.
     """
-    path = Path(output_dir) / RECORD_FILE
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-    partial.replace(path)
+    replace_text(Path(output_dir) / RECORD_FILE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")

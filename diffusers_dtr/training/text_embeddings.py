@@ -39,7 +39,7 @@ class CachedTextEmbeddings:
     """
 
     def __init__(self, folder: Path, device: torch.device):
-        index = json.loads((folder / _INDEX).read_text())
+        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
         self.device = device
         self._rows = {text: row for row, text in enumerate(index["texts"])}
         self._embeddings = {
@@ -117,7 +117,8 @@ def _write(folder: Path, encode: TextEncoder, texts: list[str], batch_size: int)
                 with open(folder / name, "ab") as file:
                     file.write(embeddings.cpu().contiguous().view(torch.uint8).numpy().tobytes())
             progress_bar.update(len(some))
-    (folder / _INDEX).write_text(json.dumps({"texts": texts, "embeddings": layout}))
+    index = {"texts": texts, "embeddings": layout}
+    (folder / _INDEX).write_text(json.dumps(index), encoding="utf-8")
 
 
 def _map_file(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -18,6 +18,7 @@ from ..models.transformer_pixart import DTRPixArtTransformer2DModel
 from ..models.transformer_sd3 import DTRSD3Transformer2DModel
 from ..models.unet_2d_condition import DTRUNet2DConditionModel
 from ..pipelines.model_index import pipeline_class_name
+from ..run_folder import TEXT_EMBEDDINGS
 from .arguments import noise_config
 from .components import pretrained_options
 from .text_embeddings import TextEncoder, cache_text_embeddings
@@ -196,7 +197,7 @@ def build_text_encoder(
             list(tokenizers.values()),
             list(encoders.values()),
             {"pipeline": type(pipeline).__name__, **options},
-            Path(args.output_dir) / "text_embeddings",
+            Path(args.output_dir) / TEXT_EMBEDDINGS,
             batch_size=args.train_batch_size,
             device=device,
         )
