@@ -23,7 +23,8 @@ from .models.unet_2d_condition import DTRUNet2DConditionModel
 from .noise_levels import NoiseLevels
 from .objective.adaptive_sampling import AdaptiveTimestepSampler
 from .objective.clustered_loss import ClusteredLoss
-from .objective.clustering import TimestepClusters, cluster_timesteps
+from .objective.clustering import cluster_timesteps
+from .objective.clusters import TimestepClusters
 from .objective.denoising_loss import DenoisingLoss
 from .objective.gradient_balancing import GradientBalancer
 from .pipelines.pipeline_dtr import DTRPipeline

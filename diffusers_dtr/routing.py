@@ -14,6 +14,8 @@ from typing import TypeVar
 
 import torch
 
+from .precision import scalar_dtype
+
 
 ROUTING_TYPES = ("dtr", "random", "none")
 DEFAULT_TIMESTEP_RANGE = (0, 999)
@@ -272,10 +274,10 @@ def _check_no_nan(timestep: torch.Tensor) -> None:
 
 def _position(timestep: torch.Tensor, timestep_range: Sequence[float]) -> torch.Tensor:
     """τ in [0, 1], `(batch, 1)`."""
-    # float32 moves the window of some timesteps by a channel; MPS has nothing wider.
-    wide = torch.float32 if timestep.device.type == "mps" else torch.float64
+    # float32 moves the window of some timesteps by a channel.
+    wide = timestep.to(scalar_dtype(timestep.device))
     low, high = timestep_range
-    return ((timestep.to(wide) - low) / (high - low)).clamp(0, 1)[:, None]
+    return ((wide - low) / (high - low)).clamp(0, 1)[:, None]
 
 
 def _num_active(beta: float | torch.Tensor, num_channels: int) -> int | torch.Tensor:

@@ -1,4 +1,4 @@
-"""Pictures for understanding. Every function takes and returns a matplotlib Axes, as notebooks like it."""
+"""Pictures for understanding. The `plot_` functions take and return a matplotlib Axes, as notebooks like it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from torch import Tensor
 
 from .analysis import TaskAffinity, noise_distance_correlation, noise_distances
 from .noise_levels import NoiseLevels
-from .objective.clustering import TimestepClusters
+from .objective.clusters import TimestepClusters
+from .plotting import axes_or_new, check_matplotlib
 from .routing import DEFAULT_TIMESTEP_RANGE, check_routing, routing_mask
 
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def plot_routing_masks(
@@ -46,12 +48,43 @@ def plot_routing_masks(
     check_routing(timestep_range=timestep_range)
     timesteps = torch.linspace(*map(float, timestep_range), 500, dtype=torch.float64)
     masks = routing_mask(timesteps, num_channels, alpha=alpha, beta=beta, timestep_range=timestep_range)
-    ax = _axes(ax)
+    ax = axes_or_new(ax)
     extent = (timestep_range[0], timestep_range[1], 0, num_channels)
     ax.imshow(masks.T.numpy(), aspect="auto", origin="lower", extent=extent, cmap="Blues", interpolation="nearest")
     ax.set_xlabel("timestep")
     ax.set_ylabel("channel (active ones dark)")
     return ax
+
+
+def draw_routing_masks(
+    widths: Sequence[int],
+    *,
+    alpha: float = 4.0,
+    beta: float = 0.8,
+    timestep_range: Sequence[float] = DEFAULT_TIMESTEP_RANGE,
+) -> Figure:
+    """The masks of a model on a figure for a file, which no notebook shows: one picture for each width of its blocks.
+
+    Args:
+        widths: Widths of the blocks, side by side.
+        alpha: As in [`routing_mask`].
+        beta: As in [`routing_mask`].
+        timestep_range: As in [`routing_mask`].
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: Without matplotlib.
+        ValueError: As [`routing_mask`].
+    """
+    check_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2 + 4 * len(widths), 3), layout="constrained")
+    for ax, width in zip(figure.subplots(1, len(widths), squeeze=False)[0], widths, strict=True):
+        plot_routing_masks(width, alpha=alpha, beta=beta, timestep_range=timestep_range, ax=ax)
+    return figure
 
 
 def plot_cluster_losses(history: Sequence[dict], ax: Axes | None = None) -> Axes:
@@ -71,7 +104,7 @@ def plot_cluster_losses(history: Sequence[dict], ax: Axes | None = None) -> Axes
     """
     if not history:
         raise ValueError("`history` must have at least one entry, got none.")
-    ax = _axes(ax)
+    ax = axes_or_new(ax)
     num_clusters = len(history[0]["clusters"])
     for cluster in range(num_clusters):
         # Left out rather than NaN: a line has no point between two gaps.
@@ -103,7 +136,7 @@ def plot_task_affinity(affinity: TaskAffinity, ax: Axes | None = None) -> Axes:
     Raises:
         ImportError: Without matplotlib.
     """
-    ax = _axes(ax)
+    ax = axes_or_new(ax)
     full = affinity.full_matrix().numpy()
     # Colours are the same in every picture of this kind; noise can lead beyond them.
     image = ax.imshow(full, origin="lower", cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
@@ -140,7 +173,7 @@ def plot_affinity_by_noise_distance(affinity: TaskAffinity, ax: Axes | None = No
         ValueError: For fewer timesteps.
     """
     correlation = noise_distance_correlation(affinity)
-    ax = _axes(ax)
+    ax = axes_or_new(ax)
     distances, affinities = noise_distances(affinity)
     order = distances.argsort()
     distances, affinities = distances[order], affinities[order]
@@ -189,7 +222,7 @@ def plot_cluster_boundaries(
     finite = log_snr[log_snr.isfinite()]
     # Halfway between neighbouring timesteps, as clusters divide the timesteps themselves.
     edges = torch.cat([log_snr[:1], (log_snr[1:] + log_snr[:-1]) / 2, log_snr[-1:]]).clamp(finite[-1], finite[0])
-    ax = _axes(ax)
+    ax = axes_or_new(ax)
     for row, clusters in enumerate(clusterings.values()):
         for number, (start, stop) in enumerate(pairwise(clusters.boundaries)):
             left, right = float(edges[start]), float(edges[stop])
@@ -224,7 +257,7 @@ def plot_cluster_gaps(gaps: Mapping[str, tuple[Tensor, Tensor, Tensor]], ax: Axe
     sizes = {len(values) for triple in gaps.values() for values in triple}
     if len(sizes) != 1:
         raise ValueError(f"`gaps` must have the same number of clusters for at least one model, got {sorted(sizes)}.")
-    ax = _axes(ax)
+    ax = axes_or_new(ax)
     (num_clusters,) = sizes
     width = 0.8 / len(gaps)
     for number, (name, (mean, low, high)) in enumerate(gaps.items()):
@@ -244,13 +277,3 @@ def _color(cluster: int, num_clusters: int):
     from matplotlib import colormaps
 
     return colormaps["viridis"](cluster / max(num_clusters - 1, 1) * 0.95)
-
-
-def _axes(ax: Axes | None) -> Axes:
-    if ax is not None:
-        return ax
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ImportError("Plots need matplotlib: pip install 'diffusers-dtr[training]'.") from error
-    return pyplot.subplots(layout="constrained")[1]

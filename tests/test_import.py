@@ -14,6 +14,8 @@ PACKAGE = Path(diffusers_dtr.__file__).parent
 LAYERS = [
     "atomic_files",
     "run_folder",
+    "precision",
+    "plotting",
     "publishing",
     "bundling",
     "self_contained",

@@ -162,7 +162,7 @@ class TaskAffinity:
                     projections: Sequence[Projection] = exact_blocks(chosen, size)
                 else:
                     projections = [CountSketch(chosen, sketch_size, seed)]
-                all_products.append(work.products(gradients, _as_called(levels, measured), projections))
+                all_products.append(work.products(gradients, levels.as_called(measured), projections))
         if not all_products:
             raise ValueError("`models` must have at least one model, got none.")
         matrices = [_checked_cosines(products, estimator, measured) for products in all_products]
@@ -314,12 +314,6 @@ def _measured_timesteps(levels: NoiseLevels, timesteps: int | Sequence[float] | 
             f"`timesteps` must be at least two increasing numbers in [{low:g}, {high:g}], got {given.tolist()}."
         )
     return given
-
-
-def _as_called(levels: NoiseLevels, timesteps: Tensor) -> Tensor:
-    """Of the type that denoisers are called with: integers on a discrete schedule."""
-    discrete = all(torch.equal(values, values.round()) for values in (levels.timesteps, timesteps))
-    return timesteps.long() if discrete else timesteps.float()
 
 
 def _numbers(timesteps: Tensor, grid: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 from diffusers import DDPMParallelScheduler, DDPMScheduler, SchedulerMixin, UnCLIPScheduler
 from torch import Tensor
 
-from .timestep_table import TimestepTable, scalar_dtype
+from ..precision import scalar_dtype
+from .timestep_table import TimestepTable
 
 
 # The variance types with which a scheduler's `step` samples from the predicted variance. DPM-Solver and SASolver also
@@ -96,7 +97,7 @@ class LogSigmaTime(ForwardProcess):
 
     def alpha_sigma(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """See [`ForwardProcess.alpha_sigma`]."""
-        sigma = (4 * timesteps.to(scalar_dtype(timesteps))).exp()
+        sigma = (4 * timesteps.to(scalar_dtype(timesteps.device))).exp()
         return torch.ones_like(sigma), sigma
 
 
@@ -121,7 +122,7 @@ class Flow(ForwardProcess):
 
     def alpha_sigma(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """See [`ForwardProcess.alpha_sigma`]."""
-        sigma = timesteps.to(scalar_dtype(timesteps)) / len(self.timesteps)
+        sigma = timesteps.to(scalar_dtype(timesteps.device)) / len(self.timesteps)
         return 1 - sigma, sigma
 
 

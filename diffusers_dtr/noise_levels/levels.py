@@ -12,9 +12,10 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
+from ..precision import sample_dtype
 from .forward_processes import prediction_type_of, process_of
 from .posterior import Posterior
-from .timestep_table import per_sample, wide
+from .timestep_table import is_discrete, per_sample
 
 
 # What diffusers puts in place of √ᾱ = 0 where it has to divide by it (ᾱ = 2⁻²⁴, in its Euler, DPM-Solver and UniPC).
@@ -69,6 +70,18 @@ class NoiseLevels:
         self._variance_type = scheduler.config.get("variance_type")
         alphas_cumprod = self._process.alphas_cumprod
         self._posterior = None if alphas_cumprod is None else Posterior(alphas_cumprod)
+
+    def as_called(self, timesteps: Tensor) -> Tensor:
+        """Timesteps in the type that the denoiser is called with, the same in training, validation and analysis.
+
+        Args:
+            timesteps: Of any real type, on the CPU.
+
+        Returns:
+            int64 on a discrete schedule, if all of them are integers; else float32, as in flow matching and EDM.
+        """
+        whole = is_discrete(self.timesteps) and torch.equal(timesteps, timesteps.round())
+        return timesteps.long() if whole else timesteps.float()
 
     def alpha(self, timesteps: Tensor) -> Tensor:
         """Share α of the clean sample in the noisy one, `(B,)`, for timesteps `(B,)`."""
@@ -189,9 +202,9 @@ class NoiseLevels:
                 "`model_output` must have twice the channels of `clean`, "
                 f"got {tuple(model_output.shape)} and {tuple(clean.shape)}."
             )
-        prediction, variance_values = (part.to(wide(part)) for part in model_output.chunk(2, dim=1))
-        predicted_clean = self.predict_clean(prediction.detach(), noisy.to(wide(noisy)), timesteps)
-        return self._posterior.bound(predicted_clean, variance_values, clean.to(wide(clean)), timesteps)
+        prediction, variance_values = (part.to(sample_dtype(part)) for part in model_output.chunk(2, dim=1))
+        predicted_clean = self.predict_clean(prediction.detach(), noisy.to(sample_dtype(noisy)), timesteps)
+        return self._posterior.bound(predicted_clean, variance_values, clean.to(sample_dtype(clean)), timesteps)
 
     def _alpha_sigma(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         _check_timesteps(timesteps)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..precision import sample_dtype, scalar_dtype
+
 
 class TimestepTable:
     """Float64 values at the timesteps 0 to T − 1, interpolated between them, copied to each device once."""
@@ -16,7 +18,7 @@ class TimestepTable:
     def __call__(self, timesteps: Tensor) -> Tensor:
         """Values `(B,)` at timesteps `(B,)`, on their device."""
         if timesteps.device not in self._copies:
-            self._copies[timesteps.device] = self._values.to(timesteps.device, scalar_dtype(timesteps))
+            self._copies[timesteps.device] = self._values.to(timesteps.device, scalar_dtype(timesteps.device))
         values = self._copies[timesteps.device]
         lower = timesteps.floor().long()
         try:
@@ -28,16 +30,11 @@ class TimestepTable:
         return torch.lerp(below, above, (timesteps - lower).to(values.dtype))
 
 
-def scalar_dtype(timesteps: Tensor) -> torch.dtype:
-    """The widest float type of the timesteps' device."""
-    return torch.float32 if timesteps.device.type == "mps" else torch.float64  # Apple GPUs have no float64
-
-
-def wide(sample: Tensor) -> torch.dtype:
-    """The type that a sample is computed in: float32 at least."""
-    return torch.promote_types(sample.dtype, torch.float32)
+def is_discrete(grid: Tensor) -> bool:
+    """Whether a training grid is 0, 1, ..., T − 1, and denoisers are called with integers. Flow has 1 to T."""
+    return torch.equal(grid, torch.arange(len(grid), dtype=grid.dtype, device=grid.device))
 
 
 def per_sample(values: Tensor, sample: Tensor) -> Tensor:
     """Scalars `(B,)` made to broadcast over `sample` `(B, ...)`, on its device and in at least float32."""
-    return values.to(sample.device, wide(sample)).view(-1, *[1] * (sample.ndim - 1))
+    return values.to(sample.device, sample_dtype(sample)).view(-1, *[1] * (sample.ndim - 1))

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-from .clustering import TimestepClusters
+from ..precision import scalar_dtype
+from .clusters import TimestepClusters
+from .counts import check_counts
 
 
 STATISTICS = ("mean", "second_moment", "variance")
@@ -48,7 +50,7 @@ class AdaptiveTimestepSampler:
     Example:
         >>> import torch
         >>> from diffusers_dtr.objective.adaptive_sampling import AdaptiveTimestepSampler
-        >>> from diffusers_dtr.objective.clustering import TimestepClusters
+        >>> from diffusers_dtr.objective.clusters import TimestepClusters
         >>> clusters = TimestepClusters([0, 500, 1000])
         >>> sampler = AdaptiveTimestepSampler(clusters, statistic="mean", floor=0.2, interval=1)
         >>> sampler.update(torch.tensor([100, 900]), torch.tensor([1.0, 3.0]))
@@ -72,8 +74,7 @@ class AdaptiveTimestepSampler:
             raise ValueError(f"`decay` must be in [0, 1), got {decay}.")
         if not 0 < floor <= 1:
             raise ValueError(f"`floor` must be in (0, 1], got {floor}.")
-        if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
-            raise ValueError(f"`interval` must be an integer >= 1, got {interval!r}.")
+        check_counts(interval=interval)
         self.clusters = clusters
         self.statistic = statistic
         self.decay = decay
@@ -154,7 +155,7 @@ class AdaptiveTimestepSampler:
                 f"`timesteps` and `losses` must have the same shape (batch,), got {tuple(timesteps.shape)} and "
                 f"{tuple(losses.shape)}."
             )
-        real = self._pending.dtype if losses.device.type != "mps" else torch.float32
+        real = scalar_dtype(losses.device)
         losses = losses.detach().to(real)
         observed = losses.isfinite()
         losses = losses.where(observed, 0)

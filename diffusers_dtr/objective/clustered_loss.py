@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..noise_levels import NoiseLevels
 from .balancing import Balancing, ClusterLosses, make_balancing
-from .clustering import TimestepClusters
+from .clusters import TimestepClusters
 from .denoising_loss import DenoisingLoss
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
-import torch
 from diffusers import SchedulerMixin
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..noise_levels import NoiseLevels
+from ..precision import sample_dtype
 from .weighting import sample_weights
 
 
@@ -113,10 +114,7 @@ class DenoisingLoss:
                 "`model_output` must have the shape of `clean`, or that with twice the channels, "
                 f"got {tuple(model_output.shape)} and {tuple(clean.shape)}."
             )
-        # Errors of half precision inputs are squared and summed in float32: half precision would round them away.
-        model_output, clean, noise = (
-            sample.to(torch.promote_types(sample.dtype, torch.float32)) for sample in (model_output, clean, noise)
-        )
+        model_output, clean, noise = (sample.to(sample_dtype(sample)) for sample in (model_output, clean, noise))
         squared_error = (model_output[:, :channels] - self.levels.target(clean, noise, timesteps)) ** 2
         mse = squared_error.flatten(1).mean(1)
         mse = self._weights(timesteps).to(mse) * mse
@@ -125,3 +123,31 @@ class DenoisingLoss:
         noisy = self.levels.add_noise(clean, noise, timesteps)
         bound = self.levels.variational_bound(model_output, clean, noisy, timesteps)
         return DenoisingLossOutput((mse + bound).mean(), mse + bound, mse, bound)
+
+    def of_model(
+        self,
+        model: nn.Module,
+        clean: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        conditions: Mapping[str, Any] | None = None,
+    ) -> DenoisingLossOutput:
+        """Loss of a denoiser on a batch: the samples are noised, scaled, denoised and compared.
+
+        Args:
+            model: Called as `model(model_input, timestep=timesteps, **conditions, return_dict=False)[0]`.
+            clean: Clean samples `(B, C, ...)`.
+            noise: Standard normal noise of the same shape.
+            timesteps: `(B,)`, of the type that the denoiser is called with.
+            conditions: What else the denoiser is called with, by argument name.
+
+        Returns:
+            The loss, and what it is made of per sample.
+
+        Raises:
+            ValueError: As a call of the loss, for what the model returns.
+        """
+        noisy = self.levels.add_noise(clean, noise, timesteps)
+        model_input = self.levels.model_input(noisy, timesteps)
+        output = model(model_input, timestep=timesteps, **(conditions or {}), return_dict=False)[0]
+        return self(output, clean, noise, timesteps)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .balancing import Balancing, ClusterLosses, num_processes
+from .counts import check_counts
 
 
 if TYPE_CHECKING:
@@ -111,9 +112,7 @@ class GradientBalancer(Balancing):
         seed: int = 0,
     ):
         super().__init__()
-        for name, value in {"num_clusters": num_clusters, "update_every": update_every}.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be an integer >= 1, got {value!r}.")
+        check_counts(num_clusters=num_clusters, update_every=update_every)
         if not any(parameter.requires_grad for parameter in module.parameters()):
             raise ValueError("`module` must have trainable parameters, got none.")
         self.num_clusters = num_clusters

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
+from .counts import check_counts
+
 
 # Random fractions have this many bits: adding one to an integer below 2**21 is then exact in float64, so that rounding
 # never carries a sample over into the next cluster.
@@ -52,8 +54,7 @@ def draw_stratified(
         ValueError: For an argument outside these ranges, a generator that is not on the CPU, or none with several
             processes.
     """
-    _check_positive_integer("batch_size", batch_size)
-    _check_positive_integer("num_processes", num_processes)
+    check_counts(batch_size=batch_size, num_processes=num_processes)
     if not 0 <= process_index < num_processes:
         raise ValueError(f"`process_index` must be in [0, {num_processes}), got {process_index}.")
     _check_generator(generator, num_processes)
@@ -113,7 +114,7 @@ def logit_normal_probabilities(num_timesteps: int, logit_mean: float = 0.0, logi
     Raises:
         ValueError: For an argument outside these ranges.
     """
-    _check_positive_integer("num_timesteps", num_timesteps)
+    check_counts(num_timesteps=num_timesteps)
     if not math.isfinite(logit_mean):
         raise ValueError(f"`logit_mean` must be finite, got {logit_mean}.")
     if not 0 < logit_std < math.inf:
@@ -188,11 +189,6 @@ def _checked_weights(name: str, weights: torch.Tensor | Sequence[float], length:
         index = int((~valid).nonzero()[0])
         raise ValueError(f"`{name}` must be finite and >= 0, got {float(weights[index])} at index {index}.")
     return weights
-
-
-def _check_positive_integer(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` must be an integer >= 1, got {value!r}.")
 
 
 def _check_generator(generator: torch.Generator | None, num_processes: int) -> None:

@@ -12,7 +12,7 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 
 from ..noise_levels import NoiseLevels
-from ..objective.clustering import TimestepClusters
+from ..objective.clusters import TimestepClusters
 from .randomness import derive_seed
 
 
@@ -74,8 +74,7 @@ class HeldOutLoss:
         generator = torch.Generator().manual_seed(derive_seed(_SEED, self.num_samples))
         places = (torch.randperm(self.num_samples, generator=generator) + 0.5) / self.num_samples
         grid = levels.timesteps
-        timesteps = grid[(places * len(grid)).long()]
-        self.timesteps = timesteps.long() if torch.equal(timesteps, timesteps.round()) else timesteps.float()
+        self.timesteps = levels.as_called(grid[(places * len(grid)).long()])
 
     def describe(self) -> dict[str, int | str]:
         """The settings of this evaluation, for a record."""

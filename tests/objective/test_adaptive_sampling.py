@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffusers_dtr.objective.adaptive_sampling import AdaptiveTimestepSampler
-from diffusers_dtr.objective.clustering import TimestepClusters
+from diffusers_dtr.objective.clusters import TimestepClusters
 
 
 CLUSTERS = TimestepClusters([0, 100, 400, 1000])

@@ -9,7 +9,8 @@ from torch import nn
 
 from diffusers_dtr.objective.balancing import UncertaintyWeighting
 from diffusers_dtr.objective.clustered_loss import ClusteredLoss
-from diffusers_dtr.objective.clustering import TimestepClusters, cluster_timesteps
+from diffusers_dtr.objective.clustering import cluster_timesteps
+from diffusers_dtr.objective.clusters import TimestepClusters
 from diffusers_dtr.objective.denoising_loss import DenoisingLoss
 
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusers_dtr.noise_levels import NoiseLevels
-from diffusers_dtr.objective.clustering import TimestepClusters, cluster_timesteps
+from diffusers_dtr.objective.clustering import cluster_timesteps
+from diffusers_dtr.objective.clusters import TimestepClusters
 
 
 def all_boundaries(num_timesteps, num_clusters):

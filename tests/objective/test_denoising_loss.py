@@ -138,6 +138,23 @@ def test_float64_stays_float64():
     assert DenoisingLoss(DDPMScheduler())(*samples, torch.tensor([1, 2, 3])).loss.dtype == torch.float64
 
 
+def test_loss_of_a_model_is_that_of_its_output_for_the_scaled_noisy_samples():
+    loss_fn = DenoisingLoss(EulerDiscreteScheduler(), weighting="min_snr")
+    _, clean, noise = batch()
+    timesteps, seen = torch.tensor([0, 400, 999]), {}
+
+    def model(model_input, **arguments):
+        seen.update(arguments, model_input=model_input)
+        return (model_input * 0.9,)
+
+    out = loss_fn.of_model(model, clean, noise, timesteps, {"class_labels": torch.arange(3)})
+    model_input = loss_fn.levels.model_input(loss_fn.levels.add_noise(clean, noise, timesteps), timesteps)
+    assert torch.equal(seen["model_input"], model_input)
+    assert torch.equal(seen["timestep"], timesteps)
+    assert torch.equal(seen["class_labels"], torch.arange(3))
+    assert torch.equal(out.per_sample, loss_fn(model_input * 0.9, clean, noise, timesteps).per_sample)
+
+
 def test_no_value_is_read_back_from_the_device():
     sample = torch.empty(2, 3, 4, 4, device="meta")  # has no values: reading one raises
     timesteps = torch.empty(2, device="meta", dtype=torch.int64)

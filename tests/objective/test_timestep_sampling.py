@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusers_dtr.objective import timestep_sampling
-from diffusers_dtr.objective.clustering import TimestepClusters
+from diffusers_dtr.objective.clusters import TimestepClusters
 from diffusers_dtr.objective.timestep_sampling import draw_stratified, logit_normal_probabilities, stratified_density
 
 

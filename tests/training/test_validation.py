@@ -2,11 +2,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
-from diffusers_dtr import NoiseLevels, cluster_timesteps
-from diffusers_dtr.training import HeldOutLoss, save_sample_grid
+from diffusers_dtr import DenoisingLoss, NoiseLevels, TaskAffinity, cluster_timesteps
+from diffusers_dtr.training import HeldOutLoss
+from diffusers_dtr.training.validation import save_sample_grid
 
 
 LEVELS = NoiseLevels(DDPMScheduler())
@@ -42,6 +43,39 @@ def test_loss_of_silence_is_the_noise_and_that_of_who_knows_the_image_nothing():
     assert silent.mean == pytest.approx(1, abs=0.15)
     assert silent.mean == pytest.approx(sum(silent.per_cluster) / 4)
     assert held_out(knowing, Accelerator(cpu=True)).mean == pytest.approx(0, abs=1e-8)
+
+
+class CalledWith(torch.nn.Conv2d):
+    """A denoiser that remembers the types of its timesteps."""
+
+    def __init__(self):
+        super().__init__(1, 1, 1)
+        self.dtypes = set()
+
+    def forward(self, model_input, timestep, return_dict):
+        self.dtypes.add(timestep.dtype)
+        return (super().forward(model_input),)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "dtype"),
+    [
+        (DDPMScheduler(), torch.int64),
+        (EulerDiscreteScheduler(), torch.int64),
+        (FlowMatchEulerDiscreteScheduler(), torch.float32),
+        (FlowMatchEulerDiscreteScheduler(shift=3.0), torch.float32),
+        (EDMEulerScheduler(), torch.float32),
+    ],
+    ids=["DDPM", "Euler", "flow", "shifted flow", "EDM"],
+)
+def test_training_validation_and_analysis_call_a_denoiser_with_timesteps_of_one_type(scheduler, dtype):
+    loss_fn, denoiser = DenoisingLoss(scheduler), CalledWith()
+    clean, noise = torch.randn(2, 4, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    clusters = cluster_timesteps(scheduler, 4)
+    held_out = HeldOutLoss(loss_fn.levels, clusters, clean)
+    held_out(lambda inputs, timesteps, _: denoiser(inputs, timesteps, False)[0], Accelerator(cpu=True))
+    TaskAffinity.measure(denoiser, loss_fn, clean, noise, timesteps=2, estimator="plain")
+    assert denoiser.dtypes == {clusters.sample(4).dtype} == {dtype}
 
 
 def test_timesteps_cover_the_schedule_evenly():
