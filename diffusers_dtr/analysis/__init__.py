@@ -2,13 +2,13 @@
 
 from .frechet import frechet_distance
 from .measurement import Workspace
-from .negative_transfer import ClusterLosses, confidence_interval, negative_transfer_gap
+from .negative_transfer import HeldOutClusterLosses, confidence_interval, negative_transfer_gap
 from .noise_distance import noise_distance_correlation, noise_distances
 from .task_affinity import TaskAffinity, load_task_affinity
 
 
 __all__ = [
-    "ClusterLosses",
+    "HeldOutClusterLosses",
     "TaskAffinity",
     "Workspace",
     "confidence_interval",

@@ -14,17 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from ..models.evaluating import evaluating
-from ..objective.clustering import TimestepClusters
+from ..objective.clusters import TimestepClusters
+from ..objective.counts import check_counts
 from ..objective.denoising_loss import DenoisingLoss
 from .timestep_gradients import checked_conditions
 
 
-class ClusterLosses:
+class HeldOutClusterLosses:
     """Denoising loss within one cluster of timesteps, on the same images, noise and timesteps for every model.
 
     The samples of a cluster are drawn from the seed and the cluster's number alone, so that the losses of two models
     can be compared sample by sample, in which much less noise is left than in either loss. The model is called in eval
-    mode as `model(model_input, timestep=timesteps, **conditions, return_dict=False)[0]`.
+    mode, as by [`DenoisingLoss.of_model`].
 
     Args:
         loss_fn: The loss, of the scheduler that the models were trained with. Of a learned variance, the squared error
@@ -43,7 +44,7 @@ class ClusterLosses:
         >>> import torch
         >>> from diffusers import DDPMScheduler, UNet2DModel
         >>> from diffusers_dtr import DenoisingLoss, cluster_timesteps
-        >>> from diffusers_dtr.analysis import ClusterLosses
+        >>> from diffusers_dtr.analysis import HeldOutClusterLosses
         >>> scheduler = DDPMScheduler()
         >>> joint, specialist = (
         ...     UNet2DModel(8, block_out_channels=(8, 8), norm_num_groups=4,
@@ -51,7 +52,7 @@ class ClusterLosses:
         ...     for _ in range(2)
         ... )
         >>> clusters = cluster_timesteps(scheduler, num_clusters=4, cost="snr")
-        >>> losses = ClusterLosses(DenoisingLoss(scheduler), clusters, torch.zeros(16, 3, 8, 8), num_samples=64)
+        >>> losses = HeldOutClusterLosses(DenoisingLoss(scheduler), clusters, torch.zeros(16, 3, 8, 8), num_samples=64)
         >>> gaps = losses(specialist, 3) - losses(joint, 3)  # one per sample; below 0 is negative transfer
         >>> gaps.shape
         torch.Size([64])
@@ -73,9 +74,7 @@ class ClusterLosses:
                 f"`clusters` must be of the {loss_fn.levels.num_train_timesteps} timesteps of `loss_fn`, got clusters "
                 f"of {clusters.num_train_timesteps}."
             )
-        for name, value in (("num_samples", num_samples), ("batch_size", batch_size), ("len(clean)", len(clean))):
-            if value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        check_counts(**{"num_samples": num_samples, "batch_size": batch_size, "len(clean)": len(clean)})
         self.loss_fn = loss_fn
         self.clusters = clusters
         self.clean = clean
@@ -114,16 +113,9 @@ class ClusterLosses:
                 clean = self.clean[rows.to(self.clean.device)].to(device)
                 conditions = {name: values[rows.to(values.device)] for name, values in self.conditions.items()}
                 conditions = {name: values.to(device) for name, values in conditions.items()}
-                losses.append(self._losses(model, clean, noise.to(device), timesteps[places].to(device), conditions))
+                batch = clean, noise.to(device), timesteps[places].to(device), conditions
+                losses.append(self.loss_fn.of_model(model, *batch).mse)
         return torch.cat(losses).double().cpu()
-
-    def _losses(
-        self, model: nn.Module, clean: Tensor, noise: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]
-    ) -> Tensor:
-        levels = self.loss_fn.levels
-        model_input = levels.model_input(levels.add_noise(clean, noise, timesteps), timesteps)
-        output = model(model_input, timestep=timesteps, **conditions, return_dict=False)[0]
-        return self.loss_fn(output, clean, noise, timesteps).mse
 
 
 def negative_transfer_gap(specialist: Tensor, joint: Tensor, *, relative: bool = False) -> Tensor:

@@ -68,7 +68,7 @@ class DenoisingBatch:
 class TimestepGradients:
     """The gradient of a model's denoising loss at any timestep, averaged over one part of the images.
 
-    The model is called as `model(model_input, timestep=timesteps, **conditions, return_dict=False)[0]`.
+    The model is called as by [`DenoisingLoss.of_model`].
 
     Args:
         model: The denoiser. Its mode is left as it is: gradients of a model that drops labels or features at random
@@ -125,10 +125,8 @@ class TimestepGradients:
     def _loss(self, timestep: Tensor, clean: Tensor, noise: Tensor, conditions: dict[str, Tensor]) -> Tensor:
         """What these samples contribute to the mean loss of their part."""
         timesteps = timestep.to(clean.device).expand(len(clean))
-        levels = self.loss_fn.levels
-        model_input = levels.model_input(levels.add_noise(clean, noise, timesteps), timesteps)
-        output = self.model(model_input, timestep=timesteps, **conditions, return_dict=False)[0]
-        return self.loss_fn(output, clean, noise, timesteps).per_sample.sum() / (len(self.batch) // NUM_PARTS)
+        losses = self.loss_fn.of_model(self.model, clean, noise, timesteps, conditions).per_sample
+        return losses.sum() / (len(self.batch) // NUM_PARTS)
 
 
 def checked_conditions(conditions: Mapping[str, Tensor] | None, num_images: int) -> dict[str, Tensor]:

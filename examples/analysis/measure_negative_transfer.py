@@ -29,7 +29,7 @@ from accelerate import Accelerator
 from negative_transfer_report import Report
 
 from diffusers_dtr import DenoisingLoss, DTRPipeline, TimestepClusters, training
-from diffusers_dtr.analysis import ClusterLosses, frechet_distance
+from diffusers_dtr.analysis import HeldOutClusterLosses, frechet_distance
 from diffusers_dtr.publishing import public_command, publishable
 
 
@@ -185,7 +185,7 @@ class Measurement:
         channels = pipeline.denoiser.config.in_channels if vae is None else vae.config.in_channels
         held_out = training.held_out_dataset(args.training, images, channels)
         clean, batch = training.held_out_samples(args.training, held_out, vae, torch.device("cpu"))
-        self.losses = ClusterLosses(
+        self.losses = HeldOutClusterLosses(
             DenoisingLoss(pipeline.scheduler),
             clusters,
             clean,

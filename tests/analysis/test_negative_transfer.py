@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiny_dit import NUM_CLASSES, routed_dit
 
 from diffusers_dtr import DenoisingLoss, NoiseLevels, TimestepClusters, cluster_timesteps
-from diffusers_dtr.analysis import ClusterLosses, confidence_interval, negative_transfer_gap
+from diffusers_dtr.analysis import HeldOutClusterLosses, confidence_interval, negative_transfer_gap
 
 
 SCHEDULER = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
@@ -34,7 +34,7 @@ class Recorder(torch.nn.Module):
 
 def losses(clean=CLEAN, conditions=LABELS, **options):
     options = {"num_samples": 40, **options}
-    return ClusterLosses(DenoisingLoss(SCHEDULER), CLUSTERS, clean, conditions, **options)
+    return HeldOutClusterLosses(DenoisingLoss(SCHEDULER), CLUSTERS, clean, conditions, **options)
 
 
 def asked_about(model):
@@ -126,9 +126,9 @@ def test_model_is_left_in_the_mode_that_it_was_in():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_samples": 0}, "`num_samples` must be at least 1, got 0"),
-        ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
-        ({"clean": CLEAN[:0], "conditions": None}, r"`len\(clean\)` must be at least 1, got 0"),
+        ({"num_samples": 0}, "`num_samples` must be an integer >= 1, got 0"),
+        ({"batch_size": 0}, "`batch_size` must be an integer >= 1, got 0"),
+        ({"clean": CLEAN[:0], "conditions": None}, r"`len\(clean\)` must be an integer >= 1, got 0"),
         ({"clean": CLEAN[:4]}, "one entry for each of the 4 clean samples, got 6 of 'class_labels'"),
     ],
 )
@@ -139,7 +139,7 @@ def test_arguments_that_do_not_fit_are_refused(arguments, message):
 
 def test_clusters_of_another_schedule_are_refused():
     with pytest.raises(ValueError, match="`clusters` must be of the 1000 timesteps of `loss_fn`, got clusters of 10"):
-        ClusterLosses(DenoisingLoss(SCHEDULER), TimestepClusters([0, 10]), CLEAN)
+        HeldOutClusterLosses(DenoisingLoss(SCHEDULER), TimestepClusters([0, 10]), CLEAN)
 
 
 @pytest.mark.parametrize("cluster", [-1, 4])

@@ -102,7 +102,7 @@ def test_samples_that_do_not_belong_together_are_refused():
     clean = torch.zeros(4, 2)
     with pytest.raises(ValueError, match=r"`noise` must have the shape of `clean`, \(4, 2\), got \(4, 3\)"):
         DenoisingBatch(clean, torch.zeros(4, 3))
-    with pytest.raises(ValueError, match="one entry for each of the 4 images, got 5 of 'labels'"):
+    with pytest.raises(ValueError, match="one entry for each of the 4 clean samples, got 5 of 'labels'"):
         DenoisingBatch(clean, clean, {"labels": torch.zeros(5)})
 
 
