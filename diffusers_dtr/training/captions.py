@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import datasets
@@ -36,7 +37,7 @@ class Captions:
             )
         self.column = column
         self._rows = dataset.select_columns([column]).with_format(None)
-        for row, captions in enumerate(self._all()):
+        for row, captions in enumerate(self._by_row()):
             if not captions or None in captions:
                 raise ValueError(
                     f"`caption_column` must have a caption in every row, got {captions or 'none'} in row {row} of "
@@ -47,11 +48,11 @@ class Captions:
         """The captions of a row."""
         return _as_list(self._rows[row][self.column])
 
-    def distinct(self) -> set[str]:
-        """Every caption that occurs."""
-        return {caption for captions in self._all() for caption in captions}
+    def all(self) -> Iterator[str]:
+        """The captions of all rows, read a few at a time."""
+        return chain.from_iterable(self._by_row())
 
-    def _all(self) -> Iterator[list[str]]:
+    def _by_row(self) -> Iterator[list[str]]:
         for rows in self._rows.iter(_ROWS_AT_ONCE):
             yield from map(_as_list, rows[self.column])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -160,7 +160,7 @@ def build_text_encoder(
     args: argparse.Namespace,
     family: TextToImageFamily,
     pipeline: DiffusionPipeline,
-    texts: Collection[str],
+    texts: Iterable[str],
     accelerator: Accelerator,
 ) -> TextEncoder:
     """What turns texts into embeddings on the accelerator's device: the text encoders, or a cache of what they made.
@@ -170,7 +170,7 @@ def build_text_encoder(
         family: The pipeline's family.
         pipeline: Its text encoders are frozen, and brought to the device and the precision of the run. With
             `--cache_text_embeddings` it has none afterwards.
-        texts: All that will be asked for; what a cache is made of.
+        texts: All that will be asked for, with repetitions or without; gone through only where a cache is made of it.
         accelerator: Its main process encodes, the others wait.
     """
     device = accelerator.device
@@ -193,7 +193,7 @@ def build_text_encoder(
     with accelerator.main_process_first():
         cached = cache_text_embeddings(
             encode,
-            texts,
+            set(texts),
             list(tokenizers.values()),
             list(encoders.values()),
             {"pipeline": type(pipeline).__name__, **options},

@@ -4,6 +4,7 @@ Run with `accelerate launch train_text_to_image.py --help`; README.md beside thi
 """
 
 import argparse
+from itertools import chain
 
 import torch
 
@@ -96,11 +97,9 @@ def main(args):
     # 4. The text encoders, or what they make of every text that will be needed
     rows = range(min(args.num_validation_images, len(images)))
     prompts = args.validation_prompts or [images.captions[row][0] for row in rows]
-    texts = {"", *prompts, *images.captions.distinct()}
-    if held_out is not None:
-        texts |= held_out.captions.distinct()
+    captions = [source.captions.all() for source in (dataset, held_out) if source is not None]
     pipeline = training.load_text_to_image_pipeline(args, family, model, vae)
-    encode = training.build_text_encoder(args, family, pipeline, texts, accelerator)
+    encode = training.build_text_encoder(args, family, pipeline, chain([""], prompts, *captions), accelerator)
 
     # 5. What the denoiser is told, and how it is sampled
     def conditions(batch):

@@ -21,6 +21,7 @@ from training_runs import (
 )
 
 from diffusers_dtr import DTRTransformer2DModel, training
+from diffusers_dtr.training.loss_history import LossHistory
 
 
 FLAGS = ["--max_train_steps", 4, "--checkpointing_steps", 2, "--logging_steps", 1, "--num_clusters", 2, "--use_ema"]
@@ -179,13 +180,13 @@ def test_picture_and_boundaries_are_left_with_the_checkpoints(uncertain):
 
 def test_picture_is_drawn_at_every_checkpoint(images, tmp_path, monkeypatch):
     seen = []
-    save = training.LossHistory.save_picture
+    save = LossHistory.save_picture
 
-    def spy(history: training.LossHistory) -> Path:
+    def spy(history: LossHistory) -> Path:
         seen.append([entry["step"] for entry in history.entries])
         return save(history)
 
-    monkeypatch.setattr(training.LossHistory, "save_picture", spy)
+    monkeypatch.setattr(LossHistory, "save_picture", spy)
     train(images, tmp_path / "run", *FLAGS)
     assert seen == [[1, 2], [1, 2, 3, 4]]
 

@@ -21,9 +21,10 @@ import diffusers_dtr
 from diffusers_dtr import DTRPipeline, DTRTransformer2DModel, DTRUNet2DConditionModel, DTRUNet2DModel
 from diffusers_dtr.model_card import build_model_card, fetch_card, save_metrics, save_model_card
 from diffusers_dtr.model_card.edits import was_edited
-from diffusers_dtr.training import LossHistory, run_record, save_record
+from diffusers_dtr.training.loss_history import LossHistory
 from diffusers_dtr.training.loss_monitor import ObservedLosses
-from diffusers_dtr.training.record import describe_model
+from diffusers_dtr.training.outputs import save_record
+from diffusers_dtr.training.record import describe_model, run_record
 
 
 UNET = {

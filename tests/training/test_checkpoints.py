@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from sudden_death import die_before_every_change
 
 from diffusers_dtr import DTRTransformer2DModel
-from diffusers_dtr.training import Checkpoints, add_lora
+from diffusers_dtr.training import add_lora
+from diffusers_dtr.training.checkpoints import Checkpoints
 
 
 SETTINGS = {"seed": 0}

@@ -11,15 +11,14 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from diffusers_dtr.training import (
-    UnreadableImages,
     add_data_arguments,
     build_dataset,
     build_loader,
-    clean_samples,
     held_out_dataset,
     held_out_samples,
     load_images,
 )
+from diffusers_dtr.training.clean_samples import UnreadableImages, clean_samples
 from diffusers_dtr.training.data import TrainingImages
 
 
@@ -96,7 +95,7 @@ def test_latents_without_an_autoencoder_cannot_be_cached(folder):
 def held_out(folder: Path, *flags: object, images: TrainingImages | None = None, vae=None):
     args = parse(folder, *flags)
     dataset = held_out_dataset(args, images or load_images(args, args.label_column), 1)
-    return held_out_samples(args, dataset, vae, CPU)
+    return held_out_samples(dataset, vae, args.max_held_out_images, args.train_batch_size, CPU)
 
 
 def test_without_validation_data_there_are_no_held_out_images(folder):

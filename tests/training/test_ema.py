@@ -3,8 +3,7 @@ import torch
 from diffusers.training_utils import EMAModel
 
 from diffusers_dtr import DTRTransformer2DModel
-from diffusers_dtr.training import averaged_weights
-from diffusers_dtr.training.ema import load_ema_state
+from diffusers_dtr.training.ema import averaged_weights, load_ema_state
 
 
 def make_model(seed: int = 0) -> DTRTransformer2DModel:

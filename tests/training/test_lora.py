@@ -12,8 +12,9 @@ sys.path.append(str(Path(__file__).parents[1] / "models"))
 from tiny_models import PIXART, SD3, UNET_CONDITION, output
 from tiny_text_encoders import pixart_alpha, stable_diffusion, stable_diffusion_3
 
-from diffusers_dtr.training import TEXT_TO_IMAGE_FAMILIES, add_lora, save_lora
+from diffusers_dtr.training import add_lora, save_lora
 from diffusers_dtr.training.lora import has_lora, load_adapter, save_adapter
+from diffusers_dtr.training.text_to_image import TEXT_TO_IMAGE_FAMILIES
 
 
 FAMILIES = [

@@ -7,7 +7,7 @@ import matplotlib.axes
 import pytest
 from PIL import Image
 
-from diffusers_dtr.training import LossHistory
+from diffusers_dtr.training.loss_history import LossHistory
 from diffusers_dtr.training.loss_monitor import ObservedLosses
 
 

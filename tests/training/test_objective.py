@@ -11,6 +11,8 @@ from diffusers import DDPMScheduler
 
 from diffusers_dtr import DTRTransformer2DModel, NoiseLevels, TaskAffinity, training
 from diffusers_dtr.objective.clustered_loss import ClusteredLossOutput
+from diffusers_dtr.training.objective import build_objective
+from diffusers_dtr.training.optimizer import build_optimizer
 
 
 BATCH = 8
@@ -48,8 +50,8 @@ class Setup:
             num_embeds_ada_norm=2,
         )
         scheduler = DDPMScheduler(**noise_schedule)
-        self.objective = training.build_objective(self.args, scheduler, self.model, self.accelerator)
-        self.optimizer = training.build_optimizer(self.args, self.model, self.objective.loss_fn)
+        self.objective = build_objective(self.args, scheduler, self.model, self.accelerator)
+        self.optimizer = build_optimizer(self.args, self.model, self.objective.loss_fn)
 
     def sample(self, step: int, part: int, num_parts: int, batch_size: int = BATCH) -> torch.Tensor:
         return self.objective.sample_timesteps(batch_size, 0, step, part, num_parts, torch.device("cpu"))

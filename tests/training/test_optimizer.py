@@ -6,7 +6,7 @@ from diffusers import DDPMScheduler
 
 from diffusers_dtr import cluster_timesteps
 from diffusers_dtr.objective.clustered_loss import ClusteredLoss
-from diffusers_dtr.training import build_lr_scheduler, build_optimizer
+from diffusers_dtr.training.optimizer import build_lr_scheduler, build_optimizer
 
 
 def flags(**changes) -> argparse.Namespace:

@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusers_dtr.training import derive_seed, noise_generator, seed_model, timestep_generator
+from diffusers_dtr.training.randomness import derive_seed, noise_generator, seed_model, timestep_generator
 
 
 numbers = st.integers(0, 2**40)

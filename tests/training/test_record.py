@@ -7,8 +7,7 @@ from accelerate import Accelerator
 from tiny_dit import routed_dit
 
 from diffusers_dtr import __version__
-from diffusers_dtr.training import run_record, tracker_config
-from diffusers_dtr.training.record import describe_model
+from diffusers_dtr.training.record import describe_model, run_record, tracker_config
 
 
 ARGS = argparse.Namespace(seed=3, hub_token="hf_secret", model_config={"num_layers": 2}, vae=None, flip=True, rate=0.5)
@@ -91,6 +90,7 @@ def test_a_model_is_described_by_its_class_size_and_routing():
     assert described["num_parameters"] - described["num_trained_parameters"] == frozen > 0
     assert described["config"]["routing_beta"] == 0.5
     assert described["config"]["attention_head_dim"] == 8
+    assert described["routed_widths"] == [16]
 
 
 def test_trackers_get_numbers_and_strings_without_the_token_and_paths(here):

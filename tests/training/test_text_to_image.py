@@ -16,13 +16,13 @@ from tiny_text_encoders import pixart_alpha, stable_diffusion, stable_diffusion_
 
 from diffusers_dtr import DTRPipeline
 from diffusers_dtr.training import (
-    TEXT_TO_IMAGE_FAMILIES,
     build_text_encoder,
     frozen_dtype,
     load_text_to_image_pipeline,
     sample_text_to_image,
     text_to_image_family,
 )
+from diffusers_dtr.training.text_to_image import TEXT_TO_IMAGE_FAMILIES
 
 
 PROMPTS = ["a one", "two", "three"]
