@@ -170,24 +170,25 @@ def held_out_dataset(args: argparse.Namespace, images: TrainingImages, channels:
 
 
 def held_out_samples(
-    args: argparse.Namespace, dataset: Dataset, vae: ModelMixin | None, device: torch.device
+    dataset: Dataset, vae: ModelMixin | None, num_images: int, batch_size: int, device: torch.device
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor | list]]:
     """Clean samples for the held-out loss, and what else their batch holds.
 
     Args:
-        args: Parsed flags.
         dataset: What [`held_out_dataset`] returned, or one that adds to its samples.
         vae: Autoencoder, or None.
+        num_images: How many samples to take; all if there are fewer.
+        batch_size: Images to encode at a time.
         device: Where images are encoded.
 
     Returns:
         Samples, and the other entries of their batch, such as labels; on the CPU.
     """
-    wanted = min(len(dataset), args.max_held_out_images)
-    sampler = TrainingBatches(len(dataset), args.train_batch_size, seed=0)
+    wanted = min(len(dataset), num_images)
+    sampler = TrainingBatches(len(dataset), batch_size, seed=0)
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_samples, generator=torch.Generator())
     clean, rest = [], {}
-    for batch in islice(loader, -(-wanted // args.train_batch_size)):
+    for batch in islice(loader, -(-wanted // batch_size)):
         clean.append(clean_samples(batch, vae, 0, device).cpu())
         for name in batch.keys() - {"pixel_values", "unreadable"}:
             rest.setdefault(name, []).extend(batch[name])

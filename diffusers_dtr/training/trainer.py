@@ -317,7 +317,8 @@ class Trainer:
         if dataset is None:
             return None
         eighths = cluster_timesteps(noise_scheduler, num_clusters=8, cost="uniform")
-        clean, batch = held_out_samples(self.args, dataset, self.vae, self.accelerator.device)
+        num_images, batch_size = self.args.max_held_out_images, self.args.train_batch_size
+        clean, batch = held_out_samples(dataset, self.vae, num_images, batch_size, self.accelerator.device)
         evaluations_per_image = math.ceil(len(eighths) / len(clean))
         return HeldOutLoss(self.objective.levels, eighths, clean, batch, evaluations_per_image)
 

@@ -52,10 +52,8 @@ def parse_args(argv=None):
     add("--parameters", metavar="REGEX", help="Only parameters in whose name this is found. Default all.")
     training.add_data_arguments(parser)
     add = parser.add_argument_group("affinity").add_argument
-    # The name under which `held_out_samples` looks for it.
     add(
         "--num_images",
-        dest="max_held_out_images",
         type=int,
         default=64,
         help="Images that every gradient is averaged over: a multiple of 4. Those of --validation_split or "
@@ -121,7 +119,7 @@ def load_samples(args, pipeline, accelerator):
     dataset = training.held_out_dataset(args, images, channels)
     if dataset is None:
         dataset = training.build_dataset(args, images, channels, vae, accelerator)
-    clean, batch = training.held_out_samples(args, dataset, vae, accelerator.device)
+    clean, batch = training.held_out_samples(dataset, vae, args.num_images, args.train_batch_size, accelerator.device)
     return clean, {} if num_classes is None else {"class_labels": batch["labels"]}
 
 

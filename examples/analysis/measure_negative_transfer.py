@@ -184,7 +184,8 @@ class Measurement:
         vae = pipeline.vae
         channels = pipeline.denoiser.config.in_channels if vae is None else vae.config.in_channels
         held_out = training.held_out_dataset(args.training, images, channels)
-        clean, batch = training.held_out_samples(args.training, held_out, vae, torch.device("cpu"))
+        num_images, batch_size = args.training.max_held_out_images, args.training.train_batch_size
+        clean, batch = training.held_out_samples(held_out, vae, num_images, batch_size, torch.device("cpu"))
         self.losses = HeldOutClusterLosses(
             DenoisingLoss(pipeline.scheduler),
             clusters,
