@@ -6,11 +6,7 @@ import argparse
 import json
 from typing import Any
 
-import accelerate
-
-import diffusers_dtr
-
-from ..models.routed_model import RoutedModelMixin
+from ..models.without_weights import model_without_weights
 from ..pipelines.model_index import pipeline_class_name
 from ..run_folder import PIPELINE_INDEX, RECORD_FILE
 from ..training.checkpoints import STATE_FILE
@@ -114,13 +110,9 @@ def _part(config: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
 
 def _routing(config: dict[str, Any]) -> dict[str, Any] | None:
     """The routing of a routed model's config, with the number of active channels of every width."""
-    # Only names that are public here: the config may be anybody's.
-    name = config["_class_name"]
-    model_class = getattr(diffusers_dtr, name) if name in diffusers_dtr.__all__ else None
-    if not (isinstance(model_class, type) and issubclass(model_class, RoutedModelMixin)):
+    model = model_without_weights(config)
+    if model is None:
         return None
-    with accelerate.init_empty_weights():
-        model = model_class.from_config(config)
     routing = model.routing
     share = 1.0 if routing.routing_type == "none" else routing.beta
     return {
@@ -129,12 +121,8 @@ def _routing(config: dict[str, Any]) -> dict[str, Any] | None:
         "beta": routing.beta,
         "seed": routing.seed,
         "timestep_range": list(routing.timestep_range),
-        "widths": [{"channels": width, "active": int(share * width)} for width in _widths(model)],
+        "widths": [{"channels": width, "active": int(share * width)} for width in model.routed_widths],
     }
-
-
-def _widths(model: RoutedModelMixin) -> list[int]:
-    return sorted(model._routed_widths) if hasattr(model, "_routed_widths") else [model.inner_dim]
 
 
 def _draw_masks(routing: dict[str, Any] | None, path: str) -> None:

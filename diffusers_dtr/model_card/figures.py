@@ -48,7 +48,7 @@ def copy_drawing(source: Path, target: Path) -> None:
 
 def shows_masks(model: TrainedModel) -> bool:
     """Whether there is a sliding window to be drawn."""
-    return model.is_routed and model.denoiser["routing_type"] == "dtr" and bool(model.widths)
+    return model.is_routed and model.denoiser["routing_type"] == "dtr" and bool(model.routed_widths)
 
 
 def _spread_out(grid: Image.Image, side: int | None) -> Image.Image:
@@ -77,7 +77,7 @@ def _draw_masks(model: TrainedModel, path: Path) -> None:
     config = model.denoiser
     figure = Figure(figsize=(6, 3), layout="constrained")
     plot_routing_masks(
-        model.widths[0],
+        model.routed_widths[0],
         alpha=config["routing_alpha"],
         beta=config["routing_beta"],
         timestep_range=config.get("routing_timestep_range") or DEFAULT_TIMESTEP_RANGE,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..models.without_weights import model_without_weights
 from ..pipelines.model_index import pipeline_class_name
 from ..publishing import LOCAL_PREFIX, publishable
 from ..run_folder import HISTORY_FILE, LORA_FILE, METRICS_FILE, PIPELINE_INDEX, RECORD_FILE
@@ -79,8 +81,7 @@ class TrainedModel:
         """The denoiser's config, and its class as `_class_name`; of adapters, those that the record has."""
         described = self.record.get("model", {})
         config = {**described.get("config", {}), **({"_class_name": described["class"]} if described else {})}
-        saved = self._json(f"{self.denoiser_name}/config.json") if self.denoiser_name else None
-        return {**config, **(saved or {})}
+        return {**config, **self._saved_denoiser}
 
     @property
     def scheduler(self) -> dict[str, Any]:
@@ -104,15 +105,14 @@ class TrainedModel:
             return None
         return self.denoiser.get("num_embeds_ada_norm") or self.denoiser.get("num_class_embeds")
 
-    @property
-    def widths(self) -> list[int]:
-        """Widths of the routed blocks; of a U-Net's, those of its levels."""
-        config = self.denoiser
-        if "block_out_channels" in config:
-            return sorted(set(config["block_out_channels"]))
-        if "num_attention_heads" in config and "attention_head_dim" in config:
-            return [config["num_attention_heads"] * config["attention_head_dim"]]
-        return []
+    @cached_property
+    def routed_widths(self) -> Sequence[int]:
+        """Channels of the routed blocks; of adapters, those that the record has, which older ones lack."""
+        recorded = self.record.get("model", {}).get("routed_widths")
+        if recorded is not None:
+            return recorded
+        model = model_without_weights(self._saved_denoiser)
+        return () if model is None else model.routed_widths
 
     @property
     def is_routed(self) -> bool:
@@ -128,6 +128,10 @@ class TrainedModel:
     def last_samples(self) -> Path | None:
         """The last grid of samples."""
         return max(self.folder.glob("samples/*.png"), default=None)
+
+    @property
+    def _saved_denoiser(self) -> dict[str, Any]:
+        return (self._json(f"{self.denoiser_name}/config.json") if self.denoiser_name else None) or {}
 
     def _json(self, name: str) -> Any:
         path = self.folder / name

@@ -14,9 +14,17 @@ from .config_limits import check_config, check_size
 
 
 class RoutedModelMixin(HubMixin):
-    """Gives a diffusers model the routing that its config describes, and what [`HubMixin`] does with the Hub."""
+    """Gives a diffusers model the routing that its config describes, and what [`HubMixin`] does with the Hub.
 
+    Attributes:
+        plain_class: The diffusers class that is routed.
+        routing: Computes the masks of a forward call.
+        routed_widths: Channels of the routed blocks, each width once, in ascending order.
+    """
+
+    plain_class: type[ModelMixin]
     routing: ChannelRouting
+    routed_widths: tuple[int, ...]
 
     def register_to_config(self, **config) -> None:
         """Set config values, as diffusers' constructors do before anything is built.
@@ -31,6 +39,7 @@ class RoutedModelMixin(HubMixin):
         """Read the routing from the config; call it before any layer is built, so that a bad value costs nothing."""
         config = self.config
         check_size(config, max(widths, default=0))
+        self.routed_widths = tuple(sorted(widths))
         self.routing = ChannelRouting(
             alpha=config.routing_alpha,
             beta=config.routing_beta,
@@ -54,6 +63,17 @@ class RoutedModelMixin(HubMixin):
             ValueError: For a `beta` outside (0, 1], or one that leaves a block no active channel.
         """
         self.routing.set_beta(beta)
+
+    @classmethod
+    def _from_plain(cls, model: ModelMixin, argument: str, config: dict) -> ModelMixin:
+        if not isinstance(model, cls.plain_class):
+            raise TypeError(f"`{argument}` must be a `{cls.plain_class.__name__}`, got a `{type(model).__name__}`.")
+        return cls._from_state(model, cls._routed_state_dict(model), copy=True, **config)
+
+    @staticmethod
+    def _routed_state_dict(plain: ModelMixin) -> dict[str, torch.Tensor]:
+        """The weights of a plain model under the names of the routed one."""
+        return plain.state_dict()
 
     @classmethod
     def _from_state(

@@ -68,7 +68,7 @@ class RoutedUNetMixin(ScopedRoutingMixin):
     def _route_units(self) -> None:
         blocks = (*self.down_blocks, self.mid_block, *self.up_blocks)
         units = [unit for block in blocks for name in ("resnets", "attentions") for unit in getattr(block, name, ())]
-        self._routed_widths = sorted({_route_unit(unit) for unit in units if unit is not None})
+        self.routed_widths = tuple(sorted({_route_unit(unit) for unit in units if unit is not None}))
 
     @classmethod
     def from_unet(cls, unet: ModelMixin, **routing) -> ModelMixin:

@@ -8,7 +8,7 @@ gradient checkpointing a block runs again after its forward call has ended, so w
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from inspect import signature
@@ -134,14 +134,7 @@ def _run_in_scope(masks: _Masks, block: Callable, *args):
 
 
 class ScopedRoutingMixin(RoutedModelMixin):
-    """Routes a diffusers model through the scope: blocks are routed in place and the base class's forward is called.
-
-    Attributes:
-        plain_class: The diffusers class that is routed.
-    """
-
-    plain_class: type[ModelMixin]
-    _routed_widths: Collection[int]
+    """Routes a model through the scope: blocks are routed in place, and the forward method is the base class's."""
 
     def _plain_config(self) -> dict:
         """The part of the config that the base class's constructor takes."""
@@ -153,7 +146,7 @@ class ScopedRoutingMixin(RoutedModelMixin):
         if timestep is None:
             raise ValueError("`timestep` must be given: the conditioning and the routing depend on it.")
         timestep = timestep_batch(timestep, sample)
-        with _scope({width: self.routing.mask(timestep, width) for width in self._routed_widths}):
+        with _scope({width: self.routing.mask(timestep, width) for width in self.routed_widths}):
             yield
 
     def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable | None = None) -> None:
@@ -166,12 +159,6 @@ class ScopedRoutingMixin(RoutedModelMixin):
         if gradient_checkpointing_func is None:
             gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
         super().enable_gradient_checkpointing(RoutedCheckpointing(gradient_checkpointing_func))
-
-    @classmethod
-    def _from_plain(cls, model: ModelMixin, argument: str, config: dict) -> ModelMixin:
-        if not isinstance(model, cls.plain_class):
-            raise TypeError(f"`{argument}` must be a `{cls.plain_class.__name__}`, got a `{type(model).__name__}`.")
-        return cls._from_state(model, model.state_dict(), copy=True, **config)
 
 
 class RoutedTransformerMixin(ScopedRoutingMixin):

@@ -150,6 +150,7 @@ class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMi
             memory is spent.
     """
 
+    plain_class = DiTTransformer2DModel
     _no_split_modules = ("DTRTransformerBlock",)
     _repeated_blocks = ("DTRTransformerBlock",)
     _supports_group_offloading = True
@@ -389,10 +390,14 @@ class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMi
             A model with copies of the weights, on the same device, of the same dtype and in the same mode.
 
         Raises:
-            TypeError: If a name in `routing` is not one of a config value.
+            TypeError: If `transformer` is of another class, or a name in `routing` is not one of a config value.
             ValueError: If the embedders of a block differ from those of the first one; it names the block.
         """
-        return cls._from_state(transformer, share_embedders(transformer.state_dict()), copy=True, **routing)
+        return cls._from_plain(transformer, "transformer", routing)
+
+    @staticmethod
+    def _routed_state_dict(plain: DiTTransformer2DModel) -> dict[str, torch.Tensor]:
+        return share_embedders(plain.state_dict())
 
     @classmethod
     def _load_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> DTRTransformer2DModel:
@@ -426,5 +431,5 @@ class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMi
         plain, info = DiTTransformer2DModel.from_pretrained(
             pretrained_model_name_or_path, output_loading_info=True, **kwargs
         )
-        model = cls._from_state(plain, share_embedders(plain.state_dict()), copy=False, **overrides)
+        model = cls._from_state(plain, cls._routed_state_dict(plain), copy=False, **overrides)
         return (model, info) if with_info else model

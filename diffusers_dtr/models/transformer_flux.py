@@ -78,8 +78,7 @@ class DTRFluxTransformer2DModel(RoutedTransformerMixin, FluxTransformer2DModel):
         routing_seed: int = 0,
         routing_timestep_range: Sequence[float] | None = (0.0, 1.0),
     ):
-        self._routed_widths = (num_attention_heads * attention_head_dim,)
-        self._init_routing(set(self._routed_widths))
+        self._init_routing({num_attention_heads * attention_head_dim})
         super().__init__(**self._plain_config())
         self._route_blocks()
 

@@ -71,8 +71,7 @@ class DTRSD3Transformer2DModel(RoutedTransformerMixin, SD3Transformer2DModel):
         routing_seed: int = 0,
         routing_timestep_range: Sequence[float] | None = None,
     ):
-        self._routed_widths = (num_attention_heads * attention_head_dim,)
-        self._init_routing(set(self._routed_widths))
+        self._init_routing({num_attention_heads * attention_head_dim})
         super().__init__(**self._plain_config())
         self._route_blocks()
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import ModelMixin
 
+from ..models.routed_model import RoutedModelMixin
 from ..publishing import public_arguments, public_command, publishable
 
 
@@ -28,14 +28,14 @@ def tracker_config(args: argparse.Namespace) -> dict[str, int | float | str]:
     return {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in arguments.items()}
 
 
-def describe_model(model: ModelMixin) -> dict[str, Any]:
+def describe_model(model: RoutedModelMixin) -> dict[str, Any]:
     """What a record says of the denoiser; all that is known of it where adapters alone are saved.
 
     Args:
         model: The denoiser, unwrapped.
 
     Returns:
-        Its `class`, `num_parameters`, `num_trained_parameters`, and `config`: its routing, and its width.
+        Its `class`, `num_parameters`, `num_trained_parameters`, `routed_widths`, and `config`: its routing and size.
     """
     names = ("num_attention_heads", "attention_head_dim", "block_out_channels", "num_layers", "sample_size")
     config = {key: value for key, value in model.config.items() if key.startswith("routing_") or key in names}
@@ -43,6 +43,7 @@ def describe_model(model: ModelMixin) -> dict[str, Any]:
         "class": type(model).__name__,
         "num_parameters": model.num_parameters(),
         "num_trained_parameters": model.num_parameters(only_trainable=True),
+        "routed_widths": list(model.routed_widths),
         "config": config,
     }
 

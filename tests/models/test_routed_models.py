@@ -14,7 +14,18 @@ import torch
 import torch.distributed as dist
 from diffusers.training_utils import EMAModel
 from peft import LoraConfig
-from tiny_models import TIMESTEPS, every_family, every_scoped_family, output, recorded_calls
+from tiny_models import (
+    PIXART,
+    SCOPED_FAMILIES,
+    SD3,
+    TIMESTEPS,
+    UNET,
+    UNET_CONDITION,
+    every_family,
+    every_scoped_family,
+    output,
+    recorded_calls,
+)
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -82,6 +93,13 @@ def test_the_mask_leaves_the_dtype_alone(family):
 
 
 @every_family
+def test_every_width_of_a_routed_block_is_told_once(family):
+    # A U-Net's decoder sees what the encoder hands over beside its own input.
+    expected = (8, 16, 24, 32) if family in (UNET, UNET_CONDITION) else (16,)
+    assert family.routed().routed_widths == expected
+
+
+@every_family
 def test_a_missing_timestep_is_named(family):
     with pytest.raises(ValueError, match="`timestep` must be given"):
         family.routed()(**{**family.inputs(), "timestep": None})
@@ -121,10 +139,12 @@ def test_conversion_refuses_unknown_config_names(family):
         family.conversion(family.plain(), routing_gamma=1.0)
 
 
-@every_scoped_family
+@every_family
 def test_conversion_refuses_other_classes(family):
-    with pytest.raises(TypeError, match=f"must be a `{family.routed_class.plain_class.__name__}`, got a `Linear`"):
-        family.conversion(torch.nn.Linear(1, 1))
+    other = (SD3 if family is PIXART else PIXART).plain()
+    message = f"must be a `{family.routed_class.plain_class.__name__}`, got a `{type(other).__name__}`"
+    with pytest.raises(TypeError, match=message):
+        family.conversion(other)
 
 
 @every_scoped_family
@@ -173,7 +193,7 @@ def test_the_state_dict_is_that_of_the_base_class(family):
 def test_a_copy_is_routed_by_itself(family, duplicate):
     model = family.routed()
     # Also with gradient checkpointing on, except that diffusers' own function for it cannot be pickled.
-    if "plain_class" in vars(family.routed_class):
+    if family in SCOPED_FAMILIES:
         model.enable_gradient_checkpointing()
     expected = output(model, family.inputs())
     twin = duplicate(model)
