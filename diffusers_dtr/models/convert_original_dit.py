@@ -76,12 +76,12 @@ def convert_original_dit(
     """
     masks = [value for key, value in state_dict.items() if key.endswith(f".{MASK_BUFFER}")]
     weights = {key: value for key, value in state_dict.items() if not key.endswith(f".{MASK_BUFFER}")}
-    position_table = weights.pop("pos_embed", None)
     routing = read_mask_tables(masks, config) if masks else {"routing_beta": config.get("routing_beta", 1.0)}
-    config = {**_infer_config(weights, num_attention_heads, class_dropout_prob, position_table), **config, **routing}
+    config = {**_infer_config(weights, num_attention_heads, class_dropout_prob), **config, **routing}
     _check_mask_widths(masks, config)
     with accelerate.init_empty_weights():
         model = DTRTransformer2DModel(**config)
+    position_table = weights.pop("pos_embed", None)
     converted = _rename(weights)
     _check_same_names(converted, model.state_dict())
     if position_table is not None:
@@ -91,24 +91,24 @@ def convert_original_dit(
     return model.eval()
 
 
-def _infer_config(weights, num_attention_heads, class_dropout_prob, position_table) -> dict:
-    width, in_channels, patch_size, _ = _shape(weights, "x_embedder.proj.weight")
+def _infer_config(weights, num_attention_heads, class_dropout_prob) -> dict:
+    width, in_channels, patch_size, _ = _shape(weights, "x_embedder.proj.weight", 4)
     num_layers = 1 + max((int(match[1]) for match in map(_BLOCK.fullmatch, weights) if match), default=-1)
     if num_attention_heads is None:
         num_attention_heads = _published_heads(num_layers, width)
     if num_attention_heads < 1 or width % num_attention_heads:
         raise ValueError(f"`num_attention_heads` must divide the width {width}, got {num_attention_heads!r}.")
-    hidden_width = _shape(weights, "blocks.0.mlp.fc1.weight")[0]
+    hidden_width = _shape(weights, "blocks.0.mlp.fc1.weight", 2)[0]
     if hidden_width != 4 * width:
         raise ValueError(f"`blocks.0.mlp.fc1.weight` must have 4 x {width} rows (mlp_ratio 4), got {hidden_width}.")
-    table_rows = _shape(weights, "y_embedder.embedding_table.weight")[0]
+    table_rows = _shape(weights, "y_embedder.embedding_table.weight", 2)[0]
     if class_dropout_prob is None:
         class_dropout_prob = 0.1 if table_rows > 1 else 0.0
     config = {
         "num_attention_heads": num_attention_heads,
         "attention_head_dim": width // num_attention_heads,
         "in_channels": in_channels,
-        "out_channels": _shape(weights, "final_layer.linear.weight")[0] // patch_size**2,
+        "out_channels": _shape(weights, "final_layer.linear.weight", 2)[0] // patch_size**2,
         "num_layers": num_layers,
         "patch_size": patch_size,
         "attention_bias": "blocks.0.attn.qkv.bias" in weights,
@@ -116,8 +116,8 @@ def _infer_config(weights, num_attention_heads, class_dropout_prob, position_tab
         "class_dropout_prob": class_dropout_prob,
         **_FIXED,
     }
-    if position_table is not None:
-        config["sample_size"] = math.isqrt(position_table.shape[1]) * patch_size
+    if "pos_embed" in weights:
+        config["sample_size"] = math.isqrt(_shape(weights, "pos_embed", 3)[1]) * patch_size
     return config
 
 
@@ -140,10 +140,13 @@ def _check_mask_widths(masks, config) -> None:
         )
 
 
-def _shape(weights, name) -> torch.Size:
+def _shape(weights, name, num_dimensions) -> torch.Size:
     if name not in weights:
         raise ValueError(f"`state_dict` must be that of an original DiT, but it has no `{name}`.")
-    return weights[name].shape
+    shape = weights[name].shape
+    if len(shape) != num_dimensions or 0 in shape:
+        raise ValueError(f"`{name}` must have {num_dimensions} dimensions above 0, got shape {tuple(shape)}.")
+    return shape
 
 
 def _rename(weights) -> dict[str, torch.Tensor]:
@@ -154,7 +157,7 @@ def _rename(weights) -> dict[str, torch.Tensor]:
         prefix, name = (f"transformer_blocks.{match[1]}.", match[2]) if match else ("", module)
         names = _BLOCK_NAMES if match else _NAMES
         if match and name == "attn.qkv":
-            for projection, part in zip(_QKV, value.chunk(3), strict=True):
+            for projection, part in zip(_QKV, torch.atleast_1d(value).tensor_split(3), strict=True):
                 converted[f"{prefix}{projection}.{kind}"] = part
         elif name in names:
             converted[f"{prefix}{names[name]}.{kind}"] = value

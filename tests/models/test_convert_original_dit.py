@@ -285,6 +285,13 @@ def drop(key):
     return lambda state_dict: state_dict.pop(key)
 
 
+def reshape(key, *shape):
+    def damage(state_dict):
+        state_dict[key] = torch.zeros(shape)
+
+    return damage
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -297,6 +304,23 @@ def drop(key):
             r"becomes `transformer_blocks\.2\.ff\.net\.0\.proj\.bias` must .*\(256,\), got \(8,",
         ),
         (cut("blocks.0.mlp.fc1.weight", 128), r"`blocks\.0\.mlp\.fc1\.weight` must have 4 x 64 rows .*, got 128"),
+        (
+            reshape("x_embedder.proj.weight", 64, 16),
+            r"`x_embedder\.proj\.weight` must have 4 .*, got shape \(64, 16\)",
+        ),
+        (reshape("x_embedder.proj.weight", 64, 4, 0, 0), r"must have 4 .*, got shape \(64, 4, 0, 0\)"),
+        (reshape("y_embedder.embedding_table.weight"), r"embedding_table\.weight` must have 2 .*, got shape \(\)"),
+        (reshape("final_layer.linear.weight"), r"`final_layer\.linear\.weight` must have 2 .*, got shape \(\)"),
+        (reshape("pos_embed", 1024), r"`pos_embed` must have 3 .*, got shape \(1024,\)"),
+        (reshape("pos_embed", 1, 0, 64), r"`pos_embed` must have 3 .*, got shape \(1, 0, 64\)"),
+        (
+            reshape("blocks.0.attn.qkv.bias"),
+            r"becomes `transformer_blocks\.0\.attn1\.to_q\.bias` must .*\(64,\), got \(1,",
+        ),
+        (
+            reshape("blocks.1.attn.qkv.bias", 2),
+            r"becomes `transformer_blocks\.1\.attn1\.to_q\.bias` must .*\(64,\), got",
+        ),
         (swap_positions, r"`pos_embed` must be the fixed sine-cosine table .* shape \(1, 16, 64\).* other values"),
     ],
 )
