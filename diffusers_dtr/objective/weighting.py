@@ -11,6 +11,9 @@ from torch import Tensor
 from ..noise_levels import NoiseLevels
 
 
+WEIGHTINGS = ("constant", "min_snr", "soft_min_snr", "p2", "debiased", "edm", "logit_normal")
+
+
 def sample_weights(
     levels: NoiseLevels,
     timesteps: Tensor,
@@ -73,6 +76,9 @@ def sample_weights(
                 f"`weighting` must return weights of shape {tuple(timesteps.shape)}, got {tuple(weights.shape)}."
             )
         return weights
+    if weighting not in WEIGHTINGS:
+        allowed = ", ".join(f'"{name}"' for name in WEIGHTINGS)
+        raise ValueError(f"`weighting` must be one of {allowed}, or a function, got {weighting!r}.")
     if weighting == "logit_normal" and levels.prediction_type != "flow":
         raise ValueError(
             f'`weighting="logit_normal"` is defined for flow prediction, got "{levels.prediction_type}": '
@@ -94,9 +100,6 @@ def sample_weights(
         "edm": lambda: noise + clean / levels.sigma_data**2,
         "logit_normal": lambda: _logit_normal_density(-levels.log_snr(timesteps) / 2, logit_mean, logit_std),
     }
-    if weighting not in formulas:
-        allowed = ", ".join(f'"{name}"' for name in formulas)
-        raise ValueError(f"`weighting` must be one of {allowed}, or a function, got {weighting!r}.")
     return formulas[weighting]()
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from diffusers import SchedulerMixin
 
 from ..objective.balancing import BALANCINGS
+from ..objective.clustering import COSTS
 from ..objective.gradient_balancing import GRADIENT_BALANCINGS
+from ..objective.weighting import WEIGHTINGS
 from ..routing import ROUTING_TYPES
 
 
@@ -137,12 +139,17 @@ def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of weighting by noise level, clusters of timesteps and their balancing."""
     group = parser.add_argument_group("loss, clusters and balancing")
     add = group.add_argument
-    add("--loss_weighting", choices=("constant", "min_snr", "p2", "soft_min_snr", "debiased"), default="constant")
+    add(
+        "--loss_weighting",
+        choices=WEIGHTINGS,
+        default="constant",
+        help="How squared errors are weighted by noise level; logit_normal is for flow matching alone.",
+    )
     add("--snr_gamma", type=float, help="γ of min_snr and soft_min_snr. Default 5.")
     add("--num_clusters", type=positive_int, default=8, help="Number of clusters of timesteps.")
     add(
         "--cluster_cost",
-        choices=("uniform", "timestep", "snr", "affinity"),
+        choices=(*COSTS, "affinity"),
         default="snr",
         help="What clusters minimise; the task affinity of --affinity_path they maximise.",
     )

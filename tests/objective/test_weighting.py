@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from torch.distributions import LogisticNormal
 
 from diffusers_dtr.noise_levels import NoiseLevels
-from diffusers_dtr.objective.weighting import sample_weights
+from diffusers_dtr.objective.weighting import WEIGHTINGS, sample_weights
 
 
-NAMES = ["constant", "min_snr", "soft_min_snr", "p2", "debiased", "edm"]
+NAMES = [name for name in WEIGHTINGS if name != "logit_normal"]
 PREDICTION_TYPES = ["epsilon", "sample", "v_prediction"]
 DDPM = {kind: NoiseLevels(DDPMScheduler(prediction_type=kind)) for kind in PREDICTION_TYPES}
 FLOW = NoiseLevels(FlowMatchEulerDiscreteScheduler())
@@ -170,5 +170,5 @@ def test_numbers_out_of_range_are_named(number):
 
 def test_no_value_is_read_back_from_the_device():
     timesteps = torch.empty(4, device="meta")  # has no values: reading one raises
-    for weighting in [*NAMES, "logit_normal"]:
+    for weighting in WEIGHTINGS:
         assert sample_weights(FLOW, timesteps, weighting).shape == (4,)

@@ -7,10 +7,11 @@ import argparse
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 
 from diffusers_dtr import DTRTransformer2DModel, NoiseLevels, TaskAffinity, training
 from diffusers_dtr.objective.clustered_loss import ClusteredLossOutput
+from diffusers_dtr.objective.weighting import WEIGHTINGS
 from diffusers_dtr.training.objective import build_objective
 from diffusers_dtr.training.optimizer import build_optimizer
 
@@ -36,7 +37,7 @@ def parse(*flags: object) -> argparse.Namespace:
 class Setup:
     """An objective with all that it is built from."""
 
-    def __init__(self, *flags: object, **noise_schedule: object):
+    def __init__(self, *flags: object, scheduler: SchedulerMixin | None = None, **noise_schedule: object):
         self.args = parse(*flags)
         self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=self.args.gradient_accumulation_steps)
         torch.manual_seed(0)
@@ -49,7 +50,7 @@ class Setup:
             sample_size=4,
             num_embeds_ada_norm=2,
         )
-        scheduler = DDPMScheduler(**noise_schedule)
+        scheduler = scheduler or DDPMScheduler(**noise_schedule)
         self.objective = build_objective(self.args, scheduler, self.model, self.accelerator)
         self.optimizer = build_optimizer(self.args, self.model, self.objective.loss_fn)
 
@@ -176,13 +177,16 @@ def test_density_stays_as_it_is_in_the_middle_of_a_step(quick_fit):
 # ---- flags and state
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_every_weighting_is_another_loss(prediction_type):
-    weightings = ("constant", "min_snr", "p2", "soft_min_snr", "debiased")
-    losses = {
-        Setup("--loss_weighting", name, prediction_type=prediction_type).step(0).loss.item() for name in weightings
-    }
+@pytest.mark.parametrize("scheduler", [DDPMScheduler(), FlowMatchEulerDiscreteScheduler()], ids=["DDPM", "flow"])
+def test_every_weighting_is_another_loss(scheduler):
+    weightings = {*WEIGHTINGS} - ({"logit_normal"} if isinstance(scheduler, DDPMScheduler) else set())
+    losses = {Setup("--loss_weighting", name, scheduler=scheduler).step(0).loss.item() for name in weightings}
     assert len(losses) == len(weightings)
+
+
+def test_weighting_for_flow_matching_is_refused_with_another_schedule():
+    with pytest.raises(ValueError, match='defined for flow prediction, got "epsilon": use a flow matching scheduler'):
+        Setup("--loss_weighting", "logit_normal")
 
 
 def test_record_has_the_boundaries():
