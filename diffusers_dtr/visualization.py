@@ -81,7 +81,7 @@ def draw_routing_masks(
     check_matplotlib()
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(2 + 4 * len(widths), 3), layout="constrained")
+    figure = Figure(figsize=(1 + 5 * len(widths), 3), layout="constrained")
     for ax, width in zip(figure.subplots(1, len(widths), squeeze=False)[0], widths, strict=True):
         plot_routing_masks(width, alpha=alpha, beta=beta, timestep_range=timestep_range, ax=ax)
     return figure

@@ -11,6 +11,7 @@ from diffusers_dtr import NoiseLevels, TaskAffinity, TimestepClusters
 from diffusers_dtr.analysis import noise_distance_correlation
 from diffusers_dtr.routing import routing_mask
 from diffusers_dtr.visualization import (
+    draw_routing_masks,
     plot_affinity_by_noise_distance,
     plot_cluster_boundaries,
     plot_cluster_gaps,
@@ -109,6 +110,14 @@ def test_masks_are_those_of_the_routing():
     assert image.get_extent() == [0, 9, 0, 10]
 
 
+def test_masks_of_several_widths_stand_side_by_side_as_those_of_the_first_alone():
+    several, one = (draw_routing_masks(widths, beta=0.5) for widths in ([8, 16], [8]))
+    shown = [ax.images[0].get_array() for ax in (*several.axes, *one.axes)]
+    assert [len(masks) for masks in shown] == [8, 16, 8]
+    assert np.array_equal(shown[0], shown[2])
+    assert several.get_figwidth() > one.get_figwidth()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -125,8 +134,9 @@ def test_masks_of_no_routing_are_refused(options, message):
 
 def test_missing_matplotlib_is_an_error_that_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"pip install 'diffusers-dtr\[training\]'"):
-        plot_routing_masks(8)
+    for draw in (lambda: plot_routing_masks(8), lambda: draw_routing_masks([8])):
+        with pytest.raises(ImportError, match=r"need matplotlib: pip install 'diffusers-dtr\[training\]'"):
+            draw()
 
 
 def test_heat_map_is_the_full_matrix_with_timesteps_and_noise_levels():

@@ -10,7 +10,7 @@ from ..models.without_weights import model_without_weights
 from ..pipelines.model_index import pipeline_class_name
 from ..run_folder import PIPELINE_INDEX, RECORD_FILE
 from ..training.checkpoints import STATE_FILE
-from ..visualization import plot_routing_masks
+from ..visualization import draw_routing_masks
 from .options import add_hub_arguments, new_parser
 from .outputs import new_output
 from .sources import Source, open_source
@@ -129,20 +129,8 @@ def _draw_masks(routing: dict[str, Any] | None, path: str) -> None:
     if routing is None or routing["type"] != "dtr":
         kind = "none" if routing is None else repr(routing["type"])
         raise ValueError(f'`--masks` shows routing of type "dtr", the sliding window; this model has {kind}.')
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("`--masks` needs matplotlib: pip install 'diffusers-dtr[training]'.") from error
     widths = [width["channels"] for width in routing["widths"]]
-    figure = Figure(figsize=(1 + 4 * len(widths), 4), layout="constrained")
-    for axes, width in zip(figure.subplots(1, len(widths), squeeze=False)[0], widths, strict=True):
-        plot_routing_masks(
-            width,
-            alpha=routing["alpha"],
-            beta=routing["beta"],
-            timestep_range=routing["timestep_range"],
-            ax=axes,
-        )
+    figure = draw_routing_masks(widths, **{name: routing[name] for name in ("alpha", "beta", "timestep_range")})
     with new_output(path, suffix=".png") as partial:
         figure.savefig(partial)
 

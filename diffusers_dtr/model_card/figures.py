@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 from PIL import Image
 
 from ..routing import DEFAULT_TIMESTEP_RANGE
+from ..visualization import draw_routing_masks
 from .trained_model import TrainedModel
 
 
@@ -68,19 +68,11 @@ def _spread_out(grid: Image.Image, side: int | None) -> Image.Image:
 
 
 def _draw_masks(model: TrainedModel, path: Path) -> None:
-    if find_spec("matplotlib") is None:
-        raise ImportError("The card's figures need matplotlib: pip install 'diffusers-dtr[training]'.")
-    from matplotlib.figure import Figure
-
-    from ..visualization import plot_routing_masks
-
     config = model.denoiser
-    figure = Figure(figsize=(6, 3), layout="constrained")
-    plot_routing_masks(
-        model.routed_widths[0],
+    figure = draw_routing_masks(
+        model.routed_widths[:1],
         alpha=config["routing_alpha"],
         beta=config["routing_beta"],
         timestep_range=config.get("routing_timestep_range") or DEFAULT_TIMESTEP_RANGE,
-        ax=figure.add_subplot(),
     )
     figure.savefig(path, dpi=100)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from importlib.util import find_spec
 from pathlib import Path
 
 from ..atomic_files import replace_text
+from ..plotting import check_matplotlib
 from ..run_folder import HISTORY_FILE, LOSSES_PICTURE
 from .loss_monitor import ObservedLosses
 
@@ -24,8 +24,7 @@ class LossHistory:
     """
 
     def __init__(self, output_dir: str | Path, global_step: int = 0):
-        if find_spec("matplotlib") is None:
-            raise ImportError("The picture of the losses needs matplotlib: pip install 'diffusers-dtr[training]'.")
+        check_matplotlib()
         self.path = Path(output_dir) / HISTORY_FILE
         self.entries: list[dict] = []
         if global_step > 0 and self.path.exists():
