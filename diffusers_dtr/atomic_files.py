@@ -24,8 +24,9 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     try:
         yield partial
         partial.replace(path)
-    finally:
+    except BaseException:
         partial.unlink(missing_ok=True)
+        raise
 
 
 def replace_text(path: str | os.PathLike, text: str) -> None:

@@ -31,9 +31,9 @@ from negative_transfer_report import Report
 from diffusers_dtr import DenoisingLoss, DTRPipeline, TimestepClusters, training
 from diffusers_dtr.analysis import HeldOutClusterLosses, frechet_distance
 from diffusers_dtr.publishing import public_command, publishable
+from diffusers_dtr.run_folder import RECORD_FILE
 
 
-RECORD = "training_config.json"
 SCRIPT = Path(__file__).resolve().parent.parent / "class_conditional" / "train_class_conditional.py"
 
 # A specialist cannot sample by itself, and nobody looks at the others' grids. The flags that are given win over these.
@@ -103,10 +103,10 @@ def train_all(args):
     """Folders of all runs, by seed and number of the cluster or name of the joint model."""
     work_dir = Path(args.work_dir)
     flags_file = work_dir / "training_flags.json"
-    if flags_file.exists() and json.loads(flags_file.read_text()) != args.training_flags:
+    if flags_file.exists() and json.loads(flags_file.read_text(encoding="utf-8")) != args.training_flags:
         raise ValueError(f"`--work_dir` has runs with other training flags, see {flags_file}: choose another folder.")
     work_dir.mkdir(parents=True, exist_ok=True)
-    flags_file.write_text(json.dumps(args.training_flags))
+    flags_file.write_text(json.dumps(args.training_flags), encoding="utf-8")
 
     runs, jobs = {}, {}
     for seed in args.seeds:
@@ -128,17 +128,17 @@ def train_all(args):
 
 
 def train(args, folder, flags):
-    if (folder / RECORD).exists():  # a run writes it last
+    if (folder / RECORD_FILE).exists():  # a run writes it last
         return
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", str(SCRIPT)]
     command += [*QUICK.split(), *args.training_flags, *flags]
     command += ["--output_dir", str(folder), "--resume_from_checkpoint", "latest"]
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "log.txt"
-    with log.open("w") as stream:
+    with log.open("w", encoding="utf-8") as stream:
         done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT)
     if done.returncode != 0:
-        raise RuntimeError(f"{shlex.join(command)} failed. The end of {log}:\n{log.read_text()[-2000:]}")
+        raise RuntimeError(f"{shlex.join(command)} failed. The end of {log}:\n{log.read_text(encoding="utf-8", errors="replace")[-2000:]}")
     print(f"Trained {folder}", flush=True)
 
 
@@ -147,7 +147,7 @@ def read_clusters(args, runs):
     configs = []
     for seed in args.seeds:
         for cluster in range(args.training.num_clusters):
-            record = json.loads((runs[seed, cluster] / RECORD).read_text())
+            record = json.loads((runs[seed, cluster] / RECORD_FILE).read_text(encoding="utf-8"))
             configs.append(record["clusters"])
             if record["arguments"]["train_cluster"] != cluster or configs[0] != configs[-1]:
                 raise ValueError(f"{runs[seed, cluster]} must be of cluster {cluster} of {configs[0]}.")
@@ -272,7 +272,7 @@ def main(args):
     report = Report(Path(args.output), settings(args))
     runs = train_all(args)
     clusters = read_clusters(args, runs)
-    report.describe(public_command(sys.argv, launcher=["python"]), clusters, [runs[key] / RECORD for key in runs])
+    report.describe(public_command(sys.argv, launcher=["python"]), clusters, [runs[key] / RECORD_FILE for key in runs])
 
     todo = {seed: [name for name in args.names if not report.has(seed, name)] for seed in args.seeds}
     if any(todo.values()):

@@ -6,6 +6,7 @@ from itertools import pairwise
 import torch
 
 from diffusers_dtr.analysis import confidence_interval, negative_transfer_gap
+from diffusers_dtr.atomic_files import replace_text
 from diffusers_dtr.visualization import plot_cluster_gaps
 
 
@@ -17,7 +18,7 @@ class Report:
 
     def __init__(self, path, settings):
         self.path = path
-        self.content = json.loads(path.read_text()) if path.exists() else {"settings": settings, "entries": []}
+        self.content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"settings": settings, "entries": []}
         if self.content["settings"] != settings:
             raise ValueError(f"`--output` must be a file of its own for every setting: {path} has other settings.")
 
@@ -32,7 +33,7 @@ class Report:
 
     def describe(self, command, clusters, records):
         """Say what was run. A joint model that was there already may have no record."""
-        runs = [json.loads(path.read_text()) for path in records if path.exists()]
+        runs = [json.loads(path.read_text(encoding="utf-8")) for path in records if path.exists()]
         keys = ("command", "seconds", "versions", "hardware")
         training = [{key: run[key] for key in keys} for run in runs]
         self.content |= {"command": command, "clusters": list(clusters.boundaries), "training": training}
@@ -94,9 +95,7 @@ class Report:
 
     def _save(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.content, indent=1) + "\n")
-        partial.replace(self.path)
+        replace_text(self.path, json.dumps(self.content, indent=1) + "\n")
 
 
 def _summary(values):

@@ -74,7 +74,7 @@ def write_captioned_images(digits_dir, output_dir):
         for path in sorted((digits_dir / split).glob("*/*.png")):
             shutil.copy(path, folder)
             lines.append(json.dumps({"file_name": path.name, "text": captions_of(int(path.parent.name))}))
-        (folder / "metadata.jsonl").write_text("\n".join(lines))
+        (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
         print(f"{len(lines)} captioned images in {folder}")
 
 

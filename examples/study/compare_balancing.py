@@ -21,6 +21,9 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from diffusers_dtr.atomic_files import replace_text
+from diffusers_dtr.run_folder import RECORD_FILE
+
 
 SCRIPT = Path(__file__).resolve().parent.parent / "class_conditional" / "train_class_conditional.py"
 
@@ -71,7 +74,7 @@ def run(args, method, seed):
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         if done.returncode != 0:
             raise RuntimeError(f"{method}, seed {seed}, failed: {shlex.join(command)}\n{done.stderr}")
-        record = json.loads(Path(folder, "run", "training_config.json").read_text())
+        record = json.loads(Path(folder, "run", RECORD_FILE).read_text(encoding="utf-8"))
     results = record["results"]
     shown = [flag.replace(args.data, "DATA") for flag in flags]
     return {
@@ -106,7 +109,7 @@ def spread(values):
 
 def main(args):
     output = Path(args.output)
-    report = json.loads(output.read_text()) if output.exists() else {"task": args.task, "runs": []}
+    report = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {"task": args.task, "runs": []}
     if report["task"] != args.task:
         raise ValueError(f"`--output` must be a file of its own for each task, got one with runs of {report['task']}.")
     runs = report["runs"]
@@ -117,9 +120,7 @@ def main(args):
         for entry in pool.map(lambda job: run(args, *job), todo):
             runs.append(entry)
             report = {"task": args.task, "machine": platform.machine(), "jobs": args.jobs, "runs": runs}
-            partial = output.with_suffix(".partial")
-            partial.write_text(json.dumps(report, indent=1) + "\n")
-            partial.replace(output)
+            replace_text(output, json.dumps(report, indent=1) + "\n")
             print(f"{entry['method']}, seed {entry['seed']}: held-out loss {entry['loss']:.5f}", flush=True)
     print(table(runs))
 
