@@ -138,7 +138,8 @@ def train(args, folder, flags):
     with log.open("w", encoding="utf-8") as stream:
         done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT)
     if done.returncode != 0:
-        raise RuntimeError(f"{shlex.join(command)} failed. The end of {log}:\n{log.read_text(encoding="utf-8", errors="replace")[-2000:]}")
+        end = log.read_text(encoding="utf-8", errors="replace")[-2000:]
+        raise RuntimeError(f"{shlex.join(command)} failed. The end of {log}:\n{end}")
     print(f"Trained {folder}", flush=True)
 
 

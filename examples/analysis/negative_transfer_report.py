@@ -18,7 +18,8 @@ class Report:
 
     def __init__(self, path, settings):
         self.path = path
-        self.content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"settings": settings, "entries": []}
+        begun = {"settings": settings, "entries": []}
+        self.content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else begun
         if self.content["settings"] != settings:
             raise ValueError(f"`--output` must be a file of its own for every setting: {path} has other settings.")
 
