@@ -99,7 +99,7 @@ class RoutedModelMixin(HubMixin):
         return model.train(source.training)
 
 
-def timestep_batch(timestep: torch.Tensor | float, sample: torch.Tensor) -> torch.Tensor:
+def timestep_batch(timestep: torch.Tensor | float | None, sample: torch.Tensor) -> torch.Tensor:
     """One timestep per sample, on the sample's device.
 
     Args:
@@ -110,8 +110,10 @@ def timestep_batch(timestep: torch.Tensor | float, sample: torch.Tensor) -> torc
         `(batch,)`.
 
     Raises:
-        ValueError: If `timestep` is neither a scalar nor of shape `(batch,)` or `(1,)`.
+        ValueError: If `timestep` is None, or neither a scalar nor of shape `(batch,)` or `(1,)`.
     """
+    if timestep is None:  # as it is by default in some of diffusers' models
+        raise ValueError("`timestep` must be given: the conditioning and the routing depend on it.")
     if not torch.is_tensor(timestep):
         timestep = torch.tensor(timestep, device=sample.device)
     if timestep.ndim > 1 or timestep.numel() not in (1, sample.shape[0]):

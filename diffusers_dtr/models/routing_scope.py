@@ -143,8 +143,6 @@ class ScopedRoutingMixin(RoutedModelMixin):
     @contextmanager
     def _routed(self, timestep: torch.Tensor | float | None, sample: torch.Tensor) -> Iterator[None]:
         """The scope of one forward call."""
-        if timestep is None:
-            raise ValueError("`timestep` must be given: the conditioning and the routing depend on it.")
         timestep = timestep_batch(timestep, sample)
         with _scope({width: self.routing.mask(timestep, width) for width in self.routed_widths}):
             yield

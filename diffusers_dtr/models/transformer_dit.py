@@ -267,8 +267,6 @@ class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMi
                 an unconditional model is given labels, or labels are missing where there is more than one class and no
                 null class.
         """
-        if timestep is None:
-            raise ValueError("`timestep` must be given: the conditioning and the routing depend on it.")
         batch_size, _, height, width = hidden_states.shape
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(
