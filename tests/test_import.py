@@ -16,6 +16,7 @@ LAYERS = [
     "run_folder",
     "precision",
     "plotting",
+    "fingerprint",
     "publishing",
     "bundling",
     "self_contained",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from ..fingerprint import fingerprint
 from ..objective.denoising_loss import DenoisingLoss
 
 
@@ -162,12 +162,3 @@ def chosen_parameters(model: nn.Module, predicate: Callable[[str], bool] | None)
             f"{len(trainable)} trainable ones of {type(model).__name__}."
         )
     return chosen
-
-
-def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """A hash of the names, types, shapes and values of tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors:
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
+from ..fingerprint import fingerprint
 
-def fingerprint(description: dict[str, Any], modules: Iterable[torch.nn.Module]) -> str:
+
+def content_key(description: dict[str, Any], modules: Iterable[torch.nn.Module]) -> str:
     """A name for what some models make of some input.
 
     Args:
@@ -23,12 +25,8 @@ def fingerprint(description: dict[str, Any], modules: Iterable[torch.nn.Module])
     Returns:
         32 hexadecimal digits.
     """
-    digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
-    for module in modules:
-        for name, tensor in sorted(module.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:32]
+    weights = [fingerprint(sorted(module.state_dict().items())) for module in modules]
+    return hashlib.sha256(json.dumps([description, weights], sort_keys=True).encode()).hexdigest()[:32]
 
 
 def build_folder(folder: Path, write: Callable[[Path], None]) -> None:

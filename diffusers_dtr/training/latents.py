@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..latents import LatentNormalization, encode_moments, sample_posterior
 from .batches import Draw, generator_for
-from .cache_folders import build_folder, fingerprint
+from .cache_folders import build_folder, content_key
 from .data import TrainingImages
 from .images import ImageTransform, UnreadableImageError
 from .samples import ImageDataset
@@ -145,7 +145,7 @@ def cache_latents(
             "anew for every sample. Pass `--center_crop`."
         )
     normalization = LatentNormalization.from_vae(vae)
-    folder = Path(cache_dir) / f"latents-{_fingerprint(vae, images, transform)}"
+    folder = Path(cache_dir) / f"latents-{_content_key(vae, images, transform)}"
     upright = ImageDataset(images, replace(transform, random_flip=False), seed=seed, on_unreadable=on_unreadable)
     loader = DataLoader(
         upright,
@@ -193,7 +193,7 @@ def _split_moments(moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | 
     return mean, std[0] if std else None
 
 
-def _fingerprint(vae: ModelMixin, images: TrainingImages, transform: ImageTransform) -> str:
+def _content_key(vae: ModelMixin, images: TrainingImages, transform: ImageTransform) -> str:
     description = {
         "format": _FORMAT,
         # `datasets` has no other name for a dataset's content, and documents this one for looking at.
@@ -204,4 +204,4 @@ def _fingerprint(vae: ModelMixin, images: TrainingImages, transform: ImageTransf
         # Names with an underscore tell where it was loaded from and by which version.
         "vae_config": {name: value for name, value in vae.config.items() if not name.startswith("_")},
     }
-    return fingerprint(description, [vae])
+    return content_key(description, [vae])

@@ -16,7 +16,8 @@ from ..noise_levels import NoiseLevels
 from ..objective.adaptive_sampling import AdaptiveTimestepSampler
 from ..objective.balancing import BALANCINGS, Balancing
 from ..objective.clustered_loss import ClusteredLoss, ClusteredLossOutput
-from ..objective.clustering import TimestepClusters, cluster_timesteps
+from ..objective.clustering import cluster_timesteps
+from ..objective.clusters import TimestepClusters
 from ..objective.gradient_balancing import GradientBalancer
 from ..objective.timestep_sampling import logit_normal_probabilities
 from .randomness import timestep_generator

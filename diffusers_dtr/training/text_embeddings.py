@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from datasets.utils import tqdm
 
-from .cache_folders import build_folder, fingerprint
+from .cache_folders import build_folder, content_key
 
 
 # From texts to tensors of as many rows, by name.
@@ -101,7 +101,7 @@ def cache_text_embeddings(
         "configs": [_describe(model) for model in models],
         "settings": settings,
     }
-    folder = Path(cache_dir) / f"text-embeddings-{fingerprint(description, models)}"
+    folder = Path(cache_dir) / f"text-embeddings-{content_key(description, models)}"
     build_folder(folder, lambda partial: _write(partial, encode, texts, batch_size))
     return CachedTextEmbeddings(folder, device)
 

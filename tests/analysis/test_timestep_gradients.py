@@ -8,7 +8,6 @@ from diffusers_dtr.analysis.timestep_gradients import (
     DenoisingBatch,
     TimestepGradients,
     chosen_parameters,
-    fingerprint,
 )
 
 
@@ -109,19 +108,3 @@ def test_samples_that_do_not_belong_together_are_refused():
 def test_batch_size_below_one_is_refused():
     with pytest.raises(ValueError, match="`batch_size` must be at least 1, got 0"):
         gradients(batch(), batch_size=0)
-
-
-def test_fingerprint_tells_values_names_types_and_shapes_apart():
-    values = torch.arange(6.0)
-    variants = [
-        [("a", values)],
-        [("b", values)],
-        [("a", values.view(2, 3))],
-        [("a", values.bfloat16())],
-        [("a", values.int())],
-        [("a", values + 1e-6)],
-        [("a", values), ("b", values)],
-    ]
-    assert len({fingerprint(variant) for variant in variants}) == len(variants)
-    assert fingerprint([("a", torch.stack([values, values], 1)[:, 0])]) == fingerprint([("a", values)])
-    assert fingerprint([("a", nn.Parameter(torch.tensor(1.0)))]) == fingerprint([("a", torch.tensor(1.0))])
