@@ -21,8 +21,9 @@ from .components import (
     image_channels,
     load_noise_scheduler,
     load_vae,
-    pretrained_component,
+    pretrained_denoiser,
     pretrained_options,
+    sample_size,
     sampling_scheduler,
 )
 from .lora import add_lora, save_lora
@@ -68,9 +69,10 @@ __all__ = [
     "load_noise_scheduler",
     "load_text_to_image_pipeline",
     "load_vae",
-    "pretrained_component",
+    "pretrained_denoiser",
     "pretrained_options",
     "routing_config",
+    "sample_size",
     "sample_text_to_image",
     "sampling_scheduler",
     "save_lora",

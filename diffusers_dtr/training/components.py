@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
 
 import diffusers
@@ -16,8 +17,14 @@ from diffusers import (
     SchedulerMixin,
 )
 
+from ..latents import vae_scale_factor
+from ..models.routed_model import RoutedModelMixin
 from ..noise_levels import NoiseLevels
 from .arguments import noise_config
+
+
+# Pipelines on the Hub have it where diffusers had one class for all of its transformers.
+_FORMER_NAMES = {"DiTTransformer2DModel": "Transformer2DModel"}
 
 
 def pretrained_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -102,6 +109,46 @@ def pretrained_component(args: argparse.Namespace, name: str) -> str | None:
     options = {"revision": args.revision, "cache_dir": args.cache_dir}
     index = DiffusionPipeline.load_config(args.pretrained_model_name_or_path, **options)
     return index.get(name, [None, None])[1]
+
+
+def pretrained_denoiser(args: argparse.Namespace, model_classes: Mapping[str, type[RoutedModelMixin]]) -> str:
+    """What `--pretrained_model_name_or_path` calls its denoiser.
+
+    Args:
+        args: Parsed flags.
+        model_classes: The names that it may have, and the class that each is loaded as.
+
+    Raises:
+        ValueError: If there is no denoiser of these names and classes, or of those that they route.
+    """
+    found = {name: pretrained_component(args, name) for name in model_classes}
+    for name, model_class in model_classes.items():
+        plain = model_class.plain_class.__name__
+        if found[name] in {model_class.__name__, plain, _FORMER_NAMES.get(plain, plain)}:
+            return name
+    allowed = " or ".join(f"a `{name}` of {cls.plain_class.__name__}" for name, cls in model_classes.items())
+    raise ValueError(
+        f"`pretrained_model_name_or_path` must be a pipeline with {allowed}, plain or routed, got "
+        f"{args.pretrained_model_name_or_path} with {found}."
+    )
+
+
+def sample_size(args: argparse.Namespace, vae: ModelMixin | None) -> int:
+    """Side of what is learned: of the images, or of an autoencoder's latents.
+
+    Args:
+        args: Parsed flags.
+        vae: The autoencoder, or None.
+
+    Raises:
+        ValueError: If latents do not fill the images.
+    """
+    factor = 1 if vae is None else vae_scale_factor(vae)
+    if args.resolution % factor:
+        raise ValueError(
+            f"`--resolution` must be a multiple of {factor}, which is what a latent spans, got {args.resolution}."
+        )
+    return args.resolution // factor
 
 
 def image_channels(model: ModelMixin, vae: ModelMixin | None) -> int:

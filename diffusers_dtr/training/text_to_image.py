@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline, ModelMixin
 from PIL import Image
 
-from ..latents import decode_latents
+from ..latents import decode_latents, vae_scale_factor
 from ..models.transformer_pixart import DTRPixArtTransformer2DModel
 from ..models.transformer_sd3 import DTRSD3Transformer2DModel
 from ..models.unet_2d_condition import DTRUNet2DConditionModel
@@ -147,7 +148,14 @@ def load_text_to_image_pipeline(
         family: The pipeline's family.
         model: The denoiser.
         vae: The autoencoder.
+
+    Raises:
+        ValueError: If the pipeline cannot sample images of `--resolution`.
     """
+    # Some pipelines want whole blocks of 8 pixels whatever the autoencoder.
+    multiple = math.lcm(8, vae_scale_factor(vae) * model.config.get("patch_size", 1))
+    if args.resolution % multiple:
+        raise ValueError(f"`--resolution` must be a multiple of {multiple}, got {args.resolution}.")
     pipeline = DiffusionPipeline.from_pretrained(
         args.pretrained_model_name_or_path, **{family.denoiser: model, "vae": vae}, **pretrained_options(args)
     )

@@ -8,7 +8,7 @@ import argparse
 import torch
 from accelerate.logging import get_logger
 
-from diffusers_dtr import DIT_PRESETS, DTRPipeline, DTRTransformer2DModel, training, vae_scale_factor
+from diffusers_dtr import DIT_PRESETS, DTRPipeline, DTRTransformer2DModel, training
 
 
 logger = get_logger(__name__)
@@ -48,7 +48,7 @@ def parse_args(argv=None):
 def load_transformer(args, noise_scheduler, vae, num_classes):
     given = {
         **training.routing_config(args, noise_scheduler),
-        "sample_size": args.resolution // (1 if vae is None else vae_scale_factor(vae)),
+        "sample_size": training.sample_size(args, vae),
     }
     if args.class_dropout_prob is not None:
         given["class_dropout_prob"] = args.class_dropout_prob
@@ -67,13 +67,14 @@ def load_transformer(args, noise_scheduler, vae, num_classes):
 
 def load_pretrained_transformer(args, given, vae, num_classes):
     path, options = args.pretrained_model_name_or_path, training.pretrained_options(args)
-    before = DTRTransformer2DModel.load_config(path, subfolder="transformer", **options).get("class_dropout_prob", 0.1)
+    options["subfolder"] = training.pretrained_denoiser(args, {"transformer": DTRTransformer2DModel})
+    before = DTRTransformer2DModel.load_config(path, **options).get("class_dropout_prob", 0.1)
     if (given.get("class_dropout_prob", before) > 0) != (before > 0):
         raise ValueError(
             f"`--class_dropout_prob` must be {'above 0' if before else '0'}, got {args.class_dropout_prob}: the "
             f"pretrained model was trained with {before}, and has {'a' if before else 'no'} null class."
         )
-    model = DTRTransformer2DModel.from_pretrained(path, subfolder="transformer", **options, **given)
+    model = DTRTransformer2DModel.from_pretrained(path, **options, **given)
     training.check_pretrained_denoiser(args, model, vae)
     if model.config.num_embeds_ada_norm != num_classes:
         logger.info(f"New label embedding: {model.config.num_embeds_ada_norm} classes before, {num_classes} now.")

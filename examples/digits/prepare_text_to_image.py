@@ -94,6 +94,7 @@ def train_vae(images_dir, steps):
         latent_channels=LATENT_CHANNELS,
         sample_size=RESOLUTION,
         mid_block_add_attention=False,
+        shift_factor=0.0,  # StableDiffusion3Pipeline adds it as it is
     )
     optimizer = torch.optim.Adam(vae.parameters(), lr=2e-3)
     for step in range(steps):

@@ -8,7 +8,7 @@ from itertools import chain
 
 import torch
 
-from diffusers_dtr import training, vae_scale_factor
+from diffusers_dtr import training
 
 
 def parse_args(argv=None):
@@ -58,7 +58,7 @@ def load_denoiser(args, family, noise_scheduler, vae, accelerator):
         return model
     channels = vae.config.latent_channels
     shape = {
-        "sample_size": args.resolution // vae_scale_factor(vae),
+        "sample_size": training.sample_size(args, vae),
         "in_channels": channels,
         "out_channels": 2 * channels if args.learn_sigma else channels,
     }
@@ -81,6 +81,7 @@ def main(args):
     model = load_denoiser(args, family, noise_scheduler, vae, accelerator)
     if args.rank is not None:
         training.add_lora(model, args, family.lora_layers)
+    pipeline = training.load_text_to_image_pipeline(args, family, model, vae)
 
     # 3. What a sample is: an image, and one of its captions or, now and then, none
     channels = training.image_channels(model, vae)
@@ -98,7 +99,6 @@ def main(args):
     rows = range(min(args.num_validation_images, len(images)))
     prompts = args.validation_prompts or [images.captions[row][0] for row in rows]
     captions = [source.captions.all() for source in (dataset, held_out) if source is not None]
-    pipeline = training.load_text_to_image_pipeline(args, family, model, vae)
     encode = training.build_text_encoder(args, family, pipeline, chain([""], prompts, *captions), accelerator)
 
     # 5. What the denoiser is told, and how it is sampled

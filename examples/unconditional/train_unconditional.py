@@ -7,14 +7,7 @@ import argparse
 
 import torch
 
-from diffusers_dtr import (
-    DIT_PRESETS,
-    DTRPipeline,
-    DTRTransformer2DModel,
-    DTRUNet2DModel,
-    training,
-    vae_scale_factor,
-)
+from diffusers_dtr import DIT_PRESETS, DTRPipeline, DTRTransformer2DModel, DTRUNet2DModel, training
 
 
 # What pipelines call each kind of denoiser.
@@ -57,10 +50,10 @@ def parse_args(argv=None):
 def load_denoiser(args, noise_scheduler, vae):
     given = {
         **training.routing_config(args, noise_scheduler),
-        "sample_size": args.resolution // (1 if vae is None else vae_scale_factor(vae)),
+        "sample_size": training.sample_size(args, vae),
     }
     if args.pretrained_model_name_or_path is not None:
-        name = "unet" if training.pretrained_component(args, "unet") is not None else "transformer"
+        name = training.pretrained_denoiser(args, MODELS)
         options = training.pretrained_options(args)
         model = MODELS[name].from_pretrained(args.pretrained_model_name_or_path, subfolder=name, **options, **given)
         training.check_pretrained_denoiser(args, model, vae)

@@ -39,6 +39,10 @@ def test_prepared_pipeline_trains_on_the_prepared_captions(name, digits, tmp_pat
     data = prepare(digits, name, tmp_path / "data")
     flags = ["--resolution", 16, "--max_train_steps", 1, "--validation_data_dir", data / "test"]
     train(name, data / "train", tmp_path / "run", data / "pipeline", *flags)
+    trained = DiffusionPipeline.from_pretrained(tmp_path / "run")
+    options = {"use_resolution_binning": False} if name == "pixart" else {}
+    image = trained("a handwritten seven", num_inference_steps=2, output_type="np", **options).images[0]
+    assert image.shape == (16, 16, 1)
     lines = [json.loads(line) for line in (data / "train" / "metadata.jsonl").read_text().splitlines()]
     assert {line["text"][0] for line in lines} == {f"a handwritten {digit}" for digit in NAMES}
     pipeline = DiffusionPipeline.from_pretrained(data / "pipeline")

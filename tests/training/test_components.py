@@ -1,6 +1,7 @@
 """What of a pretrained pipeline a run starts from: real ones, saved by diffusers."""
 
 import argparse
+from pathlib import Path
 
 import pytest
 from diffusers import (
@@ -17,8 +18,12 @@ from diffusers import (
 )
 from tiny_dit import plain_dit
 
-from diffusers_dtr import DTRPipeline
-from diffusers_dtr.training import load_noise_scheduler, load_vae, sampling_scheduler
+from diffusers_dtr import DTRPipeline, DTRTransformer2DModel, DTRUNet2DModel
+from diffusers_dtr.training import load_noise_scheduler, load_vae, sample_size, sampling_scheduler
+from diffusers_dtr.training.components import pretrained_denoiser
+
+
+TWO_BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
 
 
 def flags(**given) -> argparse.Namespace:
@@ -110,6 +115,24 @@ def test_noise_levels_that_training_would_not_have_are_refused(tmp_path, schedul
         ValueError, match=f"`pretrained_model_name_or_path` must be .*, got a {type(scheduler).__name__}"
     ):
         load_noise_scheduler(flags(pretrained_model_name_or_path=folder))
+
+
+def test_transformer_under_the_name_that_diffusers_gave_it_first(tmp_path):
+    folder = saved(tmp_path / "dit", DDIMScheduler(), vae())
+    index = Path(folder) / "model_index.json"
+    index.write_text(index.read_text().replace("DiTTransformer2DModel", "Transformer2DModel"))
+    args = flags(pretrained_model_name_or_path=folder)
+    assert pretrained_denoiser(args, {"unet": DTRUNet2DModel, "transformer": DTRTransformer2DModel}) == "transformer"
+    with pytest.raises(ValueError, match=r"with a `unet` of UNet2DModel, plain or routed, got .* {'unet': None}"):
+        pretrained_denoiser(args, {"unet": DTRUNet2DModel})
+
+
+def test_latents_must_fill_the_images():
+    assert sample_size(argparse.Namespace(resolution=9), None) == 9
+    autoencoder = AutoencoderKL(block_out_channels=(4, 4), norm_num_groups=2, **TWO_BLOCKS)
+    assert sample_size(argparse.Namespace(resolution=10), autoencoder) == 5
+    with pytest.raises(ValueError, match=r"`--resolution` must be a multiple of 2, .*, got 9"):
+        sample_size(argparse.Namespace(resolution=9), autoencoder)
 
 
 def test_without_a_pipeline_the_flags_decide():
