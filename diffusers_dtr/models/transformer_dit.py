@@ -11,99 +11,16 @@ import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.attention import AttentionMixin, FeedForward
-from diffusers.models.attention_processor import Attention
-from diffusers.models.embeddings import LabelEmbedding, PatchEmbed, TimestepEmbedding, Timesteps
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.embeddings import LabelEmbedding, PatchEmbed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.normalization import AdaLayerNormZero
 from torch import nn
 
-from ..routing import routed_residual
+from .dit_block import DTRTransformerBlock, TimestepLabelEmbedding, unpatchify
+from .dit_initialization import initialize_dit
 from .per_block_embedders import PER_BLOCK_CLASS_NAMES, share_embedders
 from .presets import DIT_PRESETS
 from .routed_model import RoutedModelMixin, timestep_batch
-
-
-class TimestepLabelEmbedding(nn.Module):
-    """The sum of a timestep's and a class label's embedding, with labels dropped at random in training mode.
-
-    Args:
-        embedding_dim: Width of the embedding.
-        num_classes: Number of classes, or None for a model without labels.
-        class_dropout_prob: Probability with which a sample's label becomes the null class in training mode.
-        freq_shift: Sinusoid frequencies are 10000 ** (-i / (128 - freq_shift)).
-    """
-
-    def __init__(self, embedding_dim: int, num_classes: int | None, class_dropout_prob: float, freq_shift: int):
-        super().__init__()
-        self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=freq_shift)
-        self.timestep_embedder = TimestepEmbedding(256, embedding_dim)
-        self.class_embedder = (
-            None if num_classes is None else LabelEmbedding(num_classes, embedding_dim, class_dropout_prob)
-        )
-
-    def forward(
-        self, timestep: torch.Tensor, class_labels: torch.Tensor | None, hidden_dtype: torch.dtype
-    ) -> torch.Tensor:
-        """Embed `(batch,)` timesteps and labels as `(batch, embedding_dim)`."""
-        embedding = self.timestep_embedder(self.time_proj(timestep).to(dtype=hidden_dtype))
-        return embedding if self.class_embedder is None else embedding + self.class_embedder(class_labels)
-
-
-class DTRTransformerBlock(nn.Module):
-    """A DiT block (adaLN-Zero) that is routed as a whole: attention and MLP both work on the masked stream."""
-
-    def __init__(
-        self,
-        dim: int,
-        num_attention_heads: int,
-        attention_head_dim: int,
-        dropout: float,
-        attention_bias: bool,
-        activation_fn: str,
-        upcast_attention: bool,
-        norm_elementwise_affine: bool,
-        norm_eps: float,
-    ):
-        super().__init__()
-        self.norm1 = AdaLayerNormZero(dim)
-        self.attn1 = Attention(
-            query_dim=dim,
-            heads=num_attention_heads,
-            dim_head=attention_head_dim,
-            dropout=dropout,
-            bias=attention_bias,
-            upcast_attention=upcast_attention,
-        )
-        self.norm3 = nn.LayerNorm(dim, norm_eps, norm_elementwise_affine)
-        self.ff = FeedForward(dim, dropout=dropout, activation_fn=activation_fn)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        conditioning: torch.Tensor,
-        mask: torch.Tensor | None,
-        cross_attention_kwargs: dict[str, Any] | None = None,
-    ) -> torch.Tensor:
-        """Route and transform the tokens.
-
-        Args:
-            hidden_states: `(batch, tokens, dim)`.
-            conditioning: `(batch, dim)`.
-            mask: Bool `(batch, 1, dim)`, or None for the unrouted block.
-            cross_attention_kwargs: Passed on to the attention processor.
-
-        Returns:
-            `(batch, tokens, dim)`.
-        """
-        return routed_residual(self._transform, hidden_states, mask, conditioning, cross_attention_kwargs or {})
-
-    def _transform(self, hidden_states, conditioning, cross_attention_kwargs):
-        normed, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.norm1(hidden_states, emb=conditioning)
-        attended = self.attn1(normed, **cross_attention_kwargs)
-        hidden_states = gate_msa.unsqueeze(1) * attended + hidden_states
-        normed = self.norm3(hidden_states) * (1 + scale_mlp[:, None]) + shift_mlp[:, None]
-        return gate_mlp.unsqueeze(1) * self.ff(normed) + hidden_states
 
 
 class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMixin, PeftAdapterMixin):
@@ -232,7 +149,7 @@ class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMi
         self.norm_out = nn.LayerNorm(self.inner_dim, elementwise_affine=False, eps=1e-6)
         self.proj_out_1 = nn.Linear(self.inner_dim, 2 * self.inner_dim)
         self.proj_out_2 = nn.Linear(self.inner_dim, patch_size * patch_size * self.out_channels)
-        self._init_weights()
+        initialize_dit(self)
 
     @property
     def null_class(self) -> int | None:
@@ -295,7 +212,7 @@ class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMi
         shift, scale = self.proj_out_1(F.silu(conditioning)).chunk(2, dim=1)
         hidden_states = self.norm_out(hidden_states) * (1 + scale[:, None]) + shift[:, None]
         hidden_states = self.proj_out_2(hidden_states)
-        output = self._unpatchify(hidden_states, height // self.patch_size, width // self.patch_size)
+        output = unpatchify(hidden_states, height // self.patch_size, width // self.patch_size, self.patch_size)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
     @torch.no_grad()
@@ -331,33 +248,6 @@ class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMi
             )
         label = 0 if self.null_class is None else self.null_class
         return torch.full((batch_size,), label, device=device)
-
-    def _unpatchify(self, tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        patch_size = self.patch_size
-        patches = tokens.reshape(-1, height, width, patch_size, patch_size, self.out_channels)
-        patches = torch.einsum("nhwpqc->nchpwq", patches)
-        return patches.reshape(-1, self.out_channels, height * patch_size, width * patch_size)
-
-    def _init_weights(self) -> None:
-        """Initialise as the original DiT does (arXiv 2212.09748, Section 3.2, adaLN-Zero)."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.constant_(module.bias, 0)
-        for block in self.transformer_blocks:
-            # The original's query, key and value are one matrix, whose fan-out is three times as large.
-            for projection in (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v):
-                nn.init.xavier_uniform_(projection.weight, gain=2**-0.5)
-            nn.init.constant_(block.norm1.linear.weight, 0)
-        nn.init.xavier_uniform_(self.pos_embed.proj.weight.flatten(1))
-        nn.init.constant_(self.pos_embed.proj.bias, 0)
-        nn.init.normal_(self.emb.timestep_embedder.linear_1.weight, std=0.02)
-        nn.init.normal_(self.emb.timestep_embedder.linear_2.weight, std=0.02)
-        if self.emb.class_embedder is not None:
-            nn.init.normal_(self.emb.class_embedder.embedding_table.weight, std=0.02)
-        nn.init.constant_(self.proj_out_1.weight, 0)
-        nn.init.constant_(self.proj_out_2.weight, 0)
 
     @classmethod
     def from_preset(cls, preset: str, **config) -> DTRTransformer2DModel:
