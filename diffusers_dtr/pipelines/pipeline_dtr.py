@@ -5,9 +5,8 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Sequence
-from operator import index
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any
 
 import torch
 from diffusers import (
@@ -26,10 +25,10 @@ from ..latents import LatentNormalization, decode_latents, vae_scale_factor
 from ..models.evaluating import evaluating
 from ..noise_levels import uses_learned_variance
 from ..self_contained import SelfContainedMixin
+from .class_labels import class_named, classes_by_name, labels_of_images
+from .learned_variance import check_channels, scheduler_of_chosen_channels
 from .model_index import check_model_index
-
-
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+from .sampling_checks import CALLBACK_TENSORS, check_guidance, check_sampling, checked_size
 
 
 class DTRPipeline(SelfContainedMixin, HubMixin, DiffusionPipeline):
@@ -54,7 +53,7 @@ class DTRPipeline(SelfContainedMixin, HubMixin, DiffusionPipeline):
 
     model_cpu_offload_seq = "transformer->unet->vae"
     _optional_components = ["transformer", "unet", "vae"]  # noqa: RUF012 - diffusers reads a list here
-    _callback_tensor_inputs = ("latents",)
+    _callback_tensor_inputs = CALLBACK_TENSORS
 
     def __init__(
         self,
@@ -116,11 +115,7 @@ class DTRPipeline(SelfContainedMixin, HubMixin, DiffusionPipeline):
     @property
     def labels(self) -> dict[str, list[int]]:
         """The classes that each name stands for; more than one where `id2label` repeats a name."""
-        labels: dict[str, list[int]] = {}
-        for key, names in (self.config.id2label or {}).items():
-            for name in dict.fromkeys([names, *(part.strip() for part in names.split(","))]):
-                labels.setdefault(name, []).append(int(key))
-        return dict(sorted(labels.items()))
+        return classes_by_name(self.config.id2label)
 
     def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
         """Map names to class labels.
@@ -134,17 +129,8 @@ class DTRPipeline(SelfContainedMixin, HubMixin, DiffusionPipeline):
         Raises:
             ValueError: If a name is unknown or stands for more than one class.
         """
-        names = [label] if isinstance(label, str) else list(label)
-        labels = self.labels
-        for name in names:
-            if name not in labels:
-                known = ", ".join(list(labels)[:20]) or "none, because the pipeline has no `id2label`"
-                raise ValueError(f"`class_labels` has no class named {name!r}. Known names: {known}.")
-            if len(labels[name]) > 1:
-                raise ValueError(
-                    f"`class_labels`: {name!r} names the classes {labels[name]}; pass one of these numbers."
-                )
-        return [labels[name][0] for name in names]
+        classes = self.labels
+        return [class_named(name, classes) for name in ([label] if isinstance(label, str) else label)]
 
     @torch.no_grad()
     def __call__(
@@ -220,12 +206,22 @@ class DTRPipeline(SelfContainedMixin, HubMixin, DiffusionPipeline):
                 done.
             TypeError: For `class_labels` that are neither integers nor names.
         """
-        batch_size, labels = self._resolve_labels(class_labels, num_images)
-        self._check_sampling(batch_size, num_inference_steps, generator, output_type, max_batch_size)
-        self._check_guidance(guidance_scale, guidance_interval, class_labels)
-        self._check_callback(callback_on_step_end_tensor_inputs)
-        self._check_channels()
-        shape = self._latent_shape(batch_size, height, width)
+        null_class = self.null_class
+        batch_size, labels = labels_of_images(
+            class_labels, num_images, classes=self.labels, num_classes=self.num_classes, null_class=null_class
+        )
+        check_sampling(
+            batch_size,
+            num_inference_steps,
+            generator,
+            output_type,
+            max_batch_size,
+            callback_on_step_end_tensor_inputs,
+        )
+        check_guidance(guidance_scale, guidance_interval, is_labelled=class_labels is not None, null_class=null_class)
+        check_channels(self.denoiser, self.scheduler)
+        size = checked_size(self.denoiser, self.vae_scale_factor, height, width)
+        shape = (batch_size, self.denoiser.config.in_channels, *size)
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}.")
 
@@ -236,7 +232,7 @@ class DTRPipeline(SelfContainedMixin, HubMixin, DiffusionPipeline):
         device = self._execution_device
         labels = None if labels is None else torch.tensor(labels, device=device)
         # First, because `init_noise_sigma` depends on the timesteps.
-        scheduler = self._sampling_scheduler()
+        scheduler = scheduler_of_chosen_channels(self.scheduler)
         scheduler.set_timesteps(num_inference_steps, device=device)
         timesteps = scheduler.timesteps
         latents = randn_tensor(shape, generator, device, self.denoiser.dtype) if latents is None else latents
@@ -312,134 +308,6 @@ class DTRPipeline(SelfContainedMixin, HubMixin, DiffusionPipeline):
         timestep = timestep.to(inputs.device).expand(len(inputs))
         return self.denoiser(inputs, timestep, class_labels=labels, return_dict=False)[0]
 
-    def _resolve_labels(self, class_labels, num_images) -> tuple[int, list[int] | None]:
-        """The number of images, and their labels unless the denoiser is unconditional."""
-        if class_labels is None:
-            batch_size = 1 if num_images is None else num_images
-            label = self._label_of_unlabelled()
-            return batch_size, None if label is None else [label] * batch_size
-        if num_images is not None:
-            raise ValueError(
-                f"`num_images`={num_images} and `class_labels` cannot both be given: labels count images."
-            )
-        if self.num_classes is None:
-            raise ValueError("`class_labels` must be None: the denoiser is unconditional. Use `num_images`.")
-        if isinstance(class_labels, torch.Tensor):
-            class_labels = class_labels.reshape(-1).tolist()
-        elif isinstance(class_labels, (int, str)):
-            class_labels = [class_labels]
-        if not all(isinstance(label, (str, SupportsIndex)) for label in class_labels):
-            raise TypeError(f"`class_labels` must be integers or names, got {class_labels!r}.")
-        labels = [self.get_label_ids(label)[0] if isinstance(label, str) else index(label) for label in class_labels]
-        highest = self.num_classes - 1 if self.null_class is None else self.null_class
-        for label in labels:
-            if not 0 <= label <= highest:
-                raise ValueError(f"`class_labels` must be in [0, {highest}], got {label}.")
-        return len(labels), labels
-
-    def _label_of_unlabelled(self) -> int | None:
-        if self.null_class is not None or self.num_classes is None:
-            return self.null_class
-        if self.num_classes > 1:
-            raise ValueError(
-                f"`class_labels` must be given: the denoiser has {self.num_classes} classes and no null class."
-            )
-        return 0
-
-    def _check_sampling(self, batch_size, num_inference_steps, generator, output_type, max_batch_size) -> None:
-        if batch_size < 1:
-            raise ValueError(f"`num_images` or `class_labels` must ask for at least one image, got {batch_size}.")
-        if num_inference_steps < 1:
-            raise ValueError(f"`num_inference_steps` must be at least 1, got {num_inference_steps}.")
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"`generator` must have one generator per image: {batch_size}, got {len(generator)}.")
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
-        if max_batch_size is not None and max_batch_size < 1:
-            raise ValueError(f"`max_batch_size` must be at least 1, got {max_batch_size}.")
-
-    def _check_guidance(self, guidance_scale, guidance_interval, class_labels) -> None:
-        if guidance_scale > 1 and self.null_class is None:
-            raise ValueError(
-                f"`guidance_scale` must be 1, got {guidance_scale}: the denoiser has no null class to be guided away "
-                "from. Train it with `class_dropout_prob` above 0."
-            )
-        if guidance_scale > 1 and class_labels is None:
-            raise ValueError(
-                f"`guidance_scale`={guidance_scale}, which is above 1, needs `class_labels` to guide towards."
-            )
-        if guidance_interval is not None and (
-            len(guidance_interval) != 2 or guidance_interval[0] > guidance_interval[1]
-        ):
-            raise ValueError(
-                f"`guidance_interval` must be (low, high) timesteps, low <= high, got {guidance_interval}."
-            )
-
-    def _check_channels(self) -> None:
-        """The denoiser must predict what the scheduler's step takes, with a variance only to use or to drop."""
-        config, scheduler = self.denoiser.config, self.scheduler
-        name, variance_type = type(scheduler).__name__, scheduler.config.get("variance_type")
-        channels = config.in_channels
-        predicted = channels if config.out_channels is None else config.out_channels
-        allowed = [2 * channels] if uses_learned_variance(scheduler) else [channels, 2 * channels]
-        if predicted not in allowed:
-            raise ValueError(
-                f"The denoiser must predict {' or '.join(map(str, allowed))} channels, from {channels}, for {name} "
-                f"with `variance_type`={variance_type!r}, got {predicted}."
-            )
-
-    def _check_callback(self, tensor_inputs) -> None:
-        unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, got {unknown}."
-            )
-
-    def _latent_shape(self, batch_size, height, width) -> tuple[int, int, int, int]:
-        config = self.denoiser.config
-        sample_size = config.sample_size
-        sizes = list(sample_size) if isinstance(sample_size, (tuple, list)) else [sample_size, sample_size]
-        # A U-Net halves its input between one width and the next, and must be able to double it again.
-        patch_size = config.patch_size if self.transformer is not None else 2 ** (len(config.block_out_channels) - 1)
-        multiple = self.vae_scale_factor * patch_size
-        for axis, (name, pixels) in enumerate((("height", height), ("width", width))):
-            if pixels is not None and (pixels < 1 or pixels % multiple):
-                raise ValueError(f"`{name}` must be a multiple of {multiple}, got {pixels}.")
-            if pixels is None and sizes[axis] is None:
-                raise ValueError(f"`{name}` must be given: the denoiser's config has no `sample_size`.")
-            sizes[axis] = sizes[axis] if pixels is None else pixels // self.vae_scale_factor
-        denoiser = unwrap_module(self.denoiser)
-        knows_squares_alone = isinstance(denoiser, DiTTransformer2DModel) and not hasattr(denoiser, "routing")
-        if knows_squares_alone and sizes[0] != sizes[1]:
-            raise ValueError(
-                f"`height` and `width` must be equal for {type(denoiser).__name__}, got {height} and {width}. Convert "
-                "it with `DTRTransformer2DModel.from_transformer`, which takes rectangular images."
-            )
-        return (batch_size, config.in_channels, *sizes)
-
-    def _sampling_scheduler(self) -> SchedulerMixin:
-        """The scheduler, or one like it that leaves the channels alone which [`predict`] has already chosen."""
-        if not _keeps_three_channels(self.scheduler):
-            return self.scheduler
-        return type(self.scheduler).from_config(self.scheduler.config, variance_type=None)
-
     def _step_kwargs(self, generator) -> dict[str, Any]:
         accepted = inspect.signature(self.scheduler.step).parameters
         return {"generator": generator} if "generator" in accepted else {}
-
-
-def _keeps_three_channels(scheduler: SchedulerMixin) -> bool:
-    """Whether the scheduler's step drops a learned variance by taking three channels, whatever it is given.
-
-    The DPM-Solvers and SASolver do so. Others can have the value in their config too, from the scheduler that theirs
-    was made of, but have no such argument.
-    """
-    if (
-        uses_learned_variance(scheduler)
-        or "variance_type" not in inspect.signature(type(scheduler).__init__).parameters
-    ):
-        return False
-    return (
-        scheduler.config.variance_type in ("learned", "learned_range")
-        and scheduler.config.prediction_type == "epsilon"
-    )

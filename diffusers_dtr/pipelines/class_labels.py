@@ -1,0 +1,97 @@
+"""Classes as callers of a pipeline name them, by number or by name, as labels for its denoiser."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from operator import index
+from typing import SupportsIndex
+
+import torch
+
+
+def classes_by_name(id2label: Mapping[str, str] | None) -> dict[str, list[int]]:
+    """The classes that each name stands for.
+
+    Args:
+        id2label: Names by class, as in a pipeline's config. Names separated by commas are synonyms.
+
+    Returns:
+        In alphabetical order; a name that is repeated in `id2label` has more than one class.
+    """
+    classes: dict[str, list[int]] = {}
+    for key, names in (id2label or {}).items():
+        for name in dict.fromkeys([names, *(part.strip() for part in names.split(","))]):
+            classes.setdefault(name, []).append(int(key))
+    return dict(sorted(classes.items()))
+
+
+def class_named(name: str, classes: Mapping[str, list[int]]) -> int:
+    """The class that a name stands for.
+
+    Args:
+        name: One of `classes`.
+        classes: What [`classes_by_name`] returns.
+
+    Raises:
+        ValueError: If the name is unknown or stands for more than one class.
+    """
+    if name not in classes:
+        known = ", ".join(list(classes)[:20]) or "none, because the pipeline has no `id2label`"
+        raise ValueError(f"`class_labels` has no class named {name!r}. Known names: {known}.")
+    if len(classes[name]) > 1:
+        raise ValueError(f"`class_labels`: {name!r} names the classes {classes[name]}; pass one of these numbers.")
+    return classes[name][0]
+
+
+def labels_of_images(
+    class_labels: int | str | Sequence[int | str] | torch.Tensor | None,
+    num_images: int | None,
+    *,
+    classes: Mapping[str, list[int]],
+    num_classes: int | None,
+    null_class: int | None,
+) -> tuple[int, list[int] | None]:
+    """How many images are asked for, and of which classes.
+
+    Args:
+        class_labels: One class per image, or None for images without a label.
+        num_images: How many images, where no labels say so; 1 by default.
+        classes: What [`classes_by_name`] returns.
+        num_classes: Number of the denoiser's classes, or None if it is unconditional.
+        null_class: The label that the denoiser takes for "no label", if it has one.
+
+    Returns:
+        The number of images, and their labels unless the denoiser is unconditional.
+
+    Raises:
+        ValueError: If the denoiser has no such class, or has classes and none is given, or both arguments are given.
+        TypeError: For `class_labels` that are neither integers nor names.
+    """
+    if class_labels is None:
+        count = 1 if num_images is None else num_images
+        label = _label_of_unlabelled(num_classes, null_class)
+        return count, None if label is None else [label] * count
+    if num_images is not None:
+        raise ValueError(f"`num_images`={num_images} and `class_labels` cannot both be given: labels count images.")
+    if num_classes is None:
+        raise ValueError("`class_labels` must be None: the denoiser is unconditional. Use `num_images`.")
+    if isinstance(class_labels, torch.Tensor):
+        class_labels = class_labels.reshape(-1).tolist()
+    elif isinstance(class_labels, (int, str)):
+        class_labels = [class_labels]
+    if not all(isinstance(label, (str, SupportsIndex)) for label in class_labels):
+        raise TypeError(f"`class_labels` must be integers or names, got {class_labels!r}.")
+    labels = [class_named(label, classes) if isinstance(label, str) else index(label) for label in class_labels]
+    highest = num_classes - 1 if null_class is None else null_class
+    for label in labels:
+        if not 0 <= label <= highest:
+            raise ValueError(f"`class_labels` must be in [0, {highest}], got {label}.")
+    return len(labels), labels
+
+
+def _label_of_unlabelled(num_classes: int | None, null_class: int | None) -> int | None:
+    if null_class is not None or num_classes is None:
+        return null_class
+    if num_classes > 1:
+        raise ValueError(f"`class_labels` must be given: the denoiser has {num_classes} classes and no null class.")
+    return 0

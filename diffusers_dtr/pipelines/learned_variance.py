@@ -1,0 +1,51 @@
+"""Which of a denoiser's channels a scheduler's step is given: the prediction, and maybe a learned variance."""
+
+from __future__ import annotations
+
+import inspect
+
+from diffusers import ModelMixin, SchedulerMixin
+
+from ..noise_levels import uses_learned_variance
+
+
+def check_channels(denoiser: ModelMixin, scheduler: SchedulerMixin) -> None:
+    """The denoiser must predict what the scheduler's step takes, with a variance only to use or to drop.
+
+    Raises:
+        ValueError: Naming the numbers of channels that are allowed, and that of the denoiser.
+    """
+    config = denoiser.config
+    name, variance_type = type(scheduler).__name__, scheduler.config.get("variance_type")
+    channels = config.in_channels
+    predicted = channels if config.out_channels is None else config.out_channels
+    allowed = [2 * channels] if uses_learned_variance(scheduler) else [channels, 2 * channels]
+    if predicted not in allowed:
+        raise ValueError(
+            f"The denoiser must predict {' or '.join(map(str, allowed))} channels, from {channels}, for {name} "
+            f"with `variance_type`={variance_type!r}, got {predicted}."
+        )
+
+
+def scheduler_of_chosen_channels(scheduler: SchedulerMixin) -> SchedulerMixin:
+    """The scheduler, or one like it whose step leaves alone the channels that have already been chosen for it."""
+    if not _keeps_three_channels(scheduler):
+        return scheduler
+    return type(scheduler).from_config(scheduler.config, variance_type=None)
+
+
+def _keeps_three_channels(scheduler: SchedulerMixin) -> bool:
+    """Whether the scheduler's step drops a learned variance by taking three channels, whatever it is given.
+
+    The DPM-Solvers and SASolver do so. Others can have the value in their config too, from the scheduler that theirs
+    was made of, but have no such argument.
+    """
+    if (
+        uses_learned_variance(scheduler)
+        or "variance_type" not in inspect.signature(type(scheduler).__init__).parameters
+    ):
+        return False
+    return (
+        scheduler.config.variance_type in ("learned", "learned_range")
+        and scheduler.config.prediction_type == "epsilon"
+    )

@@ -1,0 +1,103 @@
+"""What may be asked of a pipeline's call; every check is made before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import DiTTransformer2DModel, ModelMixin
+from diffusers.utils.torch_utils import unwrap_module
+
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+# What a callback may be given.
+CALLBACK_TENSORS = ("latents",)
+
+
+def check_sampling(
+    num_images: int,
+    num_inference_steps: int,
+    generator: torch.Generator | list[torch.Generator] | None,
+    output_type: str,
+    max_batch_size: int | None,
+    callback_tensors: Sequence[str],
+) -> None:
+    """Refuse numbers, generators and names that no sampling has.
+
+    Raises:
+        ValueError: Naming the argument, what is allowed, and what came.
+    """
+    if num_images < 1:
+        raise ValueError(f"`num_images` or `class_labels` must ask for at least one image, got {num_images}.")
+    if num_inference_steps < 1:
+        raise ValueError(f"`num_inference_steps` must be at least 1, got {num_inference_steps}.")
+    if isinstance(generator, list) and len(generator) != num_images:
+        raise ValueError(f"`generator` must have one generator per image: {num_images}, got {len(generator)}.")
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
+    if max_batch_size is not None and max_batch_size < 1:
+        raise ValueError(f"`max_batch_size` must be at least 1, got {max_batch_size}.")
+    unknown = [name for name in callback_tensors if name not in CALLBACK_TENSORS]
+    if unknown:
+        raise ValueError(f"`callback_on_step_end_tensor_inputs` must be among {CALLBACK_TENSORS}, got {unknown}.")
+
+
+def check_guidance(
+    guidance_scale: float,
+    guidance_interval: tuple[float, float] | None,
+    *,
+    is_labelled: bool,
+    null_class: int | None,
+) -> None:
+    """Refuse guidance of what has no label, or away from a null class that there is not.
+
+    Raises:
+        ValueError: Naming the argument, what is allowed, and what came.
+    """
+    if guidance_scale > 1 and null_class is None:
+        raise ValueError(
+            f"`guidance_scale` must be 1, got {guidance_scale}: the denoiser has no null class to be guided away "
+            "from. Train it with `class_dropout_prob` above 0."
+        )
+    if guidance_scale > 1 and not is_labelled:
+        raise ValueError(
+            f"`guidance_scale`={guidance_scale}, which is above 1, needs `class_labels` to guide towards."
+        )
+    if guidance_interval is not None and (len(guidance_interval) != 2 or guidance_interval[0] > guidance_interval[1]):
+        raise ValueError(f"`guidance_interval` must be (low, high) timesteps, low <= high, got {guidance_interval}.")
+
+
+def checked_size(
+    denoiser: ModelMixin, vae_scale_factor: int, height: int | None, width: int | None
+) -> tuple[int, int]:
+    """Height and width of the denoiser's input for images of so many pixels.
+
+    Args:
+        denoiser: A transformer, or a U-Net.
+        vae_scale_factor: Pixels that one of its own spans along each side.
+        height: Pixels; the denoiser's own size by default.
+        width: As `height`.
+
+    Raises:
+        ValueError: If the denoiser has no size of its own, or cannot have this one.
+    """
+    config = denoiser.config
+    sample_size = config.sample_size
+    sizes = list(sample_size) if isinstance(sample_size, (tuple, list)) else [sample_size, sample_size]
+    # A U-Net halves its input between one width and the next, and must be able to double it again.
+    is_unet = "block_out_channels" in config
+    multiple = vae_scale_factor * (2 ** (len(config.block_out_channels) - 1) if is_unet else config.patch_size)
+    for axis, (name, pixels) in enumerate((("height", height), ("width", width))):
+        if pixels is not None and (pixels < 1 or pixels % multiple):
+            raise ValueError(f"`{name}` must be a multiple of {multiple}, got {pixels}.")
+        if pixels is None and sizes[axis] is None:
+            raise ValueError(f"`{name}` must be given: the denoiser's config has no `sample_size`.")
+        sizes[axis] = sizes[axis] if pixels is None else pixels // vae_scale_factor
+    denoiser = unwrap_module(denoiser)
+    knows_squares_alone = isinstance(denoiser, DiTTransformer2DModel) and not hasattr(denoiser, "routing")
+    if knows_squares_alone and sizes[0] != sizes[1]:
+        raise ValueError(
+            f"`height` and `width` must be equal for {type(denoiser).__name__}, got {height} and {width}. Convert "
+            "it with `DTRTransformer2DModel.from_transformer`, which takes rectangular images."
+        )
+    return sizes[0], sizes[1]
