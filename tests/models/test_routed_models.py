@@ -36,6 +36,7 @@ from diffusers_dtr.models.routing_scope import current_mask
 
 ROUTING_KEYS = ["routing_alpha", "routing_beta", "routing_type", "routing_seed", "routing_timestep_range"]
 OTHER_TIMESTEPS = torch.tensor([999, 250, 3, 700])
+REAL_TIMESTEPS = torch.tensor([-3.5, 700.25, 978.05, 1500.0], dtype=torch.float64)
 FIRST_ROUTED = r"transformer_blocks\.0|mid_block\.resnets\.0"
 
 
@@ -60,8 +61,9 @@ def test_a_share_of_one_is_the_base_model_to_the_bit(family, routing_type):
 
 
 @every_family
-def test_a_mixed_batch_equals_single_samples(family):
-    model, batch = family.routed(), family.inputs()
+@pytest.mark.parametrize("timestep", [TIMESTEPS, REAL_TIMESTEPS])
+def test_a_mixed_batch_equals_single_samples(family, timestep):
+    model, batch = family.routed(), family.inputs(timestep)
     singles = [
         {name: v[i : i + 1] if torch.is_tensor(v) and len(v) == 4 else v for name, v in batch.items()}
         for i in range(4)
@@ -210,6 +212,13 @@ def loss(model, arguments):
     return model(**arguments).sample.square().mean()
 
 
+def warm_up_losses(model, called, family):
+    """Of two forward calls, at other timesteps and another share of active channels."""
+    for share, timesteps in ((0.9, TIMESTEPS), (0.5, OTHER_TIMESTEPS)):
+        model.set_routing_beta(share)
+        yield loss(called, family.inputs(timesteps))
+
+
 def gradients(model, losses):
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return torch.autograd.grad(sum(losses), parameters, allow_unused=True)
@@ -225,14 +234,13 @@ def assert_same_gradients(found, expected):
 @every_family
 @pytest.mark.parametrize("function", [None, partial(checkpoint, use_reentrant=False, preserve_rng_state=False)])
 def test_checkpointing_gives_the_same_gradients_also_for_two_forwards_before_one_backward(family, function):
-    model = family.routed(routing_beta=0.5)
-    batches = family.inputs(), family.inputs(OTHER_TIMESTEPS)
-    expected = gradients(model, [loss(model, batch) for batch in batches])
+    model = family.routed()
+    expected = gradients(model, warm_up_losses(model, model, family))
     model.enable_gradient_checkpointing(function)
     runs = []
     block = next(m for name, m in model.named_modules() if name in ("transformer_blocks.0", "mid_block.resnets.1"))
     block.register_forward_pre_hook(lambda *_: runs.append(1))
-    assert_same_gradients(gradients(model, [loss(model, batch) for batch in batches]), expected)
+    assert_same_gradients(gradients(model, warm_up_losses(model, model, family)), expected)
     assert len(runs) == 4
 
 
@@ -351,15 +359,21 @@ def test_wrapped_for_distributed_training_it_gives_the_same_gradients(family, wr
 
 
 @every_family
-def test_one_graph_serves_all_timesteps(family):
-    model = family.routed()
+@pytest.mark.parametrize(
+    ("routing_type", "shares"), [("dtr", (None,)), ("dtr", (1.0, 0.9, 0.3)), ("random", (1.0, 0.9, 0.3))]
+)
+def test_one_graph_serves_all_timesteps_and_a_warm_up_of_the_share(family, routing_type, shares):
+    model = family.routed(routing_type=routing_type)
     torch._dynamo.reset()
     # The graph is what is tested here, not what a backend makes of it.
     compiled = torch.compile(model, fullgraph=True, backend="eager")
+    model.set_routing_beta(shares[0])
     output(compiled, family.inputs())
-    with torch.compiler.set_stance("fail_on_recompile"):
-        found = output(compiled, family.inputs(OTHER_TIMESTEPS))
-    torch.testing.assert_close(found, output(model, family.inputs(OTHER_TIMESTEPS)), rtol=1e-4, atol=1e-5)
+    for share in shares:
+        model.set_routing_beta(share)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            found = output(compiled, family.inputs(OTHER_TIMESTEPS))
+        torch.testing.assert_close(found, output(model, family.inputs(OTHER_TIMESTEPS)), rtol=1e-4, atol=1e-5)
 
 
 @every_scoped_family
@@ -376,14 +390,15 @@ def test_compiled_blocks_follow_the_timestep(family):
 
 @pytest.mark.slow
 @every_family
-def test_compiled_training_with_checkpointing_gives_the_same_gradients(family):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_training_gives_the_same_gradients(family, checkpointing):
     model = family.routed()
-    expected = gradients(model, [loss(model, family.inputs(t)) for t in (TIMESTEPS, OTHER_TIMESTEPS)])
-    model.enable_gradient_checkpointing()
+    expected = gradients(model, warm_up_losses(model, model, family))
+    if checkpointing:
+        model.enable_gradient_checkpointing()
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    found = gradients(model, [loss(compiled, family.inputs(t)) for t in (TIMESTEPS, OTHER_TIMESTEPS)])
-    assert_same_gradients(found, expected)
+    assert_same_gradients(gradients(model, warm_up_losses(model, compiled, family)), expected)
 
 
 # What the base classes can do.
