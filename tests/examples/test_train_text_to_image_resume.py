@@ -17,7 +17,7 @@ EVERYTHING = [
 ]
 CACHES = ["--center_crop", "--cache_latents", "--cache_text_embeddings"]
 # What the README's commands train with.
-AS_IN_README = {name: ("--use_ema", *CACHES) for name in FAMILIES}
+AS_IN_README = dict.fromkeys(FAMILIES, ("--use_ema", *CACHES))
 AS_IN_README["sd3"] += ("--timestep_sampling", "logit_normal")
 
 
