@@ -99,42 +99,32 @@ class Trainer:
         self.ema = build_ema(args, model, accelerator.device) if args.use_ema else None
         self.held_out_loss = self._build_held_out_loss(noise_scheduler, held_out_dataset)
         self.micro_batches = accelerator.num_processes * args.gradient_accumulation_steps
-        global_batch_size = args.train_batch_size * self.micro_batches
-        if args.max_train_steps is None:
-            args.max_train_steps = math.ceil(args.num_train_epochs * len(dataset) / global_batch_size)
-        if args.routing_warmup_steps > args.max_train_steps:
-            raise ValueError(
-                f"`--routing_warmup_steps` must be at most the {args.max_train_steps} steps of the run, got "
-                f"{args.routing_warmup_steps}: it would end before its target."
-            )
+        self._settings = {
+            "seed": args.seed,
+            "train_batch_size": args.train_batch_size,
+            "global_batch_size": args.train_batch_size * self.micro_batches,
+            "num_images": len(dataset),
+        }
+        self._set_max_train_steps()
 
         optimizer = build_optimizer(args, model, self.objective.loss_fn)
         self.denoiser, self.optimizer = accelerator.prepare(model, optimizer)
         self.checkpoints = Checkpoints(
             accelerator, self.output_dir, model_name, model, self.ema, args.checkpoints_total_limit
         )
-        self._settings = {
-            "seed": args.seed,
-            "train_batch_size": args.train_batch_size,
-            "global_batch_size": global_batch_size,
-            "num_images": len(dataset),
-        }
         self.global_step = self.checkpoints.resume(args.resume_from_checkpoint, self._settings)
         self.lr_scheduler = build_lr_scheduler(args, self.optimizer, self.global_step)
         self.loader = build_loader(args, dataset, accelerator, self.global_step)
         if accelerator.is_main_process and args.report_to != "none":
             accelerator.init_trackers(project_name, config=tracker_config(args))
-        self._background_push = None
-        if args.push_to_hub and args.hub_strategy == "checkpoint" and accelerator.is_main_process:
-            self._background_push = BackgroundPush(
-                self.output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo, revision=args.hub_revision
-            )
+        self._background_push = self._start_background_push()
         self.unreadable = UnreadableImages()
         self.monitor = LossMonitor(accelerator, len(self.objective.clusters))
         self.history = LossHistory(self.output_dir, self.global_step)
         logger.info(
             f"{len(dataset)} images, {model.num_parameters(only_trainable=True):,} trained parameters of "
-            f"{model.num_parameters():,}, {global_batch_size} images per step, {args.max_train_steps} steps"
+            f"{model.num_parameters():,}, {self._settings['global_batch_size']} images per step, "
+            f"{args.max_train_steps} steps"
         )
         logger.info(f"{self.objective.clusters}")
 
@@ -167,6 +157,17 @@ class Trainer:
                 progress_bar.update()
                 self._after_step(progress_bar)
         progress_bar.close()
+
+    def _set_max_train_steps(self) -> None:
+        args, settings = self.args, self._settings
+        if args.max_train_steps is None:
+            num_images = args.num_train_epochs * settings["num_images"]
+            args.max_train_steps = math.ceil(num_images / settings["global_batch_size"])
+        if args.routing_warmup_steps > args.max_train_steps:
+            raise ValueError(
+                f"`--routing_warmup_steps` must be at most the {args.max_train_steps} steps of the run, got "
+                f"{args.routing_warmup_steps}: it would end before its target."
+            )
 
     def _set_routing(self) -> None:
         warmup_steps, target = self.args.routing_warmup_steps, self.model.config.routing_beta
@@ -287,6 +288,14 @@ class Trainer:
         if self.args.push_to_hub and self.accelerator.is_main_process:
             self._push()
         return record
+
+    def _start_background_push(self) -> BackgroundPush | None:
+        args = self.args
+        if not args.push_to_hub or args.hub_strategy != "checkpoint" or not self.accelerator.is_main_process:
+            return None
+        return BackgroundPush(
+            self.output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo, revision=args.hub_revision
+        )
 
     def _push(self) -> None:
         args = self.args
