@@ -8,13 +8,14 @@ from functools import partial
 from inspect import signature
 from threading import Barrier
 
-import accelerate
 import pytest
 import torch
 import torch.distributed as dist
+from diffusers.models.attention_dispatch import attention_backend
 from diffusers.training_utils import EMAModel
 from peft import LoraConfig
 from tiny_models import (
+    FAMILIES,
     PIXART,
     SCOPED_FAMILIES,
     SD3,
@@ -166,8 +167,11 @@ def test_saving_and_loading_keeps_output_and_routing(family, tmp_path):
     model.save_pretrained(tmp_path / "whole")
     model.save_pretrained(tmp_path / "variant", variant="ema")
     model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    model.save_pretrained(tmp_path / "variant in shards", variant="ema", max_shard_size="20KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
-    for folder, arguments in (("whole", {}), ("variant", {"variant": "ema"}), ("shards", {})):
+    assert len(list((tmp_path / "variant in shards").glob("*.ema-*-of-*.safetensors"))) > 1
+    for folder in ("whole", "variant", "shards", "variant in shards"):
+        arguments = {"variant": "ema"} if "variant" in folder else {}
         loaded = family.routed_class.from_pretrained(tmp_path / folder, **arguments)
         assert loaded.config.routing_beta == 0.6
         assert_close(output(loaded, family.inputs()), expected)
@@ -404,12 +408,28 @@ def test_compiled_training_gives_the_same_gradients(family, checkpointing):
 # What the base classes can do.
 
 
+def attention_backends(model):
+    """Of all attention layers; diffusers sets none in processors that always call torch's own."""
+    processors = [module.processor for module in model.modules() if hasattr(module, "processor")]
+    return [getattr(processor, "_attention_backend", None) for processor in processors]
+
+
 @every_family
-def test_attention_processors_and_backends_can_be_set(family):
+def test_an_attention_backend_reaches_the_layers_that_it_reaches_in_the_base_class(family):
+    model, plain = family.routed(), family.plain()
+    expected = output(model, family.inputs())
+    # diffusers keeps the latest backend for the whole process.
+    with attention_backend():
+        for either in (model, plain):
+            either.set_attention_backend("_native_math")
+        assert attention_backends(model) == attention_backends(plain) != []
+        assert_close(output(model, family.inputs()), expected)
+
+
+@every_family
+def test_attention_processors_can_be_set(family):
     model = family.routed()
     expected = output(model, family.inputs())
-    model.set_attention_backend("native")
-    assert_close(output(model, family.inputs()), expected)
     if hasattr(model, "attn_processors"):
         processors = {name: type(processor)() for name, processor in model.attn_processors.items()}
         model.set_attn_processor(dict(processors))
@@ -451,19 +471,26 @@ def test_blocks_that_must_not_be_split_or_are_repeated_exist(family):
         assert not [name for name in missing if name.startswith(("Routed", "DTR"))]
 
 
-@every_scoped_family
-def test_a_model_larger_than_its_memory_is_spread_over_devices(family, tmp_path):
-    if family.routed_class._no_split_modules is None:
-        pytest.skip(f"{family.routed_class.__name__} supports no device map, as its base class")
-    model = family.routed()
-    expected = output(model, family.inputs())
+def load_spread(model, folder):
+    """The model loaded anew where memory has room for four fifths of it and the rest stays on disk."""
+    model.save_pretrained(folder / "saved")
     size = sum(parameter.nbytes for parameter in model.parameters())
-    devices = accelerate.infer_auto_device_map(
-        model, {"cpu": size * 4 // 5, "disk": size}, no_split_module_classes=list(model._no_split_modules)
-    )
-    assert {"cpu", "disk"} <= set(devices.values())
-    spread = accelerate.dispatch_model(model, devices, main_device="cpu", offload_dir=tmp_path)
-    assert_close(output(spread, family.inputs()), expected)
+    memory = {"device_map": "balanced", "max_memory": {"cpu": size * 4 // 5}, "offload_folder": folder / "offload"}
+    return type(model).from_pretrained(folder / "saved", **memory)
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f is not UNET], ids=lambda f: f.routed_class.__name__)
+def test_a_model_larger_than_its_memory_is_loaded_spread_over_devices(family, tmp_path):
+    model = family.routed()
+    spread = load_spread(model, tmp_path)
+    assert set(spread.hf_device_map.values()) == {"cpu", "disk"}
+    assert_close(output(spread, family.inputs()), output(model, family.inputs()))
+
+
+def test_an_unconditional_unet_cannot_be_spread_over_devices_as_its_base_class(tmp_path):
+    for number, model in enumerate((UNET.plain(), UNET.routed())):
+        with pytest.raises(ValueError, match=f"^{type(model).__name__} does not support `device_map='balanced'`"):
+            load_spread(model, tmp_path / str(number))
 
 
 @every_family
