@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from ..models.evaluating import evaluating
 from ..objective.clusters import TimestepClusters
 from ..objective.counts import check_counts
 from ..objective.denoising_loss import DenoisingLoss
-from .timestep_gradients import checked_conditions
+from .conditions import checked_conditions, map_tensors
 
 
 class HeldOutClusterLosses:
@@ -32,7 +34,7 @@ class HeldOutClusterLosses:
             of the prediction alone counts.
         clusters: Clusters of timesteps.
         clean: Held-out clean samples `(N, C, ...)`, on any device.
-        conditions: What else the models are called with, by argument name: tensors `(N, ...)`.
+        conditions: What else the models are called with, by argument name: tensors `(N, ...)`, or mappings of these.
         num_samples: Samples per cluster. Clean samples take turns, each with new noise and a new timestep.
         seed: Seed of noise and timesteps, >= 0.
         batch_size: Samples per forward call.
@@ -63,7 +65,7 @@ class HeldOutClusterLosses:
         loss_fn: DenoisingLoss,
         clusters: TimestepClusters,
         clean: Tensor,
-        conditions: Mapping[str, Tensor] | None = None,
+        conditions: Mapping[str, Any] | None = None,
         *,
         num_samples: int = 2048,
         seed: int = 0,
@@ -110,12 +112,15 @@ class HeldOutClusterLosses:
                 rows = places % len(self.clean)
                 # One by one, so that noise does not depend on the number of samples in a forward call
                 noise = torch.stack([torch.randn(self.clean.shape[1:], generator=generator) for _ in rows])
-                clean = self.clean[rows.to(self.clean.device)].to(device)
-                conditions = {name: values[rows.to(values.device)] for name, values in self.conditions.items()}
-                conditions = {name: values.to(device) for name, values in conditions.items()}
-                batch = clean, noise.to(device), timesteps[places].to(device), conditions
+                chosen = partial(_rows, rows=rows, device=device)
+                conditions = map_tensors(chosen, self.conditions)
+                batch = chosen(self.clean), noise.to(device), timesteps[places].to(device), conditions
                 losses.append(self.loss_fn.of_model(model, *batch).mse)
         return torch.cat(losses).double().cpu()
+
+
+def _rows(values: Tensor, rows: Tensor, device: torch.device) -> Tensor:
+    return values[rows.to(values.device)].to(device)
 
 
 def negative_transfer_gap(specialist: Tensor, joint: Tensor, *, relative: bool = False) -> Tensor:

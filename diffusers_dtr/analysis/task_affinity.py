@@ -80,7 +80,7 @@ class TaskAffinity:
         loss_fn: DenoisingLoss,
         clean: Tensor,
         noise: Tensor,
-        conditions: Mapping[str, Tensor] | None = None,
+        conditions: Mapping[str, Any] | None = None,
         *,
         timesteps: int | Sequence[float] | Tensor | None = None,
         estimator: str = "unbiased",
@@ -113,7 +113,8 @@ class TaskAffinity:
             clean: Clean samples `(N, C, ...)`, on any device; N is a multiple of 4, because the gradients of quarters
                 of the images are compared.
             noise: Standard normal noise of the same shape.
-            conditions: What else the denoiser is called with, by argument name: tensors `(N, ...)`.
+            conditions: What else the denoiser is called with, by argument name: tensors `(N, ...)`, or mappings of
+                these.
             timesteps: All training timesteps by default. A number n >= 2: as many, spread evenly over the training
                 grid with both its ends. Or increasing timesteps themselves.
             estimator: "unbiased", free of the noise of finitely many images, or "plain": the cosines of the gradients

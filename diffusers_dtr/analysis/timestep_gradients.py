@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..fingerprint import fingerprint
 from ..objective.denoising_loss import DenoisingLoss
+from .conditions import checked_conditions, map_tensors, named_tensors
 
 
 # Two halves of the images for the reliability of a result, and two parts of each half for inner products of
@@ -24,13 +27,13 @@ class DenoisingBatch:
     Args:
         clean: Clean samples `(N, C, ...)`; N is a multiple of 4.
         noise: Standard normal noise of the same shape.
-        conditions: What else the denoiser is called with, by argument name: tensors `(N, ...)`.
+        conditions: What else the denoiser is called with, by argument name: tensors `(N, ...)`, or mappings of these.
 
     Raises:
         ValueError: If N is no multiple of 4, or the tensors do not have N entries.
     """
 
-    def __init__(self, clean: Tensor, noise: Tensor, conditions: Mapping[str, Tensor] | None = None):
+    def __init__(self, clean: Tensor, noise: Tensor, conditions: Mapping[str, Any] | None = None):
         if len(clean) == 0 or len(clean) % NUM_PARTS:
             raise ValueError(
                 f"`clean` must have a multiple of {NUM_PARTS} images, which are compared in {NUM_PARTS} parts, "
@@ -49,20 +52,20 @@ class DenoisingBatch:
 
     def to(self, device: torch.device) -> DenoisingBatch:
         """The same samples on a device."""
-        conditions = {name: values.to(device) for name, values in self.conditions.items()}
+        conditions = map_tensors(lambda values: values.to(device), self.conditions)
         return DenoisingBatch(self.clean.to(device), self.noise.to(device), conditions)
 
-    def parts(self, part: int, batch_size: int | None) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+    def parts(self, part: int, batch_size: int | None) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
         """The samples of a part, at most `batch_size` at a time: clean, noise and conditions."""
-        size = len(self) // NUM_PARTS if batch_size is None else batch_size
-        own = slice(part, None, NUM_PARTS)
-        conditions = {name: values[own].split(size) for name, values in self.conditions.items()}
-        for number, pair in enumerate(zip(self.clean[own].split(size), self.noise[own].split(size), strict=True)):
-            yield *pair, {name: chunks[number] for name, chunks in conditions.items()}
+        stride = len(self) if batch_size is None else batch_size * NUM_PARTS
+        for start in range(part, len(self), stride):
+            own = slice(start, start + stride, NUM_PARTS)
+            yield self.clean[own], self.noise[own], map_tensors(itemgetter(own), self.conditions)
 
     def fingerprint(self) -> str:
         """A hash of all values, types and shapes."""
-        return fingerprint([("clean", self.clean), ("noise", self.noise), *sorted(self.conditions.items())])
+        conditions = sorted(named_tensors(self.conditions).items())
+        return fingerprint([("clean", self.clean), ("noise", self.noise), *conditions])
 
 
 class TimestepGradients:
@@ -122,30 +125,11 @@ class TimestepGradients:
         return sums
 
     @torch.enable_grad()
-    def _loss(self, timestep: Tensor, clean: Tensor, noise: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+    def _loss(self, timestep: Tensor, clean: Tensor, noise: Tensor, conditions: dict[str, Any]) -> Tensor:
         """What these samples contribute to the mean loss of their part."""
         timesteps = timestep.to(clean.device).expand(len(clean))
         losses = self.loss_fn.of_model(self.model, clean, noise, timesteps, conditions).per_sample
         return losses.sum() / (len(self.batch) // NUM_PARTS)
-
-
-def checked_conditions(conditions: Mapping[str, Tensor] | None, num_images: int) -> dict[str, Tensor]:
-    """What else a denoiser is called with.
-
-    Args:
-        conditions: Tensors by argument name, or None.
-        num_images: How many entries each must have.
-
-    Raises:
-        ValueError: If one has another number of entries.
-    """
-    for name, values in (conditions or {}).items():
-        if len(values) != num_images:
-            raise ValueError(
-                f"`conditions` must have one entry for each of the {num_images} clean samples, got {len(values)} of "
-                f"{name!r}."
-            )
-    return dict(conditions or {})
 
 
 def chosen_parameters(model: nn.Module, predicate: Callable[[str], bool] | None) -> dict[str, nn.Parameter]:

@@ -68,9 +68,11 @@ def test_losses_are_squared_errors_of_the_target():
 
 def test_every_clean_sample_takes_its_turn_with_its_conditions():
     model = Recorder()
-    losses(batch_size=7)(model, 0)
+    losses(conditions={**LABELS, "sizes": {"height": torch.arange(6)}}, batch_size=7)(model, 0)
     labels = torch.cat([call[2]["class_labels"] for call in model.calls])
     assert torch.equal(labels, LABELS["class_labels"][torch.arange(40) % 6])
+    heights = torch.cat([call[2]["sizes"]["height"] for call in model.calls])
+    assert torch.equal(heights, torch.arange(40) % 6)
 
 
 def test_models_are_compared_on_the_same_samples():

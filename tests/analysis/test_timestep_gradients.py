@@ -56,6 +56,16 @@ def test_parts_share_no_image_and_leave_none_out():
     assert sorted(torch.cat(seen)[:, 0, 0, 0].tolist()) == sorted(samples.clean[:, 0, 0, 0].tolist())
 
 
+def test_conditions_in_mappings_go_with_their_images():
+    clean, names = torch.zeros(12, 2), torch.arange(12)
+    samples = DenoisingBatch(clean, clean, {"texts": names, "sizes": {"height": 10 * names}})
+    for _, _, conditions in samples.to(torch.device("cpu")).parts(1, 2):
+        assert torch.equal(conditions["sizes"]["height"], 10 * conditions["texts"])
+    assert [conditions["texts"].tolist() for _, _, conditions in samples.parts(1, 2)] == [[1, 5], [9]]
+    others = DenoisingBatch(clean, clean, {"texts": names, "sizes": {"height": names}})
+    assert samples.fingerprint() != others.fingerprint()
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
 def test_gradient_does_not_depend_on_the_batch_size(batch_size):
     samples = batch(20)
@@ -103,6 +113,8 @@ def test_samples_that_do_not_belong_together_are_refused():
         DenoisingBatch(clean, torch.zeros(4, 3))
     with pytest.raises(ValueError, match="one entry for each of the 4 clean samples, got 5 of 'labels'"):
         DenoisingBatch(clean, clean, {"labels": torch.zeros(5)})
+    with pytest.raises(ValueError, match="one entry for each of the 4 clean samples, got 2 of 'sizes.height'"):
+        DenoisingBatch(clean, clean, {"sizes": {"height": torch.zeros(2)}})
 
 
 def test_batch_size_below_one_is_refused():

@@ -1,0 +1,58 @@
+"""What a denoiser is called with beside noisy samples and timesteps: tensors by argument name, some in mappings.
+
+A class-conditional model takes `{"class_labels": labels}`, PixArt `{"encoder_hidden_states": texts,
+"added_cond_kwargs": {"resolution": sizes, "aspect_ratio": ratios}}`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def checked_conditions(conditions: Mapping[str, Any] | None, num_images: int) -> dict[str, Any]:
+    """Conditions as they are, or none.
+
+    Args:
+        conditions: Tensors `(num_images, ...)` by name, or mappings of these, or None.
+        num_images: How many entries each must have.
+
+    Raises:
+        ValueError: If one has another number of entries.
+    """
+    for name, values in named_tensors(conditions or {}).items():
+        if len(values) != num_images:
+            raise ValueError(
+                f"`conditions` must have one entry for each of the {num_images} clean samples, got {len(values)} of "
+                f"{name!r}."
+            )
+    return dict(conditions or {})
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], conditions: Mapping[str, Any]) -> dict[str, Any]:
+    """The same conditions with something done to every tensor.
+
+    Args:
+        function: From a tensor to another.
+        conditions: Tensors by name, or mappings of these.
+    """
+    return {
+        name: map_tensors(function, value) if isinstance(value, Mapping) else function(value)
+        for name, value in conditions.items()
+    }
+
+
+def named_tensors(conditions: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
+    """All tensors; the name of one in a mapping is `mapping.name`.
+
+    Args:
+        conditions: Tensors by name, or mappings of these.
+        prefix: What all names begin with.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, value in conditions.items():
+        nested = isinstance(value, Mapping)
+        tensors |= named_tensors(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+    return tensors
