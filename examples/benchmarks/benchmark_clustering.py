@@ -5,12 +5,12 @@ python examples/benchmarks/benchmark_clustering.py --num_timesteps 1000 4000 --n
 
 import argparse
 import json
-import platform
 import statistics
-import time
+from functools import partial
 
 import torch
 from diffusers import DDPMScheduler
+from measuring import environment, seconds_by_turns
 
 from diffusers_dtr import cluster_timesteps
 
@@ -32,42 +32,30 @@ def problems(num_timesteps):
     return {"snr": (scheduler, "snr"), "timestep": (num_timesteps, "timestep"), "affinity": (num_timesteps, affinity)}
 
 
-def median_seconds(run, repeats, warmup):
-    seconds = []
-    for _ in range(warmup + repeats):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[warmup:])
-
-
 def main():
     args = parse_args()
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
     results = []
     for num_timesteps in args.num_timesteps:
-        for name, (subject, cost) in problems(num_timesteps).items():
-            clusters = cluster_timesteps(subject, args.num_clusters, cost)
-            seconds = median_seconds(
-                lambda subject=subject, cost=cost: cluster_timesteps(subject, args.num_clusters, cost),
-                args.repeats,
-                args.warmup,
-            )
-            results.append(
-                {
-                    "cost": name,
-                    "num_timesteps": num_timesteps,
-                    "median_ms": round(1000 * seconds, 3),
-                    "boundaries": clusters.boundaries,
-                }
-            )
+        runs = {
+            name: partial(cluster_timesteps, subject, args.num_clusters, cost)
+            for name, (subject, cost) in problems(num_timesteps).items()
+        }
+        seconds = seconds_by_turns(runs, args.repeats, args.warmup)
+        results += [
+            {
+                "cost": name,
+                "num_timesteps": num_timesteps,
+                "median_ms": round(1000 * statistics.median(seconds[name]), 3),
+                "boundaries": run().boundaries,
+            }
+            for name, run in runs.items()
+        ]
     report = {
         "num_clusters": args.num_clusters,
         "repeats": args.repeats,
-        "num_threads": torch.get_num_threads(),
-        "machine": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
+        **environment(),
         "results": results,
     }
     print(json.dumps(report, indent=2))

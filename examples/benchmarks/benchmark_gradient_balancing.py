@@ -10,20 +10,14 @@ of GradientBalancer states for one process: k + 1 float32 gradients. Prints JSON
 import argparse
 import json
 import multiprocessing
-import platform
-import resource
 import statistics
-import time
 from importlib.metadata import version
 
-import diffusers
 import torch
 from diffusers import DDPMScheduler
+from measuring import environment, fill_weights, peak_bytes, seconds_by_turns
 
-from diffusers_dtr import DTRTransformer2DModel
-from diffusers_dtr.objective.clustered_loss import ClusteredLoss
-from diffusers_dtr.objective.clustering import cluster_timesteps
-from diffusers_dtr.objective.gradient_balancing import GradientBalancer
+from diffusers_dtr import ClusteredLoss, DTRTransformer2DModel, GradientBalancer, cluster_timesteps
 
 
 # Name -> (balancing, steps that share weights, whether the Gramian is of the last block alone).
@@ -59,19 +53,12 @@ def build_loss(denoiser, name, num_clusters):
     return ClusteredLoss(scheduler, cluster_timesteps(scheduler, num_clusters), balancing=balancing)
 
 
-def peak_bytes(device):
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
-
-
 def measure(name, args):
     device = torch.device(args.device)
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     denoiser = DTRTransformer2DModel.from_preset(args.preset).to(device).train()
-    for parameter in denoiser.parameters():  # zeros of the initialisation would leave most gradients at zero
-        torch.nn.init.normal_(parameter, std=0.02)
+    fill_weights(denoiser)
     loss_fn = build_loss(denoiser, name, args.num_clusters).to(device)
     optimizer = torch.optim.AdamW([{"params": denoiser.parameters()}, *loss_fn.parameter_groups()], lr=1e-4)
     size = denoiser.config.sample_size
@@ -87,21 +74,15 @@ def measure(name, args):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
 
     before = peak_bytes(device)
-    seconds = []
-    for _ in range(1 + args.steps):
-        start = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - start)
+    seconds = seconds_by_turns({name: step}, args.steps, warmup=1, device=device)[name]
     module_parameters = sum(p.numel() for p in denoiser.transformer_blocks[-1].parameters())
     parameters = sum(p.numel() for p in denoiser.parameters())
     balanced = {None: 0, False: parameters, True: module_parameters}[SUBJECTS[name][2]]
     return {
         "parameters": parameters,
-        "mean_seconds": round(statistics.mean(seconds[1:]), 4),
+        "mean_seconds": round(statistics.mean(seconds), 4),
         "peak_bytes_of_steps": peak_bytes(device) - before,
         "expected_gradient_bytes": 4 * (args.num_clusters + 1) * balanced,
     }
@@ -114,9 +95,7 @@ def main():
         results = pool.starmap(measure, [(name, args) for name in args.only], chunksize=1)
     report = {
         "command": vars(args),
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
+        **environment(args.device),
         "torchjd": version("torchjd"),
         "balancing": dict(zip(args.only, results, strict=True)),
     }

@@ -12,13 +12,12 @@ them. The last stage, the inner products of all sketches, is measured by itself 
 import argparse
 import json
 import multiprocessing
-import platform
-import resource
 import time
 
-import diffusers
 import torch
 from diffusers import DDPMScheduler
+from measuring import environment, fill_weights
+from measuring import peak_bytes as current_peak
 
 from diffusers_dtr import DenoisingLoss, DTRTransformer2DModel, TaskAffinity
 from diffusers_dtr.analysis.estimators import gram
@@ -40,8 +39,7 @@ class Subject:
     def __init__(self, args, batch_size):
         torch.manual_seed(0)
         self.model = DTRTransformer2DModel.from_preset(args.preset).eval()
-        for parameter in self.model.parameters():  # zeros of the initialisation would leave most gradients at zero
-            torch.nn.init.normal_(parameter, std=0.02)
+        fill_weights(self.model)
         self.loss_fn = DenoisingLoss(DDPMScheduler())
         config = self.model.config
         shape = (batch_size, config.in_channels, config.sample_size, config.sample_size)
@@ -106,10 +104,6 @@ def peak_bytes_of_inner_products(args, num_timesteps):
     return current_peak() - before + features.nbytes
 
 
-def current_peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
-
-
 def slope(points):
     """Least squares: change per timestep."""
     x, y = (torch.tensor(values, dtype=torch.float64) for values in zip(*points.items(), strict=True))
@@ -136,9 +130,7 @@ def main():
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         report = {
             "command": vars(args),
-            "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
+            **environment(),
             "batch_size": {size: measure(args, size, pool) for size in args.batch_size},
             "extra_peak_bytes_of_inner_products_of_1000_timesteps": pool.apply(
                 peak_bytes_of_inner_products, (args, 1000)

@@ -8,14 +8,12 @@ is forward, backward, AdamW and the update of diffusers' EMAModel. Prints JSON.
 
 import argparse
 import json
-import platform
-import statistics
-import time
+from functools import partial
 
-import diffusers
 import torch
 from diffusers import DiTTransformer2DModel
 from diffusers.training_utils import EMAModel
+from measuring import compare, environment, seconds_by_turns
 
 from diffusers_dtr import DTRTransformer2DModel
 
@@ -71,32 +69,13 @@ def main():
     ]
     batch = [tensor.to(device) for tensor in batch]
 
-    seconds = {name: [] for name in subjects}
-    for repeat in range(args.warmup + args.repeats):
-        for name, subject in subjects.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            train_step(*subject, batch, args.dtype)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if repeat >= args.warmup:
-                seconds[name].append(time.perf_counter() - start)
-
-    ratios = [ours / theirs for ours, theirs in zip(seconds["routed"], seconds["diffusers"], strict=True)]
+    steps = {name: partial(train_step, *subject, batch, args.dtype) for name, subject in subjects.items()}
+    seconds = seconds_by_turns(steps, args.repeats, args.warmup, device)
     report = {
         "command": vars(args),
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
+        **environment(device),
         "parameters": {name: sum(p.numel() for p in subject[0].parameters()) for name, subject in subjects.items()},
-        "median_seconds": {name: round(statistics.median(values), 4) for name, values in seconds.items()},
-        "ratio_of_medians": round(statistics.median(seconds["routed"]) / statistics.median(seconds["diffusers"]), 4),
-        "ratio_pair_by_pair": {
-            "min": round(min(ratios), 4),
-            "median": round(statistics.median(ratios), 4),
-            "max": round(max(ratios), 4),
-        },
+        **compare(seconds),
     }
     print(json.dumps(report, indent=2))
 

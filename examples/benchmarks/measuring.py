@@ -1,0 +1,72 @@
+"""What benchmarks share: the machine that they report, peaks of memory, and runs that take turns."""
+
+import platform
+import resource
+import statistics
+import time
+
+import diffusers
+import torch
+
+
+def environment(device="cpu"):
+    """The part of a report that says what the numbers are of."""
+    cpu = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    return {
+        "machine": torch.cuda.get_device_name(device) if _is_cuda(device) else cpu,
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+    }
+
+
+def peak_bytes(device="cpu"):
+    """The most that CUDA's allocator has held on a device, or of resident memory that this process had."""
+    if _is_cuda(device):
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+
+
+def seconds_by_turns(runs, repeats, warmup, device="cpu", clock=time.perf_counter):
+    """Seconds of every timed run, by name. The runs take turns, and the one that goes first alternates."""
+    seconds = {name: [] for name in runs}
+    for repeat in range(warmup + repeats):
+        for name in runs if repeat % 2 == 0 else reversed(runs):
+            synchronise(device)
+            start = clock()
+            runs[name]()
+            synchronise(device)
+            if repeat >= warmup:
+                seconds[name].append(clock() - start)
+    return seconds
+
+
+def compare(seconds):
+    """Medians of two runs that took turns, and ratios of the first to the second."""
+    first, second = seconds.values()
+    ratios = [a / b for a, b in zip(first, second, strict=True)]
+    return {
+        "median_seconds": {name: round(statistics.median(values), 5) for name, values in seconds.items()},
+        "ratio_of_medians": round(statistics.median(first) / statistics.median(second), 4),
+        "ratio_of_minima": round(min(first) / min(second), 4),
+        "ratio_pair_by_pair": {
+            "min": round(min(ratios), 4),
+            "median": round(statistics.median(ratios), 4),
+            "max": round(max(ratios), 4),
+        },
+    }
+
+
+def synchronise(device):
+    """Wait for what a GPU was told to do."""
+    if _is_cuda(device):
+        torch.cuda.synchronize(device)
+
+
+def fill_weights(model):
+    """Random weights, because zeros of the initialisation would leave most gradients at zero."""
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+
+
+def _is_cuda(device):
+    return torch.device(device).type == "cuda"
