@@ -5,8 +5,6 @@ from test_transformer_sd3 import assert_image_streams_are_routed
 from tiny_models import FLUX, output
 from tiny_text_encoders import clip_text_model, clip_tokenizer, t5_encoder, t5_tokenizer, tiny_vae
 
-import diffusers_dtr
-from diffusers_dtr.diffusers_registration import register_routed_model
 from diffusers_dtr.models.transformer_flux import DTRFluxTransformer2DModel
 
 
@@ -29,7 +27,6 @@ def test_residuals_of_a_controlnet_are_added_as_in_the_base_class():
 
 
 def test_caching_of_blocks_skips_them_as_in_the_base_class():
-    register_routed_model(DTRFluxTransformer2DModel)
     model, calls = FLUX.routed(), []
     model.enable_cache(FirstBlockCacheConfig(threshold=1e6))
     model.single_transformer_blocks[-1].norm.register_forward_hook(lambda *_: calls.append(1))
@@ -66,8 +63,7 @@ def sample(pipeline):
     return result.images
 
 
-def test_it_works_in_the_pipeline_also_after_saving(monkeypatch, tmp_path):
-    monkeypatch.setattr(diffusers_dtr, "DTRFluxTransformer2DModel", DTRFluxTransformer2DModel, raising=False)
+def test_it_works_in_the_pipeline_also_after_saving(tmp_path):
     routed, timesteps = FLUX.routed(), []
     routed.register_forward_pre_hook(
         lambda _, args, kwargs: timesteps.append(kwargs["timestep"][0].item()), with_kwargs=True

@@ -6,7 +6,6 @@ from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtSi
 from tiny_models import PIXART, in_double, output, recorded_calls, window
 from tiny_text_encoders import t5_encoder, t5_tokenizer, tiny_vae
 
-import diffusers_dtr
 from diffusers_dtr.models.transformer_pixart import DTRPixArtTransformer2DModel
 
 
@@ -58,9 +57,7 @@ def sample(pipeline):
 
 
 @pytest.mark.parametrize("pipeline_class", [PixArtAlphaPipeline, PixArtSigmaPipeline])
-def test_it_works_in_diffusers_pipelines_also_after_saving(monkeypatch, tmp_path, pipeline_class):
-    monkeypatch.setattr(diffusers_dtr, "DTRPixArtTransformer2DModel", DTRPixArtTransformer2DModel, raising=False)
-
+def test_it_works_in_diffusers_pipelines_also_after_saving(tmp_path, pipeline_class):
     def pipeline(transformer):
         scheduler = DPMSolverMultistepScheduler()
         return pipeline_class(

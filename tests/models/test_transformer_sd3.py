@@ -4,7 +4,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from tiny_models import SD3, in_double, output, recorded_calls, window
 from tiny_text_encoders import clip_text_model_with_projection, clip_tokenizer, t5_encoder, t5_tokenizer, tiny_vae
 
-import diffusers_dtr
 from diffusers_dtr.models.transformer_sd3 import DTRSD3Transformer2DModel
 
 
@@ -80,8 +79,7 @@ def sample(pipeline):
     return result.images
 
 
-def test_it_works_in_the_pipeline_also_after_saving(monkeypatch, tmp_path):
-    monkeypatch.setattr(diffusers_dtr, "DTRSD3Transformer2DModel", DTRSD3Transformer2DModel, raising=False)
+def test_it_works_in_the_pipeline_also_after_saving(tmp_path):
     routed, timesteps = SD3.routed(), []
     routed.register_forward_pre_hook(
         lambda _, args, kwargs: timesteps.append(kwargs["timestep"][0].item()), with_kwargs=True

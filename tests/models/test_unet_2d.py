@@ -6,7 +6,6 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, 
 from diffusers.models.resnet import ResnetBlock2D
 from tiny_models import TIMESTEPS, UNET, in_double, output, recorded_calls, window
 
-import diffusers_dtr
 from diffusers_dtr.models.unet_2d import DTRUNet2DModel
 
 
@@ -131,9 +130,7 @@ def test_a_window_without_channels_is_refused_before_a_layer_is_built(monkeypatc
 @pytest.mark.parametrize(
     ("pipeline_class", "scheduler"), [(DDPMPipeline, DDPMScheduler()), (DDIMPipeline, DDIMScheduler())]
 )
-def test_it_works_in_diffusers_pipelines_also_after_saving(monkeypatch, tmp_path, pipeline_class, scheduler):
-    monkeypatch.setattr(diffusers_dtr, "DTRUNet2DModel", DTRUNet2DModel, raising=False)
-
+def test_it_works_in_diffusers_pipelines_also_after_saving(tmp_path, pipeline_class, scheduler):
     def sample(pipeline):
         pipeline.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(0)

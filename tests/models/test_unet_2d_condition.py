@@ -1,13 +1,12 @@
 import pytest
 import torch
-from diffusers import ControlNetModel, EulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers import ControlNetModel, DiffusionPipeline, StableDiffusionControlNetPipeline
 from peft import LoraConfig
 from test_unet_2d import assert_units_are_routed
+from tiny_dit import with_random_weights
 from tiny_models import TIMESTEPS, UNET_CONDITION, output
-from tiny_text_encoders import clip_text_model, clip_tokenizer, tiny_vae
+from tiny_text_encoders import stable_diffusion, stable_diffusion_xl
 
-import diffusers_dtr
-from diffusers_dtr.diffusers_registration import register_routed_model
 from diffusers_dtr.models.unet_2d_condition import DTRUNet2DConditionModel
 
 
@@ -80,7 +79,6 @@ def test_the_residuals_of_a_controlnet_are_added_as_in_the_base_class():
 
 
 def test_lora_scales_per_block_are_those_of_the_base_class():
-    register_routed_model(DTRUNet2DConditionModel)
     scales = {"down": 0.5, "mid": 2.0, "up": {"block_1": [0.25, 3.0]}}
     outputs = []
     plain = UNET_CONDITION.plain()
@@ -93,20 +91,6 @@ def test_lora_scales_per_block_are_those_of_the_base_class():
         model.set_adapters("style", scales)
         outputs.append(output(model, UNET_CONDITION.inputs()))
     assert torch.equal(*outputs)
-
-
-def pipeline(unet, **components):
-    return StableDiffusionPipeline(
-        vae=tiny_vae(),
-        text_encoder=clip_text_model(),
-        tokenizer=clip_tokenizer(),
-        unet=unet,
-        scheduler=EulerDiscreteScheduler(timestep_spacing="trailing", steps_offset=1),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-        **components,
-    )
 
 
 def sample(pipeline, **arguments):
@@ -144,7 +128,7 @@ def test_an_ip_adapter_does_what_it_does_in_the_base_class():
         ("share of one", DTRUNet2DConditionModel.from_unet(plain, routing_beta=1.0)),
         ("routed", DTRUNet2DConditionModel.from_unet(plain)),
     ):
-        adapted = pipeline(unet)
+        adapted = stable_diffusion(unet)
         found[name, "without"] = sample(adapted)
         adapted.load_ip_adapter(ip_adapter_weights(unet), None, None, image_encoder_folder=None)
         found[name, "with"] = sample(adapted, ip_adapter_image_embeds=[torch.ones(2, 1, 6)])
@@ -153,16 +137,32 @@ def test_an_ip_adapter_does_what_it_does_in_the_base_class():
     assert not torch.equal(found["routed", "with"], found["base", "with"])
 
 
-def test_it_works_in_the_stable_diffusion_pipeline_also_after_saving(monkeypatch, tmp_path):
-    monkeypatch.setattr(diffusers_dtr, "DTRUNet2DConditionModel", DTRUNet2DConditionModel, raising=False)
-    unet = UNET_CONDITION.routed()
-    seen = []
-    unet.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
-    latents = sample(pipeline(unet))
-    # Timesteps between the integers reach the routing as they are.
-    assert len(seen) == 3
-    assert not torch.equal(latents, sample(pipeline(UNET_CONDITION.plain())))
+@pytest.mark.parametrize(
+    ("pipeline", "name"), [(stable_diffusion, "Stable Diffusion 1"), (stable_diffusion_xl, "Stable Diffusion XL")]
+)
+def test_it_works_in_the_pipelines_of_stable_diffusion_also_after_saving(pipeline, name, tmp_path):
+    unet, plain = UNET_CONDITION.routed(**CONFIGS[name]), UNET_CONDITION.plain(**CONFIGS[name])
+    latents, expected = sample(pipeline(unet)), sample(pipeline(plain))
+    assert not torch.equal(latents, expected)
+    assert torch.equal(sample(pipeline(DTRUNet2DConditionModel.from_unet(plain, routing_beta=1.0))), expected)
     pipeline(unet).save_pretrained(tmp_path)
-    loaded = StableDiffusionPipeline.from_pretrained(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(loaded) is type(pipeline(unet))
     assert type(loaded.unet) is DTRUNet2DConditionModel
     torch.testing.assert_close(sample(loaded), latents, rtol=1e-3, atol=1e-3)
+
+
+def test_a_controlnet_steers_it_in_its_pipeline_as_it_does_the_base_class():
+    plain = UNET_CONDITION.plain()
+    controlnet = with_random_weights(ControlNetModel.from_unet(plain, conditioning_embedding_out_channels=(4,)))
+
+    def steered(unet, scale):
+        components = {**stable_diffusion(unet).components, "controlnet": controlnet}
+        pipeline = StableDiffusionControlNetPipeline(**components, requires_safety_checker=False)
+        return sample(pipeline, image=torch.ones(1, 3, 8, 8), controlnet_conditioning_scale=scale)
+
+    routed = DTRUNet2DConditionModel.from_unet(plain)
+    assert not torch.equal(steered(routed, scale=1.0), steered(routed, scale=0.0))
+    assert not torch.equal(steered(routed, scale=1.0), steered(plain, scale=1.0))
+    routed.set_routing_beta(1.0)
+    assert torch.equal(steered(routed, scale=1.0), steered(plain, scale=1.0))

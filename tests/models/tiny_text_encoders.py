@@ -13,6 +13,7 @@ from diffusers import (
     PixArtAlphaPipeline,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
 )
 from tiny_dit import with_random_weights
 from transformers import (
@@ -91,6 +92,20 @@ def stable_diffusion(unet: ModelMixin) -> StableDiffusionPipeline:
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    )
+
+
+def stable_diffusion_xl(unet: ModelMixin) -> StableDiffusionXLPipeline:
+    return StableDiffusionXLPipeline(
+        vae=tiny_vae(),
+        # Side by side, the two are as wide as the U-Net's text.
+        text_encoder=clip_text_model(WIDTH // 2),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=clip_text_model_with_projection(WIDTH // 2),
+        tokenizer_2=clip_tokenizer(),
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(timestep_spacing="trailing", steps_offset=1),
+        add_watermarker=False,
     )
 
 
