@@ -51,11 +51,11 @@ class Workspace:
             settings: JSON-serialisable: all that results depend on, apart from the weights.
 
         Raises:
-            ValueError: If the folder has a measurement of other settings.
+            ValueError: If the folder has a measurement of other settings, of which at least one timestep is done.
         """
         path = self.folder / SETTINGS_FILE
         settings = json.loads(json.dumps(settings))
-        if path.exists():
+        if path.exists() and any(self.folder.glob("*.safetensors")):
             found = json.loads(path.read_text(encoding="utf-8"))
             changed = sorted(
                 key for key in settings.keys() | found.keys() if settings.get(key, ...) != found.get(key, ...)

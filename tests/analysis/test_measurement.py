@@ -140,9 +140,12 @@ def test_progress_goes_through_the_timesteps_of_this_process(tmp_path):
     assert seen == [0, 1, 2, 3, 4]
 
 
-def test_changed_settings_are_refused_by_name(tmp_path):
+def test_changed_settings_are_refused_by_name_once_anything_is_measured(tmp_path):
     workspace = Workspace(tmp_path / "new")
+    workspace.claim({"seed": 2})
     workspace.claim({"seed": 0, "timesteps": (1, 2)})
+    with pytest.raises(KeyboardInterrupt):
+        measure(tmp_path / "new", CountedGradients(die_at=250))
     workspace.claim({"seed": 0, "timesteps": (1, 2)})
     assert json.loads((tmp_path / "new" / "settings.json").read_text()) == {"seed": 0, "timesteps": [1, 2]}
     with pytest.raises(ValueError, match="of other settings: `extra`, `seed` changed"):
