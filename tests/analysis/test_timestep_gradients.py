@@ -113,7 +113,7 @@ def test_samples_that_do_not_belong_together_are_refused():
         DenoisingBatch(clean, torch.zeros(4, 3))
     with pytest.raises(ValueError, match="one entry for each of the 4 clean samples, got 5 of 'labels'"):
         DenoisingBatch(clean, clean, {"labels": torch.zeros(5)})
-    with pytest.raises(ValueError, match="one entry for each of the 4 clean samples, got 2 of 'sizes.height'"):
+    with pytest.raises(ValueError, match=r"got 2 of 'sizes\.height'"):
         DenoisingBatch(clean, clean, {"sizes": {"height": torch.zeros(2)}})
 
 
