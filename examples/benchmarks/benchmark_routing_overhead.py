@@ -12,13 +12,13 @@ plain time.
 import argparse
 import gc
 import json
-import platform
-import statistics
 import sys
 import time
+from functools import partial
 
 import diffusers
 import torch
+from measuring import compare, environment, seconds_by_turns
 
 import diffusers_dtr
 
@@ -130,44 +130,13 @@ def train_step(model, call, inputs, args):
     model.zero_grad()
 
 
-def measure(run, models, calls, inputs, args):
-    """Seconds of every timed run, by model; the one that goes first alternates."""
-    clock = CLOCKS[args.clock]
-    seconds = {name: [] for name in models}
-    for repeat in range(args.warmup + args.repeats):
-        for name in sorted(models, reverse=repeat % 2 == 0):
-            synchronise(args.device)
-            start = clock()
-            run(models[name], calls[name], inputs, args)
-            synchronise(args.device)
-            if repeat >= args.warmup:
-                seconds[name].append(clock() - start)
-    return seconds
-
-
-def synchronise(device):
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
-
-
-def summarise(seconds):
-    ratios = [routed / plain for routed, plain in zip(seconds["routed"], seconds["plain"], strict=True)]
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    return {
-        "median_seconds": {name: round(value, 5) for name, value in medians.items()},
-        "ratio_of_medians": round(medians["routed"] / medians["plain"], 4),
-        "ratio_of_minima": round(min(seconds["routed"]) / min(seconds["plain"]), 4),
-        "ratio_pair_by_pair": {
-            "min": round(min(ratios), 4),
-            "median": round(statistics.median(ratios), 4),
-            "max": round(max(ratios), 4),
-        },
-    }
-
-
 def overhead(models, calls, inputs, args):
-    runs = {"forward": forward, "train_step": train_step}
-    return {name: summarise(measure(run, models, calls, inputs, args)) for name, run in runs.items()}
+    report = {}
+    for run in (forward, train_step):
+        runs = {name: partial(run, model, calls[name], inputs, args) for name, model in models.items()}
+        seconds = seconds_by_turns(runs, args.repeats, args.warmup, args.device, CLOCKS[args.clock])
+        report[run.__name__] = compare(seconds)
+    return report
 
 
 def measure_family(family, args):
@@ -188,11 +157,7 @@ def main():
     args = parse_args()
     report = {
         "command": vars(args),
-        "machine": torch.cuda.get_device_name()
-        if torch.device(args.device).type == "cuda"
-        else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
+        **environment(args.device),
         "families": {},
     }
     for family in args.families:
