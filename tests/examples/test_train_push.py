@@ -8,9 +8,11 @@ import torch
 from hub_server import AnswerStatus
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
+from test_train_unconditional import SOURCES
+from test_train_unconditional import train as train_unconditional
 from training_runs import make_images, same_weights, train, weights
 
-from diffusers_dtr import DTRPipeline
+from diffusers_dtr import DTRPipeline, DTRUNet2DModel
 
 
 DIGITS = ["--push_to_hub", "--hub_model_id", "owner/digits"]
@@ -35,6 +37,21 @@ def test_pushed_pipeline_loads_from_the_hub_without_what_is_of_no_use(hub, image
     pipeline = DTRPipeline.from_pretrained("owner/digits")
     for name, weight in weights(run).items():
         assert torch.equal(pipeline.transformer.state_dict()[name], weight)
+
+
+def test_pushed_unconditional_unet_loads_from_the_hub_and_its_card_tells_how(hub, images, tmp_path):
+    run = train_unconditional(images, tmp_path / "run", SOURCES["unet"], *DIGITS)
+    assert hub_files(hub) >= {"README.md", "model_index.json", "samples/step-00000003.png", "unet/config.json"}
+    pipeline = DTRPipeline.from_pretrained("owner/digits")
+    assert type(pipeline.unet) is DTRUNet2DModel
+    assert pipeline.transformer is None
+    for name, weight in weights(run, "unet").items():
+        assert torch.equal(pipeline.unet.state_dict()[name], weight)
+    card = ModelCard.load("owner/digits")
+    assert card.data.pipeline_tag == "unconditional-image-generation"
+    for text in ("An unconditional U-Net with Denoising Task Routing", "trained from scratch on 24 images"):
+        assert text in card.text
+    assert 'DTRPipeline.from_pretrained("owner/digits")\nimages = pipe(num_images=4).images' in card.text
 
 
 def test_nothing_that_is_shared_names_a_token_or_this_machine(hub, images, tmp_path, monkeypatch):
