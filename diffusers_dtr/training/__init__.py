@@ -23,6 +23,7 @@ from .components import (
     load_vae,
     pretrained_denoiser,
     pretrained_options,
+    pretrained_pipeline_class,
     sample_size,
     sampling_scheduler,
 )
@@ -30,6 +31,7 @@ from .lora import add_lora, save_lora
 from .outputs import save_pipeline
 from .run import start_run
 from .text_to_image import (
+    TEXT_TO_IMAGE_FAMILIES,
     build_text_encoder,
     frozen_dtype,
     load_text_to_image_pipeline,
@@ -41,6 +43,7 @@ from .validation import HeldOutLoss
 
 
 __all__ = [
+    "TEXT_TO_IMAGE_FAMILIES",
     "CaptionedDataset",
     "HeldOutLoss",
     "Trainer",
@@ -71,6 +74,7 @@ __all__ = [
     "load_vae",
     "pretrained_denoiser",
     "pretrained_options",
+    "pretrained_pipeline_class",
     "routing_config",
     "sample_size",
     "sample_text_to_image",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from diffusers import (
 from ..latents import vae_scale_factor
 from ..models.routed_model import RoutedModelMixin
 from ..noise_levels import NoiseLevels
+from ..pipelines.model_index import pipeline_class_name
 from .arguments import noise_config
 
 
@@ -95,6 +97,20 @@ def _same_noise_levels(one: SchedulerMixin, other: SchedulerMixin) -> bool:
         and torch.equal(one.timesteps, timesteps)
         and torch.allclose(one.log_snr(timesteps), other.log_snr(timesteps))
     )
+
+
+def pretrained_pipeline_class(
+    name_or_path: str | os.PathLike, *, revision: str | None = None, cache_dir: str | os.PathLike | None = None
+) -> str | None:
+    """Name of a saved pipeline's class, without loading the pipeline.
+
+    Args:
+        name_or_path: Folder, or id on the Hub.
+        revision: Of the repository.
+        cache_dir: Where downloads are kept.
+    """
+    index = DiffusionPipeline.load_config(name_or_path, revision=revision, cache_dir=cache_dir)
+    return pipeline_class_name(index)
 
 
 def pretrained_component(args: argparse.Namespace, name: str) -> str | None:

@@ -18,10 +18,9 @@ from ..latents import decode_latents, vae_scale_factor
 from ..models.transformer_pixart import DTRPixArtTransformer2DModel
 from ..models.transformer_sd3 import DTRSD3Transformer2DModel
 from ..models.unet_2d_condition import DTRUNet2DConditionModel
-from ..pipelines.model_index import pipeline_class_name
 from ..run_folder import TEXT_EMBEDDINGS
 from .arguments import noise_config
-from .components import pretrained_options
+from .components import pretrained_options, pretrained_pipeline_class
 from .text_embeddings import TextEncoder, cache_text_embeddings
 
 
@@ -66,11 +65,43 @@ class TextToImageFamily:
     micro_conditions: bool = False
     takes_variance: bool = False
 
+    def prompt_options(self, max_sequence_length: int | None) -> dict[str, Any]:
+        """The arguments of `encode_prompt` beside the texts, for [`encode`].
+
+        Args:
+            max_sequence_length: Tokens of a prompt, or None for the pipeline's own number.
+
+        Raises:
+            ValueError: If the number is not to be chosen.
+        """
+        if max_sequence_length is None:
+            return self.encode_options
+        if not self.max_sequence_length:
+            raise ValueError("`--max_sequence_length` must be left out: the tokenizer of such a pipeline decides.")
+        return {**self.encode_options, "max_sequence_length": max_sequence_length}
+
+    @torch.no_grad()
+    def encode(
+        self, pipeline: DiffusionPipeline, texts: list[str], device: torch.device, options: dict[str, Any]
+    ) -> dict[str, torch.Tensor]:
+        """What a pipeline makes of texts: one row per text, by the pipeline's arguments.
+
+        Args:
+            pipeline: Of this family, with its text encoders on the device.
+            texts: Captions or prompts.
+            device: Where they are encoded.
+            options: Of [`prompt_options`].
+        """
+        encoded = pipeline.encode_prompt(
+            texts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False, **options
+        )
+        return {names.pipeline_argument: encoded[names.position] for names in self.embeddings}
+
     def conditions(self, embeddings: dict[str, torch.Tensor], resolution: int) -> dict[str, Any]:
         """The keyword arguments of the denoiser beside noisy sample and timestep.
 
         Args:
-            embeddings: Of the captions, as a [`TextEncoder`] of this family returns them.
+            embeddings: Of the captions, as [`encode`] returns them.
             resolution: Side of the images in pixels.
         """
         arguments = {names.denoiser_argument: embeddings[names.pipeline_argument] for names in self.embeddings}
@@ -122,17 +153,15 @@ def text_to_image_family(args: argparse.Namespace) -> TextToImageFamily:
     Raises:
         ValueError: If its pipeline is of none, or a flag asks for what the family does not have.
     """
-    index = DiffusionPipeline.load_config(
+    name = pretrained_pipeline_class(
         args.pretrained_model_name_or_path, revision=args.revision, cache_dir=args.cache_dir
     )
-    name = pipeline_class_name(index)
     if name not in TEXT_TO_IMAGE_FAMILIES:
         raise ValueError(
             f"`pretrained_model_name_or_path` must be a pipeline of {', '.join(TEXT_TO_IMAGE_FAMILIES)}, got {name}."
         )
     family = TEXT_TO_IMAGE_FAMILIES[name]
-    if args.max_sequence_length is not None and not family.max_sequence_length:
-        raise ValueError(f"`--max_sequence_length` must be left out: the tokenizer of a {name} decides.")
+    family.prompt_options(args.max_sequence_length)  # refuses a number that is not to be chosen
     if args.learn_sigma and not family.takes_variance:
         raise ValueError(f"`--learn_sigma` must be left out: a {name} cannot sample with a predicted variance.")
     return family
@@ -185,16 +214,10 @@ def build_text_encoder(
     tokenizers, encoders = _named(pipeline, "tokenizer"), _named(pipeline, "text_encoder")
     for encoder in encoders.values():
         encoder.requires_grad_(False).eval().to(device, frozen_dtype(accelerator))
-    options = dict(family.encode_options)
-    if args.max_sequence_length is not None:
-        options["max_sequence_length"] = args.max_sequence_length
+    options = family.prompt_options(args.max_sequence_length)
 
-    @torch.no_grad()
     def encode(some: list[str]) -> dict[str, torch.Tensor]:
-        encoded = pipeline.encode_prompt(
-            some, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False, **options
-        )
-        return {names.pipeline_argument: encoded[names.position] for names in family.embeddings}
+        return family.encode(pipeline, some, device, options)
 
     if not args.cache_text_embeddings:
         return encode

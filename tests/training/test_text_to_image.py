@@ -176,7 +176,7 @@ def test_resolution_that_the_pipeline_cannot_sample_is_refused(name, args):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ({"max_sequence_length": 4}, "`--max_sequence_length` must be left out: the tokenizer of a StableDiffusion"),
+        ({"max_sequence_length": 4}, "`--max_sequence_length` must be left out: the tokenizer of such a pipeline"),
         ({"learn_sigma": True}, "`--learn_sigma` must be left out: a StableDiffusionPipeline cannot sample"),
     ],
 )
