@@ -1,11 +1,25 @@
 from __future__ import annotations
 
+import json
 import shlex
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusers_dtr.model_card.prose import wrap_command
+import diffusers_dtr
+from diffusers_dtr.model_card.prose import overview, wrap_command
+from diffusers_dtr.model_card.trained_model import TrainedModel
+from diffusers_dtr.run_folder import RECORD_FILE
+
+
+ROUTED_CLASSES = [name for name in diffusers_dtr.__all__ if hasattr(getattr(diffusers_dtr, name), "plain_class")]
+
+
+@pytest.mark.parametrize("name", ROUTED_CLASSES)
+def test_every_routed_class_is_called_what_people_call_it(name, tmp_path):
+    (tmp_path / RECORD_FILE).write_text(json.dumps({"model": {"class": name}}))
+    assert "diffusion model" not in overview(TrainedModel(tmp_path))
 
 
 @given(st.lists(st.text(alphabet="ab -'\"$", max_size=40).map("--{}".format) | st.text(max_size=5), min_size=1))

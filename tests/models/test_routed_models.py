@@ -11,6 +11,7 @@ from threading import Barrier
 import pytest
 import torch
 import torch.distributed as dist
+from diffusers.loaders.peft import _SET_ADAPTER_SCALE_FN_MAPPING
 from diffusers.models.attention_dispatch import attention_backend
 from diffusers.training_utils import EMAModel
 from peft import LoraConfig
@@ -32,6 +33,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+import diffusers_dtr
 from diffusers_dtr.models.routing_scope import current_mask
 
 
@@ -106,6 +108,20 @@ def test_every_width_of_a_routed_block_is_told_once(family):
 def test_a_missing_timestep_is_named(family):
     with pytest.raises(ValueError, match="`timestep` must be given"):
         family.routed()(**{**family.inputs(), "timestep": None})
+
+
+# What it is known to.
+
+
+def test_families_that_are_tested_are_the_public_routed_classes():
+    public = {getattr(diffusers_dtr, name) for name in diffusers_dtr.__all__ if name.startswith("DTR")}
+    assert {cls for cls in public if hasattr(cls, "plain_class")} == {family.routed_class for family in FAMILIES}
+
+
+@every_family
+def test_diffusers_looks_up_lora_scales_as_for_the_base_class(family):
+    ours, theirs = family.routed_class.__name__, family.routed_class.plain_class.__name__
+    assert _SET_ADAPTER_SCALE_FN_MAPPING.get(ours) is _SET_ADAPTER_SCALE_FN_MAPPING.get(theirs)
 
 
 # Config and conversion.
