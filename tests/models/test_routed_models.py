@@ -3,14 +3,12 @@
 import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from inspect import signature
 from threading import Barrier
 
 import pytest
 import torch
-import torch.distributed as dist
 from diffusers.loaders.peft import _SET_ADAPTER_SCALE_FN_MAPPING
 from diffusers.models.attention_dispatch import attention_backend
 from diffusers.training_utils import EMAModel
@@ -29,8 +27,6 @@ from tiny_models import (
     recorded_calls,
 )
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import diffusers_dtr
@@ -341,38 +337,6 @@ def test_recomputation_that_does_not_know_the_masks_is_an_error(family):
     model.set_submodule(name, checkpoint_wrapper(model.get_submodule(name)))
     with pytest.raises(RuntimeError, match="use the model's `enable_gradient_checkpointing`"):
         loss(model, family.inputs()).backward()
-
-
-@contextmanager
-def one_process_group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-@every_family
-@pytest.mark.parametrize("wrap", [partial(DistributedDataParallel, find_unused_parameters=True), fully_shard])
-def test_wrapped_for_distributed_training_it_gives_the_same_gradients(family, wrap):
-    model = family.routed()
-    loss(model, family.inputs()).backward()
-    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    model.enable_gradient_checkpointing()
-    with one_process_group():
-        if wrap is fully_shard:
-            for block in reversed(list(model.modules())):
-                if type(block).__name__ in (model._no_split_modules or ()):
-                    fully_shard(block, mesh=dist.init_device_mesh("cpu", (1,)))
-            wrapped = fully_shard(model, mesh=dist.init_device_mesh("cpu", (1,)))
-        else:
-            wrapped = wrap(model)
-        loss(wrapped, family.inputs()).backward()
-        for name, parameter in model.named_parameters():
-            if name in expected:
-                gradient = parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
-                torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
 
 
 # torch.compile.

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from two_processes import ProcessPair, balance_sharded_denoiser, train
+from process_pair import ProcessPair
+from two_processes import balance_sharded_denoiser, train
 
 
 pytestmark = pytest.mark.slow

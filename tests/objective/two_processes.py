@@ -1,14 +1,8 @@
-"""The same training with one process and with two, and a pair of processes to run it in. They import this file."""
+"""The same training with one process and with two, which import this file."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import tempfile
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,33 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 from diffusers_dtr.objective.clustered_loss import ClusteredLoss
 from diffusers_dtr.objective.clustering import cluster_timesteps
 from diffusers_dtr.objective.gradient_balancing import GradientBalancer
-
-
-class ProcessPair:
-    """Two processes that stay alive between calls, because starting them is what takes the time."""
-
-    def __init__(self):
-        self._executor = ProcessPoolExecutor(2, mp_context=get_context("spawn"))
-
-    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """What `function(*args)` returns in each of the two processes of a group."""
-        with tempfile.TemporaryDirectory() as folder:
-            store = str(Path(folder) / "store")
-            futures = [self._executor.submit(_in_group, store, rank, function, *args) for rank in range(2)]
-            return [future.result(timeout=120) for future in futures]
-
-    def close(self) -> None:
-        self._executor.shutdown()
-
-
-def _in_group(store: str, rank: int, function: Callable[..., Any], *args: Any) -> Any:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    try:
-        return function(*args)
-    finally:
-        dist.destroy_process_group()
 
 
 def train(balancing: str, update_every: int = 1, micro_batches: int = 1, prepare_loss: bool = False) -> dict[str, Any]:
