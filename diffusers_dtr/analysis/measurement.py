@@ -6,12 +6,14 @@ share the work by sharing the folder, and work that is there is not done again, 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers import ConfigMixin
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -48,7 +50,7 @@ class Workspace:
         """Begin a measurement here, or go on with one of the same settings; all processes must call this.
 
         Args:
-            settings: JSON-serialisable: all that results depend on, apart from the weights.
+            settings: JSON-serialisable: all that results depend on, apart from the model.
 
         Raises:
             ValueError: If the folder has a measurement of other settings, of which at least one timestep is done.
@@ -82,7 +84,7 @@ class Workspace:
         Returns:
             float64 `(4, 4, n, n)`, between the parts of the images.
         """
-        model = fingerprint(sorted(gradients.parameters.items()))[:16]
+        model = _key(gradients)
         total = torch.zeros(NUM_PARTS, NUM_PARTS, len(timesteps), len(timesteps), dtype=torch.float64)
         for number, projection in enumerate(projections):
             path = self.folder / f"{model}-{number}.safetensors"
@@ -111,6 +113,22 @@ class Workspace:
             for file in files:
                 file.unlink()
         self.wait_for_everyone()
+
+
+def _key(gradients: TimestepGradients) -> str:
+    """What a model's gradients depend on, as the beginning of file names: its class and config too, not weights alone.
+
+    A plain model and a routed one that was made of it have the same weights.
+    """
+    model = gradients.model
+    config = model.config if isinstance(model, ConfigMixin) else {}
+    description = {
+        "class": type(model).__name__,
+        "config": {name: value for name, value in config.items() if not name.startswith("_")},
+        "weights": fingerprint(sorted(model.state_dict().items())),
+        "parameters": sorted(gradients.parameters),
+    }
+    return hashlib.sha256(json.dumps(description, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _read_features(files: Sequence[Path]) -> Tensor:

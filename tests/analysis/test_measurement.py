@@ -19,11 +19,11 @@ TIMESTEPS = torch.tensor([10, 250, 500, 750, 990])
 class CountedGradients(TimestepGradients):
     """Gradients that remember what was asked of them, and die when asked for a certain timestep."""
 
-    def __init__(self, die_at=None):
+    def __init__(self, die_at=None, parameters=None, **config):
         generator = torch.Generator().manual_seed(0)
         clean, noise = torch.randn(2, 4, 4, 8, 8, generator=generator)
         batch = DenoisingBatch(clean, noise, {"class_labels": torch.arange(4) % NUM_CLASSES})
-        super().__init__(routed_dit(), DenoisingLoss(DDPMScheduler()), batch)
+        super().__init__(routed_dit(**config), DenoisingLoss(DDPMScheduler()), batch, parameters=parameters)
         self.die_at = die_at
         self.asked = []
 
@@ -126,6 +126,24 @@ def test_other_weights_are_measured_anew(tmp_path):
         next(iter(other.parameters.values())).mul_(1.5)
     assert not torch.allclose(measure(tmp_path, other), first)
     assert len(other.asked) == 4 * len(TIMESTEPS)
+
+
+def test_same_weights_in_another_model_are_measured_anew(tmp_path):
+    first = measure(tmp_path, CountedGradients())
+    other = CountedGradients(routing_beta=0.5)
+    assert not torch.allclose(measure(tmp_path, other), first)
+
+
+def test_part_of_a_model_is_measured_anew_where_the_rest_differs(tmp_path):
+    def first_block(name):
+        return "blocks.0" in name
+
+    first = measure(tmp_path, CountedGradients(parameters=first_block))
+    other = CountedGradients(parameters=first_block)
+    with torch.no_grad():
+        next(value for name, value in other.model.named_parameters() if "blocks.1" in name).mul_(1.5)
+    assert not torch.allclose(measure(tmp_path, other), first)
+    assert not torch.allclose(measure(tmp_path, CountedGradients()), first)
 
 
 def test_progress_goes_through_the_timesteps_of_this_process(tmp_path):
