@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DiffusionPipeline
 from tqdm.auto import tqdm
 
 from diffusers_dtr import DenoisingLoss, DTRPipeline, TaskAffinity, cluster_timesteps, training
@@ -40,7 +40,8 @@ def parse_args(argv=None):
         nargs="+",
         required=True,
         metavar="PIPELINE",
-        help="Folder or Hub id of a pipeline; affinity is averaged over several.",
+        help="Folder or Hub id of a class-conditional, unconditional or text-to-image pipeline; affinity is averaged "
+        "over several of one kind.",
     )
     add(
         "--checkpoints",
@@ -49,8 +50,16 @@ def parse_args(argv=None):
         metavar="STEP",
         help="Instead of the one pipeline's own weights, those of these checkpoints in its folder, not averaged.",
     )
-    add("--parameters", metavar="REGEX", help="Only parameters in whose name this is found. Default all.")
+    add(
+        "--parameters",
+        type=regular_expression,
+        metavar="REGEX",
+        help="Only parameters in whose name this is found. Default all.",
+    )
     training.add_data_arguments(parser)
+    add = parser.add_argument_group("captions, for text-to-image pipelines").add_argument
+    add("--caption_column", default="text", help="Column with the captions, of which an image's first one is taken.")
+    add("--max_sequence_length", type=int, help="Tokens of a T5 encoder's prompt. Default the pipeline's.")
     add = parser.add_argument_group("affinity").add_argument
     add(
         "--num_images",
@@ -77,6 +86,14 @@ def parse_args(argv=None):
     return args
 
 
+def regular_expression(text):
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"must be a regular expression, got {text!r}: {error}") from error
+    return text
+
+
 def check(parser, args):
     if (args.dataset_name is None) == (args.train_data_dir is None):
         parser.error("exactly one of --dataset_name and --train_data_dir must be given")
@@ -92,44 +109,121 @@ def check(parser, args):
         parser.error(f"--output_dir already holds {RESULT}: choose another folder, or remove it")
 
 
-def load_denoisers(args, pipeline, device):
-    """One denoiser at a time."""
-    if args.checkpoints is None:
-        for name in args.pretrained_model_name_or_path:
-            yield DTRPipeline.from_pretrained(name, cache_dir=args.cache_dir).denoiser.to(device)
-        return
-    kind = "unet" if pipeline.transformer is None else "transformer"
-    for step in args.checkpoints:
-        folder = Path(args.pretrained_model_name_or_path[0]) / f"checkpoint-{step}"
-        yield type(pipeline.denoiser).from_pretrained(folder, subfolder=kind).to(device)
+class Pipelines:
+    """What is measured: pipelines of one kind, with what their kind needs.
 
+    Attributes:
+        family: That of text-to-image pipelines, or None if they are class-conditional or unconditional.
+        first: The first pipeline, whose parts but for the denoiser serve all of them.
+        denoiser: What pipelines of this kind call theirs.
+        checkpoints: Folders to load denoisers from, or None for the pipelines' own.
+    """
 
-def load_samples(args, pipeline, accelerator):
-    """Clean samples, and what else the denoiser is called with: the same in all processes."""
-    num_classes = pipeline.num_classes
-    images = training.load_images(args, None if num_classes is None else args.label_column)
-    if num_classes is not None and images.num_classes > num_classes:
-        raise ValueError(f"The images have {images.num_classes} classes, but the model knows {num_classes}.")
-    vae = pipeline.vae
-    if args.vae_name_or_path is not None:
-        vae = AutoencoderKL.from_pretrained(args.vae_name_or_path, cache_dir=args.cache_dir)
-    if vae is not None:
-        vae.to(accelerator.device)
-    channels = pipeline.denoiser.config.in_channels if vae is None else vae.config.in_channels
-    dataset = training.held_out_dataset(args, images, channels)
-    if dataset is None:
-        dataset = training.build_dataset(args, images, channels, vae, accelerator)
-    clean, batch = training.held_out_samples(dataset, vae, args.num_images, args.train_batch_size, accelerator.device)
-    return clean, {} if num_classes is None else {"class_labels": batch["labels"]}
+    def __init__(self, args):
+        self.args = args
+        self.family = self._common_family()
+        if self.family is not None:
+            self.family.prompt_options(args.max_sequence_length)  # refuses a number that is not to be chosen
+        self.first = self._load(args.pretrained_model_name_or_path[0])
+        parts = self.first.components
+        self.denoiser = next(name for name in ("transformer", "unet") if parts.get(name) is not None)
+        self.checkpoints = None if args.checkpoints is None else self._checkpoint_folders()
+
+    def load_denoisers(self, device):
+        """One denoiser at a time."""
+        if self.checkpoints is not None:
+            denoiser_class = type(getattr(self.first, self.denoiser))
+            for folder in self.checkpoints:
+                yield denoiser_class.from_pretrained(folder, subfolder=self.denoiser).to(device)
+            return
+        shared = {name: part for name, part in self.first.components.items() if name != self.denoiser}
+        for name in self.args.pretrained_model_name_or_path:
+            yield getattr(self._load(name, **shared), self.denoiser).to(device)
+
+    def load_samples(self, accelerator):
+        """Clean samples, and what else the denoiser is called with: the same in all processes."""
+        args, first = self.args, self.first.to(accelerator.device)
+        num_classes = first.num_classes if self.family is None else None
+        images = training.load_images(
+            args,
+            label_column=None if num_classes is None else args.label_column,
+            caption_column=None if self.family is None else args.caption_column,
+        )
+        if num_classes is not None and images.num_classes > num_classes:
+            raise ValueError(f"The images have {images.num_classes} classes, but the model knows {num_classes}.")
+        vae = first.vae
+        if args.vae_name_or_path is not None:
+            vae = AutoencoderKL.from_pretrained(args.vae_name_or_path, cache_dir=args.cache_dir).to(accelerator.device)
+        training.sample_size(args, vae)  # refuses a resolution that latents do not fill
+        channels = training.image_channels(getattr(first, self.denoiser), vae)
+        dataset = training.held_out_dataset(args, images, channels)
+        if dataset is None:
+            dataset = training.build_dataset(args, images, channels, vae, accelerator)
+        if self.family is not None:
+            dataset = training.CaptionedDataset(dataset, dataset.images.captions)
+        size = args.num_images, args.train_batch_size
+        clean, batch = training.held_out_samples(dataset, vae, *size, accelerator.device)
+        if self.family is not None:
+            embeddings = self._encode(batch["caption"], accelerator.device)
+            conditions = self.family.conditions(embeddings, args.resolution)
+        else:
+            conditions = {} if num_classes is None else {"class_labels": batch["labels"]}
+        first.to("cpu")  # the device's memory is for what is measured
+        return clean, conditions
+
+    def _common_family(self):
+        families = []
+        for name in self.args.pretrained_model_name_or_path:
+            kind = training.pretrained_pipeline_class(name, cache_dir=self.args.cache_dir)
+            families.append(training.TEXT_TO_IMAGE_FAMILIES.get(kind))
+            if families[-1] is None:
+                self._check_classes_or_none(name, kind)
+        if any(family != families[0] for family in families):
+            raise ValueError("`--pretrained_model_name_or_path` must be pipelines of one kind, got several kinds.")
+        return families[0]
+
+    def _check_classes_or_none(self, name, kind):
+        try:
+            DTRPipeline.load_config(name, cache_dir=self.args.cache_dir)
+        except ValueError as error:
+            raise ValueError(
+                "`--pretrained_model_name_or_path` must be class-conditional or unconditional pipelines, or one of "
+                f"{', '.join(training.TEXT_TO_IMAGE_FAMILIES)}, got {kind}. `TaskAffinity.measure` takes any denoiser."
+            ) from error
+
+    def _load(self, name, **parts):
+        pipeline_class = DTRPipeline if self.family is None else DiffusionPipeline
+        # Text encoders would otherwise come in the precision that they were saved in.
+        return pipeline_class.from_pretrained(name, cache_dir=self.args.cache_dir, torch_dtype=torch.float32, **parts)
+
+    def _checkpoint_folders(self):
+        run = Path(self.args.pretrained_model_name_or_path[0])
+        folders = [run / f"checkpoint-{step}" for step in self.args.checkpoints]
+        missing = [folder.name for folder in folders if not (folder / self.denoiser).is_dir()]
+        if missing:
+            raise ValueError(
+                f"`--checkpoints` must be steps of which {run} has a checkpoint with a {self.denoiser}, got "
+                f"{', '.join(missing)}."
+            )
+        return folders
+
+    def _encode(self, captions, device):
+        options = self.family.prompt_options(self.args.max_sequence_length)
+        size = self.args.train_batch_size
+        batches = [captions[start : start + size] for start in range(0, len(captions), size)]
+        encoded = [self.family.encode(self.first, batch, device, options) for batch in batches]
+        return {name: torch.cat([part[name].cpu() for part in encoded]) for name in encoded[0]}
 
 
 def noise_like(clean, seed):
     return torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
 
 
-def measure(args, pipeline, accelerator, folder):
-    clean, conditions = load_samples(args, pipeline, accelerator)
-    scheduler = {name: value for name, value in pipeline.scheduler.config.items() if not name.startswith("_")}
+def measure(args, pipelines, accelerator, folder):
+    scheduler = pipelines.first.scheduler
+    loss_fn = DenoisingLoss(scheduler)
+    clean, conditions = pipelines.load_samples(accelerator)
+    config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
     workspace = Workspace(
         folder,
         process_index=accelerator.process_index,
@@ -138,8 +232,8 @@ def measure(args, pipeline, accelerator, folder):
         progress=partial(tqdm, desc="timesteps", disable=not accelerator.is_main_process),
     )
     return TaskAffinity.measure(
-        load_denoisers(args, pipeline, accelerator.device),
-        DenoisingLoss(pipeline.scheduler),
+        pipelines.load_denoisers(accelerator.device),
+        loss_fn,
         clean,
         noise_like(clean, args.seed),
         conditions,
@@ -150,7 +244,7 @@ def measure(args, pipeline, accelerator, folder):
         seed=args.seed,
         batch_size=args.train_batch_size,
         workspace=workspace,
-        settings={"scheduler": scheduler, "parameters": args.parameters},
+        settings={"scheduler": config, "parameters": args.parameters},
     )
 
 
@@ -180,8 +274,11 @@ def main(args):
     accelerator = Accelerator(mixed_precision="no")
     output_dir = Path(args.output_dir)
     folder = output_dir / "measurement"
-    pipeline = DTRPipeline.from_pretrained(args.pretrained_model_name_or_path[0], cache_dir=args.cache_dir)
-    affinity = measure(args, pipeline, accelerator, folder)
+    pipelines = Pipelines(args)
+    scheduler = pipelines.first.scheduler
+    if args.cluster is not None:
+        cluster_timesteps(scheduler, args.cluster, "uniform")  # refuses a number that would be refused in the end
+    affinity = measure(args, pipelines, accelerator, folder)
     if accelerator.is_main_process:
         affinity = affinity.with_provenance(
             command=public_command(sys.argv),
@@ -190,7 +287,7 @@ def main(args):
         )
         draw(affinity, output_dir / PICTURE)
         affinity.save(output_dir / RESULT)
-        report(args, affinity, pipeline.scheduler)
+        report(args, affinity, scheduler)
         # What is needed no more, now that the result is there.
         shutil.rmtree(folder)
     accelerator.wait_for_everyone()

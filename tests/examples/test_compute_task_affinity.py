@@ -1,12 +1,16 @@
 """Task affinity measured as users measure it: of a saved pipeline, interrupted, by several processes."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from accelerate import Accelerator
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from text_to_image_runs import FAMILIES, every_family, make_captioned_images
 from training_runs import (
     EXAMPLES,
     MODEL,
@@ -17,6 +21,7 @@ from training_runs import (
     load_script,
     make_images,
     record,
+    reset_accelerate,
     run_main,
     train,
     wait_for,
@@ -42,6 +47,16 @@ def make_pipeline(folder, seed=0):
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     return make_images(folder / "images"), make_pipeline(folder / "pipeline"), make_pipeline(folder / "other", seed=1)
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory):
+    """Captioned images, and two pipelines of every family: one of diffusers, one of ours."""
+    folder = tmp_path_factory.mktemp("captioned")
+    images = make_captioned_images(folder / "images")
+    plain = {name: family.save_plain(folder / f"plain-{name}") for name, family in FAMILIES.items()}
+    routed = {name: family.save_routed(folder / f"routed-{name}") for name, family in FAMILIES.items()}
+    return {name: (images, plain[name], routed[name]) for name in FAMILIES}
 
 
 def arguments(inputs, output_dir, *flags, models=None):
@@ -175,6 +190,7 @@ def test_interrupted_measurement_refuses_other_settings_and_goes_on(inputs, tmp_
         (("--pretrained_model_name_or_path", "a", "b", "--checkpoints", 1), "--checkpoints are those of one"),
         (("--cache_latents",), "of no use"),
         (("--dataloader_num_workers", 1), "of no use"),
+        (("--parameters", "["), "--parameters: must be a regular expression, got '[': unterminated character set"),
     ],
 )
 def test_flags_that_do_not_fit_are_refused(inputs, tmp_path, capsys, flags, message):
@@ -194,6 +210,108 @@ def test_images_of_more_classes_than_the_model_knows_are_refused(inputs, tmp_pat
     images = make_images(tmp_path / "images", num_classes=4)
     with pytest.raises(ValueError, match="The images have 4 classes, but the model knows 3"):
         measure(inputs, tmp_path / "out", "--train_data_dir", images)
+
+
+@every_family
+def test_text_to_image_pipelines_of_diffusers_and_of_ours_are_measured(name, captioned, tmp_path):
+    inputs = captioned[name]
+    found = measure(inputs, tmp_path / "out", *FAMILIES[name].flags, models=inputs[1:])
+    assert found.provenance["checkpoints"] == 2
+    levels = NoiseLevels(DiffusionPipeline.from_pretrained(inputs[1]).scheduler)
+    assert torch.equal(found.training_timesteps, levels.timesteps)
+    assert sorted(files(tmp_path / "out")) == ["task_affinity.png", "task_affinity.safetensors"]
+
+
+@every_family
+@pytest.mark.parametrize("flags", [(), ("--validation_data_dir",)], ids=["training", "held_out"])
+def test_denoiser_is_told_the_first_captions_of_the_images(name, flags, captioned, tmp_path, monkeypatch):
+    images, pipeline, _ = captioned[name]
+    script, batches = load_script(SCRIPT), []
+    held_out_samples = script.training.held_out_samples
+
+    def spy(*arguments):
+        clean, batch = held_out_samples(*arguments)
+        batches.append(batch)
+        return clean, batch
+
+    monkeypatch.setattr(script.training, "held_out_samples", spy)
+    # Fewer captions at a time than images
+    flags = [*FAMILIES[name].flags, "--train_batch_size", 3, *flags, *(images for _ in flags)]
+    pipelines = script.Pipelines(script.parse_args(arguments(captioned[name], tmp_path / "out", *flags)))
+    try:
+        _, conditions = pipelines.load_samples(Accelerator(cpu=True))
+    finally:
+        reset_accelerate()
+    first_captions = [json.loads(line)["text"][0] for line in (images / "metadata.jsonl").read_text().splitlines()]
+    captions = [first_captions[row] for row in batches[0]["row"]]
+    family = pipelines.family
+    options = family.prompt_options(pipelines.args.max_sequence_length)
+    encoded = family.encode(DiffusionPipeline.from_pretrained(pipeline), captions, torch.device("cpu"), options)
+    torch.testing.assert_close(conditions, family.conditions(encoded, 8))
+
+
+def test_text_encoder_in_half_precision_is_taken_in_full(captioned, tmp_path):
+    _, pipeline, _ = captioned["sd"]
+    DiffusionPipeline.from_pretrained(pipeline).to(torch.float16).save_pretrained(tmp_path / "half")
+    found = measure(captioned["sd"], tmp_path / "out", models=[tmp_path / "half"])
+    assert found.provenance["checkpoints"] == 1
+
+
+def test_checkpoints_of_a_text_to_image_run_are_measured(captioned, tmp_path):
+    *_, other = captioned["sd"]
+    run = FAMILIES["sd"].save_routed(tmp_path / "run", routing_beta=0.5)
+    shutil.copytree(other / "unet", run / "checkpoint-10" / "unet")
+    found = measure(captioned["sd"], tmp_path / "out", "--checkpoints", 10, models=[run])
+    assert torch.equal(found.matrix, measure(captioned["sd"], tmp_path / "other", models=[other]).matrix)
+
+
+def test_unconditional_pipeline_is_measured(inputs, tmp_path):
+    unet = UNet2DModel(
+        8,
+        1,
+        1,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+    )
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "unet")
+    found = measure(inputs, tmp_path / "out", "--estimator", "plain", models=[tmp_path / "unet"])
+    assert found.matrix.shape == (6, 6)
+
+
+def test_pipelines_of_other_kinds_are_refused_and_it_is_said_what_takes_them(inputs, tmp_path):
+    (tmp_path / "flux").mkdir()
+    index = {"_class_name": "FluxPipeline", "text_encoder": ["transformers", "CLIPTextModel"]}
+    (tmp_path / "flux" / "model_index.json").write_text(json.dumps(index))
+    allowed = r"class-conditional or unconditional pipelines, or one of StableDiffusionPipeline, .*, got FluxPipeline"
+    with pytest.raises(ValueError, match=rf"must be {allowed}\. `TaskAffinity\.measure` takes any denoiser"):
+        measure(inputs, tmp_path / "out", models=[tmp_path / "flux"])
+
+
+def test_pipelines_of_several_kinds_are_refused(inputs, captioned, tmp_path):
+    with pytest.raises(ValueError, match="must be pipelines of one kind, got several"):
+        measure(inputs, tmp_path / "out", models=[captioned["sd"][1], captioned["pixart"][1]])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--cluster", 0), "`num_clusters` must be"),
+        (("--cluster", 5000), "`num_clusters` must be"),
+        (("--checkpoints", 10, 20), r"`--checkpoints` must be .*, got checkpoint-10, checkpoint-20\."),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
+)
+def test_values_that_cannot_be_used_are_refused_before_anything_is_measured(inputs, tmp_path, flags, message):
+    with pytest.raises(ValueError, match=message):
+        measure(inputs, tmp_path / "out", *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_length_of_prompts_that_the_tokenizer_decides_is_refused(captioned, tmp_path):
+    with pytest.raises(ValueError, match="`--max_sequence_length` must be left out"):
+        measure(captioned["sd"], tmp_path / "out", "--max_sequence_length", 4)
 
 
 @pytest.mark.slow
