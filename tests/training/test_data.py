@@ -100,7 +100,7 @@ def test_integers_are_labels(dtype):
 
 
 def test_format_of_the_dataset_does_not_matter():
-    plain, formatted = (training_images(rows) for rows in (table([1, 0]), table([1, 0]).with_format("numpy")))
+    plain, formatted = (training_images(rows) for rows in (table([1, 0]), table([1, 0]).with_format("pandas")))
     assert formatted.read(1).getpixel((0, 0)) == plain.read(1).getpixel((0, 0)) == 1
     assert formatted.labels.tolist() == plain.labels.tolist() == [1, 0]
 
