@@ -106,15 +106,15 @@ def test_the_card_of_a_repository_is_renewed_in_one_commit_around_edits_made_the
 def test_the_card_of_a_branch_is_renewed_there_around_edits_made_there(repository):
     before = [commit.title for commit in HfApi().list_repo_commits(repository)]
     HfApi().create_branch(repository, branch="experiment")
-    card(repository, "--push", "--revision", "experiment")
-    changes = {
-        "README.md": published(repository, "experiment").replace("# digits", "# On the branch"),
-        "training_config.json": '{"command": "x", "arguments": {"max_train_steps": 4000}}',
-    }
-    for name, content in changes.items():
-        HfApi().upload_file(
-            repo_id=repository, revision="experiment", path_or_fileobj=content.encode(), path_in_repo=name
-        )
+    where = {"repo_id": repository, "revision": "experiment"}
+    from_folder = ["digits", "--push", "--hub_model_id", repository, "--revision", "experiment"]
+    card(*from_folder)
+    edited = published(repository, "experiment").replace("# digits", "# On the branch")
+    HfApi().upload_file(**where, path_or_fileobj=edited.encode(), path_in_repo="README.md")
+    card(*from_folder)
+    assert "# On the branch" in published(repository, "experiment")
+    record = b'{"command": "x", "arguments": {"max_train_steps": 4000}}'
+    HfApi().upload_file(**where, path_or_fileobj=record, path_in_repo="training_config.json")
     card(repository, "--push", "--revision", "experiment")
     assert "# On the branch" in published(repository, "experiment")
     assert "| optimizer steps | 4,000 |" in published(repository, "experiment")
