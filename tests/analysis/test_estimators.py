@@ -91,6 +91,14 @@ def test_noise_alone_is_not_reliable():
     assert abs(reliability([gram(features)], "plain")) < 0.15
 
 
+def test_halves_that_contradict_each_other_are_no_less_reliable_than_minus_one():
+    """In one half the first two of three gradients agree, in the other the first and the last."""
+    directions = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]])
+    halves = directions, directions[[0, 2, 1]]
+    r = reliability([gram(torch.stack([halves[part // 2] for part in range(4)]))], "plain")
+    assert -1 <= r < -0.7
+
+
 def test_several_checkpoints_are_more_reliable_than_one():
     many = [gram(noisy_features(noise=3.0, seed=seed, size=400)[0]) for seed in range(10)]
     single = torch.tensor([reliability([products], "plain") for products in many]).mean()

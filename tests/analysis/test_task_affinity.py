@@ -193,6 +193,30 @@ def test_workspace_is_gone_on_with_for_another_estimator_and_refuses_other_image
         measure(workspace=workspace, count=4)
 
 
+EXACT = {"sketch_size": None, "memory_limit": 2**20}
+
+
+@pytest.mark.parametrize(
+    ("options", "change", "named"),
+    [
+        ({}, {"seed": 1}, "`seed`"),
+        ({}, {"timesteps": 4}, "`timesteps`"),
+        ({}, {"settings": {"parameters": "attn"}}, "`parameters`"),
+        (EXACT, {"memory_limit": 2**21}, "`memory_limit`"),
+    ],
+)
+def test_workspace_of_other_settings_is_refused(options, change, named, tmp_path):
+    """Inner products of two sketches, or of two ways to cut the parameters into blocks, would be added up."""
+    measure(workspace=Workspace(tmp_path), **options)
+    with pytest.raises(ValueError, match=f"other settings: {named} changed"):
+        measure(workspace=Workspace(tmp_path), **{**options, **change})
+
+
+def test_memory_does_not_matter_to_a_workspace_of_sketches(tmp_path):
+    one, other = (measure(workspace=Workspace(tmp_path), memory_limit=2**power) for power in (20, 21))
+    assert torch.equal(one.matrix, other.matrix)
+
+
 def test_interpolation_keeps_what_was_measured_and_the_ridge_of_ones():
     matrix = [[1.0, 0.5, 0.1], [0.5, 1.0, 0.3], [0.1, 0.3, 1.0]]
     found = affinity(matrix, [0, 4, 9])
@@ -241,6 +265,7 @@ def test_file_holds_everything(tmp_path):
     assert (loaded.reliability, loaded.estimator) == (found.reliability, found.estimator)
     assert loaded.provenance == json.loads(json.dumps(found.provenance))
     assert loaded.provenance["command"] == "compute_task_affinity.py"
+    assert loaded.provenance["checkpoints"] == 1
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
     assert torch.equal(load_task_affinity(path), found.full_matrix())
     assert torch.equal(load_task_affinity(path, NoiseLevels(DDPMScheduler())), found.full_matrix())

@@ -40,8 +40,8 @@ def files(repo_id: str) -> set[str]:
     return set(HfApi().list_repo_files(repo_id)) - {".gitattributes"}
 
 
-def published(repo_id: str) -> str:
-    with open(HfApi().hf_hub_download(repo_id, "README.md"), encoding="utf-8") as file:
+def published(repo_id: str, revision: str | None = None) -> str:
+    with open(HfApi().hf_hub_download(repo_id, "README.md", revision=revision), encoding="utf-8") as file:
         return file.read()
 
 
@@ -101,6 +101,24 @@ def test_the_card_of_a_repository_is_renewed_in_one_commit_around_edits_made_the
     assert "# On the Hub" in published(repository)
     assert "| optimizer steps | 4,000 |" in published(repository)
     assert "transformer/diffusion_pytorch_model.safetensors" in files(repository)
+
+
+def test_the_card_of_a_branch_is_renewed_there_around_edits_made_there(repository):
+    before = [commit.title for commit in HfApi().list_repo_commits(repository)]
+    HfApi().create_branch(repository, branch="experiment")
+    where = {"repo_id": repository, "revision": "experiment"}
+    from_folder = ["digits", "--push", "--hub_model_id", repository, "--revision", "experiment"]
+    card(*from_folder)
+    edited = published(repository, "experiment").replace("# digits", "# On the branch")
+    HfApi().upload_file(**where, path_or_fileobj=edited.encode(), path_in_repo="README.md")
+    card(*from_folder)
+    assert "# On the branch" in published(repository, "experiment")
+    record = b'{"command": "x", "arguments": {"max_train_steps": 4000}}'
+    HfApi().upload_file(**where, path_or_fileobj=record, path_in_repo="training_config.json")
+    card(repository, "--push", "--revision", "experiment")
+    assert "# On the branch" in published(repository, "experiment")
+    assert "| optimizer steps | 4,000 |" in published(repository, "experiment")
+    assert [commit.title for commit in HfApi().list_repo_commits(repository)] == before
 
 
 def test_the_card_of_a_repository_is_written_without_fetching_weights(hub, repository, folder):

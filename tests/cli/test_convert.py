@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
 from huggingface_hub import HfApi
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -309,6 +309,20 @@ def test_a_repository_is_converted_in_a_fresh_process(hub, fresh_process, tmp_pa
     """)
     assert printed == [0, f"{tmp_path / 'model.pt'}\n"]
     assert same(torch.load(tmp_path / "model.pt", weights_only=True), original_dit_state_dict(model))
+
+
+def test_all_of_a_private_repositorys_revision_is_converted(hub, tmp_path, monkeypatch):
+    parts = [(DDIMScheduler(), routed_dit(routing_beta=0.5)), (DDPMScheduler(), routed_dit(num_layers=1))]
+    for scheduler, model in parts:
+        DTRPipeline(scheduler, transformer=model).push_to_hub("owner/model", private=True)
+    old = HfApi().list_repo_commits("owner/model")[1].commit_id
+    monkeypatch.delenv("HF_TOKEN")
+    for name, flags, (scheduler, model) in zip(("old", "new"), (["--revision", old], []), parts, strict=True):
+        assert convert("owner/model", tmp_path / name, "--token", "hf_owner", *flags) == 0
+        pipeline = DTRPipeline.from_pretrained(tmp_path / name)
+        assert type(pipeline.scheduler) is type(scheduler)
+        assert pipeline.transformer.config.routing_beta == model.config.routing_beta
+        assert same(pipeline.transformer.state_dict(), model.state_dict())
 
 
 def test_what_the_original_cannot_express_is_refused(tmp_path, capsys):

@@ -210,6 +210,7 @@ def test_a_private_repository_and_its_revisions_are_described(hub, folder, tmp_p
     new = described("owner/model", capsys, "--token", "hf_owner")
     old = described("owner/model", capsys, "--token", "hf_owner", "--revision", revision)
     assert old["denoiser"]["parameters"] > new["denoiser"]["parameters"]
+    assert (old["routing"]["beta"], new["routing"]["beta"]) == (0.5, 0.8)
     assert main(["inspect", "owner/model"]) == 2
     assert "hf_" not in capsys.readouterr().err
 

@@ -1,3 +1,4 @@
+import logging
 from itertools import combinations
 from pathlib import Path
 
@@ -234,6 +235,38 @@ def test_warm_up_must_end_within_the_epochs_of_the_run(images, tmp_path):
     argv = argv[: argv.index("--max_train_steps")] + argv[argv.index("--max_train_steps") + 2 :]
     with pytest.raises(ValueError, match="`--routing_warmup_steps` must be at most the 6 steps of the run, got 7"):
         run_main(script, argv)
+
+
+def test_validation_is_in_eval_mode_and_once_for_every_step(images, tmp_path, monkeypatch, caplog):
+    """In training mode the held-out loss would be of labels that are dropped at random."""
+    modes = []
+    forward = DTRTransformer2DModel.forward
+
+    def spy(model, *inputs, **options):
+        modes.append((torch.is_grad_enabled(), model.training))
+        return forward(model, *inputs, **options)
+
+    monkeypatch.setattr(DTRTransformer2DModel, "forward", spy)
+    with caplog.at_level(logging.INFO):
+        train(images, tmp_path / "run", "--validation_steps", 1, "--validation_data_dir", images)
+    assert set(modes) == {(True, True), (False, False)}
+    validated = [message.split(":")[0] for message in caplog.messages if "held-out loss" in message]
+    assert validated == ["Step 1", "Step 2", "Step 3"]
+
+
+def test_result_is_validated_at_its_own_routing_however_long_the_warm_up(images, tmp_path, monkeypatch):
+    width = MODEL["num_attention_heads"] * MODEL["attention_head_dim"]
+    active = {True: [], False: []}
+    forward = DTRTransformer2DModel.forward
+
+    def spy(model, *inputs, **options):
+        active[model.training].append(int(model.routing.mask(torch.zeros(1), width).sum()))
+        return forward(model, *inputs, **options)
+
+    monkeypatch.setattr(DTRTransformer2DModel, "forward", spy)
+    train(images, tmp_path / "run", "--routing_beta", 0.4, "--routing_warmup_steps", 3)
+    assert active[True] == [int(share * width) for share in (1, 0.8, 0.6)]
+    assert set(active[False]) == {int(0.4 * width)}
 
 
 @pytest.mark.parametrize("flags", [("--validation_guidance_scale", 3), ("--validation_num_inference_steps", 4)])

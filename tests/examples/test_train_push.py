@@ -27,11 +27,24 @@ def hub_files(hub, branch: str = "main") -> set[str]:
     return set(hub.repos["models", "owner/digits"].branches[branch].files)
 
 
+def losses_in(logs: dict[str, bytes], folder: Path) -> list[int]:
+    """The steps at which TensorBoard's files have a loss."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for path, content in logs.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(content)
+    return [
+        event.step for event in EventAccumulator(str(folder / "logs" / "class-conditional")).Reload().Scalars("loss")
+    ]
+
+
 def test_pushed_pipeline_loads_from_the_hub_without_what_is_of_no_use(hub, images, tmp_path):
     flags = ["--hub_token", "hf_owner", "--hub_private_repo", "--report_to", "tensorboard"]
     run = train(images, tmp_path / "run", *DIGITS, *flags)
     assert hub_files(hub) >= {"README.md", "model_index.json", "training_config.json", "samples/step-00000003.png"}
-    assert any(path.startswith("logs/") for path in hub_files(hub))
+    logs = {path: content for path, content in hub.files("owner/digits").items() if path.startswith("logs/")}
+    assert losses_in(logs, tmp_path / "logs") == [3]
     assert not [path for path in hub_files(hub) if path.startswith(("checkpoint-", ".p", "latents", "last-"))]
     assert hub.repos["models", "owner/digits"].private
     pipeline = DTRPipeline.from_pretrained("owner/digits")
@@ -79,13 +92,15 @@ def test_card_tells_of_the_run(hub, images, tmp_path):
         assert text in card.text
 
 
-def test_card_that_was_edited_on_the_hub_keeps_the_edit(hub, images, tmp_path):
-    run = train(images, tmp_path / "first", *DIGITS)
+@pytest.mark.parametrize("flags", [(), ("--hub_revision", "experiment")])
+def test_card_that_was_edited_on_the_hub_keeps_the_edit(flags, hub, images, tmp_path):
+    run = train(images, tmp_path / "first", *DIGITS, *flags)
     edited = (run / "README.md").read_text() + "\nTrained in the garden.\n"
-    HfApi().upload_file(repo_id="owner/digits", path_or_fileobj=edited.encode(), path_in_repo="README.md")
-    again = train(images, tmp_path / "second", *DIGITS, "--seed", 5)
+    where = {"repo_id": "owner/digits", "revision": flags[-1] if flags else None}
+    HfApi().upload_file(**where, path_or_fileobj=edited.encode(), path_in_repo="README.md")
+    again = train(images, tmp_path / "second", *DIGITS, *flags, "--seed", 5)
     assert "Trained in the garden." in (again / "README.md").read_text()
-    shared = Path(HfApi().hf_hub_download("owner/digits", "README.md")).read_text()
+    shared = Path(HfApi().hf_hub_download(**where, filename="README.md")).read_text()
     assert "Trained in the garden." in shared
 
 
@@ -98,9 +113,10 @@ def test_repository_is_named_after_the_folder_and_as_private_as_its_owner_wants_
 
 
 def test_result_goes_to_a_branch_or_a_pull_request(hub, images, tmp_path):
-    train(images, tmp_path / "branch", *DIGITS, "--hub_revision", "experiment")
-    assert "model_index.json" in hub_files(hub, "experiment")
-    assert "model_index.json" not in hub_files(hub)
+    train(images, tmp_path / "branch", *DIGITS, "--hub_revision", "experiment", "--hub_strategy", "checkpoint")
+    shared = {"model_index.json", "last-checkpoint/training_state.json"}
+    assert shared <= hub_files(hub, "experiment")
+    assert not shared & hub_files(hub)
     train(images, tmp_path / "request", *DIGITS, "--hub_create_pr")
     assert "model_index.json" not in hub_files(hub)
     assert DTRPipeline.from_pretrained("owner/digits", revision="refs/pr/1").transformer is not None

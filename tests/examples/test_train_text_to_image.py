@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import PixArtAlphaPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
+from diffusers import AutoencoderKL, PixArtAlphaPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
 from huggingface_hub import HfApi
+from PIL import Image
 from safetensors.torch import load_file
 from text_to_image_runs import FAMILIES, SCRIPT, every_family, make_captioned_images, train
-from training_runs import arguments, load_script, record, same_weights, weights
+from training_runs import arguments, assert_equal_weights, load_script, record, same_weights, weights
+
+from diffusers_dtr.training import argument_checks
 
 
 PIPELINES = {"sd": StableDiffusionPipeline, "pixart": PixArtAlphaPipeline, "sd3": StableDiffusion3Pipeline}
@@ -74,7 +77,8 @@ def test_result_is_the_familys_pipeline_with_our_denoiser_and_the_pretrained_par
             kept = getattr(after, part).state_dict()
             assert all(torch.equal(kept[key], value) for key, value in component.state_dict().items())
     assert not torch.equal(sample(after), sample(before))
-    assert list((run / "samples").glob("*.png"))
+    (grid,) = (run / "samples").glob("*.png")
+    assert Image.open(grid).size == (16, 16)  # three images of two prompts in turn
     assert record(run)["results"]["validation_loss"] > 0
 
 
@@ -170,6 +174,32 @@ def test_denoiser_from_scratch_has_the_config_and_the_size_of_the_images(plain, 
     assert (unet.config.block_out_channels, unet.config.sample_size) == ([4, 8], 8)
 
 
+def test_denoiser_from_scratch_is_drawn_from_the_seed_alone(plain, images, tmp_path):
+    flags = ["--denoiser_config", FAMILIES["sd"].family.config, "--learning_rate", 0, "--max_train_steps", 1]
+    runs = []
+    for number in range(2):
+        torch.manual_seed(number)
+        runs.append(train("sd", images, tmp_path / str(number), plain["sd"], *flags))
+    assert same_weights(*runs, "unet")
+
+
+def test_latents_that_the_pretrained_model_was_not_made_for_are_refused(plain, images, tmp_path):
+    AutoencoderKL(latent_channels=2, block_out_channels=(4,), norm_num_groups=2).save_pretrained(tmp_path / "vae")
+    with pytest.raises(ValueError, match=r"latents have 2 channels, but the pretrained model has `in_channels`=4"):
+        train("sd", images, tmp_path / "run", plain["sd"], "--vae_name_or_path", tmp_path / "vae")
+
+
+def test_result_is_in_full_precision_whatever_that_of_the_run(images, tmp_path):
+    base = FAMILIES["sd"].pipeline(FAMILIES["sd"].family.plain())
+    base.vae.register_to_config(force_upcast=False)
+    base.save_pretrained(tmp_path / "base")
+    flags = ["--mixed_precision", "bf16", "--max_train_steps", 1]
+    run = train("sd", images, tmp_path / "run", tmp_path / "base", *flags)
+    for part in ("unet", "vae"):
+        assert {weight.dtype for weight in weights(run, part).values()} == {torch.float32}
+    assert_equal_weights(run, tmp_path / "base", "vae")
+
+
 def test_predicted_variance_is_learned(plain, images, tmp_path):
     flags = ["--denoiser_config", FAMILIES["pixart"].family.config, "--learn_sigma", "--max_train_steps", 1]
     pipeline = PixArtAlphaPipeline.from_pretrained(train("pixart", images, tmp_path / "run", plain["pixart"], *flags))
@@ -218,6 +248,7 @@ def test_revision_and_variant_of_a_hub_repository_are_loaded(hub, images, tmp_pa
     [
         (["--rank", 2, "--use_ema"], "--rank does not go with --use_ema"),
         (["--rank", 2, "--denoiser_config", {}], "--rank does not go with --denoiser_config"),
+        (["--rank", 2, "--include_code"], "--rank does not go with --include_code"),
         (["--lora_alpha", 2], "--lora_alpha and --lora_layers have an effect with --rank only"),
         (["--proportion_empty_prompts", 1.5], r"--proportion_empty_prompts must be in \[0, 1\], got 1.5"),
     ],
@@ -228,3 +259,12 @@ def test_flags_that_do_not_fit_are_refused(flags, message, images, tmp_path, cap
         load_script(SCRIPT).parse_args(arguments(images, tmp_path / "run", *flags, source=source))
     assert message.replace("\\", "") in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_missing_peft_is_said_before_anything_is_done(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(argument_checks, "find_spec", lambda name: None if name == "peft" else name)
+    with pytest.raises(SystemExit):
+        load_script(SCRIPT).parse_args(
+            arguments(images, tmp_path / "run", "--rank", 2, source=("--pretrained_model_name_or_path", "base"))
+        )
+    assert '--rank needs peft: pip install "diffusers-dtr[training]"' in capsys.readouterr().err

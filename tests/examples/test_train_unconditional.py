@@ -89,6 +89,17 @@ def test_resumed_run_ends_with_the_uninterrupted_weights(name, images, tmp_path)
 
 
 @every_model
+def test_new_model_is_drawn_from_the_seed_alone(name, images, tmp_path):
+    runs = []
+    for number, seed in enumerate((3, 3, 4)):
+        torch.manual_seed(number)
+        flags = ["--seed", seed, "--learning_rate", 0, "--max_train_steps", 1]
+        runs.append(train(images, tmp_path / str(number), SOURCES[name], *flags))
+    assert same_weights(runs[0], runs[1], name)
+    assert not same_weights(runs[0], runs[2], name)
+
+
+@every_model
 def test_trained_pipeline_loads_and_samples(name, images, tmp_path):
     flags = ["--routing_beta", 0.5, "--num_train_timesteps", 20, "--validation_data_dir", images]
     run = train(images, tmp_path / "run", SOURCES[name], *flags)
@@ -163,6 +174,7 @@ def test_unet_learns_in_the_latent_space_of_an_autoencoder(images, tmp_path):
     pipeline = DTRPipeline.from_pretrained(train(images, tmp_path / "run", SOURCES["unet"], *flags))
     assert pipeline.unet.config.in_channels == 4
     assert pipeline.unet.config.sample_size == 8
+    assert pipeline.scheduler.config.clip_sample is False
     assert pipeline(num_images=1, num_inference_steps=1).images[0].size == (16, 16)
     other = ("--pretrained_model_name_or_path", tmp_path / "pixels")
     DTRPipeline(DDPMScheduler(), unet=plain_unet()).save_pretrained(tmp_path / "pixels")

@@ -248,6 +248,7 @@ def test_an_upload_that_hangs_is_not_waited_for_beyond_the_time_given(hub, outpu
     assert push.finish(timeout=0.05).failed == {10: "not done within 0.05 s", 20: "not done within 0.05 s"}
     hold.released.set()
     push._thread.join(20)
+    assert "Checkpoint of step 20" not in titles()
 
 
 def test_nothing_has_failed_where_nothing_is_left_to_push_and_no_time_is_given(hub, output_dir, caplog):

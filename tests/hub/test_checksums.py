@@ -126,6 +126,23 @@ def test_what_was_verified_is_not_read_again(hub, repo, load, hashed):
     assert len(hashed) == read
 
 
+@every_load
+def test_what_was_verified_is_remembered_when_another_revision_is(hub, repo, load, hashed):
+    load(), load(revision="small")
+    read = len(hashed)
+    load(), load(revision="small")
+    assert len(hashed) == read
+
+
+@every_load
+def test_without_a_network_on_purpose_nothing_is_verified(hub, repo, load, hashed):
+    load(verify_checksums=False)
+    requests = len(hub.requests)
+    assert equal(load(local_files_only=True), repo)
+    assert hashed == []
+    assert len(hub.requests) == requests
+
+
 def test_what_was_downloaded_by_others_is_verified(hub, shard):
     hub.faults.append(CorruptDownload(**WEIGHTS))
     hf_hub_download(REPO, shard)

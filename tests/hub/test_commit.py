@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from itertools import product
 
 import pytest
 from hub_server import AnswerStatus, CutUpload, LoseAnswer
@@ -243,8 +244,13 @@ def test_what_is_compared_with_is_the_commit_that_is_built_on(hub, folder, waits
     assert titles() == ["Upload", "Somebody else's", "initial commit"]
 
 
-@pytest.mark.parametrize("path", ["/commit/", "/preupload/", "/refs", "/tree/", "/repos/create", "/lfs"])
-@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        *product(["/commit/", "/preupload/", "/refs", "/tree/", "/repos/create", "/lfs"], [429, 503]),
+        *product(["/commit/"], [408, 412, 500, 502, 504]),
+    ],
+)
 def test_a_busy_hub_is_asked_again(hub, folder, waits, path, status):
     hub.faults.append(AnswerStatus(method=".*", path=path, status=status, retry_after=7))
     push(folder)

@@ -88,6 +88,14 @@ def test_a_variant_lies_beside_the_whole_and_each_replaces_only_itself(hub, make
     assert equal(load(variant="bf16", dtype=torch.bfloat16, local_files_only=True), variant)
 
 
+def test_weights_are_pickled_only_on_request(hub):
+    routed_dit().push_to_hub(REPO, safe_serialization=False)
+    assert f"{NAME}.bin" in files(hub)
+    routed_dit(num_layers=1).push_to_hub(REPO)
+    assert f"{NAME}.safetensors" in files(hub)
+    assert f"{NAME}.bin" not in files(hub)
+
+
 @both
 def test_shards_load_and_a_whole_file_pushed_later_takes_their_place(hub, make, load):
     make().push_to_hub(REPO, max_shard_size="10KB")

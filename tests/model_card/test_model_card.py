@@ -371,6 +371,12 @@ def test_edits_made_on_the_hub_are_in_the_next_card(run, hub):
     assert rows(card)["optimizer steps"] == ["4,000"]
 
 
+def test_a_revision_that_is_yet_to_be_made_has_no_card(hub):
+    HfApi().create_repo("owner/digits")
+    assert fetch_card("owner/digits", revision="experiment") is None
+    assert fetch_card("owner/digits") is None
+
+
 def test_a_card_that_cannot_be_fetched_is_not_taken_for_none(hub):
     with pytest.raises(OSError, match="Repository Not Found"):
         fetch_card("owner/nothing")

@@ -80,6 +80,14 @@ def test_the_same_call_gives_the_same_output(family):
 
 
 @every_family
+def test_config_values_of_older_diffusers_do_not_stand_in_the_way(family):
+    """Loading keeps those that today's classes do not know."""
+    plain = family.plain()
+    plain.register_to_config(value_of_older_diffusers=1)
+    assert "value_of_older_diffusers" not in family.conversion(plain).config
+
+
+@every_family
 def test_the_mask_leaves_the_dtype_alone(family):
     model = family.routed().to(torch.bfloat16)
     inputs = {

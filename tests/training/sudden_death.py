@@ -15,8 +15,15 @@ def changes_files(event: str, arguments: tuple) -> bool:
     return event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
 
 
+def empties_file(event: str, arguments: tuple) -> bool:
+    """Whether a file with content is opened to be written anew; the event comes before that is done."""
+    return event == "open" and bool(arguments[2] and arguments[2] & os.O_TRUNC) and os.path.exists(arguments[0])
+
+
 def die_before_every_change(action: Callable[[], None], inspect: Callable[[], None]) -> int:
     """Runs an action in child processes, each of which ends, as by SIGKILL, before its n-th change to the file system.
+
+    Emptying a file is such a change, and so is what comes after it: writing to the file.
 
     Args:
         action: What is cut off. It begins with what earlier children left behind.
@@ -42,6 +49,11 @@ def _survives(action: Callable[[], None], changes: int) -> bool:
             nonlocal left
             if changes_files(event, arguments):
                 if left == 0:
+                    os._exit(9)
+                left -= 1
+            if empties_file(event, arguments):
+                if left == 0:
+                    os.truncate(arguments[0], 0)
                     os._exit(9)
                 left -= 1
 

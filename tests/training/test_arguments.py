@@ -63,6 +63,11 @@ def test_flags_have_the_names_that_users_of_diffusers_know():
         (("--num_clusters", "4", "--train_cluster", "4"), "--train_cluster must be below --num_clusters 4, got 4"),
         (("--train_cluster", "0", "--balancing", "uncertainty"), "--train_cluster leaves nothing to balance"),
         (("--train_cluster", "0", "--timestep_sampling", "clusters"), "--train_cluster leaves nothing to balance"),
+        (("--hub_revision", "branch"), "--hub_revision has an effect with --push_to_hub only"),
+        (("--hub_create_pr",), "--hub_create_pr has an effect with --push_to_hub only"),
+        (("--hub_strategy", "checkpoint"), "--hub_strategy has an effect with --push_to_hub only"),
+        (("--push_to_hub", "--hub_create_pr", "--hub_revision", "branch"), "--hub_create_pr is for the result alone"),
+        (("--push_to_hub", "--hub_create_pr", "--hub_strategy", "checkpoint"), "--hub_create_pr is for the result"),
         (("--routing_beta", "1.5"), "must be in (0, 1], got 1.5"),
         (("--routing_alpha", "0"), "got 0.0"),
     ],
@@ -151,6 +156,10 @@ def test_share_falls_steadily_from_one_to_its_target(warmup_steps, target):
     assert shares[-2:] == [target, target]
     assert shares == sorted(shares, reverse=True)
     assert all(target <= share <= 1 for share in shares)
+
+
+def test_warm_up_may_take_the_whole_run():
+    assert parse("--max_train_steps", "5", "--routing_warmup_steps", "5").routing_warmup_steps == 5
 
 
 def test_without_warm_up_the_share_is_its_target():

@@ -45,6 +45,13 @@ def test_a_row_has_one_or_several_captions(rows):
     assert list(captions(*rows).all()) == [*first, *second]
 
 
+def test_format_of_the_dataset_does_not_matter():
+    rows = datasets.Dataset.from_dict({"text": [["one"], ["two", "three"]]})
+    formatted = Captions(rows.with_format("numpy"), "text")
+    assert [formatted[row] for row in range(2)] == [["one"], ["two", "three"]]
+    assert sorted(formatted.all()) == ["one", "three", "two"]
+
+
 @pytest.mark.parametrize("missing", [None, [], ["one", None]])
 def test_a_row_without_a_caption_is_named(missing):
     whole = "one" if missing is None else ["one"]

@@ -1,4 +1,5 @@
 import argparse
+import json
 import logging
 from itertools import islice
 from pathlib import Path
@@ -103,13 +104,21 @@ def test_without_validation_data_there_are_no_held_out_images(folder):
     assert held_out_dataset(args, load_images(args, args.label_column), 1) is None
 
 
-def test_held_out_samples_do_not_depend_on_the_seed_or_the_augmentation(folder):
-    plain = held_out(folder, "--validation_data_dir", folder)
-    other = held_out(folder, "--validation_data_dir", folder, "--random_flip", "--seed", 9)
-    assert plain[0].shape == (10, 1, 8, 8)
+@pytest.mark.parametrize("latents", [False, True])
+def test_held_out_samples_do_not_depend_on_the_seed_or_the_augmentation(latents, folder):
+    vae = tiny_vae() if latents else None
+    plain = held_out(folder, "--validation_data_dir", folder, vae=vae)
+    other = held_out(folder, "--validation_data_dir", folder, "--random_flip", "--seed", 9, vae=vae)
+    assert plain[0].shape == (10, 4 if latents else 1, 8, 8)
     assert plain[1]["labels"].bincount().tolist() == [5, 5]
     assert torch.equal(plain[0], other[0])
     assert torch.equal(plain[1]["labels"], other[1]["labels"])
+
+
+def test_reading_held_out_images_leaves_the_global_random_state_alone(folder):
+    state = torch.get_rng_state()
+    held_out(folder, "--validation_data_dir", folder)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_every_held_out_image_is_there_once_up_to_the_limit(folder):
@@ -137,6 +146,18 @@ def test_held_out_images_must_have_the_classes_of_the_training_images(folder, tm
         Image.new("L", (8, 8)).save(tmp_path / "validation" / name / "0.png")
     with pytest.raises(ValueError, match=r"must have the classes of the training images, a, b, got b, c\."):
         held_out(folder, "--validation_data_dir", tmp_path / "validation")
+
+
+def test_held_out_numbers_beyond_those_of_the_training_images_are_refused(folder, tmp_path):
+    for split, labels in {"train": (0, 1), "validation": (0, 2)}.items():
+        (tmp_path / split).mkdir()
+        for label in labels:
+            Image.new("L", (8, 8)).save(tmp_path / split / f"{label}.png")
+        lines = [json.dumps({"file_name": f"{label}.png", "label": label}) for label in labels]
+        (tmp_path / split / "metadata.jsonl").write_text("\n".join(lines))
+    images = load_images(parse(tmp_path / "train"), "label")
+    with pytest.raises(ValueError, match=r"`label_column` must hold labels in \[0, 2\), got 2"):
+        held_out(tmp_path / "train", "--validation_data_dir", tmp_path / "validation", images=images)
 
 
 def test_unreadable_images_are_counted_and_named_once_each(caplog):

@@ -16,11 +16,13 @@ from diffusers import (
     UNet2DModel,
     UniPCMultistepScheduler,
 )
+from huggingface_hub import HfApi
+from huggingface_hub.constants import HF_HUB_CACHE
 from tiny_dit import plain_dit
 
 from diffusers_dtr import DTRPipeline, DTRTransformer2DModel, DTRUNet2DModel
 from diffusers_dtr.training import load_noise_scheduler, load_vae, sample_size, sampling_scheduler
-from diffusers_dtr.training.components import pretrained_denoiser
+from diffusers_dtr.training.components import pretrained_component, pretrained_denoiser
 
 
 TWO_BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
@@ -66,6 +68,30 @@ def test_variant_of_the_weights_is_loaded(tmp_path):
     assert load_noise_scheduler(flags(pretrained_model_name_or_path=folder, variant="fp16")) is not None
     with pytest.raises(OSError, match="no file named"):
         load_vae(flags(pretrained_model_name_or_path=folder))
+
+
+def test_revision_decides_which_parts_there_are(hub, tmp_path):
+    HfApi().create_repo("owner/base")
+    old = HfApi().upload_folder(repo_id="owner/base", folder_path=saved(tmp_path / "old", DDIMScheduler(), vae())).oid
+    HfApi().upload_folder(repo_id="owner/base", folder_path=saved(tmp_path / "new", DDPMScheduler()))
+    of_old = flags(pretrained_model_name_or_path="owner/base", revision=old)
+    assert pretrained_component(of_old, "scheduler") == "DDIMScheduler"
+    assert load_vae(of_old) is not None
+    assert load_vae(flags(pretrained_model_name_or_path="owner/base")) is None
+
+
+def test_all_that_is_downloaded_is_kept_in_the_folder_asked_for(hub, tmp_path):
+    saved(tmp_path / "base", DDIMScheduler(), vae())
+    for name, folder in (("owner/base", tmp_path / "base"), ("owner/vae", tmp_path / "base" / "vae")):
+        HfApi().create_repo(name)
+        HfApi().upload_folder(repo_id=name, folder_path=folder)
+    source = {"pretrained_model_name_or_path": "owner/base", "cache_dir": str(tmp_path / "cache")}
+    load_vae(flags(**source))
+    load_noise_scheduler(flags(**source))
+    load_vae(flags(**source, vae_name_or_path="owner/vae"))
+    kept = {path.name for path in (tmp_path / "cache").glob("models--*")}
+    assert kept == {"models--owner--base", "models--owner--vae"}
+    assert not list(Path(HF_HUB_CACHE).glob("models--*"))
 
 
 def test_training_noises_as_the_pretrained_pipeline_was_trained(tmp_path):

@@ -99,6 +99,12 @@ def test_integers_are_labels(dtype):
     assert (images.labels.tolist(), images.num_classes, images.id2label) == ([3, 0, 4], 5, None)
 
 
+def test_format_of_the_dataset_does_not_matter():
+    plain, formatted = (training_images(rows) for rows in (table([1, 0]), table([1, 0]).with_format("pandas")))
+    assert formatted.read(1).getpixel((0, 0)) == plain.read(1).getpixel((0, 0)) == 1
+    assert formatted.labels.tolist() == plain.labels.tolist() == [1, 0]
+
+
 def test_names_of_classes_come_with_class_labels():
     images = training_images(table([1, 0, 1], datasets.ClassLabel(names=["a", "b", "c"])))
     assert (images.num_classes, images.id2label) == (3, {0: "a", 1: "b", 2: "c"})

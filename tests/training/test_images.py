@@ -90,6 +90,15 @@ def test_damaged_images_are_unreadable(file_format, damage):
         decode_image({"bytes": damage(data), "path": None})
 
 
+def test_memory_that_does_not_suffice_is_no_damage(monkeypatch):
+    def exhausted(source):
+        raise MemoryError
+
+    monkeypatch.setattr(Image, "open", exhausted)
+    with pytest.raises(MemoryError):
+        decode_image({"bytes": b"", "path": None})
+
+
 def test_missing_images_are_unreadable(tmp_path):
     with pytest.raises(UnreadableImageError, match="none"):
         decode_image(None)
@@ -132,6 +141,13 @@ def test_random_crops_reach_every_position_equally_often():
     lefts = [round((float(transform(ramp, transform.draw(generator))[0, 0, 0]) + 1) * 127.5) for _ in range(400)]
     assert set(lefts) == {0, 1, 2, 3}
     assert min(lefts.count(left) for left in range(4)) > 70
+
+
+@pytest.mark.parametrize(("length", "left"), [(4, 0), (5, 1), (6, 2), (7, 2)])
+def test_middle_is_where_torchvision_has_it(length, left):
+    ramp = Image.fromarray(np.tile(np.arange(length, dtype=np.uint8), (3, 1)))
+    pixels = ImageTransform(3, channels=1)(ramp, Augmentation())
+    assert round((float(pixels[0, 0, 0]) + 1) * 127.5) == left
 
 
 def test_flipping_mirrors_what_was_cropped():

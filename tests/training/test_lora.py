@@ -1,9 +1,12 @@
+import json
 import sys
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusion3Pipeline
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 
@@ -78,6 +81,15 @@ def test_saved_adapters_are_loaded_by_users_of_the_pipeline(family, build_pipeli
         weights = "pytorch_lora_weights.safetensors"
         pipeline.transformer.load_lora_adapter(tmp_path, weight_name=weights, prefix=None)
     torch.testing.assert_close(output(getattr(pipeline, name), family.inputs()), expected, rtol=0, atol=1e-5)
+
+
+def test_settings_are_saved_in_an_order_that_does_not_change(tmp_path):
+    """That of a set is another in every process."""
+    layers = [f"transformer_blocks.0.attn.{name}" for name in ("to_v", "to_k", "to_q", "to_out.0", "add_q_proj")]
+    save_lora(with_lora(SD3.routed(), layers), "transformer", StableDiffusion3Pipeline, tmp_path)
+    with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
+        settings = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert settings["transformer.target_modules"] == sorted(layers)
 
 
 def test_adapters_are_restored_to_the_bit(tmp_path):

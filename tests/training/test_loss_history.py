@@ -6,6 +6,7 @@ from pathlib import Path
 import matplotlib.axes
 import pytest
 from PIL import Image
+from sudden_death import die_before_every_change
 
 from diffusers_dtr.training.loss_history import LossHistory
 from diffusers_dtr.training.loss_monitor import ObservedLosses
@@ -63,6 +64,17 @@ def test_half_written_last_line_is_left_out(written, tmp_path):
     (tmp_path / "loss_history.jsonl").write_text("\n".join([*whole[:3], whole[3][:written]]))
     write(tmp_path, range(4, 5), global_step=3)
     assert lines(tmp_path) == whole
+
+
+def test_readings_before_a_resumption_outlive_a_process_that_dies_while_it_goes_on(tmp_path):
+    write(tmp_path, range(1, 5))
+    before = lines(tmp_path)
+    found = []
+    die_before_every_change(
+        lambda: write(tmp_path, range(4, 5), global_step=3), lambda: found.append(lines(tmp_path)[:3])
+    )
+    assert found == [before[:3]] * len(found)
+    assert lines(tmp_path) == before
 
 
 def test_resuming_changes_nothing_before_the_first_reading(tmp_path):

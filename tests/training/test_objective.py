@@ -129,6 +129,17 @@ def test_gradient_balancing_with_fewer_samples_than_clusters_is_refused():
     Setup("--balancing", "uncertainty", "--train_batch_size", 3)
 
 
+def test_gradient_weights_are_used_for_as_many_optimizer_steps_as_asked_for():
+    """Not for as many forward calls, of which a step may have several."""
+    flags = ("--balancing", "mgda", "--balancing_update_every", 3, "--gradient_accumulation_steps", 2)
+    assert Setup(*flags).objective.loss_fn.balancing.update_every == 6
+    assert Setup(*flags[:2]).objective.loss_fn.balancing.update_every == 1
+
+
+def test_order_of_projections_is_drawn_from_the_seed_of_the_run():
+    assert Setup("--balancing", "pcgrad", "--seed", 7).objective.loss_fn.balancing.seed == 7
+
+
 # ---- timesteps that follow the losses
 
 
@@ -145,6 +156,16 @@ def test_timesteps_come_to_follow_the_loss_and_weights_correct_for_it(statistic,
     widths = torch.tensor([len(cluster) for cluster in setup.objective.clusters])
     expected = 800 * widths / 1000 / weights[[cluster.start for cluster in setup.objective.clusters]]
     assert counts(setup, setup.sample(2, 0, 1, batch_size=800)) == pytest.approx(expected.tolist(), abs=1)
+
+
+@pytest.mark.parametrize(("statistic", "preferred"), [("loss", 0), ("variance", 1)])
+def test_timesteps_follow_the_statistic_that_was_asked_for(statistic, preferred, quick_fit):
+    """Losses are large and alike in the first cluster, small and scattered in the second."""
+    setup = Setup("--timestep_sampling", statistic, "--num_clusters", 2, "--cluster_cost", "uniform")
+    out = argparse.Namespace(per_sample=torch.tensor([9.0, 9.0, 0.0, 2.0]))
+    for _ in range(2):
+        setup.objective.observe(setup.accelerator, torch.tensor([10, 20, 510, 520]), out)
+    assert setup.objective.sampler.shares.argmax() == preferred
 
 
 def test_losses_have_no_weights_where_timesteps_do_not_follow_them():
@@ -172,6 +193,15 @@ def test_density_stays_as_it_is_in_the_middle_of_a_step(quick_fit):
     observe(divided, range(3, 4), BATCH)
     torch.testing.assert_close(divided.objective.sampler.shares, whole.objective.sampler.shares)
     assert not torch.equal(divided.objective.sample_weights(torch.arange(1000)), before)
+
+
+def test_observing_keeps_no_graph():
+    setup = Setup("--timestep_sampling", "loss", "--gradient_accumulation_steps", 2)
+    with setup.accelerator.accumulate(setup.model):
+        per_sample = torch.ones(BATCH, requires_grad=True) * 2
+        setup.objective.observe(setup.accelerator, torch.arange(BATCH), argparse.Namespace(per_sample=per_sample))
+    assert len(setup.objective._observed) == 1
+    assert not any(losses.requires_grad for _, losses in setup.objective._observed)
 
 
 # ---- flags and state
@@ -228,6 +258,9 @@ def assert_equal_state(one: object, other: object) -> None:
         (("--cluster_cost", "uniform"), "`--cluster_cost` was snr and is uniform now"),
         (("--balancing", "continuous_uncertainty"), "`--balancing` was uncertainty and is continuous_uncertainty now"),
         (("--timestep_sampling", "loss"), "`--timestep_sampling` was clusters and is loss now"),
+        (("--train_cluster", 1), "`--train_cluster` was None and is 1 now"),
+        (("--logit_mean", 0.5), r"`--logit_mean` was None and is 0\.5 now"),
+        (("--logit_std", 2), r"`--logit_std` was None and is 2\.0 now"),
     ],
 )
 def test_state_of_other_flags_is_refused(flags, message):

@@ -64,6 +64,12 @@ def test_a_second_run_encodes_nothing(tmp_path):
     assert len(caches(tmp_path)) == 1
 
 
+def test_the_order_of_the_texts_does_not_matter(tmp_path):
+    for texts in (sorted(TEXTS), sorted(TEXTS, reverse=True)):
+        assert cache(tmp_path, Encoder(), texts)(["one"]).keys() == {"prompt_embeds", "prompt_attention_mask"}
+    assert len(caches(tmp_path)) == 1
+
+
 def test_where_an_encoder_was_loaded_from_does_not_matter(tmp_path):
     encoder, loaded = Encoder(), Encoder()
     cache(tmp_path, encoder)
@@ -92,11 +98,17 @@ def change_length(encoder):
     encoder.tokenizer.model_max_length = 8
 
 
+def change_padding(encoder):
+    encoder.tokenizer.pad_token = "a</w>"
+
+
 def change_precision(encoder):
     encoder.model.to(torch.bfloat16)
 
 
-@pytest.mark.parametrize("change", [change_weights, change_config, change_tokens, change_length, change_precision])
+@pytest.mark.parametrize(
+    "change", [change_weights, change_config, change_tokens, change_length, change_padding, change_precision]
+)
 def test_another_encoder_has_another_cache(change, tmp_path):
     encoder = Encoder()
     cache(tmp_path, encoder)

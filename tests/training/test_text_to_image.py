@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from huggingface_hub import HfApi
 
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))
@@ -120,9 +121,36 @@ def test_text_encoders_are_gone_once_their_embeddings_are_cached(name, args, acc
     assert all(len(embeddings) == 3 for embeddings in encode(PROMPTS).values())
 
 
+def change_weights(pipeline, args):
+    pipeline.text_encoder.get_input_embeddings().weight.data[0, 0] += 1
+
+
+def change_tokens(pipeline, args):
+    pipeline.tokenizer.pad_token = "a"
+
+
+def change_length(pipeline, args):
+    args.max_sequence_length = 7
+
+
+@pytest.mark.parametrize("change", [change_weights, change_tokens, change_length])
+def test_embeddings_of_another_encoder_or_length_are_not_taken_from_the_cache(change, args, accelerator):
+    args.cache_text_embeddings, args.max_sequence_length = True, 12
+    for number_of_caches in (1, 2):
+        pipeline = PIPELINES["pixart"]()
+        if number_of_caches == 2:
+            change(pipeline, args)
+        family = TEXT_TO_IMAGE_FAMILIES[type(pipeline).__name__]
+        encode = build_text_encoder(args, family, pipeline, {"", *PROMPTS}, accelerator)
+        assert encode(PROMPTS)["prompt_embeds"].shape[1] == args.max_sequence_length
+        assert len(list(Path(args.output_dir, "text_embeddings").iterdir())) == number_of_caches
+
+
 @pytest.mark.parametrize("accelerator", ["bf16"], indirect=True)
 def test_text_encoders_are_frozen_and_in_the_precision_of_the_run(args, accelerator):
-    pipeline, _, encode = build("sd", args, accelerator)
+    pipeline = PIPELINES["sd"]()
+    pipeline.text_encoder.train()
+    encode = build_text_encoder(args, TEXT_TO_IMAGE_FAMILIES[type(pipeline).__name__], pipeline, PROMPTS, accelerator)
     assert not any(parameter.requires_grad for parameter in pipeline.text_encoder.parameters())
     assert not pipeline.text_encoder.training
     assert pipeline.text_encoder.dtype == frozen_dtype(accelerator) == torch.bfloat16
@@ -136,6 +164,9 @@ def test_pixart_is_told_the_size_of_its_images_where_it_wants_to_know(args, acce
     with torch.no_grad():
         one, other = (wants(**inputs, **family.conditions(encode(PROMPTS), size)).sample for size in (8, 512))
     assert not torch.equal(one, other)
+    told = family.conditions(encode(PROMPTS), 512)["added_cond_kwargs"]
+    assert told["resolution"].tolist() == [[512, 512]] * 3
+    assert told["aspect_ratio"].tolist() == [[1]] * 3
 
 
 @every_family
@@ -153,6 +184,16 @@ def test_pipeline_keeps_its_parts_but_for_denoiser_autoencoder_and_noise_schedul
     assert type(pipeline.scheduler) is type(base.scheduler)
     assert name == "sd3" or pipeline.scheduler.config.prediction_type == "v_prediction"
     assert base.components.keys() == pipeline.components.keys()
+
+
+def test_revision_decides_what_kind_a_pipeline_is(hub, args, tmp_path):
+    HfApi().create_repo("owner/base")
+    PIPELINES["sd"]().save_pretrained(tmp_path / "old")
+    args.revision = HfApi().upload_folder(repo_id="owner/base", folder_path=tmp_path / "old").oid
+    PIPELINES["pixart"]().save_pretrained(tmp_path / "new")
+    HfApi().upload_folder(repo_id="owner/base", folder_path=tmp_path / "new")
+    args.pretrained_model_name_or_path = "owner/base"
+    assert text_to_image_family(args) is TEXT_TO_IMAGE_FAMILIES["StableDiffusionPipeline"]
 
 
 def test_pipeline_of_another_kind_is_refused(args):
