@@ -6,8 +6,9 @@ metric where its timesteps are left to the specialist, less that of the joint mo
 transfer. Metrics are the held-out denoising loss in the cluster and, with a feature extractor, the Fréchet distance of
 samples to the training images. Writes a JSON file, a picture beside it, and prints tables.
 
-What follows `--` are flags of train_class_conditional.py, the same for all runs. Finished runs are kept in the work
-folder and interrupted ones gone on with: repeat the command until it is done.
+What follows `--` are flags of train_class_conditional.py, or with `--script unconditional` of train_unconditional.py,
+the same for all runs. Finished runs are kept in the work folder and interrupted ones gone on with: repeat the command
+until it is done.
 
     python measure_negative_transfer.py --work_dir runs --output results/digits.json --seeds 0 1 2 \
       -- --train_data_dir digits/train --validation_data_dir digits/test --num_clusters 4 --max_train_steps 400 ...
@@ -34,7 +35,8 @@ from diffusers_dtr.publishing import public_command, publishable
 from diffusers_dtr.run_folder import RECORD_FILE
 
 
-SCRIPT = Path(__file__).resolve().parent.parent / "class_conditional" / "train_class_conditional.py"
+EXAMPLES = Path(__file__).resolve().parent.parent
+SCRIPTS = {name: EXAMPLES / name / f"train_{name}.py" for name in ("class_conditional", "unconditional")}
 
 # A specialist cannot sample by itself, and nobody looks at the others' grids. The flags that are given win over these.
 QUICK = "--num_validation_images 1 --validation_num_inference_steps 1 --checkpoints_total_limit 1 --report_to none"
@@ -52,6 +54,7 @@ RESERVED += ("routing_type", "push_to_hub")
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
+    add("--script", choices=SCRIPTS, default="class_conditional", help="Which models to train. Default %(default)s.")
     add("--work_dir", required=True, help="Folder of the training runs.")
     add("--output", required=True, help="JSON file to write, or to complete. The picture lies beside it, as PNG.")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="At least two, for an interval.")
@@ -80,9 +83,12 @@ def parse_args(argv=None):
     add("--num_inference_steps", type=int, default=50)
     add("--guidance_scale", type=float, default=1.0)
     add("--batch_size", type=int, default=256, help="Samples per forward call while measuring.")
-    add("training_flags", nargs="+", metavar="FLAG", help="After `--`: flags of train_class_conditional.py.")
+    add("training_flags", nargs="+", metavar="FLAG", help="After `--`: flags of the training script.")
     args = parser.parse_args(argv)
-    args.training = runpy.run_path(str(SCRIPT))["parse_args"]([*args.training_flags, "--output_dir", args.work_dir])
+    if args.script == "unconditional" and args.guidance_scale > 1:
+        parser.error("--guidance_scale needs classes, which unconditional models do not have")
+    script = runpy.run_path(str(SCRIPTS[args.script]))
+    args.training = script["parse_args"]([*args.training_flags, "--output_dir", args.work_dir])
     given = {flag.partition("=")[0].removeprefix("--") for flag in args.training_flags if flag.startswith("--")}
     if given & {*RESERVED}:
         parser.error(f"this script sets --{' and --'.join(sorted(given & {*RESERVED}))} itself")
@@ -103,10 +109,11 @@ def train_all(args):
     """Folders of all runs, by seed and number of the cluster or name of the joint model."""
     work_dir = Path(args.work_dir)
     flags_file = work_dir / "training_flags.json"
-    if flags_file.exists() and json.loads(flags_file.read_text(encoding="utf-8")) != args.training_flags:
+    flags = [SCRIPTS[args.script].name, *args.training_flags]
+    if flags_file.exists() and json.loads(flags_file.read_text(encoding="utf-8")) != flags:
         raise ValueError(f"`--work_dir` has runs with other training flags, see {flags_file}: choose another folder.")
     work_dir.mkdir(parents=True, exist_ok=True)
-    flags_file.write_text(json.dumps(args.training_flags), encoding="utf-8")
+    flags_file.write_text(json.dumps(flags), encoding="utf-8")
 
     runs, jobs = {}, {}
     for seed in args.seeds:
@@ -130,8 +137,8 @@ def train_all(args):
 def train(args, folder, flags):
     if (folder / RECORD_FILE).exists():  # a run writes it last
         return
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", str(SCRIPT)]
-    command += [*QUICK.split(), *args.training_flags, *flags]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
+    command += [str(SCRIPTS[args.script]), *QUICK.split(), *args.training_flags, *flags]
     command += ["--output_dir", str(folder), "--resume_from_checkpoint", "latest"]
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "log.txt"
@@ -181,9 +188,10 @@ class Measurement:
     def __init__(self, args, clusters, pipeline):
         self.args, self.clusters = args, clusters
         self.accelerator = Accelerator()
-        images = training.load_images(args.training, args.training.label_column)
+        has_classes = pipeline.num_classes is not None
+        images = training.load_images(args.training, args.training.label_column if has_classes else None)
         vae = pipeline.vae
-        channels = pipeline.denoiser.config.in_channels if vae is None else vae.config.in_channels
+        channels = training.image_channels(pipeline.denoiser, vae)
         held_out = training.held_out_dataset(args.training, images, channels)
         num_images, batch_size = args.training.max_held_out_images, args.training.train_batch_size
         clean, batch = training.held_out_samples(held_out, vae, num_images, batch_size, torch.device("cpu"))
@@ -191,7 +199,7 @@ class Measurement:
             DenoisingLoss(pipeline.scheduler),
             clusters,
             clean,
-            {"class_labels": batch["labels"]},
+            {"class_labels": batch["labels"]} if has_classes else {},
             num_samples=args.num_loss_samples,
             batch_size=args.batch_size,
         )
@@ -232,8 +240,11 @@ class Measurement:
     def _distance(self, pipeline, seed):
         """From samples to the training images. All of a seed begin with the same noise, and add the same."""
         pipeline.set_progress_bar_config(disable=True)
+        labels = {"num_images": self.args.num_samples}
+        if pipeline.num_classes is not None:
+            labels = {"class_labels": [number % pipeline.num_classes for number in range(self.args.num_samples)]}
         samples = pipeline(
-            class_labels=[number % pipeline.num_classes for number in range(self.args.num_samples)],
+            **labels,
             guidance_scale=self.args.guidance_scale,
             num_inference_steps=self.args.num_inference_steps,
             generator=torch.Generator().manual_seed(seed),
@@ -265,12 +276,14 @@ def load_extractor(name, device):
 
 def settings(args):
     names = ("num_loss_samples", "feature_extractor", "num_samples", "num_inference_steps", "guidance_scale")
-    training_flags = public_command([SCRIPT.name, *args.training_flags])
+    training_flags = public_command([SCRIPTS[args.script].name, *args.training_flags])
     return {"training": training_flags, **publishable({name: getattr(args, name) for name in names})}
 
 
 def main(args):
     report = Report(Path(args.output), settings(args))
+    if args.feature_extractor is not None:
+        load_extractor(args.feature_extractor, "cpu")  # one that is not there shows before hours of training
     runs = train_all(args)
     clusters = read_clusters(args, runs)
     report.describe(public_command(sys.argv, launcher=["python"]), clusters, [runs[key] / RECORD_FILE for key in runs])

@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from sklearn.datasets import load_digits
-from training_runs import EXAMPLES, MODEL, SCRIPT, load_script, make_images, record, run_main
+from training_runs import EXAMPLES, MODEL, load_script, make_images, record, run_main
 
 from diffusers_dtr import DTRPipeline, TimestepClusters
 from diffusers_dtr.analysis import confidence_interval, frechet_distance
@@ -47,7 +47,8 @@ def launched(script, monkeypatch) -> list[dict]:
     records = []
 
     def run(command: list[str], **options) -> subprocess.CompletedProcess:
-        records.append(record(run_main(load_script(SCRIPT), command[command.index(str(SCRIPT)) + 1 :])))
+        (place,) = (number for number, word in enumerate(command) if word.endswith(".py"))
+        records.append(record(run_main(load_script(Path(command[place])), command[place + 1 :])))
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(script, "subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
@@ -238,11 +239,36 @@ def test_specialist_takes_the_steps_of_its_cluster_and_no_other(script, launched
     assert [len(steps["specialist"]), len(steps["joint"])] == [4, 6]
 
 
+def test_models_without_classes_are_trained_and_measured(script, launched, data, tmp_path):
+    config = {"in_channels": 1, "block_out_channels": [8, 8], "norm_num_groups": 4, "layers_per_block": 1}
+    config |= {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+    flags = ["--script", "unconditional", "--train_joint", "routed", "--work_dir", tmp_path / "runs"]
+    flags += ["--feature_extractor", "tiny_features:mean_and_spread", "--num_inference_steps", 2]
+    argv = arguments(data, tmp_path / "unet.json", *flags)
+    place = argv.index("--model_config")
+    argv[place : place + 2] = ["--unet_config", json.dumps(config)]
+    script.main(script.parse_args(argv))
+    report = json.loads((tmp_path / "unet.json").read_text())
+    assert len(launched) == 2 * 3
+    assert {run["model"]["class"] for run in launched} == {"DTRUNet2DModel"}
+    assert "train_unconditional.py" in report["settings"]["training"]
+    for metric in ("loss", "frechet_distance"):
+        assert len(report["gaps"][metric]["routed"]["mean"]) == 2
+
+
 def test_extractor_may_be_torchscript(script, tmp_path):
     path = tmp_path / "pooled.pt"
     torch.jit.script(torch.nn.Sequential(torch.nn.AvgPool2d(4), torch.nn.Flatten())).save(path)
     extract = script.load_extractor(str(path), torch.device("cpu"))
     assert extract(torch.ones(5, 1, 8, 8)).shape == (5, 4)
+
+
+@pytest.mark.parametrize("name", ["no_such_module:features", "tiny_features:no_such_function"])
+def test_extractor_that_is_not_there_shows_before_training(script, launched, data, tmp_path, name):
+    argv = arguments(data, tmp_path / "tiny.json", "--work_dir", tmp_path / "runs", "--feature_extractor", name)
+    with pytest.raises((ImportError, AttributeError), match="no_such"):
+        script.main(script.parse_args(argv))
+    assert not launched
 
 
 def test_failed_run_is_named_with_what_it_said(script, data, tmp_path, monkeypatch):
@@ -266,6 +292,8 @@ def test_failed_run_is_named_with_what_it_said(script, data, tmp_path, monkeypat
         (("--seeds", 4, 4), (), "--seeds must be at least two"),
         (("--joint", "plain", "there"), (), "each once, got ['plain', 'clustered', 'routed', 'plain']"),
         (("--train_joint",), (), "at least one joint model"),
+        (("--script", "text_to_image"), (), "argument --script: invalid choice: 'text_to_image'"),
+        (("--script", "unconditional", "--guidance_scale", 2), (), "--guidance_scale needs classes"),
     ],
 )
 def test_flags_that_make_no_sense_are_refused(script, data, tmp_path, capsys, flags, training, message):
