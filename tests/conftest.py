@@ -53,6 +53,17 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     _HUB.reset()
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Sums are split between threads, and equal to the bit only where they are split alike."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def fresh_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """Runs Python code in a new process with an empty cache; what it prints is JSON and comes back as a value."""

@@ -1,19 +1,9 @@
 import pytest
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderRAE, AutoencoderTiny, VQModel
+from diffusers import AutoencoderDC, AutoencoderRAE, VQModel
+from tiny_autoencoders import tiny_taesd, tiny_vae
 
 from diffusers_dtr.latents import LatentNormalization, decode_latents, encode_images, encode_moments, vae_scale_factor
-
-
-def tiny_vae(**config) -> AutoencoderKL:
-    torch.manual_seed(0)
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(4, 8),
-        norm_num_groups=2,
-        **config,
-    ).eval()
 
 
 def tiny_dc() -> AutoencoderDC:
@@ -29,17 +19,6 @@ def tiny_dc() -> AutoencoderDC:
         decoder_block_types="ResBlock",
         encoder_qkv_multiscales=((), ()),
         decoder_qkv_multiscales=((), ()),
-        scaling_factor=0.5,
-    ).eval()
-
-
-def tiny_taesd() -> AutoencoderTiny:
-    torch.manual_seed(0)
-    return AutoencoderTiny(
-        encoder_block_out_channels=(4, 4),
-        decoder_block_out_channels=(4, 4),
-        num_encoder_blocks=(1, 1),
-        num_decoder_blocks=(1, 1),
         scaling_factor=0.5,
     ).eval()
 

@@ -24,6 +24,8 @@ from diffusers_dtr import DTRTransformer2DModel, training
 from diffusers_dtr.training.loss_history import LossHistory
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FLAGS = ["--max_train_steps", 4, "--checkpointing_steps", 2, "--logging_steps", 1, "--num_clusters", 2, "--use_ema"]
 ACCUMULATED = ["--gradient_accumulation_steps", 2]
 UNCERTAIN = [*FLAGS, "--num_clusters", 4, "--balancing", "uncertainty", "--report_to", "tensorboard"]
@@ -38,15 +40,6 @@ METHODS = {
     "fitted to the loss": ["--timestep_sampling", "loss", *ACCUMULATED],
     "fitted to its variance": ["--timestep_sampling", "variance"],
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Sums are split between threads, and equal to the bit only where they are split alike."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

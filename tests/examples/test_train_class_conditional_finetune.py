@@ -11,6 +11,7 @@ from diffusers import (
     DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
 )
+from tiny_autoencoders import tiny_vae
 from training_runs import MODEL, make_images, record, same_weights, train, weights
 
 from diffusers_dtr import DTRPipeline, DTRTransformer2DModel
@@ -30,14 +31,7 @@ def ours(images, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def vae_folder(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(4, 8),
-        norm_num_groups=2,
-        latent_channels=2,
-    )
+    vae = tiny_vae(latent_channels=2)
     folder = tmp_path_factory.mktemp("vae")
     vae.save_pretrained(folder)
     return folder

@@ -26,21 +26,14 @@ from training_runs import (
 from diffusers_dtr.training import trainer
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Everything that has a state, or draws at random.
 EVERYTHING = [
     *("--max_train_steps", 6, "--checkpointing_steps", 2, "--gradient_accumulation_steps", 2, "--learn_sigma"),
     *("--use_ema", "--random_flip", "--class_dropout_prob", 0.5, "--routing_warmup_steps", 5),
     *("--lr_scheduler", "cosine", "--lr_warmup_steps", 2, "--adam_weight_decay", 0.1, "--loss_weighting", "min_snr"),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Sums are split between threads, and equal to the bit only where they are split alike."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 from text_to_image_runs import FAMILIES, every_family, make_captioned_images, train
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Everything that draws at random, or has a state.
 EVERYTHING = [
     *("--max_train_steps", 4, "--checkpointing_steps", 2, "--proportion_empty_prompts", 0.3, "--random_flip"),
@@ -19,15 +21,6 @@ CACHES = ["--center_crop", "--cache_latents", "--cache_text_embeddings"]
 # What the README's commands train with.
 AS_IN_README = dict.fromkeys(FAMILIES, ("--use_ema", *CACHES))
 AS_IN_README["sd3"] += ("--timestep_sampling", "logit_normal")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Sums are split between threads, and equal to the bit only where they are split alike."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @every_family

@@ -22,6 +22,8 @@ from training_runs import (
 from diffusers_dtr import DTRPipeline, DTRTransformer2DModel, DTRUNet2DConditionModel, DTRUNet2DModel, training
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SCRIPT = EXAMPLES / "unconditional" / "train_unconditional.py"
 UNET = {
     "in_channels": 1,
@@ -41,15 +43,6 @@ EVERYTHING = [
 ]
 
 every_model = pytest.mark.parametrize("name", ["unet", "transformer"])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Sums are split between threads, and equal to the bit only where they are split alike."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderKL
 from PIL import Image
+from tiny_autoencoders import tiny_taesd, tiny_vae
 from torch.utils.data import DataLoader
 
 from diffusers_dtr.latents import encode_images
@@ -18,30 +19,8 @@ from diffusers_dtr.training.latents import cache_latents, posterior_generators
 from diffusers_dtr.training.samples import ImageDataset, collate_samples
 
 
+NORMALISATION = {"scaling_factor": 0.5, "shift_factor": 0.2}
 TRANSFORM = ImageTransform(resolution=8, center_crop=True, random_flip=True)
-
-
-def tiny_vae() -> AutoencoderKL:
-    torch.manual_seed(0)
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(4, 8),
-        norm_num_groups=2,
-        scaling_factor=0.5,
-        shift_factor=0.2,
-    ).eval()
-
-
-def tiny_taesd() -> AutoencoderTiny:
-    torch.manual_seed(0)
-    return AutoencoderTiny(
-        encoder_block_out_channels=(4, 4),
-        decoder_block_out_channels=(4, 4),
-        num_encoder_blocks=(1, 1),
-        num_decoder_blocks=(1, 1),
-        scaling_factor=0.5,
-    ).eval()
 
 
 @pytest.fixture
@@ -65,7 +44,7 @@ def caches(folder: Path) -> list[Path]:
 def cache(folder: Path, *, vae=None, transform=TRANSFORM, images=None, **options):
     images = load(folder) if images is None else images
     options = {"seed": 7, "batch_size": 4} | options
-    return cache_latents(vae or tiny_vae(), images, transform, folder.parent / "cache", **options)
+    return cache_latents(vae or tiny_vae(**NORMALISATION), images, transform, folder.parent / "cache", **options)
 
 
 def batches(dataset, num_workers: int = 0) -> list[dict]:
@@ -131,7 +110,7 @@ def test_a_second_run_encodes_nothing(folder, monkeypatch):
 
 
 def test_making_a_cache_leaves_the_global_generator_alone(folder):
-    vae, images = tiny_vae(), load(folder)
+    vae, images = tiny_vae(**NORMALISATION), load(folder)
     state = torch.get_rng_state()
     cache(folder, vae=vae, images=images)
     assert torch.equal(torch.get_rng_state(), state)
@@ -155,7 +134,7 @@ def change_config(vae):
 @pytest.mark.parametrize("change", [change_weights, change_config])
 def test_another_vae_has_another_cache(folder, change):
     cache(folder)
-    vae = tiny_vae()
+    vae = tiny_vae(**NORMALISATION)
     change(vae)
     cache(folder, vae=vae)
     assert len(caches(folder)) == 2
@@ -176,7 +155,7 @@ def test_changed_images_have_another_cache(folder):
 
 
 def test_where_a_vae_was_loaded_from_does_not_matter(folder, tmp_path):
-    vae = tiny_vae()
+    vae = tiny_vae(**NORMALISATION)
     cache(folder, vae=vae)
     vae.save_pretrained(tmp_path / "vae")
     cache(folder, vae=AutoencoderKL.from_pretrained(tmp_path / "vae"))
