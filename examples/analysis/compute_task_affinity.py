@@ -99,6 +99,9 @@ def check(parser, args):
         parser.error("exactly one of --dataset_name and --train_data_dir must be given")
     if args.num_timesteps is not None and args.timesteps is not None:
         parser.error("at most one of --num_timesteps and --timesteps can be given")
+    number = args.num_timesteps if args.timesteps is None else len(args.timesteps)
+    if number is not None and number < 4:  # three are correlated with their noise levels, and one may be pure noise
+        parser.error(f"--num_timesteps and --timesteps must be at least 4 timesteps, got {number}")
     if args.checkpoints is not None and len(args.pretrained_model_name_or_path) > 1:
         parser.error("--checkpoints are those of one --pretrained_model_name_or_path")
     if args.cache_latents or args.dataloader_num_workers:
@@ -123,7 +126,9 @@ class Pipelines:
         self.args = args
         self.family = self._common_family()
         if self.family is not None:
-            self.family.prompt_options(args.max_sequence_length)  # refuses a number that is not to be chosen
+            self.prompt_options = self.family.prompt_options(args.max_sequence_length)
+        elif args.max_sequence_length is not None:
+            raise ValueError("`--max_sequence_length` must be left out: these pipelines take no prompts.")
         self.first = self._load(args.pretrained_model_name_or_path[0])
         parts = self.first.components
         self.denoiser = next(name for name in ("transformer", "unet") if parts.get(name) is not None)
@@ -201,17 +206,14 @@ class Pipelines:
         folders = [run / f"checkpoint-{step}" for step in self.args.checkpoints]
         missing = [folder.name for folder in folders if not (folder / self.denoiser).is_dir()]
         if missing:
-            raise ValueError(
-                f"`--checkpoints` must be steps of which {run} has a checkpoint with a {self.denoiser}, got "
-                f"{', '.join(missing)}."
-            )
+            missing = ", ".join(missing)
+            raise ValueError(f"`--checkpoints` must have a {self.denoiser} each in {run}, got none in {missing}.")
         return folders
 
     def _encode(self, captions, device):
-        options = self.family.prompt_options(self.args.max_sequence_length)
         size = self.args.train_batch_size
         batches = [captions[start : start + size] for start in range(0, len(captions), size)]
-        encoded = [self.family.encode(self.first, batch, device, options) for batch in batches]
+        encoded = [self.family.encode(self.first, batch, device, self.prompt_options) for batch in batches]
         return {name: torch.cat([part[name].cpu() for part in encoded]) for name in encoded[0]}
 
 

@@ -147,11 +147,11 @@ def test_every_flag_changes_the_result(inputs, tmp_path, flags):
 
 
 def test_given_timesteps_are_measured(inputs, tmp_path):
-    argv = arguments(inputs, tmp_path / "out", "--timesteps", 5, 500, 990)
+    argv = arguments(inputs, tmp_path / "out", "--timesteps", 5, 250, 500, 990)
     argv[argv.index("--num_timesteps") : argv.index("--num_timesteps") + 2] = []
     run_main(load_script(SCRIPT), argv)
     found = TaskAffinity.load(tmp_path / "out" / "task_affinity.safetensors")
-    assert found.timesteps.tolist() == [5, 500, 990]
+    assert found.timesteps.tolist() == [5, 250, 500, 990]
 
 
 def test_number_of_images_in_a_forward_call_does_not_matter(inputs, tmp_path):
@@ -186,6 +186,7 @@ def test_interrupted_measurement_refuses_other_settings_and_goes_on(inputs, tmp_
     ("flags", "message"),
     [
         (("--timesteps", 1, 2), "at most one of --num_timesteps and --timesteps"),
+        (("--num_timesteps", 3), "must be at least 4 timesteps, got 3"),
         (("--dataset_name", "other"), "exactly one of --dataset_name and --train_data_dir"),
         (("--pretrained_model_name_or_path", "a", "b", "--checkpoints", 1), "--checkpoints are those of one"),
         (("--cache_latents",), "of no use"),
@@ -299,7 +300,7 @@ def test_pipelines_of_several_kinds_are_refused(inputs, captioned, tmp_path):
     [
         (("--cluster", 0), "`num_clusters` must be"),
         (("--cluster", 5000), "`num_clusters` must be"),
-        (("--checkpoints", 10, 20), r"`--checkpoints` must be .*, got checkpoint-10, checkpoint-20\."),
+        (("--checkpoints", 10, 20), r"`--checkpoints` must have .*, got none in checkpoint-10, checkpoint-20\."),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
 )
@@ -309,9 +310,10 @@ def test_values_that_cannot_be_used_are_refused_before_anything_is_measured(inpu
     assert not (tmp_path / "out").exists()
 
 
-def test_length_of_prompts_that_the_tokenizer_decides_is_refused(captioned, tmp_path):
-    with pytest.raises(ValueError, match="`--max_sequence_length` must be left out"):
-        measure(captioned["sd"], tmp_path / "out", "--max_sequence_length", 4)
+def test_length_of_prompts_is_refused_where_it_is_not_to_be_chosen(inputs, captioned, tmp_path):
+    for pipelines in (inputs, captioned["sd"]):
+        with pytest.raises(ValueError, match="`--max_sequence_length` must be left out"):
+            measure(pipelines, tmp_path / "out", "--max_sequence_length", 4)
 
 
 @pytest.mark.slow
