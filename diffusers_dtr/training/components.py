@@ -69,10 +69,8 @@ def load_noise_scheduler(args: argparse.Namespace) -> SchedulerMixin:
     if args.pretrained_model_name_or_path is None:
         return DDPMScheduler(**config)
     name = pretrained_component(args, "scheduler")
-    # Schedulers have no variants.
-    options = pretrained_options(args) | {"variant": None}
     original = getattr(diffusers, name).from_pretrained(
-        args.pretrained_model_name_or_path, subfolder="scheduler", **options
+        args.pretrained_model_name_or_path, subfolder="scheduler", **pretrained_options(args)
     )
     flow = NoiseLevels(original).prediction_type == "flow"
     if flow and config:
