@@ -132,4 +132,4 @@ def _label(pipeline: DTRPipeline, text: str) -> int | str:
 
 
 def _default_device() -> torch.device:
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

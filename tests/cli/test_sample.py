@@ -145,6 +145,14 @@ def test_an_unknown_scheduler_is_refused_before_anything_is_loaded(capsys):
         assert f"must be a scheduler of diffusers, such as DDIMScheduler, got '{name}'" in capsys.readouterr().err
 
 
+def test_a_torch_that_is_built_for_a_gpu_does_without_one(folder, tmp_path, monkeypatch):
+    built_for = torch.device("cuda")
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda check_available=False: None if check_available else built_for
+    )
+    assert sample(folder, tmp_path / "grid.png", "--num_images", "1", "--labels", "0").shape[:2] == (1, 1)
+
+
 def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(folder, tmp_path, capsys):
     for name in ("cuda:99", "nonsense"):
         with pytest.raises(SystemExit, match="2"):
