@@ -13,12 +13,11 @@ import argparse
 import gc
 import json
 import sys
-import time
 from functools import partial
 
 import diffusers
 import torch
-from measuring import compare, environment, seconds_by_turns
+from measuring import CLOCKS, compare, environment, seconds_by_turns
 
 import diffusers_dtr
 
@@ -77,8 +76,6 @@ def flux(batch):
 
 
 FAMILIES = {family.__name__: family for family in (unet_2d, unet_2d_condition, pixart, sd3, flux)}
-
-CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 
 
 def parse_args():

@@ -6,17 +6,17 @@ per timestep; what is left is what a measurement costs once. Peak memory is of r
 process of its own. It is compared with that of bare passes over a quarter of the batch at a time, as TaskAffinity does
 them. The last stage, the inner products of all sketches, is measured by itself at 1000 timesteps. Prints JSON.
 
-    python examples/benchmarks/benchmark_task_affinity.py --batch_size 16 32 64 --num_timesteps 2 4 8
+    python examples/benchmarks/benchmark_task_affinity.py --batch_size 16 32 64 --repeats 5
 """
 
 import argparse
 import json
 import multiprocessing
-import time
+from functools import partial
 
 import torch
 from diffusers import DDPMScheduler
-from measuring import environment, fill_weights
+from measuring import CLOCKS, compare, environment, fill_weights, seconds_by_turns
 from measuring import peak_bytes as current_peak
 
 from diffusers_dtr import DenoisingLoss, DTRTransformer2DModel, TaskAffinity
@@ -27,9 +27,12 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="DiT-S/4", help="A size that DTRTransformer2DModel.from_preset knows.")
     parser.add_argument("--batch_size", type=int, nargs="+", default=[64], help="Images; multiples of 4.")
-    parser.add_argument("--num_timesteps", type=int, nargs="+", default=[2, 4, 8], help="At least two numbers >= 2.")
+    parser.add_argument("--num_timesteps", type=int, nargs="+", default=[2, 4], help="At least two numbers >= 2.")
     parser.add_argument("--sketch_size", type=int, default=8192)
-    parser.add_argument("--repeats", type=int, default=1, help="Timed runs of each; the fastest is reported.")
+    parser.add_argument("--repeats", type=int, default=3, help="Timed runs of each; medians are reported.")
+    parser.add_argument(
+        "--clock", choices=CLOCKS, default="wall", help="Processor time is the steadier one on a CPU that others use."
+    )
     return parser.parse_args()
 
 
@@ -77,18 +80,21 @@ class Subject:
         )
 
 
-def seconds(args, batch_size):
-    """Of each kind of run, by number of timesteps."""
+def turns(args, batch_size):
+    """Seconds of both, by number of timesteps, and their ratios."""
     subject = Subject(args, batch_size)
     subject.bare(1)
-    best = {kind: dict.fromkeys(args.num_timesteps, float("inf")) for kind in ("bare", "affinity")}
-    for _ in range(args.repeats):
-        for num_timesteps in args.num_timesteps:
-            for kind, found in best.items():
-                start = time.perf_counter()
-                getattr(subject, kind)(num_timesteps)
-                found[num_timesteps] = min(found[num_timesteps], time.perf_counter() - start)
-    return best
+    return {
+        n: compare(
+            seconds_by_turns(
+                {"affinity": partial(subject.affinity, n), "bare": partial(subject.bare, n)},
+                args.repeats,
+                warmup=0,
+                clock=CLOCKS[args.clock],
+            )
+        )
+        for n in args.num_timesteps
+    }
 
 
 def peak_bytes(args, batch_size, kind, num_timesteps):
@@ -111,15 +117,15 @@ def slope(points):
 
 
 def measure(args, batch_size, pool):
-    times = pool.apply(seconds, (args, batch_size))
+    by_number = pool.apply(turns, (args, batch_size))
+    medians = {n: found["median_seconds"] for n, found in by_number.items()}
+    slopes = {kind: slope({n: seconds[kind] for n, seconds in medians.items()}) for kind in ("affinity", "bare")}
     fewest, most = min(args.num_timesteps), max(args.num_timesteps)
     bare = pool.apply(peak_bytes, (args, batch_size, "bare_in_quarters", fewest))
     peaks = {n: pool.apply(peak_bytes, (args, batch_size, "affinity", n)) for n in (fewest, most)}
     return {
-        "seconds": {kind: {n: round(s, 3) for n, s in found.items()} for kind, found in times.items()},
-        "seconds_per_timestep": {kind: round(slope(found), 4) for kind, found in times.items()},
-        "ratio_per_timestep": round(slope(times["affinity"]) / slope(times["bare"]), 4),
-        "ratio_by_number_of_timesteps": {n: round(times["affinity"][n] / times["bare"][n], 4) for n in times["bare"]},
+        "by_number_of_timesteps": by_number,
+        "seconds_per_further_timestep": {kind: round(value, 4) for kind, value in slopes.items()},
         "extra_peak_bytes": {n: peak - bare for n, peak in peaks.items()},
     }
 

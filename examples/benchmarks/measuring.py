@@ -9,6 +9,9 @@ import diffusers
 import torch
 
 
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
+
+
 def environment(device="cpu"):
     """The part of a report that says what the numbers are of."""
     cpu = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
