@@ -77,7 +77,8 @@ def test_nothing_that_is_shared_names_a_token_or_this_machine(hub, images, tmp_p
             assert private not in content, path
 
 
-def test_card_tells_of_the_run(hub, images, tmp_path):
+def test_card_tells_of_the_run(hub, images, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py", "--max_train_steps", "3"])
     flags = ["--validation_data_dir", images, "--num_clusters", 3, "--balancing", "uncertainty", "--seed", 7]
     run = train(images, tmp_path / "run", *DIGITS, *flags)
     card = ModelCard.load(run / "README.md")
@@ -88,6 +89,7 @@ def test_card_tells_of_the_run(hub, images, tmp_path):
     assert result.metric_args["images"] == record["held_out"]["images"] == 24
     assert record["model"]["class"] == "DTRTransformer2DModel"
     assert record["num_images"] == 24
+    assert record["command"] == "accelerate launch train.py --max_train_steps 3"
     for text in ("uncertainty", 'DTRPipeline.from_pretrained("owner/digits")', record["command"]):
         assert text in card.text
 
