@@ -5,7 +5,6 @@ from diffusers import ModelMixin
 
 from .analysis import TaskAffinity
 from .diffusers_registration import (
-    register_instead_of_code,
     register_library,
     register_pipeline,
     register_routed_model,
@@ -29,7 +28,6 @@ from .objective.denoising_loss import DenoisingLoss
 from .objective.gradient_balancing import GradientBalancer
 from .pipelines.pipeline_dtr import DTRPipeline
 from .routing import random_routing_mask, routing_mask
-from .self_contained import add_code
 
 
 __version__ = "0.1.0"
@@ -51,7 +49,6 @@ __all__ = [
     "NoiseLevels",
     "TaskAffinity",
     "TimestepClusters",
-    "add_code",
     "cluster_timesteps",
     "convert_original_dit",
     "decode_latents",
@@ -64,7 +61,6 @@ __all__ = [
 ]
 
 register_library()
-register_instead_of_code()
 register_pipeline(DTRPipeline)
 for _model_class in (
     DTRFluxTransformer2DModel,

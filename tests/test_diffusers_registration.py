@@ -86,3 +86,17 @@ def test_all_four_ways_of_loading_work_from_a_hub_in_a_fresh_process(hub, fresh_
     """)
     ours, theirs = ["DTRPipeline", "DTRTransformer2DModel", True], ["DiTPipeline", "DTRTransformer2DModel", True]
     assert loaded == [ours, ours, theirs, theirs]
+
+
+def test_loading_where_the_package_is_missing_names_the_package(fresh_process, tmp_path):
+    DiTPipeline(routed_dit(), tiny_vae(), DDIMScheduler()).save_pretrained(tmp_path)
+    message = fresh_process(f"""
+        import json, sys
+        sys.modules["diffusers_dtr"] = None  # as though it were not installed
+        from diffusers import DiffusionPipeline
+        try:
+            DiffusionPipeline.from_pretrained({str(tmp_path)!r})
+        except ValueError as error:
+            print(json.dumps(str(error)))
+    """)
+    assert "import diffusers_dtr before calling `from_pretrained`" in message

@@ -18,8 +18,6 @@ LAYERS = [
     "plotting",
     "fingerprint",
     "publishing",
-    "bundling",
-    "self_contained",
     "hub",
     "routing",
     "noise_levels",

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler
 
-from ..hub.checksums import verified_downloads
 from ..models.convert_original_dit import convert_original_dit, original_dit_state_dict
 from ..models.original_checkpoint import CHECKPOINT_WEIGHTS, load_original_checkpoint
 from ..models.per_block_embedders import PER_BLOCK_CLASS_NAMES
@@ -203,8 +202,7 @@ def _vae(args: argparse.Namespace, in_channels: int) -> AutoencoderKL | None:
             f"`--vae_name_or_path` must be an autoencoder with {in_channels} latent channels, as the model has, but "
             f"{name} has {channels}. For a model of pixels give `--no_vae`."
         )
-    with verified_downloads(name, token=args.token):
-        return AutoencoderKL.from_pretrained(name, token=args.token)
+    return AutoencoderKL.from_pretrained(name, token=args.token)
 
 
 def _labels(args: argparse.Namespace, num_classes: int) -> dict[str, str] | None:

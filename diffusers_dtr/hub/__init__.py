@@ -1,7 +1,6 @@
 """Push to the Hub, once and whole, and notice what was damaged on the way back."""
 
 from .background import BackgroundPush, PushReport
-from .checksums import verify_download
 from .run import create_run_repo, push_run
 
 
@@ -10,5 +9,4 @@ __all__ = [
     "PushReport",
     "create_run_repo",
     "push_run",
-    "verify_download",
 ]

@@ -9,41 +9,11 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, ModelCard, ModelCardData
 
-from .checksums import verified_downloads
 from .commit import FolderCommit, retry
 
 
 class HubMixin:
-    """Pushes in one commit that is made once, and verifies downloads; to be named before diffusers' class."""
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike | None, *, verify_checksums: bool = True, **kwargs: Any
-    ) -> Any:
-        """Load from a folder or from the Hub, as diffusers does.
-
-        Args:
-            pretrained_model_name_or_path: Folder, or name of a repository on the Hub.
-            verify_checksums: Whether to compare new downloads with the Hub's checksums. What was verified once is not
-                read again. Folders and loads with `local_files_only` are never verified.
-            **kwargs: What diffusers' `from_pretrained` takes, such as `revision`, `variant`, `subfolder` or `token`,
-                and for a model config values, such as `routing_beta`, that replace saved ones.
-
-        Raises:
-            ValueError: For a `token` that is none, or a checkpoint that does not fit.
-            OSError: If a download is damaged. It is removed from the cache: load again to download it anew.
-        """
-        if not verify_checksums:
-            return cls._load_pretrained(pretrained_model_name_or_path, **kwargs)
-        names = ("revision", "cache_dir", "token", "local_files_only")
-        where = {name: kwargs[name] for name in names if name in kwargs}
-        with verified_downloads(pretrained_model_name_or_path, **where):
-            return cls._load_pretrained(pretrained_model_name_or_path, **kwargs)
-
-    @classmethod
-    def _load_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, **kwargs: Any) -> Any:
-        """Load without verifying."""
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+    """Pushes in one commit that is made once; to be named before diffusers' class."""
 
     def push_to_hub(
         self,
@@ -77,7 +47,7 @@ class HubMixin:
             subfolder: Folder of the repository. Default its root.
             revision: Branch, made from `main` if there is none of that name. Default `main`.
             max_shard_size: Weights larger than this, in bytes or as "5GB", are split over several files.
-            **save_options: What else `save_pretrained` takes, such as a pipeline's `include_code`.
+            **save_options: What else `save_pretrained` takes.
 
         Returns:
             The commit.

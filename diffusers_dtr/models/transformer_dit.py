@@ -288,8 +288,8 @@ class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMi
         return share_embedders(plain.state_dict())
 
     @classmethod
-    def _load_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> DTRTransformer2DModel:
-        """[`from_pretrained`], also of checkpoints of diffusers' own DiT, which repeat the embedders in every block.
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> DTRTransformer2DModel:
+        """Load as diffusers does, also checkpoints of diffusers' own DiT, which repeat the embedders in every block.
 
         Args:
             pretrained_model_name_or_path: Folder or repository.
@@ -302,7 +302,7 @@ class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMi
         """
         config = cls.load_config(pretrained_model_name_or_path, **kwargs)
         if config.get("_class_name") not in PER_BLOCK_CLASS_NAMES:
-            return super()._load_pretrained(pretrained_model_name_or_path, **kwargs)
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
         for name in ("device_map", "quantization_config"):
             if kwargs.get(name) is not None:

@@ -24,14 +24,13 @@ from ..hub.shared import HubMixin
 from ..latents import LatentNormalization, decode_latents, vae_scale_factor
 from ..models.evaluating import evaluating
 from ..noise_levels import uses_learned_variance
-from ..self_contained import SelfContainedMixin
 from .class_labels import class_named, classes_by_name, labels_of_images
 from .learned_variance import check_channels, scheduler_of_chosen_channels
 from .model_index import check_model_index
 from .sampling_checks import CALLBACK_TENSORS, check_guidance, check_sampling, checked_size
 
 
-class DTRPipeline(SelfContainedMixin, HubMixin, DiffusionPipeline):
+class DTRPipeline(HubMixin, DiffusionPipeline):
     r"""Pipeline for image generation with a class-conditional or unconditional denoiser.
 
     This pipeline inherits from [`~diffusers.DiffusionPipeline`], whose saving, loading, offloading and device handling

@@ -87,8 +87,6 @@ def check_text_to_image_arguments(parser: argparse.ArgumentParser, args: argpars
         if args.lora_alpha is not None or args.lora_layers is not None:
             parser.error("--lora_alpha and --lora_layers have an effect with --rank only")
         return
-    if args.include_code:
-        parser.error("--rank does not go with --include_code: adapters are no pipeline, and have no code")
     if args.use_ema:
         parser.error("--rank does not go with --use_ema: the average would be of all weights, not of the adapters")
     if args.denoiser_config is not None:

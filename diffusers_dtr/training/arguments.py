@@ -224,12 +224,6 @@ def add_run_arguments(parser: argparse.ArgumentParser, guidance: bool = True) ->
     add("--logging_steps", type=positive_int, default=10, help="Steps between readings of the loss.")
     add("--logging_dir", default="logs", help="Folder of the tracker's files inside the output folder.")
     add("--report_to", choices=(*TRACKERS, "none"), default="tensorboard", help="Where losses and samples go.")
-    add(
-        "--include_code",
-        action="store_true",
-        help="Save the code of our classes with the pipeline, which then loads without this package, for those who "
-        "trust it.",
-    )
     add("--push_to_hub", action="store_true", help="Upload the result with its card, samples and logs.")
     add("--hub_model_id", help="Repository to push to. Defaults to the name of the output folder.")
     add("--hub_token", help="Token to push with. Defaults to the one of `hf auth login`.")

@@ -22,7 +22,6 @@ from ..hub import BackgroundPush, create_run_repo, push_run
 from ..hub.commit import retry
 from ..model_card import fetch_card, save_model_card
 from ..objective.clustering import cluster_timesteps
-from ..self_contained import add_code
 from .arguments import warmed_up_beta
 from .checkpoints import Checkpoints
 from .clean_samples import UnreadableImages, build_loader, clean_samples, held_out_samples
@@ -279,8 +278,6 @@ class Trainer:
                 unreadable_images=unreadable_images,
             )
             save_record(record, self.output_dir)
-            if self.args.include_code:
-                add_code(self.output_dir)
             save_model_card(self.output_dir, repo_id=self.args.hub_model_id)
             logger.info(f"Saved the result in {self.output_dir}")
         # It closes the trackers, whose files are shared too.

@@ -157,10 +157,3 @@ def test_push_that_is_refused_is_an_error_and_the_result_complete_on_disk(hub, i
         train(images, tmp_path / "run", *DIGITS)
     assert DTRPipeline.from_pretrained(tmp_path / "run").transformer is not None
     assert (tmp_path / "run" / "README.md").exists()
-
-
-def test_code_is_shared_with_the_pipeline_if_asked_for(hub, images, tmp_path):
-    train(images, tmp_path / "run", *DIGITS, "--include_code")
-    assert {"diffusers_dtr.py", "transformer/diffusers_dtr.py"} <= hub_files(hub)
-    assert type(DTRPipeline.from_pretrained("owner/digits")) is DTRPipeline
-    assert 'DTRPipeline.from_pretrained("owner/digits")' in (tmp_path / "run" / "README.md").read_text()

@@ -248,7 +248,6 @@ def test_revision_and_variant_of_a_hub_repository_are_loaded(hub, images, tmp_pa
     [
         (["--rank", 2, "--use_ema"], "--rank does not go with --use_ema"),
         (["--rank", 2, "--denoiser_config", {}], "--rank does not go with --denoiser_config"),
-        (["--rank", 2, "--include_code"], "--rank does not go with --include_code"),
         (["--lora_alpha", 2], "--lora_alpha and --lora_layers have an effect with --rank only"),
         (["--proportion_empty_prompts", 1.5], r"--proportion_empty_prompts must be in \[0, 1\], got 1.5"),
     ],
