@@ -1,6 +1,7 @@
 """The noise levels of every scheduler family, against the scheduler's own methods."""
 
 import math
+from functools import partial
 
 import diffusers
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
-from diffusers_dtr.noise_levels import NoiseLevels, uses_learned_variance
+from diffusers_dtr.noise_levels import NoiseLevels, is_discrete, uses_learned_variance
 
 
 T = 1000
@@ -297,6 +298,7 @@ PROCESSES = {
     **{f"ddpm-{kind}": ("DDPMScheduler", {"prediction_type": kind}) for kind in ("epsilon", "sample", "v_prediction")},
     **{f"euler-{kind}": ("EulerDiscreteScheduler", {"prediction_type": kind}) for kind in ("epsilon", "v_prediction")},
     **{f"edm-{kind}": ("EDMEulerScheduler", {"prediction_type": kind}) for kind in ("epsilon", "v_prediction")},
+    "continuous": ("EulerDiscreteScheduler", {"timestep_type": "continuous", "prediction_type": "v_prediction"}),
     "flow": ("FlowMatchEulerDiscreteScheduler", {}),
     "flow-epsilon": ("UniPCMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "epsilon"}),
     "zero-snr-epsilon": ("DDPMScheduler", {"rescale_betas_zero_snr": True}),
@@ -576,10 +578,41 @@ def test_something_else_than_a_scheduler_is_refused():
         NoiseLevels(1000)
 
 
-@pytest.mark.parametrize("timestep", [-1, 1000, 999.5])
-def test_timesteps_outside_the_schedule_are_refused(timestep):
-    with pytest.raises(ValueError, match=r"`timesteps` must lie in \[0, 999\]"):
-        NoiseLevels(make("DDPMScheduler")).snr(torch.tensor([5, timestep]))
+OUTSIDE = {
+    "ddpm-epsilon": (-1, 1000, 999.5, math.nan),
+    "euler-epsilon": (-0.5, 1000),
+    "continuous": (-2, 50),
+    "edm-epsilon": (-50, 1.2, math.inf, math.nan),
+    "flow": (-1e-3, 1000.1, 1500),
+}
+
+
+@pytest.mark.parametrize(("key", "outside"), [(key, value) for key, values in OUTSIDE.items() for value in values])
+def test_timesteps_outside_the_schedule_are_refused_by_all_that_takes_timesteps(key, outside):
+    levels = LEVELS[key]
+    timesteps = torch.tensor([levels.timesteps[5], outside])
+    clean, noise = noise_pair(2)
+    of_samples = (levels.add_noise, levels.target, levels.predict_clean)
+    of_timesteps = (levels.alpha, levels.sigma, levels.snr, levels.log_snr, levels.clean_gain, levels.noise_gain)
+    calls = [partial(call, clean, noise, timesteps) for call in of_samples]
+    calls += [partial(call, timesteps) for call in of_timesteps]
+    for call in [*calls, partial(levels.model_input, clean, timesteps)]:
+        with pytest.raises(ValueError, match=r"`timesteps` must lie in \[-?[\d.]+, [\d.]+\], got"):
+            call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@every_process
+def test_ends_of_the_schedule_belong_to_it_in_every_precision(levels, dtype):
+    ends = levels.timesteps[[0, -1]].to(dtype)
+    if is_discrete(levels.timesteps) and ends[1] == T:
+        pytest.skip("999 is 1000 in bfloat16")
+    assert levels.sigma(ends).isfinite().all()
+
+
+def test_flow_matching_has_noise_levels_below_its_first_timestep():
+    levels = NoiseLevels(make("FlowMatchEulerDiscreteScheduler", shift=3.0))
+    assert levels.sigma(torch.tensor([0.0, 0.5, 1000.0])).tolist() == [0, 0.0005, 1]
 
 
 @pytest.mark.parametrize("timesteps", [5, torch.tensor(5), torch.tensor([[5, 6]])])

@@ -13,7 +13,7 @@ from diffusers import DDPMParallelScheduler, DDPMScheduler, SchedulerMixin, UnCL
 from torch import Tensor
 
 from ..precision import scalar_dtype
-from .timestep_table import TimestepTable
+from .timestep_table import TimestepTable, is_discrete
 
 
 # The variance types with which a scheduler's `step` samples from the predicted variance. DPM-Solver and SASolver also
@@ -52,6 +52,27 @@ class ForwardProcess(ABC):
         self.timesteps = timesteps
         self.sigma_data = sigma_data
         self.alphas_cumprod = alphas_cumprod
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Smallest and largest timestep that has a noise level: the ends of the training grid."""
+        return self.timesteps[0].item(), self.timesteps[-1].item()
+
+    def check_range(self, timesteps: Tensor) -> None:
+        """Refuse timesteps outside the schedule where they lie on the CPU: looking at them elsewhere would wait.
+
+        Raises:
+            ValueError: Naming the range, and what came.
+        """
+        if timesteps.device.type != "cpu":
+            return
+        limits = torch.tensor(self.limits, dtype=torch.float64, device="cpu")
+        # A real-valued end of the grid is as round as the timesteps are.
+        low, high = limits if is_discrete(self.timesteps) else limits.to(timesteps.dtype)
+        if not ((low <= timesteps.double()) & (timesteps.double() <= high)).all():
+            raise ValueError(
+                f"`timesteps` must lie in [{limits[0]:g}, {limits[1]:g}], got {timesteps.min()} to {timesteps.max()}."
+            )
 
     @abstractmethod
     def alpha_sigma(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,6 +140,11 @@ class Flow(ForwardProcess):
     def __init__(self, num_train_timesteps: int, shift: float):
         sigmas = torch.arange(1, num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
         super().__init__(shift * sigmas / (1 + (shift - 1) * sigmas) * num_train_timesteps)
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Every σ in [0, 1] is a noise level, between the timesteps of the grid and below its first as well."""
+        return 0.0, float(len(self.timesteps))
 
     def alpha_sigma(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """See [`ForwardProcess.alpha_sigma`]."""

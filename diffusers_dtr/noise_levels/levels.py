@@ -26,8 +26,8 @@ class NoiseLevels:
     """The noise levels, targets and posterior of a diffusers scheduler, for training.
 
     Timesteps are what the denoiser is called with, low = nearly clean: integers (or reals between them) in [0, T) for
-    schedules made of betas, σ·T for flow matching, ¼·ln σ for EDM. They are `(B,)` tensors on any device; reading the
-    tables never waits for it. A scalar per timestep is float64 (float32 on devices without float64); a sample is
+    schedules made of betas, σ·T in [0, T] for flow matching, ¼·ln σ within the ends of the grid for EDM. They are `(B,)`
+    tensors on any device, whose range is checked on the CPU alone: nothing here waits for another device. A scalar per timestep is float64 (float32 on devices without float64); a sample is
     computed in at least float32 and returned in the dtype it came in.
 
     The sampling state of the scheduler (`set_timesteps`, Karras sigmas, `timestep_spacing`) plays no part: these are
@@ -135,6 +135,7 @@ class NoiseLevels:
         """
         _check_batch(timesteps, noisy=noisy)
         if not self._process.scales_input:
+            self._process.check_range(timesteps)
             return noisy
         alpha, sigma = self._alpha_sigma(timesteps)
         deviation = torch.hypot(alpha * self.sigma_data, sigma)
@@ -208,6 +209,7 @@ class NoiseLevels:
 
     def _alpha_sigma(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         _check_timesteps(timesteps)
+        self._process.check_range(timesteps)
         return self._process.alpha_sigma(timesteps)
 
     def _target_shares(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
