@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -73,20 +74,34 @@ def _beside(latents: torch.Tensor, value: float | torch.Tensor) -> float | torch
     return value.to(latents, non_blocking=True) if isinstance(value, torch.Tensor) else value
 
 
+@contextmanager
+def _upcast(vae: ModelMixin) -> Iterator[None]:
+    """In float32 meanwhile, if the activations of a VAE overflow in float16: as in diffusers' pipelines of SDXL."""
+    overflows = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
+    if overflows:
+        vae.float()
+    try:
+        yield
+    finally:
+        if overflows:
+            vae.half()
+
+
 @torch.no_grad()
 def encode_moments(vae: ModelMixin, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Mean and standard deviation of the VAE's posterior, not yet normalised.
 
     Args:
-        vae: A diffusers autoencoder of images. It runs in its own precision: keep one whose config says
-            `force_upcast` out of float16, where its activations overflow.
+        vae: A diffusers autoencoder of images. It runs in its own precision, but in float32 instead of float16 if its
+            config says `force_upcast`.
         pixel_values: `(batch, channels, height, width)` in [-1, 1].
 
     Returns:
         Mean and standard deviation, `(batch, latent channels, height, width)`, float32. The standard deviation is
         None for a deterministic autoencoder (`AutoencoderDC`, `AutoencoderTiny`, `VQModel`).
     """
-    output = vae.encode(pixel_values.to(vae.device, vae.dtype))
+    with _upcast(vae):
+        output = vae.encode(pixel_values.to(vae.device, vae.dtype))
     if "latent_dist" in output:
         return output.latent_dist.mean.float(), output.latent_dist.std.float()
     (latents,) = output.to_tuple()
@@ -150,7 +165,9 @@ def decode_latents(vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
     """
     # Half-precision latents are denormalised in float32, as `encode_images` normalises them.
     latents = LatentNormalization.from_vae(vae).denormalize(latents.float())
-    return vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+    dtype = vae.dtype
+    with _upcast(vae):
+        return vae.decode(latents.to(vae.dtype), return_dict=False)[0].to(dtype)
 
 
 def vae_scale_factor(vae: ModelMixin) -> int:

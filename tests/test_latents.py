@@ -1,6 +1,6 @@
 import pytest
 import torch
-from diffusers import AutoencoderDC, AutoencoderRAE, VQModel
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderRAE, VQModel
 from tiny_autoencoders import tiny_taesd, tiny_vae
 
 from diffusers_dtr.latents import LatentNormalization, decode_latents, encode_images, encode_moments, vae_scale_factor
@@ -87,6 +87,26 @@ def test_latents_are_float32_and_images_in_the_precision_of_the_vae():
     latents = encode_images(vae, images(), torch.Generator().manual_seed(5))
     assert latents.dtype == torch.float32
     assert decode_latents(vae, latents).dtype == torch.bfloat16
+
+
+def overflowing_vae() -> AutoencoderKL:
+    """Whose activations are beyond float16's 65504, as those of SDXL's."""
+    vae = tiny_vae(scaling_factor=0.5, force_upcast=True)
+    for conv in (vae.encoder.conv_in, vae.decoder.conv_in):
+        conv.weight.data *= 1e5
+    return vae
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_vae_that_overflows_in_float16_computes_in_float32(dtype):
+    vae, half = overflowing_vae(), overflowing_vae().to(dtype)
+    before = half.state_dict()
+    (mean, _), (expected, _) = encode_moments(half, images()), encode_moments(vae, images())
+    assert (mean - expected).norm() / expected.norm() < 0.02
+    decoded, image = decode_latents(half, mean), decode_latents(vae, mean)
+    assert decoded.dtype == half.dtype == dtype
+    assert (decoded.float() - image).norm() / image.norm() < 0.02
+    assert all(map(torch.equal, half.state_dict().values(), before.values()))
 
 
 def test_half_precision_latents_are_denormalised_in_float32():

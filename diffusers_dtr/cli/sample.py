@@ -16,7 +16,8 @@ from .options import add_hub_arguments, new_parser
 from .outputs import new_output
 
 
-_HALF_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+_DTYPES = ("float32", "float16", "bfloat16")
+
 _EXAMPLE = """\
   diffusers-dtr sample demo/pipeline --labels 3 7 --num_images 8 --guidance_scale 1.5 --output digits.png
   diffusers-dtr sample owner/model --labels "golden retriever" --scheduler DPMSolverMultistepScheduler \\
@@ -89,7 +90,10 @@ def add_parser(subparsers) -> None:
         "--device", type=device, help="Where to compute, such as cuda:1. An accelerator, if there is one."
     )
     parser.add_argument(
-        "--dtype", choices=("float32", *_HALF_DTYPES), default="float32", help="Precision. Default: %(default)s."
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="float32",
+        help="Precision. Default: %(default)s.",
     )
     parser.add_argument(
         "--output", default="samples.png", help="PNG to write; it must not exist. Default: %(default)s."
@@ -101,7 +105,9 @@ def add_parser(subparsers) -> None:
 def run(args: argparse.Namespace) -> None:
     """Write the grid."""
     with new_output(args.output, suffix=".png") as path:
-        pipeline = DTRPipeline.from_pretrained(args.pipeline, revision=args.revision, token=args.token)
+        pipeline = DTRPipeline.from_pretrained(
+            args.pipeline, revision=args.revision, token=args.token, torch_dtype=getattr(torch, args.dtype)
+        )
         if args.scheduler is not None:
             pipeline.scheduler = args.scheduler.from_config(pipeline.scheduler.config)
         seeds = range(args.seed, args.seed + args.num_images)
@@ -112,9 +118,6 @@ def run(args: argparse.Namespace) -> None:
             wanted, columns = {"class_labels": [label for label in labels for _ in seeds]}, len(seeds)
             seeds = [*seeds] * len(labels)
         pipeline.to(args.device or _default_device())
-        # diffusers warns of every cast, also of one that changes nothing.
-        if args.dtype in _HALF_DTYPES:
-            pipeline.to(_HALF_DTYPES[args.dtype])
         images = pipeline(
             **wanted,
             guidance_scale=args.guidance_scale,

@@ -38,19 +38,22 @@ def pretrained_options(args: argparse.Namespace) -> dict[str, Any]:
     return {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
 
 
-def load_vae(args: argparse.Namespace) -> AutoencoderKL | None:
+def load_vae(args: argparse.Namespace, dtype: torch.dtype = torch.float32) -> AutoencoderKL | None:
     """The autoencoder of `--vae_name_or_path`, or else of the pretrained pipeline, frozen; None if there is neither.
 
     Args:
         args: Parsed flags.
+        dtype: Its precision, unless its config has `force_upcast`: then it is in float32.
     """
     if args.vae_name_or_path is not None:
-        vae = AutoencoderKL.from_pretrained(args.vae_name_or_path, cache_dir=args.cache_dir)
+        source, options = args.vae_name_or_path, {"cache_dir": args.cache_dir}
     elif pretrained_component(args, "vae") is not None:
-        options = pretrained_options(args)
-        vae = AutoencoderKL.from_pretrained(args.pretrained_model_name_or_path, subfolder="vae", **options)
+        source, options = args.pretrained_model_name_or_path, {"subfolder": "vae", **pretrained_options(args)}
     else:
         return None
+    vae = AutoencoderKL.from_pretrained(source, **options, torch_dtype=dtype)
+    if vae.config.force_upcast and dtype != torch.float32:
+        vae = AutoencoderKL.from_pretrained(source, **options, torch_dtype=torch.float32)
     return vae.requires_grad_(False).eval()
 
 

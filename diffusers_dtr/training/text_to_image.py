@@ -168,7 +168,11 @@ def text_to_image_family(args: argparse.Namespace) -> TextToImageFamily:
 
 
 def load_text_to_image_pipeline(
-    args: argparse.Namespace, family: TextToImageFamily, model: ModelMixin, vae: ModelMixin
+    args: argparse.Namespace,
+    family: TextToImageFamily,
+    model: ModelMixin,
+    vae: ModelMixin,
+    dtype: torch.dtype | None = None,
 ) -> DiffusionPipeline:
     """The pretrained pipeline with another denoiser and autoencoder, and the noise schedule of the flags.
 
@@ -177,6 +181,8 @@ def load_text_to_image_pipeline(
         family: The pipeline's family.
         model: The denoiser.
         vae: The autoencoder.
+        dtype: Precision to load the text encoders in; that in which they were saved by default. Loaded, because a
+            cast would undo what they keep in float32 themselves: T5's `wo`, the frequencies of rotary embeddings.
 
     Raises:
         ValueError: If the pipeline cannot sample images of `--resolution`.
@@ -186,7 +192,10 @@ def load_text_to_image_pipeline(
     if args.resolution % multiple:
         raise ValueError(f"`--resolution` must be a multiple of {multiple}, got {args.resolution}.")
     pipeline = DiffusionPipeline.from_pretrained(
-        args.pretrained_model_name_or_path, **{family.denoiser: model, "vae": vae}, **pretrained_options(args)
+        args.pretrained_model_name_or_path,
+        **{family.denoiser: model, "vae": vae},
+        **pretrained_options(args),
+        torch_dtype=dtype,
     )
     pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **noise_config(args))
     pipeline.set_progress_bar_config(disable=True)
@@ -205,15 +214,15 @@ def build_text_encoder(
     Args:
         args: Parsed flags.
         family: The pipeline's family.
-        pipeline: Its text encoders are frozen, and brought to the device and the precision of the run. With
-            `--cache_text_embeddings` it has none afterwards.
+        pipeline: Its text encoders are frozen and brought to the device, in the precision that they were loaded in.
+            With `--cache_text_embeddings` it has none afterwards.
         texts: All that will be asked for, with repetitions or without; gone through only where a cache is made of it.
         accelerator: Its main process encodes, the others wait.
     """
     device = accelerator.device
     tokenizers, encoders = _named(pipeline, "tokenizer"), _named(pipeline, "text_encoder")
     for encoder in encoders.values():
-        encoder.requires_grad_(False).eval().to(device, frozen_dtype(accelerator))
+        encoder.requires_grad_(False).eval().to(device)
     options = family.prompt_options(args.max_sequence_length)
 
     def encode(some: list[str]) -> dict[str, torch.Tensor]:
@@ -238,7 +247,7 @@ def build_text_encoder(
 
 
 def frozen_dtype(accelerator: Accelerator) -> torch.dtype:
-    """The precision of models that are not trained: that of the run.
+    """The precision to load models in that are not trained: that of the run.
 
     Args:
         accelerator: Tells the run's precision.

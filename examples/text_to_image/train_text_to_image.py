@@ -71,9 +71,8 @@ def main(args):
     # 1. Captioned images, and the autoencoder in whose latent space they are learned
     family = training.text_to_image_family(args)
     images = training.load_images(args, label_column=None, caption_column=args.caption_column)
-    vae = training.load_vae(args).to(accelerator.device)
-    if not vae.config.force_upcast:  # else half precision would overflow
-        vae.to(training.frozen_dtype(accelerator))
+    frozen_dtype = training.frozen_dtype(accelerator)
+    vae = training.load_vae(args, frozen_dtype).to(accelerator.device)
 
     # 2. Denoiser and noise schedule
     noise_scheduler = training.load_noise_scheduler(args)
@@ -81,7 +80,7 @@ def main(args):
     model = load_denoiser(args, family, noise_scheduler, vae, accelerator)
     if args.rank is not None:
         training.add_lora(model, args, family.lora_layers)
-    pipeline = training.load_text_to_image_pipeline(args, family, model, vae)
+    pipeline = training.load_text_to_image_pipeline(args, family, model, vae, frozen_dtype)
 
     # 3. What a sample is: an image, and one of its captions or, now and then, none
     channels = training.image_channels(model, vae)

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 import pytest
+import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -34,8 +35,8 @@ def flags(**given) -> argparse.Namespace:
     return argparse.Namespace(learn_sigma=given.pop("learn_sigma", False), **{name: given.get(name) for name in names})
 
 
-def vae() -> AutoencoderKL:
-    return AutoencoderKL(block_out_channels=(4,), norm_num_groups=2)
+def vae(**config) -> AutoencoderKL:
+    return AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, **config)
 
 
 def saved(folder, scheduler, vae=None, **options):
@@ -60,6 +61,17 @@ def test_autoencoder_is_the_given_one_or_that_of_the_pipeline_or_none(tmp_path):
     assert load_vae(flags()) is None
     pixels = saved(tmp_path / "pixels", DDIMScheduler())
     assert load_vae(flags(pretrained_model_name_or_path=pixels)) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("force_upcast", [True, False])
+def test_an_autoencoder_that_insists_on_float32_is_loaded_in_it(dtype, force_upcast, tmp_path):
+    original = vae(force_upcast=force_upcast)
+    original.save_pretrained(tmp_path)
+    loaded = load_vae(flags(vae_name_or_path=str(tmp_path)), dtype)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32 if force_upcast else dtype}
+    if force_upcast:  # not rounded on the way
+        assert all(map(torch.equal, loaded.state_dict().values(), original.state_dict().values()))
 
 
 def test_variant_of_the_weights_is_loaded(tmp_path):

@@ -60,6 +60,16 @@ def build(name, args, accelerator, prompts=PROMPTS):
     return pipeline, family, build_text_encoder(args, family, pipeline, {"", *prompts}, accelerator)
 
 
+def load(name, args, accelerator):
+    """As the script does, in the precision of the run."""
+    if not Path(args.pretrained_model_name_or_path).exists():
+        PIPELINES[name]().save_pretrained(args.pretrained_model_name_or_path)
+    base, family = PIPELINES[name](), text_to_image_family(args)
+    dtype = frozen_dtype(accelerator)
+    pipeline = load_text_to_image_pipeline(args, family, getattr(base, family.denoiser), base.vae, dtype)
+    return pipeline, build_text_encoder(args, family, pipeline, PROMPTS, accelerator)
+
+
 @every_family
 def test_denoiser_is_told_in_training_what_its_pipeline_tells_it(name, args, accelerator):
     args.max_sequence_length = None if name == "sd" else 12
@@ -148,13 +158,27 @@ def test_embeddings_of_another_encoder_or_length_are_not_taken_from_the_cache(ch
 
 @pytest.mark.parametrize("accelerator", ["bf16"], indirect=True)
 def test_text_encoders_are_frozen_and_in_the_precision_of_the_run(args, accelerator):
-    pipeline = PIPELINES["sd"]()
-    pipeline.text_encoder.train()
-    encode = build_text_encoder(args, TEXT_TO_IMAGE_FAMILIES[type(pipeline).__name__], pipeline, PROMPTS, accelerator)
+    pipeline, encode = load("sd", args, accelerator)
     assert not any(parameter.requires_grad for parameter in pipeline.text_encoder.parameters())
     assert not pipeline.text_encoder.training
     assert pipeline.text_encoder.dtype == frozen_dtype(accelerator) == torch.bfloat16
     assert encode(["one"])["prompt_embeds"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("accelerator", ["fp16", "bf16"], indirect=True)
+@pytest.mark.parametrize("cached", [False, True])
+def test_what_a_text_encoder_keeps_in_float32_stays_there(cached, args, accelerator):
+    args.cache_text_embeddings, args.max_sequence_length = cached, 12
+    base = PIPELINES["pixart"]()
+    with torch.no_grad():  # as in T5-XXL: what `wo` returns is beyond float16's 65504
+        for block in base.text_encoder.encoder.block:
+            block.layer[1].DenseReluDense.wo.weight[0] *= 3e7
+    base.save_pretrained(args.pretrained_model_name_or_path)
+    expected = base.encode_prompt("a one", False, device="cpu", max_sequence_length=12)[0]
+    pipeline, encode = load("pixart", args, accelerator)
+    error = (encode(["a one"])["prompt_embeds"].float() - expected).norm() / expected.norm()
+    assert error < {"fp16": 2e-3, "bf16": 2e-2}[accelerator.mixed_precision]
+    assert pipeline.transformer.dtype == torch.float32
 
 
 def test_pixart_is_told_the_size_of_its_images_where_it_wants_to_know(args, accelerator):
