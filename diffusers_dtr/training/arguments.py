@@ -102,7 +102,11 @@ def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     add("--train_batch_size", type=positive_int, default=16, help="Images per process and forward call.")
     add("--num_train_epochs", type=positive_int, default=100, help="Used if --max_train_steps is not given.")
     add("--max_train_steps", type=positive_int, help="Number of optimizer steps.")
-    add("--gradient_accumulation_steps", type=positive_int, default=1, help="Forward calls per optimizer step.")
+    add(
+        "--gradient_accumulation_steps",
+        type=positive_int,
+        help="Forward calls per optimizer step. Default what accelerate is configured with, or else 1.",
+    )
     add("--gradient_checkpointing", action="store_true", help="Save memory by computing activations twice.")
     add("--learning_rate", type=float, default=1e-4, help="Peak learning rate.")
     add("--lr_scheduler", choices=_LR_SCHEDULERS, default="constant", help="Course of the learning rate.")

@@ -99,7 +99,7 @@ def build_loader(args: argparse.Namespace, dataset: Dataset, accelerator: Accele
         seed=args.seed,
         num_processes=accelerator.num_processes,
         process_index=accelerator.process_index,
-        start_step=global_step * args.gradient_accumulation_steps,
+        start_step=global_step * accelerator.gradient_accumulation_steps,
     )
     return DataLoader(
         dataset,

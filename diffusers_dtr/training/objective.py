@@ -210,7 +210,7 @@ def _balancing(args: argparse.Namespace, model: torch.nn.Module, accelerator: Ac
         model,
         args.balancing,
         num_clusters=args.num_clusters,
-        update_every=(args.balancing_update_every or 1) * args.gradient_accumulation_steps,
+        update_every=(args.balancing_update_every or 1) * accelerator.gradient_accumulation_steps,
         scaler=accelerator.scaler,
         seed=args.seed,
     )

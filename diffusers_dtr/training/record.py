@@ -68,6 +68,10 @@ def run_record(
         launcher += ["--num_processes", str(accelerator.num_processes)]
     if accelerator.mixed_precision != "no" and getattr(args, "mixed_precision", None) is None:
         launcher += ["--mixed_precision", accelerator.mixed_precision]
+    steps = getattr(args, "gradient_accumulation_steps", 1)
+    if steps > 1 and not any(argument.startswith("--gradient_accumulation_steps") for argument in argv):
+        # Of accelerate's configuration, which whoever types the command again may not have
+        argv = [*argv, "--gradient_accumulation_steps", str(steps)]
     return {
         "command": public_command(argv, launcher),
         "arguments": public_arguments(args),

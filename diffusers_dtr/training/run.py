@@ -7,7 +7,7 @@ import logging
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import DynamoBackend, ProjectConfiguration
 
 from ..hub import create_run_repo
 from .outputs import prepare_output_dir
@@ -17,21 +17,23 @@ def start_run(args: argparse.Namespace) -> Accelerator:
     """Make the output folder and the repository, or check a resumed run's, and set up accelerate and logging.
 
     Args:
-        args: Parsed flags.
+        args: Parsed flags. `gradient_accumulation_steps` is what accelerate has decided afterwards.
 
     Returns:
         The accelerator that everything else is done with.
 
     Raises:
-        ValueError: If a run that does not resume would write into a folder that holds a pipeline or checkpoints.
+        ValueError: If a run that does not resume would write into a folder that holds a pipeline or checkpoints, or a
+            flag and accelerate's configuration give different values for one setting.
     """
     output_dir = prepare_output_dir(args.output_dir, resuming=args.resume_from_checkpoint is not None)
     accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        gradient_accumulation_steps=args.gradient_accumulation_steps or 1,
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir / args.logging_dir),
     )
+    agree_with_accelerate(args, accelerator)
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         level=logging.INFO if accelerator.is_local_main_process else logging.ERROR,
@@ -42,3 +44,46 @@ def start_run(args: argparse.Namespace) -> Accelerator:
     if args.push_to_hub and accelerator.is_main_process:
         create_run_repo(output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo)
     return accelerator
+
+
+def agree_with_accelerate(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Settle what both the flags and accelerate's configuration, environment or DeepSpeed file can decide.
+
+    Args:
+        args: Parsed flags. `gradient_accumulation_steps` becomes what accelerate has decided.
+        accelerator: Just made. A DeepSpeed configuration gets the flags' values where it has none of its own.
+
+    Raises:
+        ValueError: If they disagree; it names both values.
+    """
+    if args.compile and accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        raise ValueError(
+            "`--compile` and the dynamo backend of accelerate's configuration would both compile the model: leave out "
+            "the flag, or set `dynamo_backend: no`."
+        )
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None:
+        _agree_with_deepspeed(args, plugin.deepspeed_config)
+        steps = plugin.deepspeed_config.get("gradient_accumulation_steps", "auto")
+        if steps != "auto":
+            accelerator.gradient_accumulation_steps = steps
+    steps = accelerator.gradient_accumulation_steps
+    if args.gradient_accumulation_steps not in (None, steps):
+        raise _disagreement("--gradient_accumulation_steps", args.gradient_accumulation_steps, steps)
+    args.gradient_accumulation_steps = steps
+
+
+def _agree_with_deepspeed(args: argparse.Namespace, config: dict) -> None:
+    for name, flag in (("train_micro_batch_size_per_gpu", "train_batch_size"), ("gradient_clipping", "max_grad_norm")):
+        value = getattr(args, flag)
+        if config.get(name, "auto") == "auto":
+            config[name] = value
+        elif config[name] != value:
+            raise _disagreement(f"--{flag}", value, f"{config[name]}, as DeepSpeed's `{name}`")
+
+
+def _disagreement(flag: str, value: object, decided: object) -> ValueError:
+    return ValueError(
+        f"`{flag}` is {value}, but accelerate's configuration or environment (ACCELERATE_* variables) sets {decided}. "
+        "Give it in one place, or the same value in both."
+    )

@@ -97,7 +97,7 @@ class Trainer:
             model.compile(fullgraph=True)
         self.ema = build_ema(args, model, accelerator.device) if args.use_ema else None
         self.held_out_loss = self._build_held_out_loss(noise_scheduler, held_out_dataset)
-        self.micro_batches = accelerator.num_processes * args.gradient_accumulation_steps
+        self.micro_batches = accelerator.num_processes * accelerator.gradient_accumulation_steps
         self._settings = {
             "seed": args.seed,
             "train_batch_size": args.train_batch_size,
@@ -137,7 +137,7 @@ class Trainer:
             disable=not accelerator.is_local_main_process,
         )
         self.model.train()
-        first_batch = self.global_step * args.gradient_accumulation_steps
+        first_batch = self.global_step * accelerator.gradient_accumulation_steps
         for number, batch in enumerate(self.loader, start=first_batch):
             if self.global_step >= args.max_train_steps:
                 break

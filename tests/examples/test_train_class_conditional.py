@@ -127,6 +127,14 @@ def test_second_process_gets_what_a_second_forward_call_would(images, tmp_path, 
     assert all(torch.equal(one, other) for one, other in zip(inputs[1], inputs[2], strict=True))
 
 
+def test_accumulation_of_the_environment_is_that_of_the_flag(images, tmp_path, monkeypatch):
+    by_flag = train(images, tmp_path / "flag", "--gradient_accumulation_steps", 2)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    by_environment = train(images, tmp_path / "environment")
+    assert same_weights(by_environment, by_flag)
+    assert record(by_environment)["arguments"]["gradient_accumulation_steps"] == 2
+
+
 def test_learned_variance_doubles_the_output_and_is_sampled_with(images, tmp_path):
     run = train(images, tmp_path / "run", "--learn_sigma")
     pipeline = DTRPipeline.from_pretrained(run)

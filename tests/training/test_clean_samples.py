@@ -39,7 +39,7 @@ def folder(tmp_path) -> Path:
 def parse(folder: Path, *flags: object) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_data_arguments(parser)
-    for name, value in {"seed": 3, "train_batch_size": 4, "gradient_accumulation_steps": 1}.items():
+    for name, value in {"seed": 3, "train_batch_size": 4}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--max_held_out_images", type=int, default=1024)
     parser.add_argument("--output_dir", default=str(folder.parent / "run"))
@@ -52,14 +52,15 @@ def tiny_vae() -> AutoencoderKL:
     return AutoencoderKL(in_channels=1, out_channels=1, block_out_channels=(4,), norm_num_groups=2).eval()
 
 
-def batches(args: argparse.Namespace, count: int, *, step: int = 0, vae=None) -> list[dict]:
-    images, accelerator = load_images(args, args.label_column), Accelerator(cpu=True)
+def batches(args: argparse.Namespace, count: int, *, step: int = 0, accumulation: int = 1, vae=None) -> list[dict]:
+    images = load_images(args, args.label_column)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
     return list(islice(build_loader(args, build_dataset(args, images, 1, vae, accelerator), accelerator, step), count))
 
 
 def test_loader_begins_at_the_batch_of_the_step(folder):
-    args = parse(folder, "--gradient_accumulation_steps", 2)
-    whole, rest = batches(args, 6), batches(args, 2, step=2)
+    args = parse(folder)
+    whole, rest = batches(args, 6, accumulation=2), batches(args, 2, step=2, accumulation=2)
     for one, other in zip(whole[4:], rest, strict=True):
         assert torch.equal(one["pixel_values"], other["pixel_values"])
 

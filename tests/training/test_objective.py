@@ -39,7 +39,8 @@ class Setup:
 
     def __init__(self, *flags: object, scheduler: SchedulerMixin | None = None, **noise_schedule: object):
         self.args = parse(*flags)
-        self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=self.args.gradient_accumulation_steps)
+        accumulation = self.args.gradient_accumulation_steps or 1
+        self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
         torch.manual_seed(0)
         self.model = DTRTransformer2DModel(
             num_layers=1,

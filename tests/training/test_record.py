@@ -81,6 +81,13 @@ def test_the_command_has_what_accelerate_was_configured_with():
     assert typed == "accelerate launch --num_processes 2 train.py"
 
 
+def test_the_command_has_the_accumulation_of_the_environment():
+    for typed in ([], ["--gradient_accumulation_steps=2"], ["--gradient_accumulation_steps", "2"]):
+        args = argparse.Namespace(gradient_accumulation_steps=2)
+        command = make_record(*typed, args=args)["command"]
+        assert command.replace("=", " ") == "accelerate launch train.py --gradient_accumulation_steps 2"
+
+
 def test_a_model_is_described_by_its_class_size_and_routing():
     model = routed_dit(routing_beta=0.5)
     model.pos_embed.requires_grad_(False)

@@ -1,0 +1,79 @@
+"""What flags and accelerate's configuration can both decide has one value."""
+
+from argparse import Namespace
+from unittest.mock import patch
+
+import pytest
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from diffusers_dtr.training.run import agree_with_accelerate
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    reset()
+    yield
+    reset()
+
+
+def reset():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    PartialState._reset_state()
+
+
+def settle(given: int | None = None, *, compile: bool = False, deepspeed: dict | None = None) -> Namespace:
+    """What the flags are in the end; with a DeepSpeed configuration, without DeepSpeed itself."""
+    args = Namespace(gradient_accumulation_steps=given, compile=compile, train_batch_size=4, max_grad_norm=0.5)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=given or 1)
+    plugin = None if deepspeed is None else Namespace(deepspeed_config=deepspeed)
+    with patch.object(AcceleratorState, "deepspeed_plugin", plugin):
+        agree_with_accelerate(args, accelerator)
+    assert accelerator.gradient_accumulation_steps == args.gradient_accumulation_steps
+    return args
+
+
+@pytest.mark.parametrize(("given", "environment", "settled"), [(None, None, 1), (3, None, 3), (None, 2, 2), (2, 2, 2)])
+def test_accumulation_comes_from_the_flag_or_the_environment(given, environment, settled, monkeypatch):
+    if environment is not None:
+        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", str(environment))
+    assert settle(given).gradient_accumulation_steps == settled
+
+
+def test_a_flag_and_an_environment_that_disagree_are_both_named(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    with pytest.raises(ValueError, match=r"`--gradient_accumulation_steps` is 3, but accelerate's .* sets 2\."):
+        settle(3)
+
+
+def test_a_model_is_compiled_by_one_of_the_two(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+    with pytest.raises(
+        ValueError, match="`--compile` and the dynamo backend of accelerate's configuration would both"
+    ):
+        settle(compile=True)
+    settle()
+
+
+def test_deepspeed_gets_what_its_file_leaves_open():
+    config = {"gradient_clipping": "auto"}
+    assert settle(2, deepspeed=config).gradient_accumulation_steps == 2
+    assert config == {"gradient_clipping": 0.5, "train_micro_batch_size_per_gpu": 4}
+
+
+def test_accumulation_may_come_from_a_deepspeed_file():
+    assert settle(deepspeed={"gradient_accumulation_steps": 3}).gradient_accumulation_steps == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("train_micro_batch_size_per_gpu", r"`--train_batch_size` is 4, but .* sets 8, as DeepSpeed's `train_micro"),
+        ("gradient_clipping", r"`--max_grad_norm` is 0\.5, but .* sets 8, as DeepSpeed's `gradient_clipping`"),
+        ("gradient_accumulation_steps", r"`--gradient_accumulation_steps` is 2, but .* sets 8\."),
+    ],
+)
+def test_a_flag_and_a_deepspeed_file_that_disagree_are_both_named(name, message):
+    with pytest.raises(ValueError, match=message):
+        settle(2, deepspeed={name: 8})
