@@ -1,26 +1,27 @@
 import pytest
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderRAE, VQModel
-from tiny_autoencoders import tiny_taesd, tiny_vae
+from diffusers import AutoencoderKL, AutoencoderRAE, Flux2Pipeline, LTXPipeline, VQModel
+from tiny_autoencoders import (
+    MEAN,
+    STD,
+    tiny_dc,
+    tiny_flux_2_vae,
+    tiny_ltx_vae,
+    tiny_qwen_image_vae,
+    tiny_taesd,
+    tiny_vae,
+    tiny_wan_vae,
+)
 
-from diffusers_dtr.latents import LatentNormalization, decode_latents, encode_images, encode_moments, vae_scale_factor
-
-
-def tiny_dc() -> AutoencoderDC:
-    torch.manual_seed(0)
-    return AutoencoderDC(
-        latent_channels=4,
-        attention_head_dim=2,
-        encoder_block_out_channels=(4, 4),
-        decoder_block_out_channels=(4, 4),
-        encoder_layers_per_block=(1, 1),
-        decoder_layers_per_block=(1, 1),
-        encoder_block_types="ResBlock",
-        decoder_block_types="ResBlock",
-        encoder_qkv_multiscales=((), ()),
-        decoder_qkv_multiscales=((), ()),
-        scaling_factor=0.5,
-    ).eval()
+from diffusers_dtr.latents import (
+    LatentNormalization,
+    decode_latents,
+    encode_images,
+    encode_moments,
+    frames_per_latent,
+    latent_channels,
+    vae_scale_factor,
+)
 
 
 def tiny_vq() -> VQModel:
@@ -158,3 +159,73 @@ def test_a_vae_whose_scale_factor_is_unknown_is_an_error():
     vae.register_to_config(block_out_channels=None)
     with pytest.raises(ValueError, match="spatial_compression_ratio"):
         vae_scale_factor(vae)
+
+
+def videos(frames: int = 5) -> torch.Tensor:
+    return torch.rand(2, 3, frames, 8, 8, generator=torch.manual_seed(1)) * 2 - 1
+
+
+def per_channel(sample: torch.Tensor) -> torch.Tensor:
+    """Normalised one channel after the other."""
+    return torch.stack([(sample[:, c] - MEAN[c]) / STD[c] for c in range(len(MEAN))], dim=1)
+
+
+@pytest.mark.parametrize("make_vae", [tiny_wan_vae, tiny_ltx_vae])
+def test_latents_of_videos_are_normalised_per_channel(make_vae):
+    vae = make_vae()
+    latents = encode_images(vae, videos(), torch.Generator().manual_seed(5))
+    sample = vae.encode(videos()).latent_dist.sample(torch.Generator().manual_seed(5))
+    assert latents.shape == (2, latent_channels(vae), 3, 8 // vae_scale_factor(vae), 8 // vae_scale_factor(vae))
+    assert frames_per_latent(vae) == 2
+    torch.testing.assert_close(latents, per_channel(sample))
+    assert decode_latents(vae, latents).shape == videos().shape
+
+
+def test_latents_of_ltx_are_those_of_its_pipeline():
+    vae = tiny_ltx_vae(scaling_factor=0.7)
+    sample = vae.encode(videos()).latent_dist.mean
+    expected = LTXPipeline._normalize_latents(sample, vae.latents_mean, vae.latents_std, 0.7)
+    torch.testing.assert_close(LatentNormalization.from_vae(vae).normalize(sample), expected)
+
+
+@pytest.mark.parametrize("make_vae", [tiny_qwen_image_vae, tiny_wan_vae])
+def test_an_image_is_one_frame_to_an_autoencoder_of_videos(make_vae):
+    vae = make_vae()
+    latents = encode_images(vae, images(), torch.Generator().manual_seed(5))
+    sample = vae.encode(images().unsqueeze(2)).latent_dist.sample(torch.Generator().manual_seed(5))
+    torch.testing.assert_close(latents, per_channel(sample).squeeze(2))
+    assert latents.shape == (2, 4, 4, 4)
+    torch.testing.assert_close(
+        decode_latents(vae, latents), vae.decode(sample).sample.squeeze(2), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_latents_of_flux_2_are_normalised_in_the_patches_of_its_pipeline():
+    vae = tiny_flux_2_vae()
+    latents = encode_images(vae, images(), torch.Generator().manual_seed(5))
+    mean, std = encode_moments(vae, images())
+    expected = Flux2Pipeline._patchify_latents(vae.encode(images()).latent_dist.mean)
+    torch.testing.assert_close(mean, expected)
+    deviation = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt().view(-1, 1, 1)
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(5))
+    torch.testing.assert_close(latents, (mean + std * noise - vae.bn.running_mean.view(-1, 1, 1)) / deviation)
+    assert latents.shape[1] == latent_channels(vae) == 16
+    assert latents.shape[-1] * vae_scale_factor(vae) == 8
+    decoded = vae.decode(vae.encode(images()).latent_dist.mean).sample
+    restored = decode_latents(vae, LatentNormalization.from_vae(vae).normalize(mean))
+    torch.testing.assert_close(restored, decoded, rtol=1e-4, atol=1e-4)
+
+
+def test_decoder_that_denoises_is_told_that_nothing_is_left_to_do():
+    vae = tiny_ltx_vae(timestep_conditioning=True)
+    latents = torch.randn(2, 4, 3, 2, 2, generator=torch.manual_seed(2))
+    raw = LatentNormalization.from_vae(vae).denormalize(latents)
+    torch.testing.assert_close(decode_latents(vae, latents), vae.decode(raw, torch.zeros(2)).sample)
+
+
+@pytest.mark.parametrize("make_vae", [tiny_vae, tiny_dc])
+def test_autoencoders_of_images_take_no_videos(make_vae):
+    with pytest.raises(ValueError, match=r"`pixel_values` must have 4 dimensions for Autoencoder\w+, got \(2, 3, 5"):
+        encode_images(make_vae(), videos())
+    with pytest.raises(ValueError, match=r"`latents` must have 4 dimensions"):
+        decode_latents(make_vae(), torch.zeros(2, 4, 1, 4, 4))
