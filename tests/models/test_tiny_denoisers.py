@@ -1,0 +1,24 @@
+"""The tiny denoisers are what the tests of routing take them for: models that work and answer to their input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_denoisers import DENOISERS, build, inputs, run
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_output_is_finite_and_depends_on_the_input(name):
+    model = build(name)
+    with torch.no_grad():
+        output = run(model, inputs(name, seed=0))
+        other = run(model, inputs(name, seed=1))
+    assert output.isfinite().all()
+    assert output.shape[0] == 2
+    assert (output - other).flatten(1).abs().amax(1).min() > 1e-3
+
+
+def test_the_seed_decides_the_weights():
+    first, same, other = (build("FluxTransformer2DModel", seed).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
