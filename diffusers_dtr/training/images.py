@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from io import BytesIO
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from .color_profiles import to_srgb
+
+
+logger = logging.getLogger(__name__)
 
 _MODES = {1: "L", 3: "RGB"}
+INTERPOLATION_MODES = tuple(sorted(mode.name.lower() for mode in Image.Resampling))
+
+# Resized as a whole up to this ratio of sides, as torchvision does; of longer images only what the crop shows.
+_MAX_WHOLE_RATIO = 4
+
+_MAX_12_BIT, _MAX_16_BIT = 2**12 - 1, 2**16 - 1
+# Their files tell the value of white, and Pillow scales it to that of 16 bits.
+_SCALED_FORMATS = ("PPM", "JPEG2000")
 
 
 class UnreadableImageError(ValueError):
-    """An image is truncated, missing or not an image."""
+    """An image is truncated, missing or not an image, or its values have no defined range."""
 
 
 def decode_image(encoded: Mapping[str, bytes | str | None] | None) -> Image.Image:
@@ -25,7 +39,8 @@ def decode_image(encoded: Mapping[str, bytes | str | None] | None) -> Image.Imag
         encoded: The row of an undecoded image column of 🤗 datasets: `bytes`, or the `path` of a local file.
 
     Returns:
-        An image of mode L, RGB or RGBA. Grey values of 16 bits are scaled to 8.
+        An image of mode L, RGB or RGBA, in sRGB: an embedded ICC profile is converted. Grey values of 16 bits are
+        scaled to 8; a file in which none is above 4095 holds 12 bits.
 
     Raises:
         UnreadableImageError: If there is no image, or one that Pillow cannot decode to the end, or its values have no
@@ -36,25 +51,67 @@ def decode_image(encoded: Mapping[str, bytes | str | None] | None) -> Image.Imag
     source = encoded["path"] if encoded["bytes"] is None else BytesIO(encoded["bytes"])
     try:
         with Image.open(source) as image:
-            return _to_8_bit(ImageOps.exif_transpose(image))
+            layout, scaled = str(image.tile), image.format in _SCALED_FORMATS
+            return _to_8_bit(ImageOps.exif_transpose(image), layout, scaled)
     except MemoryError:
         raise
     except Exception as error:  # damaged files lead Pillow's decoders into errors of almost every type
         raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
 
 
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    # Pillow's own conversion of 16 bits to 8 clips at 255. Mode I is what some decoders make of 16-bit grey.
+def _to_8_bit(image: Image.Image, layout: str, scaled: bool) -> Image.Image:
+    """An image of mode L, RGB or RGBA, in sRGB.
+
+    Args:
+        image: Of any mode.
+        layout: How Pillow describes the pixels in the file.
+        scaled: Whether its values fill their range.
+    """
+    profile = image.info.get("icc_profile")
+    # Mode I is what some decoders make of 16-bit grey.
     if image.mode == "I" or image.mode.startswith("I;16"):
-        grey = np.asarray(image).astype(np.int64)
-        if grey.min() < 0 or grey.max() > 65535:
-            raise ValueError(f"grey values from {grey.min()} to {grey.max()} are not 16-bit")
-        return Image.fromarray(np.round(grey / 257).astype(np.uint8))
-    if image.mode == "F":
+        grey, alpha = _grey_of_16_bits(image, scaled)
+    elif image.mode == "F":
         raise ValueError("floating-point grey values have no defined range")
-    if image.has_transparency_data:
-        return image.convert("RGBA")
-    return image if image.mode == "L" else image.convert("RGB")
+    elif image.mode in ("LA", "La") or "LA;16" in layout or (image.mode == "L" and image.has_transparency_data):
+        grey, alpha = _checked(image.convert("LA"), layout).split()
+    elif image.mode in ("L", "CMYK"):
+        return to_srgb(image, profile)
+    else:
+        mode = "RGBA" if image.has_transparency_data else "RGB"
+        return to_srgb(_checked(image.convert(mode), layout), profile)
+    grey = to_srgb(grey, profile)
+    return grey if alpha is None else Image.merge("RGBA", (grey, grey, grey, alpha))
+
+
+def _grey_of_16_bits(image: Image.Image, scaled: bool) -> tuple[Image.Image, Image.Image | None]:
+    """Grey of 8 bits, and what is opaque of it. Pillow's own conversion clips at 255."""
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > _MAX_16_BIT:
+        raise ValueError(f"grey values from {values.min()} to {values.max()} are not 16-bit")
+    white = _MAX_16_BIT
+    if not scaled and 0 < values.max() <= _MAX_12_BIT:
+        _say_once("Grey images of 16 bits without a value above 4095 are taken for 12-bit data: 4095 is white.")
+        white = _MAX_12_BIT
+    grey = Image.fromarray(np.round(values * 255 / white).astype(np.uint8))
+    transparent = image.info.get("transparency")
+    alpha = None if transparent is None else Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
+    return grey, alpha
+
+
+def _checked(image: Image.Image, layout: str) -> Image.Image:
+    """Refuse 12-bit values in a file of 16 bits that Pillow reads as 8, dropping the lower half."""
+    if ";16" not in layout:
+        return image
+    highest = max(image.getchannel(band).getextrema()[1] for band in image.getbands() if band != "A")
+    if 0 < highest <= _MAX_12_BIT >> 8:
+        raise ValueError("the values are of 16 bits, but none is above 4095; if they are of 12, multiply them by 16")
+    return image
+
+
+@cache
+def _say_once(message: str) -> None:
+    logger.warning(message)
 
 
 @dataclass(frozen=True)
@@ -80,6 +137,7 @@ class ImageTransform:
         channels: 1 (grey) or 3 (RGB).
         center_crop: Whether to crop the middle rather than a random part.
         random_flip: Whether to mirror half of the images.
+        interpolation: How images are resized, one of `INTERPOLATION_MODES`.
 
     Raises:
         ValueError: For an argument that is out of range.
@@ -89,12 +147,17 @@ class ImageTransform:
     channels: int = 3
     center_crop: bool = False
     random_flip: bool = False
+    interpolation: str = "bilinear"
 
     def __post_init__(self):
         if self.resolution < 1:
             raise ValueError(f"`resolution` must be at least 1, got {self.resolution}.")
         if self.channels not in _MODES:
             raise ValueError(f"`channels` must be 1 (grey) or 3 (RGB), got {self.channels}.")
+        if self.interpolation not in INTERPOLATION_MODES:
+            raise ValueError(
+                f"`interpolation` must be one of {', '.join(INTERPOLATION_MODES)}, got {self.interpolation!r}."
+            )
 
     def draw(self, generator: torch.Generator) -> Augmentation:
         """Draws a sample's augmentation. The flip does not depend on whether the crop is random."""
@@ -104,8 +167,8 @@ class ImageTransform:
     def __call__(self, image: Image.Image, augmentation: Augmentation) -> torch.Tensor:
         """Makes a tensor of an image.
 
-        The shorter side becomes `resolution`, by bilinear interpolation with antialiasing: what torchvision's
-        `Resize` does to a Pillow image. What is transparent becomes white.
+        The shorter side becomes `resolution`, with antialiasing: what torchvision's `Resize` does to a Pillow image.
+        What is transparent becomes white.
 
         Args:
             image: Of mode L, RGB or RGBA.
@@ -117,15 +180,24 @@ class ImageTransform:
         if image.mode == "RGBA":
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
         image = image.convert(_MODES[self.channels])
-        short, long = sorted(image.size)
-        long = int(self.resolution * long / short)
-        size = (self.resolution, long) if image.width <= image.height else (long, self.resolution)
-        image = image.resize(size, Image.Resampling.BILINEAR)
-        left, top = self._corner(size, augmentation.crop)
-        image = image.crop((left, top, left + self.resolution, top + self.resolution))
+        image = self._resize_and_crop(image, augmentation.crop)
         pixels = torch.from_numpy(np.array(image)).view(self.resolution, self.resolution, self.channels)
         pixels = pixels.flip(1) if augmentation.flip else pixels
         return pixels.permute(2, 0, 1).float().div_(127.5).sub_(1).contiguous()
+
+    def _resize_and_crop(self, image: Image.Image, crop: tuple[float, float] | None) -> Image.Image:
+        short, long = sorted(image.size)
+        long = int(self.resolution * long / short)
+        size = (self.resolution, long) if image.width <= image.height else (long, self.resolution)
+        mode = Image.Resampling[self.interpolation.upper()]
+        corner = self._corner(size, crop)
+        box = [*corner, *(start + self.resolution for start in corner)]
+        if long <= _MAX_WHOLE_RATIO * self.resolution:
+            return image.resize(size, mode).crop(box)
+        # A 1×10 000 image would become one of 512×5 120 000. The part has the same pixels, up to rounding.
+        scales = [before / after for before, after in zip(image.size, size, strict=True)] * 2
+        part = [min(place * scale, end) for place, scale, end in zip(box, scales, image.size * 2, strict=True)]
+        return image.resize((self.resolution, self.resolution), mode, box=part)
 
     def _corner(self, size: tuple[int, int], crop: tuple[float, float] | None) -> list[int]:
         room = [length - self.resolution for length in size]

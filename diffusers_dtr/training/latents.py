@@ -28,7 +28,7 @@ from .samples import ImageDataset
 
 
 # Part of every cache's name: to be changed whenever what the files mean changes.
-_FORMAT = 1
+_FORMAT = 2
 _MOMENTS, _UNREADABLE = "moments.npy", "unreadable.json"
 
 

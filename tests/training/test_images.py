@@ -1,3 +1,5 @@
+import struct
+import zlib
 from io import BytesIO
 
 import numpy as np
@@ -7,7 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from diffusers_dtr.training.images import Augmentation, ImageTransform, UnreadableImageError, decode_image
+from diffusers_dtr.training.images import (
+    INTERPOLATION_MODES,
+    Augmentation,
+    ImageTransform,
+    UnreadableImageError,
+    decode_image,
+)
 
 
 def encode(image: Image.Image, file_format: str = "PNG", **options) -> dict:
@@ -48,6 +56,59 @@ def test_grey_values_of_16_bits_are_scaled():
     for file_format in ("PNG", "TIFF"):
         pixels = to_tensor(Image.fromarray(grey), file_format, channels=1)
         assert pixels[0, 0].tolist() == pytest.approx([-1, level(1), level(128), 1], abs=1e-6)
+
+
+def png_of_16_bits(pixels: np.ndarray) -> dict:
+    """A PNG of 16 bits per channel, which Pillow does not write except in grey: `(height, width, channels)`."""
+    height, width, channels = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    data = (
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks
+    )
+    return {"bytes": b"\x89PNG\r\n\x1a\n" + b"".join(data), "path": None}
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
+def test_12_bit_data_in_a_file_of_16_bits_are_as_bright_as_they_are(file_format):
+    grey = np.array([[0, 1024, 2048, 4095]] * 4, dtype=np.uint16)
+    pixels = to_tensor(Image.fromarray(grey), file_format, channels=1)
+    assert pixels[0, 0].tolist() == pytest.approx([-1, level(64), level(128), 1], abs=1e-6)
+
+
+def test_a_file_that_tells_its_white_is_believed():
+    grey = np.array([[0, 100]], dtype=">u2").tobytes()
+    for white, expected in ((300, 85), (400, 64), (65535, 0)):
+        image = decode_image({"bytes": b"P5\n2 1\n%d\n" % white + grey, "path": None})
+        assert image.getpixel((1, 0)) == expected
+
+
+def test_black_stays_black_in_16_bits():
+    assert decode_image(encode(Image.fromarray(np.zeros((2, 2), np.uint16)))).getextrema() == (0, 0)
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_12_bit_colours_in_a_file_of_16_bits_are_refused(channels):
+    values = np.full((2, 2, channels), 3000)
+    with pytest.raises(UnreadableImageError, match="none is above 4095"):
+        decode_image(png_of_16_bits(values))
+    decode_image(png_of_16_bits(values * 16))
+    decode_image(png_of_16_bits(values * 0))
+
+
+def test_grey_of_16_bits_keeps_its_transparency():
+    grey = np.array([[0, 257, 65535, 257]] * 4, dtype=np.uint16)
+    pixels = to_tensor(Image.fromarray(grey), channels=1, transparency=257)
+    assert pixels[0, 0].tolist() == pytest.approx([-1, 1, 1, 1])
+    both = np.stack([np.full((2, 2), 65535 // 2), np.array([[0, 65535]] * 2)], axis=-1)
+    image = decode_image(png_of_16_bits(both))
+    assert (image.mode, image.getpixel((0, 0)), image.getpixel((1, 0))) == (
+        "RGBA",
+        (127,) * 3 + (0,),
+        (127,) * 3 + (255,),
+    )
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
@@ -128,6 +189,35 @@ def test_resizing_is_bilinear_with_antialiasing_on_the_shorter_side():
     torch.testing.assert_close(ImageTransform(10)(image, Augmentation()), expected)
 
 
+@pytest.mark.parametrize("size", [(3, 400), (400, 3), (20, 500)])
+@pytest.mark.parametrize("crop", [None, (0.0, 0.0), (0.4, 0.7), (0.999, 0.999)])
+def test_of_a_long_image_the_crop_is_the_same_as_of_the_whole_resized(size, crop):
+    image, transform = noise_image(*size), ImageTransform(16)
+    long = int(16 * max(size) / min(size))
+    whole = image.resize((16, long) if size[0] < size[1] else (long, 16), Image.Resampling.BILINEAR)
+    left, top = transform._corner(whole.size, crop)
+    expected = torch.from_numpy(np.array(whole.crop((left, top, left + 16, top + 16)))).permute(2, 0, 1)
+    pixels = (transform(image, Augmentation(crop=crop)) + 1) * 127.5
+    assert (pixels - expected).abs().max() <= 1.01
+
+
+def test_a_very_long_image_is_never_resized_as_a_whole(monkeypatch):
+    sizes, resize = [], Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda image, size, *rest, **o: sizes.append(size) or resize(image, size, *rest, **o)
+    )
+    assert ImageTransform(64)(Image.new("RGB", (1, 10000)), Augmentation()).shape == (3, 64, 64)
+    assert sizes == [(64, 64)]
+
+
+@pytest.mark.parametrize("mode", INTERPOLATION_MODES)
+def test_every_interpolation_mode_is_pillows(mode):
+    image = noise_image(20, 20)
+    expected = np.array(image.resize((10, 10), Image.Resampling[mode.upper()]))
+    pixels = ImageTransform(10, interpolation=mode)(image, Augmentation())
+    assert np.array_equal(((pixels + 1) * 127.5).round().permute(1, 2, 0).numpy(), expected)
+
+
 def test_an_image_of_the_right_size_is_not_changed():
     image = noise_image(8, 8)
     expected = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
@@ -172,7 +262,7 @@ def test_half_of_the_images_are_flipped_if_any():
     assert not any(ImageTransform(8).draw(generator).flip for _ in range(20))
 
 
-@pytest.mark.parametrize("wrong", [{"resolution": 0}, {"channels": 4}, {"channels": 2}])
+@pytest.mark.parametrize("wrong", [{"resolution": 0}, {"channels": 4}, {"channels": 2}, {"interpolation": "cubic"}])
 def test_arguments_out_of_range_are_named(wrong):
     with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` must be"):
         ImageTransform(**{"resolution": 8} | wrong)
