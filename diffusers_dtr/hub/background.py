@@ -45,8 +45,8 @@ class BackgroundPush:
     and longer intervals, until it succeeds or a later checkpoint takes its place. All of this is logged as warnings
     and in `report`; nothing is raised.
 
-    A checkpoint holds the states of optimizer and random generators as pickles, which the Hub marks as such:
-    resuming from somebody else's checkpoint is running their code.
+    A checkpoint holds the states of optimizer and random generators as pickles, which the Hub marks as such. Resuming
+    reads tensors and plain values of them, and runs no code.
 
     Args:
         output_dir: The run's folder. Until they are pushed, checkpoints are kept in `.push` inside it as hard links,

@@ -126,8 +126,18 @@ def training_rows(model: TrainedModel) -> Rows:
         ("hardware", record.get("hardware")),
         ("processes", processes if processes > 1 else None),
         ("duration", _duration(record.get("seconds"))),
+        ("changed while it was trained", _changes(record.get("changed_settings"))),
         ("images left out because they cannot be read", len(unreadable) if unreadable else None),
         ("versions", ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items())),
+    )
+
+
+def _changes(changes: list[dict[str, Any]] | None) -> str:
+    """What was changed in resuming the run."""
+    return "; ".join(
+        f"{change['setting'].removeprefix('--').replace('_', ' ')} from {change['before']} to {change['after']} at "
+        f"step {change['step']}"
+        for change in changes or ()
     )
 
 

@@ -219,6 +219,11 @@ def add_run_arguments(parser: argparse.ArgumentParser, guidance: bool = True) ->
     add("--checkpointing_steps", type=positive_int, default=500, help="Steps between checkpoints.")
     add("--checkpoints_total_limit", type=positive_int, help="How many checkpoints to keep.")
     add("--resume_from_checkpoint", help="A checkpoint's folder, or `latest`.")
+    add(
+        "--allow_changed_settings",
+        action="store_true",
+        help="Resume although flags that define the objective or the data differ from the checkpoint's.",
+    )
     add("--validation_steps", type=positive_int, help="Steps between sample grids. None without it.")
     add("--num_validation_images", type=positive_int, default=16, help="Images of a grid.")
     add("--max_held_out_images", type=positive_int, default=1024, help="How many images the held-out loss is of.")

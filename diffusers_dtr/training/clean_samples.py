@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from diffusers import ModelMixin
 from torch.utils.data import DataLoader, Dataset
 
 from ..latents import encode_images
+from ..publishing import publishable
 from ..run_folder import LATENTS
 from .batches import TrainingBatches
 from .data import TrainingImages, load_training_images
@@ -204,18 +206,24 @@ def _class_names(images: TrainingImages) -> str:
 
 
 class UnreadableImages:
-    """Counts the images that were passed over because they could not be read, and logs each once."""
+    """Counts the images that were passed over because they could not be read, and logs each once.
 
-    def __init__(self):
-        self.names: set[str] = set()
+    Args:
+        names: Those of the run before it was resumed.
+    """
+
+    def __init__(self, names: Iterable[str] = ()):
+        self.names: set[str] = set(names)
 
     def update(self, names: list[str]) -> None:
         """Take in a batch's `unreadable`."""
-        for name in dict.fromkeys(names):
-            if name not in self.names:
-                self.names.add(name)
+        for name in names:
+            # As a checkpoint tells it, where the same image must not count twice
+            public = publishable(name)
+            if public not in self.names:
+                self.names.add(public)
                 logger.warning("Cannot read %s; another image takes its place (%d so far).", name, len(self.names))
 
     def gather(self) -> list[str]:
-        """The names that all processes have seen, sorted; all of them must call this."""
+        """The names that all processes have seen, as they may be published, sorted; all of them must call this."""
         return sorted(set(gather_object(sorted(self.names))))

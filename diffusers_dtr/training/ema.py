@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
-
-
-_STATE = ("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power")
 
 
 def build_ema(args: argparse.Namespace, model: ModelMixin, device: torch.device) -> EMAModel:
@@ -57,17 +52,22 @@ def averaged_weights(ema: EMAModel | None, model: ModelMixin) -> Iterator[None]:
         ema.restore(model.parameters())
 
 
-def load_ema_state(path: str | Path, model_class: type[ModelMixin]) -> dict:
-    """Read what `EMAModel.save_pretrained` wrote, as `EMAModel.load_state_dict` takes it.
+def load_average(ema: EMAModel, model: ModelMixin, weights: dict[str, torch.Tensor], optimization_step: int) -> None:
+    """Go on with an average from a checkpoint, with the decay that the average itself was made with.
 
     Args:
-        path: Its folder.
-        model_class: Class of the averaged model.
+        ema: The average.
+        model: The model whose weights it averages.
+        weights: The averaged weights by name.
+        optimization_step: How many steps they are of, on which the decay depends.
 
-    Returns:
-        The averaging's settings and its `shadow_params`, in the order of the model's parameters.
+    Raises:
+        ValueError: If they are another model's.
     """
-    model = model_class.from_pretrained(path)
-    config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
-    shadow_params = [parameter.detach() for parameter in model.parameters()]
-    return {**{name: config[name] for name in _STATE}, "shadow_params": shadow_params}
+    names = [name for name, _ in model.named_parameters()]
+    shapes = {name: tensor.shape for name, tensor in weights.items()}
+    if any(shapes.get(name) != parameter.shape for name, parameter in model.named_parameters()):
+        raise ValueError("The averaged weights of the checkpoint must be of this model, got those of another.")
+    for shadow, name in zip(ema.shadow_params, names, strict=True):
+        shadow.copy_(weights[name])
+    ema.optimization_step = optimization_step

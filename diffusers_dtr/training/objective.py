@@ -34,7 +34,7 @@ class Objective:
         shares: `shares` of [`TimestepClusters.sample`].
         importance: `importance` of [`TimestepClusters.sample`].
         parts_per_draw: How many micro-batches share one stratified draw; None for all those of an optimizer step.
-        settings: The flags that the state depends on, for which alone it can be loaded.
+        settings: What the state depends on, by the names of [`~diffusers_dtr.training.resuming.run_settings`].
     """
 
     clusters: TimestepClusters
@@ -43,7 +43,7 @@ class Objective:
     shares: torch.Tensor | list[int] | None
     importance: torch.Tensor | None
     parts_per_draw: int | None
-    settings: dict[str, str | int | float | None]
+    settings: dict[str, Any]
     _observed: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list, init=False)
 
     @property
@@ -90,34 +90,40 @@ class Objective:
             self._observed.clear()
             self.sampler.update(*accelerator.gather((timesteps, losses)))
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that balancing and sampling have learned and counted, for an exact resume."""
-        sampler = None if self.sampler is None else self.sampler.state_dict()
-        return {"settings": self.settings, "loss_fn": self.loss_fn.state_dict(), "sampler": sampler}
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """All that balancing and sampling have learned and counted, for an exact resume, as safetensors takes it."""
+        parts = {"loss_fn": self.loss_fn.state_dict()}
+        if self.sampler is not None:
+            parts["sampler"] = self.sampler.state_dict()
+        return {
+            f"{part}.{name}": torch.as_tensor(value).contiguous()
+            for part, state in parts.items()
+            for name, value in state.items()
+        }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
         """Restore what `state_dict` returned.
 
         Args:
             state_dict: Of an objective with the same clusters, balancing and sampling.
 
         Raises:
-            ValueError: If they are others; it names the flags.
+            ValueError: If they are others.
         """
-        saved = state_dict["settings"]
-        changed = [
-            f"`{flag}` was {saved.get(flag)} and is {now} now"
-            for flag, now in self.settings.items()
-            if saved.get(flag) != now  # A flag that the run had not yet heard of was None
-        ]
-        if changed:
-            raise ValueError(
-                f"{'; '.join(changed)}: resume with the clusters, balancing and sampling that the checkpoint was made "
-                "with, or start a run in another `--output_dir`."
-            )
-        self.loss_fn.load_state_dict(state_dict["loss_fn"])
+        loss_fn, sampler = (
+            {name.removeprefix(part): value for name, value in state_dict.items() if name.startswith(part)}
+            for part in ("loss_fn.", "sampler.")
+        )
+        try:
+            self.loss_fn.load_state_dict(loss_fn)
+        except RuntimeError as error:
+            raise ValueError(f"`state_dict` must be of a loss with this balancing, got another's: {error}") from error
+        if (self.sampler is None) != (not sampler):
+            raise ValueError("`state_dict` must be of the same timestep sampling, got that of another.")
         if self.sampler is not None:
-            self.sampler.load_state_dict(state_dict["sampler"])
+            self.sampler.load_state_dict(
+                {name: value.tolist() if name == "boundaries" else value for name, value in sampler.items()}
+            )
 
     def describe(self) -> dict:
         """The clusters for the run's record."""
@@ -127,13 +133,13 @@ class Objective:
 def build_objective(
     args: argparse.Namespace, noise_scheduler: SchedulerMixin, model: torch.nn.Module, accelerator: Accelerator
 ) -> Objective:
-    """Clusters, loss and sampling of a run; their state is part of its checkpoints.
+    """Clusters, loss and sampling of a run.
 
     Args:
         args: Parsed flags of [`add_objective_arguments`].
         noise_scheduler: Scheduler that is trained with.
         model: The denoiser, whose gradients gradient balancing compares.
-        accelerator: Saves and loads the state.
+        accelerator: Tells the processes, their device and gradient scaler.
 
     Raises:
         ValueError: If a flag is out of its range, the affinity is of other noise levels, or gradient balancing
@@ -155,7 +161,7 @@ def build_objective(
     if sampling in ("loss", "variance"):
         sampler = AdaptiveTimestepSampler(clusters, statistic="second_moment" if sampling == "loss" else "variance")
     shares, importance = _distribution(args, sampling, clusters)
-    objective = Objective(
+    return Objective(
         clusters,
         loss_fn,
         sampler,
@@ -168,13 +174,9 @@ def build_objective(
             "--cluster_cost": args.cluster_cost,
             "--balancing": args.balancing,
             "--timestep_sampling": sampling,
-            "--train_cluster": args.train_cluster,
-            "--logit_mean": args.logit_mean,
-            "--logit_std": args.logit_std,
+            "cluster boundaries": list(clusters.boundaries),
         },
     )
-    accelerator.register_for_checkpointing(objective)
-    return objective
 
 
 def _distribution(

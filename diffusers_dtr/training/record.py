@@ -57,7 +57,7 @@ def run_record(
         args: Its parsed arguments.
         argv: Its command line.
         accelerator: What it ran on.
-        seconds: How long it took, the part before a resumption not counted.
+        seconds: How long it took, what was done before a resumption included.
         **results: JSON-serialisable results to add.
 
     Returns:

@@ -33,6 +33,7 @@ from .optimizer import build_lr_scheduler, build_optimizer
 from .outputs import save_record
 from .randomness import noise_generator, seed_model
 from .record import describe_model, run_record, tracker_config
+from .resuming import IMAGES_PER_STEP, NUM_IMAGES, run_settings
 from .tracking import log_image
 from .validation import HeldOutLoss, save_sample_grid
 
@@ -59,7 +60,7 @@ class Trainer:
         project_name: What trackers call the run's project.
 
     Attributes:
-        global_step: Optimizer steps done.
+        state: Optimizer steps done, and what else a checkpoint tells of the run.
         objective: Clusters, loss and sampling of timesteps.
 
     Raises:
@@ -98,34 +99,43 @@ class Trainer:
         self.ema = build_ema(args, model, accelerator.device) if args.use_ema else None
         self.held_out_loss = self._build_held_out_loss(noise_scheduler, held_out_dataset)
         self.micro_batches = accelerator.num_processes * accelerator.gradient_accumulation_steps
-        self._settings = {
-            "seed": args.seed,
-            "train_batch_size": args.train_batch_size,
-            "global_batch_size": args.train_batch_size * self.micro_batches,
-            "num_images": len(dataset),
-        }
+        self.num_images, self.images_per_step = len(dataset), args.train_batch_size * self.micro_batches
         self._set_max_train_steps()
 
         optimizer = build_optimizer(args, model, self.objective.loss_fn)
         self.denoiser, self.optimizer = accelerator.prepare(model, optimizer)
         self.checkpoints = Checkpoints(
-            accelerator, self.output_dir, model_name, model, self.ema, args.checkpoints_total_limit
+            accelerator, self.output_dir, model_name, model, self.ema, args.checkpoints_total_limit, self.objective
         )
-        self.global_step = self.checkpoints.resume(args.resume_from_checkpoint, self._settings)
+        settings = run_settings(
+            args,
+            model,
+            noise_scheduler,
+            accelerator,
+            **self.objective.settings,
+            **{NUM_IMAGES: self.num_images, IMAGES_PER_STEP: self.images_per_step},
+        )
+        self.state = self.checkpoints.resume(args.resume_from_checkpoint, settings, args.allow_changed_settings)
+        self._start_time -= self.state.seconds
         self.lr_scheduler = build_lr_scheduler(args, self.optimizer, self.global_step)
         self.loader = build_loader(args, dataset, accelerator, self.global_step)
         if accelerator.is_main_process and args.report_to != "none":
             accelerator.init_trackers(project_name, config=tracker_config(args))
         self._background_push = self._start_background_push()
-        self.unreadable = UnreadableImages()
+        self.unreadable = UnreadableImages(self.state.unreadable_images)
         self.monitor = LossMonitor(accelerator, len(self.objective.clusters))
         self.history = LossHistory(self.output_dir, self.global_step)
         logger.info(
             f"{len(dataset)} images, {model.num_parameters(only_trainable=True):,} trained parameters of "
-            f"{model.num_parameters():,}, {self._settings['global_batch_size']} images per step, "
+            f"{model.num_parameters():,}, {self.images_per_step} images per step, "
             f"{args.max_train_steps} steps"
         )
         logger.info(f"{self.objective.clusters}")
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps done."""
+        return self.state.global_step
 
     def train(self) -> None:
         """Take all steps that are left."""
@@ -149,7 +159,7 @@ class Trainer:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             if accelerator.sync_gradients:
-                self.global_step += 1
+                self.state.global_step += 1
                 self.lr_scheduler.step()
                 if self.ema is not None:
                     self.ema.step(self.model.parameters())
@@ -158,10 +168,9 @@ class Trainer:
         progress_bar.close()
 
     def _set_max_train_steps(self) -> None:
-        args, settings = self.args, self._settings
+        args = self.args
         if args.max_train_steps is None:
-            num_images = args.num_train_epochs * settings["num_images"]
-            args.max_train_steps = math.ceil(num_images / settings["global_batch_size"])
+            args.max_train_steps = math.ceil(args.num_train_epochs * self.num_images / self.images_per_step)
         if args.routing_warmup_steps > args.max_train_steps:
             raise ValueError(
                 f"`--routing_warmup_steps` must be at most the {args.max_train_steps} steps of the run, got "
@@ -202,7 +211,8 @@ class Trainer:
         if step % args.logging_steps == 0 or checkpoint_due:
             self._log(progress_bar)
         if checkpoint_due:
-            checkpoint = self.checkpoints.save(step, self._settings)
+            self._update_state()
+            checkpoint = self.checkpoints.save(self.state)
             if self._background_push is not None:
                 self._background_push.push_checkpoint(checkpoint, step)
             if self.accelerator.is_main_process:
@@ -210,6 +220,10 @@ class Trainer:
         if args.validation_steps is not None and step % args.validation_steps == 0 and not last:
             with averaged_weights(self.ema, self.model):
                 self.validate()
+
+    def _update_state(self) -> None:
+        self.state.seconds = time.perf_counter() - self._start_time
+        self.state.unreadable_images = self.unreadable.gather()
 
     def _log(self, progress_bar: tqdm) -> None:
         losses = self.monitor.read(self.checkpoints.latest())
@@ -261,7 +275,7 @@ class Trainer:
         if self.ema is not None:
             self.ema.copy_to(self.model.parameters())
         results = self.validate()
-        unreadable_images = self.unreadable.gather()
+        self._update_state()
         record = {}
         if self.accelerator.is_main_process:
             save(self.output_dir)
@@ -269,13 +283,14 @@ class Trainer:
                 self.args,
                 sys.argv,
                 self.accelerator,
-                time.perf_counter() - self._start_time,
+                self.state.seconds,
                 model=describe_model(self.model),
-                num_images=self._settings["num_images"],
+                num_images=self.num_images,
                 clusters=self.objective.describe(),
                 held_out=None if self.held_out_loss is None else self.held_out_loss.describe(),
                 results=results,
-                unreadable_images=unreadable_images,
+                unreadable_images=self.state.unreadable_images,
+                changed_settings=self.state.changes,
             )
             save_record(record, self.output_dir)
             save_model_card(self.output_dir, repo_id=self.args.hub_model_id)

@@ -1,5 +1,6 @@
 """A run that is interrupted at any moment and resumed ends with the weights of the uninterrupted one, to the bit."""
 
+import json
 import random
 import shutil
 import time
@@ -16,6 +17,7 @@ from training_runs import (
     launch,
     load_script,
     make_images,
+    record,
     run_main,
     same_weights,
     train,
@@ -150,15 +152,60 @@ def test_flags_of_the_resumed_run_count_for_the_learning_rate(images, uninterrup
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        (("--seed", 1), "`seed` was 0 and is 1 now"),
-        (("--train_batch_size", 2), "`train_batch_size` was 4 and is 2 now"),
-        (("--gradient_accumulation_steps", 1), "`global_batch_size` was 8 and is 4 now"),
+        (("--seed", 1), "`--seed` was 0 and is 1 now. The order"),
+        (("--train_batch_size", 2), "`images per step` was 8 and is 4 now. The run had seen 32 images"),
+        (("--gradient_accumulation_steps", 1), "`images per step` was 8 and is 4 now. The run had seen 32 images"),
     ],
 )
 def test_what_will_not_be_the_uninterrupted_run_is_said(flag, message, images, uninterrupted, tmp_path, caplog):
     run = interrupted(uninterrupted, tmp_path / "run", 4)
     train(images, run, *EVERYTHING, *flag, "--resume_from_checkpoint", "latest")
     assert any(text.startswith(message) for text in caplog.messages)
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        ("--prediction_type", "v_prediction"),
+        ("--noise_schedule", "squaredcos_cap_v2"),
+        ("--loss_weighting", "constant"),
+        ("--class_dropout_prob", 0.1),
+        ("--resolution", 16),
+        ("--routing_alpha", 2.0),
+        ("--center_crop",),
+    ],
+)
+def test_another_objective_or_other_data_are_refused_before_anything_is_done(flag, images, uninterrupted, tmp_path):
+    run = interrupted(uninterrupted, tmp_path / "run", 4)
+    with pytest.raises(ValueError, match=f"`{flag[0]}` was .* and is .* now.*another `--output_dir`"):
+        train(images, run, *EVERYTHING, *flag, "--resume_from_checkpoint", "latest")
+
+
+def test_what_was_changed_in_resuming_is_recorded(images, uninterrupted, tmp_path):
+    run = interrupted(uninterrupted, tmp_path / "run", 4)
+    flags = ["--prediction_type", "v_prediction", "--ema_max_decay", 0.5, "--resume_from_checkpoint", "latest"]
+    train(images, run, *EVERYTHING, *flags, "--allow_changed_settings")
+    changes = {change.pop("setting"): change for change in record(run)["changed_settings"]}
+    assert changes["--prediction_type"] == {"step": 4, "before": "epsilon", "after": "v_prediction"}
+    assert changes["--ema_max_decay"] == {"step": 4, "before": 0.9999, "after": 0.5}
+    average = json.loads((run / "checkpoint-6" / "transformer_ema" / "config.json").read_text())
+    assert (average["decay"], average["optimization_step"]) == (0.5, 6)
+    assert "epsilon to v_prediction at step 4" in (run / "README.md").read_text()
+
+
+def test_time_and_unreadable_images_are_those_of_the_whole_run(images, tmp_path):
+    broken = tmp_path / "images"
+    shutil.copytree(images, broken)
+    for number in range(12):
+        (broken / "abc"[number % 3] / f"{number:03}.png").write_bytes(b"broken")
+    flags = ["--unreadable_images", "skip", "--checkpointing_steps", 3, "--max_train_steps"]
+    whole = record(train(broken, tmp_path / "whole", *flags, 6))
+    run = train(broken, tmp_path / "run", *flags, 3)
+    before = record(run)
+    resumed = record(train(broken, run, *flags, 6, "--resume_from_checkpoint", "latest"))
+    assert len(resumed["unreadable_images"]) > len(before["unreadable_images"]) > 0
+    assert resumed["unreadable_images"] == whole["unreadable_images"]
+    assert resumed["seconds"] > before["seconds"]
 
 
 @pytest.mark.slow

@@ -67,7 +67,14 @@ RESULTS = {"validation_loss": 0.123456, "validation_loss/eighth_0": 0.2, "valida
 def write_record(folder: Path, model, arguments: dict = {}, **results) -> None:  # noqa: B006 - only read
     record = run_record(
         argparse.Namespace(**{**ARGUMENTS, **arguments}),
-        ["examples/train.py", "--seed", "5", "--output_dir", "/home/me/run", "--hub_token", "hf_secret"],
+        [
+            "examples/train.py",
+            "--gradient_accumulation_steps=3",
+            "--output_dir",
+            "/home/me/run",
+            "--hub_token",
+            "hf_secret",
+        ],
         Accelerator(cpu=True),
         3725.0,
         **{"clusters": {"num_clusters": 2, "boundaries": [0, 700, 1000]}, "results": RESULTS, "unreadable_images": []},
@@ -171,7 +178,7 @@ def test_the_last_samples_are_enlarged_without_smoothing_and_set_apart(run):
 
 def test_the_command_can_be_typed_again_and_nothing_is_secret_or_local(run, tmp_path):
     text = str(card_of(run))
-    assert "accelerate launch examples/train.py --seed 5 --output_dir path/to/run\n" in text
+    assert "accelerate launch examples/train.py --gradient_accumulation_steps=3 --output_dir path/to/run\n" in text
     for private in ("hf_secret", "/home/", str(tmp_path), "None", "nan"):
         assert private not in text
 

@@ -1,23 +1,33 @@
-import json
-import logging
+import argparse
+import io
+import os
+import pickle
 import shutil
 from argparse import Namespace
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sudden_death import die_before_every_change
 
-from diffusers_dtr import DTRTransformer2DModel
-from diffusers_dtr.training import add_lora
+from diffusers_dtr import DTRTransformer2DModel, training
+from diffusers_dtr.training import add_lora, checkpoints
 from diffusers_dtr.training.checkpoints import Checkpoints
+from diffusers_dtr.training.objective import build_objective
+from diffusers_dtr.training.resuming import RunState
 
 
-SETTINGS = {"seed": 0}
+SETTINGS = {"--seed": 0}
+
+
+def state(step: int) -> RunState:
+    return RunState(step, SETTINGS)
 
 
 class Run:
@@ -69,10 +79,10 @@ def names(folder: Path) -> list[str]:
 def test_resuming_restores_model_average_and_optimizer(tmp_path):
     run = Run(tmp_path)
     run.step()
-    run.checkpoints.save(1, SETTINGS)
+    run.checkpoints.save(state(1))
     expected = run.state()
     other = Run(tmp_path, seed=1)
-    assert other.checkpoints.resume("latest", SETTINGS) == 1
+    assert other.checkpoints.resume("latest", SETTINGS).global_step == 1
     assert_same(other.state(), expected)
     run.step()
     other.step()
@@ -82,7 +92,7 @@ def test_resuming_restores_model_average_and_optimizer(tmp_path):
 
 def test_weights_are_saved_once_and_as_safetensors_of_the_model(tmp_path):
     run = Run(tmp_path)
-    path = run.checkpoints.save(1, SETTINGS)
+    path = run.checkpoints.save(state(1))
     assert [file.name for file in path.rglob("*.safetensors")] == ["diffusion_pytorch_model.safetensors"] * 2
     saved = DTRTransformer2DModel.from_pretrained(path / "transformer")
     assert_same(list(saved.parameters()), list(run.model.parameters()))
@@ -91,23 +101,23 @@ def test_weights_are_saved_once_and_as_safetensors_of_the_model(tmp_path):
 def test_nothing_is_loaded_unless_asked_or_there(tmp_path):
     run = Run(tmp_path)
     before = run.state()
-    assert run.checkpoints.resume("latest", SETTINGS) == 0
-    run.checkpoints.save(1, SETTINGS)
-    assert run.checkpoints.resume(None, SETTINGS) == 0
+    assert run.checkpoints.resume("latest", SETTINGS).global_step == 0
+    run.checkpoints.save(state(1))
+    assert run.checkpoints.resume(None, SETTINGS).global_step == 0
     assert_same(run.state(), before)
 
 
 def test_latest_is_the_highest_step_rather_than_the_last_name(tmp_path):
     run = Run(tmp_path)
     for step in (9, 10):
-        run.checkpoints.save(step, SETTINGS)
+        run.checkpoints.save(state(step))
     assert run.checkpoints.latest() == tmp_path / "checkpoint-10"
 
 
 def test_oldest_checkpoints_go_beyond_the_limit(tmp_path):
     run = Run(tmp_path, total_limit=2)
     for step in (8, 9, 10, 11):
-        run.checkpoints.save(step, SETTINGS)
+        run.checkpoints.save(state(step))
     assert names(tmp_path) == ["checkpoint-10", "checkpoint-11"]
 
 
@@ -124,17 +134,17 @@ def test_whenever_the_process_dies_the_latest_checkpoint_is_whole(tmp_path):
         run.step()
         states[step] = run.state()
         if step == 1:
-            run.checkpoints.save(1, SETTINGS)
+            run.checkpoints.save(state(1))
     untouched = tmp_path.with_name("untouched")
     shutil.copytree(tmp_path, untouched)
     found = []
 
     def save():
-        run.checkpoints.save(2, SETTINGS)
+        run.checkpoints.save(state(2))
 
     def check():
         other = Run(tmp_path, seed=1)
-        step = other.checkpoints.resume("latest", SETTINGS)
+        step = other.checkpoints.resume("latest", SETTINGS).global_step
         assert_same(other.state(), states[step])
         found.append(step)
         shutil.rmtree(tmp_path)
@@ -149,26 +159,26 @@ def test_whenever_the_process_dies_the_latest_checkpoint_is_whole(tmp_path):
 def test_what_a_dead_process_left_is_cleared_and_replaced(tmp_path):
     """Every process goes on in what the one before left when it died."""
     run = Run(tmp_path, total_limit=1)
-    run.checkpoints.save(1, SETTINGS)
-    die_before_every_change(lambda: run.checkpoints.save(2, SETTINGS), lambda: None)
+    run.checkpoints.save(state(1))
+    die_before_every_change(lambda: run.checkpoints.save(state(2)), lambda: None)
     assert names(tmp_path) == ["checkpoint-2"]
-    assert Run(tmp_path).checkpoints.resume("latest", SETTINGS) == 2
+    assert Run(tmp_path).checkpoints.resume("latest", SETTINGS).global_step == 2
 
 
 @pytest.mark.parametrize("missing", ["training_state.json", ""])
 def test_incomplete_checkpoint_is_refused_and_complete_ones_named(missing, tmp_path):
     run = Run(tmp_path)
     for step in (1, 2):
-        run.checkpoints.save(step, SETTINGS)
+        run.checkpoints.save(state(step))
     path = tmp_path / "checkpoint-2" / missing
     path.unlink() if missing else shutil.rmtree(path)
     with pytest.raises(ValueError, match=r"complete checkpoint or `latest`, got 'checkpoint-2'.*: checkpoint-1\."):
         run.checkpoints.resume("checkpoint-2", SETTINGS)
-    assert run.checkpoints.resume("latest", SETTINGS) == 1
+    assert run.checkpoints.resume("latest", SETTINGS).global_step == 1
 
 
 def test_averaging_run_needs_a_checkpoint_with_an_average(tmp_path):
-    Run(tmp_path, use_ema=False).checkpoints.save(1, SETTINGS)
+    Run(tmp_path, use_ema=False).checkpoints.save(state(1))
     with pytest.raises(ValueError, match=r"`use_ema` must be what it was: .*checkpoint-1 has no averaged weights"):
         Run(tmp_path).checkpoints.resume("latest", SETTINGS)
 
@@ -176,47 +186,56 @@ def test_averaging_run_needs_a_checkpoint_with_an_average(tmp_path):
 def test_run_does_not_go_back_behind_checkpoints_of_later_steps(tmp_path):
     run = Run(tmp_path)
     for step in (1, 2):
-        run.checkpoints.save(step, SETTINGS)
+        run.checkpoints.save(state(step))
     with pytest.raises(ValueError, match=r"'checkpoint-1' is of step 1, but .* holds checkpoint-2\. Remove"):
         run.checkpoints.resume("checkpoint-1", SETTINGS)
     shutil.rmtree(tmp_path / "checkpoint-2")
-    assert run.checkpoints.resume("checkpoint-1", SETTINGS) == 1
+    assert run.checkpoints.resume("checkpoint-1", SETTINGS).global_step == 1
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_not_saved(value, tmp_path):
     run = Run(tmp_path)
-    run.checkpoints.save(1, SETTINGS)
+    run.checkpoints.save(state(1))
     with torch.no_grad():
         next(run.model.parameters()).view(-1)[-1] = value
     with pytest.raises(FloatingPointError, match=r"weights were not finite at step 2\. .* is .*/checkpoint-1;"):
-        run.checkpoints.save(2, SETTINGS)
+        run.checkpoints.save(state(2))
     assert names(tmp_path) == ["checkpoint-1"]
 
 
-def test_changed_settings_are_warned_about(tmp_path, caplog):
-    Run(tmp_path).checkpoints.save(1, {"seed": 0, "num_images": 5})
-    with caplog.at_level(logging.WARNING):
-        Run(tmp_path).checkpoints.resume("latest", {"seed": 0, "num_images": 6})
-    warnings = [record.getMessage() for record in caplog.records if record.name.startswith("diffusers_dtr")]
-    assert [warning.split(":")[0] for warning in warnings] == ["`num_images` was 5 and is 6 now"]
+def test_average_goes_on_with_the_decay_of_the_flags(tmp_path):
+    Run(tmp_path).checkpoints.save(state(1))
+    other = Run(tmp_path)
+    other.ema.decay = 0.9
+    other.checkpoints.resume("latest", SETTINGS)
+    assert other.ema.decay == 0.9
+
+
+def test_weights_of_another_model_or_damaged_ones_are_refused(tmp_path):
+    folder = Run(tmp_path).checkpoints.save(state(1)) / "transformer"
+    file = folder / "diffusion_pytorch_model.safetensors"
+    save_file({"other": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match="must hold the weights of this model, got others"):
+        Run(tmp_path).checkpoints.resume("latest", SETTINGS)
+    file.write_bytes(b"cut off")
+    with pytest.raises(ValueError, match="must hold whole safetensors files, got a damaged one"):
+        Run(tmp_path).checkpoints.resume("latest", SETTINGS)
+    file.unlink()
+    with pytest.raises(ValueError, match=r"transformer must hold \*\.safetensors, but has none"):
+        Run(tmp_path).checkpoints.resume("latest", SETTINGS)
 
 
 def test_forward_calls_are_counted_anew_after_resuming(tmp_path):
     """With another number of them in a step, the first step would otherwise be cut short."""
     run = Run(tmp_path)
     run.accelerator.step = 3
-    run.checkpoints.save(3, SETTINGS)
+    run.checkpoints.save(state(3))
     other = Run(tmp_path)
     other.accelerator.gradient_accumulation_steps = 2
     other.checkpoints.resume("latest", SETTINGS)
     with other.accelerator.accumulate(other.prepared):
         assert not other.accelerator.sync_gradients
-
-
-def test_state_file_tells_step_and_settings(tmp_path):
-    path = Run(tmp_path).checkpoints.save(4, SETTINGS)
-    assert json.loads((path / "training_state.json").read_text()) == {"global_step": 4, "settings": SETTINGS}
 
 
 class AdaptedRun(Run):
@@ -239,7 +258,7 @@ class AdaptedRun(Run):
 def test_adapters_alone_are_saved_and_restored(tmp_path):
     run = AdaptedRun(tmp_path)
     run.step()
-    path = run.checkpoints.save(1, SETTINGS)
+    path = run.checkpoints.save(state(1))
     weights = {name for file in path.rglob("*.safetensors") for name in load_file(file)}
     assert weights
     assert all("lora_" in name for name in weights)
@@ -252,9 +271,87 @@ def test_adapters_alone_are_saved_and_restored(tmp_path):
 
 
 def test_run_without_adapters_does_not_go_on_with_them_nor_the_other_way_round(tmp_path):
-    AdaptedRun(tmp_path / "adapted").checkpoints.save(1, SETTINGS)
+    AdaptedRun(tmp_path / "adapted").checkpoints.save(state(1))
     with pytest.raises(ValueError, match=r"`rank` must be what it was: .*checkpoint-1 has no transformer to"):
         Run(tmp_path / "adapted", use_ema=False).checkpoints.resume("latest", SETTINGS)
-    Run(tmp_path / "whole", use_ema=False).checkpoints.save(1, SETTINGS)
+    Run(tmp_path / "whole", use_ema=False).checkpoints.save(state(1))
     with pytest.raises(ValueError, match=r"`rank` must be what it was: .*checkpoint-1 has no transformer_lora to"):
         AdaptedRun(tmp_path / "whole").checkpoints.resume("latest", SETTINGS)
+
+
+class StatefulRun(Run):
+    """A run whose objective has a state too."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        parser = argparse.ArgumentParser()
+        training.add_optimization_arguments(parser)
+        training.add_objective_arguments(parser)
+        args = parser.parse_args(["--balancing", "uncertainty", "--timestep_sampling", "loss"])
+        self.checkpoints.objective = build_objective(args, DDPMScheduler(), self.model, self.accelerator)
+
+
+class Gadget:
+    """Runs code where it is unpickled."""
+
+    def __init__(self, marker: Path):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+# What accelerate, diffusers and torch would look for, beside what such a checkpoint has.
+PLANTED = [
+    *(
+        "custom_checkpoint_0.pkl",
+        "scheduler.bin",
+        "sampler.bin",
+        "scaler.pt",
+        "model.safetensors",
+        "pytorch_model.bin",
+    ),
+    *("transformer/diffusion_pytorch_model.bin", "transformer_ema/diffusion_pytorch_model.bin"),
+]
+
+
+@pytest.mark.parametrize("as_torch", [False, True])
+def test_no_file_of_a_checkpoint_runs_code(as_torch, tmp_path):
+    marker, gadget = tmp_path / "executed", tmp_path / "gadget"
+    torch.save(Gadget(marker), gadget) if as_torch else gadget.write_bytes(pickle.dumps(Gadget(marker)))
+    torch.load(gadget, weights_only=False) if as_torch else pickle.loads(gadget.read_bytes())
+    marker.rmdir()
+    whole = StatefulRun(tmp_path / "whole").checkpoints.save(state(1))
+    files = [str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file()]
+    assert {"optimizer.bin", "random_states_0.pkl", "objective.safetensors"} < set(files)
+    for number, name in enumerate([*files, *PLANTED]):
+        hostile = tmp_path / str(number) / "checkpoint-1"
+        shutil.copytree(whole, hostile)
+        if Path(name).suffix == ".bin":  # found where there are no safetensors
+            for file in (hostile / name).parent.glob("*.safetensors"):
+                file.unlink()
+        shutil.copyfile(gadget, hostile / name)
+        run = StatefulRun(tmp_path / "run")
+        with suppress(ValueError, RuntimeError, EOFError, pickle.UnpicklingError):
+            run.checkpoints.resume(str(hostile), SETTINGS)
+        assert not marker.exists(), name
+
+
+def test_objective_goes_on_with_what_it_has_learned(tmp_path):
+    run = StatefulRun(tmp_path)
+    with torch.no_grad():
+        run.checkpoints.objective.loss_fn.log_variance.fill_(0.5)
+    run.checkpoints.save(state(1))
+    other = StatefulRun(tmp_path)
+    other.checkpoints.resume("latest", SETTINGS)
+    assert other.checkpoints.objective.loss_fn.log_variance.unique().tolist() == [0.5]
+
+
+def test_pickles_are_read_as_weights_only_by_whoever_reads_them():
+    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    file = io.BytesIO()
+    torch.save(Gadget(Path("nowhere")), file)
+    file.seek(0)
+    with pytest.raises(pickle.UnpicklingError, match=r"posix\.mkdir|nt\.mkdir"), checkpoints._weights_only():
+        torch.load(file, weights_only=False)
+    assert os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD") == before

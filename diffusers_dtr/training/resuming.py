@@ -1,0 +1,190 @@
+"""What a checkpoint stands for: the settings that a resumed run shares with it, and what it may change."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from diffusers import ModelMixin, SchedulerMixin
+
+from ..publishing import publishable
+
+
+logger = logging.getLogger(__name__)
+
+ALLOW_FLAG = "allow_changed_settings"
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Flags of outputs: another value is no other run.
+_OUTPUT_FLAGS = _names(
+    """
+    output_dir cache_dir resume_from_checkpoint allow_changed_settings checkpointing_steps checkpoints_total_limit
+    validation_split validation_data_dir validation_steps num_validation_images max_held_out_images validation_prompts
+    validation_guidance_scale validation_num_inference_steps logging_steps logging_dir report_to push_to_hub
+    hub_model_id hub_token hub_private_repo hub_revision hub_create_pr hub_strategy dataloader_num_workers
+    """
+)
+# Flags that a resumed run may change; the change is recorded. Of an affinity, the clusters are compared.
+_ADJUSTABLE_FLAGS = _names(
+    """
+    learning_rate lr_scheduler lr_warmup_steps adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm
+    ema_max_decay ema_inv_gamma ema_power max_train_steps num_train_epochs seed train_batch_size
+    gradient_accumulation_steps mixed_precision allow_tf32 compile gradient_checkpointing cache_latents
+    cache_text_embeddings train_data_dir unreadable_images routing_warmup_steps balancing_update_every affinity_path
+    """
+)
+# Flags from which the denoiser's config is made, which is compared itself.
+_MODEL_FLAGS = _names("model_preset model_config transformer_config unet_config denoiser_config")
+_NOISE_FLAGS = {"beta_schedule": "noise_schedule"}
+
+NUM_IMAGES = "number of images"
+IMAGES_PER_STEP = "images per step"
+_ADJUSTABLE = {f"--{name}" for name in _ADJUSTABLE_FLAGS} | {IMAGES_PER_STEP, "processes"}
+# What balancing and sampling have learned is of these.
+_FIXED = {"--num_clusters", "--cluster_cost", "--balancing", "--timestep_sampling", "cluster boundaries"}
+
+
+@dataclass
+class RunState:
+    """What a checkpoint tells of its run, beside tensors.
+
+    Attributes:
+        global_step: Optimizer steps done.
+        settings: Of [`run_settings`].
+        changes: What was changed in resuming, each with its `step`, `setting`, `before` and `after`.
+        seconds: How long the steps took, validation and checkpoints included, over all resumptions.
+        unreadable_images: Names of the images that were passed over.
+    """
+
+    global_step: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+    unreadable_images: list[str] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, path: Path) -> RunState:
+        """Read what [`write`] wrote.
+
+        Raises:
+            ValueError: If the file is not that.
+        """
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            state = cls(**values)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path} must be the state of a training run, got something else: {error}") from error
+        types = {"global_step": int, "settings": dict, "changes": list, "seconds": (int, float)}
+        for name, allowed in {**types, "unreadable_images": list}.items():
+            value = getattr(state, name)
+            if not isinstance(value, allowed) or isinstance(value, bool):
+                raise ValueError(f"`{name}` in {path} is of the wrong type, {type(value).__name__}.")
+        if not 0 <= state.global_step < 2**53:
+            raise ValueError(f"`global_step` in {path} must be at least 0, got {state.global_step}.")
+        return state
+
+    def write(self, path: Path) -> None:
+        """Write all of it as JSON that may be published."""
+        path.write_text(json.dumps(publishable(asdict(self)), indent=2, ensure_ascii=False), encoding="utf-8")
+
+    def go_on(self, settings: dict[str, Any], allow_changes: bool = False) -> None:
+        """Take on the settings of a run that resumes, and remember what they change.
+
+        Args:
+            settings: Of [`run_settings`].
+            allow_changes: Whether those that define objective or data may differ.
+
+        Raises:
+            ValueError: If they do and may not; it names both values of each.
+        """
+        changes = _changes(self.settings, settings)
+        defining = [change for change in changes if change["setting"] not in _ADJUSTABLE]
+        fixed = [change for change in defining if change["setting"] in _FIXED]
+        if fixed or (defining and not allow_changes):
+            listed = "; ".join(f"`{change['setting']}` {_was_and_is(change)}" for change in defining)
+            allow = (
+                "" if fixed else f", or pass `--{ALLOW_FLAG}` to go on with the new ones, which the record will tell"
+            )
+            raise ValueError(
+                f"{listed}: the checkpoint is of a run with another objective, model or data. Resume with the "
+                f"settings that it was made with, start a run in another `--output_dir`{allow}."
+            )
+        for change in changes:
+            consequence = self._consequence(change)
+            level = logging.WARNING if consequence or change in defining else logging.INFO
+            logger.log(level, "`%s` %s.%s", change["setting"], _was_and_is(change), consequence)
+        self.changes += [{"step": self.global_step, **change} for change in changes]
+        self.settings = settings
+
+    def _consequence(self, change: dict[str, Any]) -> str:
+        if change["setting"] == "--seed":
+            return " The order of the images, noise and timesteps are other ones from here on."
+        if change["setting"] != IMAGES_PER_STEP:
+            return ""
+        before, after = (self.global_step * change[key] for key in ("before", "after"))
+        what = f"{after - before} images are skipped" if after > before else f"{before - after} images are seen again"
+        return f" The run had seen {before} images and goes on at image {after}: {what}."
+
+
+def run_settings(
+    args: argparse.Namespace,
+    model: ModelMixin,
+    noise_scheduler: SchedulerMixin,
+    accelerator: Accelerator,
+    **others: Any,
+) -> dict[str, Any]:
+    """All that decides what a run learns, by the names that messages use: `--flag`, or in words.
+
+    Flags that stand for a config value are given as that value, whether they were typed or not; paths as they may be
+    published, because a folder that has moved is the same data.
+
+    Args:
+        args: Parsed flags.
+        model: The denoiser.
+        noise_scheduler: Scheduler that is trained with.
+        accelerator: Tells processes and precision.
+        **others: What else is compared, by such names.
+
+    Returns:
+        JSON values by name.
+    """
+    flags = {name: value for name, value in vars(args).items() if name not in _OUTPUT_FLAGS | _MODEL_FLAGS}
+    configs = {}
+    for kind, config in (("noise scheduler", noise_scheduler.config), ("denoiser", model.config)):
+        for name, value in config.items():
+            flag = _NOISE_FLAGS.get(name, name)
+            if not name.startswith("_"):
+                configs[f"--{flag}" if flag in flags else f"{name} of the {kind}"] = value
+    settings = {
+        **{f"--{name}": publishable(value, name) for name, value in flags.items()},
+        **publishable(configs),
+        "--mixed_precision": accelerator.mixed_precision,
+        "processes": accelerator.num_processes,
+        "class of the denoiser": type(model).__name__,
+        "class of the noise scheduler": type(noise_scheduler).__name__,
+        **others,
+    }
+    # As they come back from a checkpoint
+    return json.loads(json.dumps(settings, default=list))
+
+
+def _changes(before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, Any]]:
+    """Settings that differ. One that a run of another version did not have is the same if it is off."""
+    return [
+        {"setting": name, "before": before.get(name), "after": after.get(name)}
+        for name in dict.fromkeys([*before, *after])
+        if (before[name] != after[name] if name in before and name in after else before.get(name, after.get(name)))
+    ]
+
+
+def _was_and_is(change: dict[str, Any]) -> str:
+    return f"was {change['before']} and is {change['after']} now"

@@ -1,0 +1,155 @@
+"""What a checkpoint stands for, and what of it a resumed run may change."""
+
+import argparse
+import json
+import logging
+
+import pytest
+from accelerate import Accelerator
+from diffusers import DDPMScheduler
+from tiny_dit import routed_dit
+
+from diffusers_dtr import training
+from diffusers_dtr.training import arguments, resuming
+from diffusers_dtr.training.resuming import IMAGES_PER_STEP, RunState, run_settings
+
+
+def parse(*flags: object) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    for add in vars(arguments).values():
+        if getattr(add, "__name__", "").startswith("add_"):
+            add(parser)
+    parser.add_argument("--pretrained_model_name_or_path")
+    parser.add_argument("--class_dropout_prob", type=float)
+    for flag in resuming._MODEL_FLAGS:
+        parser.add_argument(f"--{flag}", type=training.json_config)
+    return parser.parse_args(["--output_dir", "run", *map(str, flags)])
+
+
+def settings(*flags: object, routing: dict | None = None, schedule: dict | None = None, **others: object) -> dict:
+    model, scheduler = routed_dit(**(routing or {})), DDPMScheduler(**(schedule or {}))
+    return run_settings(parse(*flags), model, scheduler, Accelerator(cpu=True), **others)
+
+
+def go_on(before: dict, after: dict, allow: bool = False) -> list[dict]:
+    state = RunState(10, before)
+    state.go_on(after, allow)
+    assert state.settings == after
+    return state.changes
+
+
+def test_every_flag_that_a_resumed_run_may_change_exists():
+    known = vars(parse()).keys()
+    assert known >= resuming._OUTPUT_FLAGS
+    assert known >= resuming._ADJUSTABLE_FLAGS
+    assert not resuming._OUTPUT_FLAGS & resuming._ADJUSTABLE_FLAGS
+
+
+@pytest.mark.parametrize(
+    ("after", "message"),
+    [
+        ({"schedule": {"prediction_type": "v_prediction"}}, "`--prediction_type` was epsilon and is v_prediction now"),
+        ({"schedule": {"beta_schedule": "sigmoid"}}, "`--noise_schedule` was linear and is sigmoid now"),
+        ({"schedule": {"beta_start": 1e-3}}, "`beta_start of the noise scheduler` was 0.0001 and is 0.001 now"),
+        ({"routing": {"routing_beta": 0.5}}, "`--routing_beta` was 0.8 and is 0.5 now"),
+        ({"routing": {"class_dropout_prob": 0.5}}, "`--class_dropout_prob` was 0.1 and is 0.5 now"),
+        (["--loss_weighting", "min_snr"], "`--loss_weighting` was constant and is min_snr now"),
+        (["--random_flip"], "`--random_flip` was False and is True now"),
+        (["--resolution", 16], "`--resolution` was 32 and is 16 now"),
+        (["--use_ema"], "`--use_ema` was False and is True now"),
+        (["--rank", 4], "`--rank` was None and is 4 now"),
+        (["--dataset_name", "mnist"], "`--dataset_name` was None and is mnist now"),
+        ({"images": 7}, "`images` was None and is 7 now"),
+    ],
+    ids=str,
+)
+def test_another_objective_model_or_data_is_refused_unless_allowed(after, message):
+    after = settings(**after) if isinstance(after, dict) else settings(*after)
+    with pytest.raises(
+        ValueError, match="start a run in another `--output_dir`, or pass `--allow_changed_settings`"
+    ) as error:
+        go_on(settings(), after)
+    assert message in str(error.value)
+    (change,) = go_on(settings(), after, allow=True)
+    assert change["step"] == 10
+    assert message == f"`{change['setting']}` was {change['before']} and is {change['after']} now"
+
+
+def test_what_balancing_has_learned_cannot_go_on_with_other_clusters():
+    with pytest.raises(ValueError, match=r"`--num_clusters` was 8 and is 4 now: .* in another `--output_dir`\.$"):
+        go_on(settings(), settings("--num_clusters", 4), allow=True)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--learning_rate", 1e-5),
+        ("--ema_max_decay", 0.5),
+        ("--max_grad_norm", 2.0),
+        ("--max_train_steps", 100),
+        ("--train_batch_size", 4),
+    ],
+)
+def test_hyperparameters_may_change_and_the_change_is_remembered(flags):
+    (change,) = go_on(settings(), settings(*flags))
+    assert (change["setting"], change["after"]) == flags
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--report_to", "none"), ("--output_dir", "elsewhere"), ("--validation_steps", 3), ("--hub_token", "hf_x")],
+)
+def test_outputs_are_no_part_of_it(flags):
+    assert go_on(settings(), settings(*flags)) == []
+
+
+def test_flags_that_say_what_is_so_anyway_are_no_change():
+    assert go_on(settings(), settings("--prediction_type", "epsilon", "--routing_beta", 0.8)) == []
+
+
+def test_a_flag_that_the_older_run_did_not_know_is_no_change_while_it_is_off():
+    before = settings()
+    del before["--random_flip"], before["--snr_gamma"]
+    assert go_on(before, settings()) == []
+    with pytest.raises(ValueError, match="`--random_flip` was None and is True now"):
+        go_on(before, settings("--random_flip"))
+
+
+def test_another_batch_size_says_which_images_are_skipped_or_seen_again(caplog):
+    with caplog.at_level(logging.WARNING):
+        go_on(settings(**{IMAGES_PER_STEP: 16}), settings(**{IMAGES_PER_STEP: 20}))
+        go_on(settings(**{IMAGES_PER_STEP: 16}), settings(**{IMAGES_PER_STEP: 8}))
+    skipped, again = caplog.messages
+    assert skipped.endswith("had seen 160 images and goes on at image 200: 40 images are skipped.")
+    assert again.endswith("had seen 160 images and goes on at image 80: 80 images are seen again.")
+
+
+def test_a_folder_that_has_moved_is_the_same(tmp_path):
+    for parent in ("one", "other"):
+        (tmp_path / parent / "model").mkdir(parents=True)
+    before, after = (
+        settings("--pretrained_model_name_or_path", tmp_path / name / "model") for name in ("one", "other")
+    )
+    assert before == after
+    assert str(tmp_path) not in json.dumps(before)
+
+
+def test_state_is_read_as_it_was_written(tmp_path):
+    state = RunState(3, settings(), [{"step": 1, "setting": "--seed", "before": 0, "after": 1}], 1.5, ["row 7"])
+    state.write(tmp_path / "state.json")
+    assert RunState.read(tmp_path / "state.json") == state
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{", "[]", "null", "7", '{"global_step": "3"}', '{"global_step": true}', '{"global_step": -1}'),
+        *('{"global_step": 1e400}', '{"settings": []}', '{"changes": {}}', '{"seconds": null}', '{"other": 1}'),
+        *('{"unreadable_images": "a"}', "[" * 100_000, '{"global_step": 1' + "0" * 400 + "}", "\x00\xff"),
+    ],
+    ids=lambda text: repr(text[:30]),
+)
+def test_state_that_is_none_is_one_error(text, tmp_path):
+    (tmp_path / "state.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"state\.json"):
+        RunState.read(tmp_path / "state.json")
