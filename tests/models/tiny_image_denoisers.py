@@ -19,6 +19,46 @@ IMAGE_DENOISERS = {
             timestep=between(g, b, 0, 1),
         ),
     ),
+    "BriaFibo2Transformer2DModel": TinyDenoiser(
+        dict(
+            in_channels=4, dim=32, n_layers=3, n_refiner_layers=1, n_heads=2, cap_feat_dim=12,
+            injection_layer_ids=(1,), perceiver_num_layers=1, min_num_gist_tokens=2, max_num_gist_tokens=4, gist_step=1,
+            gist_min_text_len=3, gist_max_text_len=8, axes_dims=(4, 4, 8), axes_lens=(32, 8, 8),
+        ),
+        lambda b, g: dict(
+            hidden_states=noise(g, b, 4, 8, 6),
+            timestep=between(g, b, 0, 1),
+            encoder_hidden_states=noise(g, b, 2, 5, 12),
+            encoder_attention_mask=lengths_differ(b, 5),
+        ),
+    ),
+    "BriaFiboTransformer2DModel": TinyDenoiser(
+        dict(
+            in_channels=8, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=12, axes_dims_rope=[4, 4, 8], text_encoder_dim=10,
+        ),
+        lambda b, g: dict(
+            hidden_states=noise(g, b, 12, 8),
+            encoder_hidden_states=noise(g, b, 5, 12),
+            text_encoder_layers=[noise(g, b, 5, 10) for _ in range(4)],
+            timestep=between(g, b, 0, 1000),
+            img_ids=positions(1, 4, 3),
+            txt_ids=torch.zeros(5, 3),
+        ),
+    ),
+    "BriaTransformer2DModel": TinyDenoiser(
+        dict(
+            in_channels=8, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=12, axes_dims_rope=[4, 4, 8],
+        ),
+        lambda b, g: dict(
+            hidden_states=noise(g, b, 12, 8),
+            encoder_hidden_states=noise(g, b, 5, 12),
+            timestep=between(g, b, 0, 1000),
+            img_ids=positions(1, 4, 3),
+            txt_ids=torch.zeros(5, 3),
+        ),
+    ),
     "ChromaTransformer2DModel": TinyDenoiser(
         dict(
             in_channels=8, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
@@ -33,6 +73,32 @@ IMAGE_DENOISERS = {
             txt_ids=torch.zeros(5, 3),
         ),
     ),
+    "CogView3PlusTransformer2DModel": TinyDenoiser(
+        dict(
+            in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2, text_embed_dim=12,
+            time_embed_dim=14, condition_dim=8, pos_embed_max_size=8, sample_size=8,
+        ),
+        lambda b, g: dict(
+            hidden_states=noise(g, b, 4, 8, 6),
+            encoder_hidden_states=noise(g, b, 5, 12),
+            timestep=between(g, b, 0, 999),
+            **dict.fromkeys(("original_size", "target_size"), torch.tensor([[64.0, 48.0]] * b)),
+            crop_coords=torch.zeros(b, 2),
+        ),
+    ),
+    "CogView4Transformer2DModel": TinyDenoiser(
+        dict(
+            in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2, text_embed_dim=12,
+            time_embed_dim=14, condition_dim=8, sample_size=8, rope_axes_dim=(8, 8),
+        ),
+        lambda b, g: dict(
+            hidden_states=noise(g, b, 4, 8, 6),
+            encoder_hidden_states=noise(g, b, 5, 12),
+            timestep=between(g, b, 0, 1000),
+            **dict.fromkeys(("original_size", "target_size"), torch.tensor([[64.0, 48.0]] * b)),
+            crop_coords=torch.zeros(b, 2),
+        ),
+    ),
     "DiTTransformer2DModel": TinyDenoiser(
         dict(
             num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
@@ -42,6 +108,45 @@ IMAGE_DENOISERS = {
             hidden_states=noise(g, b, 4, 8, 8),
             timestep=between(g, b, 0, 999),
             class_labels=torch.arange(b) % 10,
+        ),
+    ),
+    "ErnieImageTransformer2DModel": TinyDenoiser(
+        dict(
+            hidden_size=32, num_attention_heads=2, num_layers=2, ffn_hidden_size=48, in_channels=4, out_channels=4,
+            text_in_dim=12, rope_axes_dim=(4, 4, 8),
+        ),
+        lambda b, g: dict(
+            hidden_states=noise(g, b, 4, 4, 3),
+            timestep=between(g, b, 0, 1000),
+            text_bth=noise(g, b, 5, 12),
+            text_lens=lengths_differ(b, 5).sum(1),
+        ),
+    ),
+    "Flux2Transformer2DModel": TinyDenoiser(
+        dict(
+            in_channels=8, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=12, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4),
+        ),
+        lambda b, g: dict(
+            hidden_states=noise(g, b, 12, 8),
+            encoder_hidden_states=noise(g, b, 5, 12),
+            timestep=between(g, b, 0, 1),
+            img_ids=positions(1, 4, 3, 1),
+            txt_ids=positions(1, 1, 1, 5),
+            guidance=torch.full((b,), 4.0),
+        ),
+    ),
+    "Flux3Transformer2DModel": TinyDenoiser(
+        dict(
+            in_channels=8, cond_in_channels=6, num_layers=2, num_single_layers=2, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=12, timestep_channels=16, axes_dims_rope=(4, 4, 4, 4),
+        ),
+        lambda b, g: dict(
+            hidden_states=noise(g, b, 12, 8),
+            encoder_hidden_states=noise(g, b, 5, 12),
+            timestep=between(g, b, 0, 1),
+            img_ids=positions(1, 4, 3, 1),
+            txt_ids=positions(1, 1, 1, 5),
         ),
     ),
     "FluxTransformer2DModel": TinyDenoiser(
@@ -59,18 +164,33 @@ IMAGE_DENOISERS = {
             guidance=torch.full((b,), 3.5),
         ),
     ),
-    "Flux2Transformer2DModel": TinyDenoiser(
+    "GlmImageTransformer2DModel": TinyDenoiser(
         dict(
-            in_channels=8, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
-            joint_attention_dim=12, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4),
+            in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2, text_embed_dim=12,
+            time_embed_dim=14, condition_dim=8, prior_vq_quantizer_codebook_size=10,
         ),
         lambda b, g: dict(
-            hidden_states=noise(g, b, 12, 8),
+            hidden_states=noise(g, b, 4, 8, 6),
             encoder_hidden_states=noise(g, b, 5, 12),
-            timestep=between(g, b, 0, 1),
-            img_ids=positions(1, 4, 3, 1),
-            txt_ids=positions(1, 1, 1, 5),
-            guidance=torch.full((b,), 4.0),
+            prior_token_id=torch.randint(10, (b, 12), generator=g),
+            prior_token_drop=torch.zeros(b, 12, dtype=torch.bool),
+            timestep=between(g, b, 0, 999),
+            target_size=torch.tensor([[64.0, 48.0]] * b),
+            crop_coords=torch.zeros(b, 2),
+        ),
+    ),
+    "HiDreamImageTransformer2DModel": TinyDenoiser(
+        dict(
+            patch_size=2, in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+            caption_channels=[12, 10], text_emb_dim=8, num_routed_experts=4, axes_dims_rope=(4, 4, 8),
+            max_resolution=(8, 8), llama_layers=[0, 1, 2, 3],
+        ),
+        lambda b, g: dict(
+            hidden_states=noise(g, b, 4, 8, 8),
+            timesteps=between(g, b, 0, 1000),
+            encoder_hidden_states_t5=noise(g, b, 5, 12),
+            encoder_hidden_states_llama3=noise(g, 4, b, 5, 10),
+            pooled_embeds=noise(g, b, 8),
         ),
     ),
     "HunyuanDiT2DModel": TinyDenoiser(
@@ -91,6 +211,86 @@ IMAGE_DENOISERS = {
             image_rotary_emb=(noise(g, 16, 16).cos(), noise(g, 16, 16).sin()),
         ),
     ),
+    "HunyuanImageTransformer2DModel": TinyDenoiser(
+        dict(
+            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2,
+            num_single_layers=2, num_refiner_layers=1, text_embed_dim=12, text_embed_2_dim=10, rope_axes_dim=(8, 8),
+        ),
+        lambda b, g: dict(
+            hidden_states=noise(g, b, 4, 4, 3),
+            timestep=between(g, b, 0, 1000),
+            encoder_hidden_states=noise(g, b, 5, 12),
+            encoder_attention_mask=lengths_differ(b, 5),
+            encoder_hidden_states_2=noise(g, b, 3, 10),
+            encoder_attention_mask_2=lengths_differ(b, 3),
+        ),
+    ),
+    "Ideogram4Transformer2DModel": TinyDenoiser(
+        dict(
+            in_channels=8, num_layers=2, attention_head_dim=16, num_attention_heads=2, intermediate_size=48,
+            adaln_dim=10, llm_features_dim=12, mrope_section=(4, 2, 2),
+        ),
+        # The pipeline packs [caption, image]; 3 marks tokens of the caption, 2 tokens of the image.
+        lambda b, g: dict(
+            hidden_states=torch.cat([torch.zeros(b, 5, 8), noise(g, b, 12, 8)], dim=1),
+            timestep=between(g, b, 0, 1),
+            encoder_hidden_states=torch.cat([noise(g, b, 5, 12), torch.zeros(b, 12, 12)], dim=1),
+            position_ids=torch.cat([torch.arange(5).repeat(3, 1).T, positions(1, 4, 3).long() + 5]).repeat(b, 1, 1),
+            segment_ids=torch.ones(b, 17, dtype=torch.long),
+            indicator=torch.tensor([3] * 5 + [2] * 12).repeat(b, 1),
+        ),
+    ),
+    "JoyImageEditPlusTransformer3DModel": TinyDenoiser(
+        dict(
+            in_channels=4, hidden_size=32, num_attention_heads=2, text_dim=12, num_layers=2, rope_dim_list=[4, 4, 8],
+        ),
+        # A sequence of patches: the image that is being made and a smaller one that it is made after.
+        lambda b, g: dict(
+            hidden_states=noise(g, b, 16, 4, 1, 2, 2),
+            timestep=between(g, b, 0, 1000),
+            encoder_hidden_states=noise(g, b, 5, 12),
+            encoder_hidden_states_mask=lengths_differ(b, 5),
+            shape_list=[[(1, 4, 3), (1, 2, 2)]] * b,
+        ),
+    ),
+    "JoyImageEditTransformer3DModel": TinyDenoiser(
+        dict(
+            in_channels=4, hidden_size=32, num_attention_heads=2, text_dim=12, num_layers=2, rope_dim_list=[4, 4, 8],
+        ),
+        lambda b, g: dict(
+            hidden_states=noise(g, b, 4, 1, 8, 6),
+            timestep=between(g, b, 0, 1000),
+            encoder_hidden_states=noise(g, b, 5, 12),
+        ),
+    ),
+    "Krea2Transformer2DModel": TinyDenoiser(
+        dict(
+            in_channels=8, num_layers=2, attention_head_dim=16, num_attention_heads=2, num_key_value_heads=1,
+            intermediate_size=48, timestep_embed_dim=16, text_hidden_dim=12, num_text_layers=2, text_num_attention_heads=2,
+            text_num_key_value_heads=2, text_intermediate_size=16, num_layerwise_text_blocks=1, num_refiner_text_blocks=1,
+            axes_dims_rope=(4, 4, 8),
+        ),
+        lambda b, g: dict(
+            hidden_states=noise(g, b, 12, 8),
+            encoder_hidden_states=noise(g, b, 5, 2, 12),
+            timestep=between(g, b, 0, 1),
+            position_ids=torch.cat([torch.zeros(5, 3), positions(1, 4, 3)]),
+            encoder_attention_mask=lengths_differ(b, 5),
+        ),
+    ),
+    "LongCatImageTransformer2DModel": TinyDenoiser(
+        dict(
+            in_channels=8, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=12, pooled_projection_dim=12, axes_dims_rope=[4, 4, 8],
+        ),
+        lambda b, g: dict(
+            hidden_states=noise(g, b, 12, 8),
+            encoder_hidden_states=noise(g, b, 5, 12),
+            timestep=between(g, b, 0, 1),
+            img_ids=positions(1, 4, 3),
+            txt_ids=torch.zeros(5, 3),
+        ),
+    ),
     "Lumina2Transformer2DModel": TinyDenoiser(
         dict(
             sample_size=8, in_channels=4, hidden_size=32, num_layers=2, num_refiner_layers=1, num_attention_heads=2,
@@ -103,6 +303,64 @@ IMAGE_DENOISERS = {
             encoder_attention_mask=lengths_differ(b, 5),
         ),
     ),
+    "LuminaNextDiT2DModel": TinyDenoiser(
+        dict(
+            sample_size=8, hidden_size=32, num_layers=2, num_attention_heads=2, num_kv_heads=1, multiple_of=8,
+            cross_attention_dim=12,
+        ),
+        lambda b, g: dict(
+            hidden_states=noise(g, b, 4, 8, 6),
+            timestep=between(g, b, 0, 1),
+            encoder_hidden_states=noise(g, b, 5, 12),
+            encoder_mask=lengths_differ(b, 5).long(),
+            image_rotary_emb=torch.polar(torch.ones(8, 8, 8), noise(g, 8, 8, 8)),
+            cross_attention_kwargs={},
+        ),
+    ),
+    "NucleusMoEImageTransformer2DModel": TinyDenoiser(
+        dict(
+            in_channels=8, out_channels=2, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=12, axes_dims_rope=(4, 4, 8), dense_moe_strategy="all_moe", num_experts=2,
+            moe_intermediate_dim=16, capacity_factors=1.0,
+        ),
+        lambda b, g: dict(
+            hidden_states=noise(g, b, 12, 8),
+            img_shapes=[(1, 4, 3)] * b,
+            encoder_hidden_states=noise(g, b, 5, 12),
+            encoder_hidden_states_mask=lengths_differ(b, 5),
+            timestep=between(g, b, 0, 1),
+        ),
+    ),
+    "OmniGenTransformer2DModel": TinyDenoiser(
+        dict(
+            hidden_size=32, num_attention_heads=2, num_key_value_heads=2, intermediate_size=48, num_layers=2,
+            pad_token_id=0, vocab_size=10, max_position_embeddings=64, original_max_position_embeddings=32,
+            rope_scaling={"short_factor": [1.0] * 8, "long_factor": [1.0] * 8}, pos_embed_max_size=8, time_step_dim=16,
+        ),
+        # [caption, timestep, image]
+        lambda b, g: dict(
+            hidden_states=noise(g, b, 4, 8, 6),
+            timestep=between(g, b, 0, 1),
+            input_ids=torch.randint(10, (b, 5), generator=g),
+            input_img_latents=[],
+            input_image_sizes={},
+            attention_mask=torch.ones(b, 18, 18),
+            position_ids=torch.arange(18).repeat(b, 1),
+        ),
+    ),
+    "OvisImageTransformer2DModel": TinyDenoiser(
+        dict(
+            in_channels=8, out_channels=8, num_layers=2, num_single_layers=2, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=12, axes_dims_rope=(4, 4, 8),
+        ),
+        lambda b, g: dict(
+            hidden_states=noise(g, b, 12, 8),
+            encoder_hidden_states=noise(g, b, 5, 12),
+            timestep=between(g, b, 0, 1),
+            img_ids=positions(1, 4, 3),
+            txt_ids=torch.zeros(5, 3),
+        ),
+    ),
     "PixArtTransformer2DModel": TinyDenoiser(
         dict(
             num_attention_heads=2, attention_head_dim=16, in_channels=4, num_layers=2, cross_attention_dim=32,
@@ -113,6 +371,40 @@ IMAGE_DENOISERS = {
             encoder_hidden_states=noise(g, b, 5, 12),
             timestep=between(g, b, 0, 999),
             encoder_attention_mask=lengths_differ(b, 5),
+        ),
+    ),
+    "PriorTransformer": TinyDenoiser(
+        dict(num_attention_heads=2, attention_head_dim=16, num_layers=2, embedding_dim=12, num_embeddings=5),
+        lambda b, g: dict(
+            hidden_states=noise(g, b, 12),
+            timestep=between(g, b, 0, 999),
+            proj_embedding=noise(g, b, 12),
+            encoder_hidden_states=noise(g, b, 5, 12),
+            attention_mask=lengths_differ(b, 5),
+        ),
+    ),
+    "PRXTransformer2DModel": TinyDenoiser(
+        dict(in_channels=4, context_in_dim=12, hidden_size=32, mlp_ratio=2.0, num_heads=2, depth=2, axes_dim=[8, 8]),
+        lambda b, g: dict(
+            hidden_states=noise(g, b, 4, 8, 6),
+            timestep=between(g, b, 0, 1),
+            encoder_hidden_states=noise(g, b, 5, 12),
+            attention_mask=lengths_differ(b, 5),
+        ),
+    ),
+    "QwenImage21Transformer2DModel": TinyDenoiser(
+        dict(
+            in_channels=8, out_channels=8, num_layers=2, attention_head_dim=16, num_attention_heads=2, context_in_dim=12,
+            axes_dims_rope=(4, 4, 8),
+        ),
+        # Each place that is marked as the image's stands for 2 x 2 tokens.
+        lambda b, g: dict(
+            hidden_states=noise(g, b, 16, 8),
+            encoder_hidden_states=noise(g, b, 5, 12),
+            timestep=between(g, b, 0, 1),
+            img_shapes=[[(1, 4, 4)]] * b,
+            img_mask=torch.tensor([False] * 5 + [True] * 4).repeat(b, 1),
+            encoder_hidden_states_mask=lengths_differ(b, 5),
         ),
     ),
     "QwenImageTransformer2DModel": TinyDenoiser(
@@ -128,19 +420,6 @@ IMAGE_DENOISERS = {
             img_shapes=[[(1, 4, 3)]] * b,
         ),
     ),
-    "SD3Transformer2DModel": TinyDenoiser(
-        dict(
-            sample_size=8, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
-            joint_attention_dim=12, caption_projection_dim=32, pooled_projection_dim=10, pos_embed_max_size=8,
-            dual_attention_layers=(0,), qk_norm="rms_norm",
-        ),
-        lambda b, g: dict(
-            hidden_states=noise(g, b, 4, 8, 6),
-            encoder_hidden_states=noise(g, b, 5, 12),
-            pooled_projections=noise(g, b, 10),
-            timestep=between(g, b, 0, 1000),
-        ),
-    ),
     "SanaTransformer2DModel": TinyDenoiser(
         dict(
             in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2,
@@ -152,6 +431,19 @@ IMAGE_DENOISERS = {
             encoder_hidden_states=noise(g, b, 5, 12),
             timestep=between(g, b, 0, 1000),
             encoder_attention_mask=lengths_differ(b, 5),
+        ),
+    ),
+    "SD3Transformer2DModel": TinyDenoiser(
+        dict(
+            sample_size=8, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=12, caption_projection_dim=32, pooled_projection_dim=10, pos_embed_max_size=8,
+            dual_attention_layers=(0,), qk_norm="rms_norm",
+        ),
+        lambda b, g: dict(
+            hidden_states=noise(g, b, 4, 8, 6),
+            encoder_hidden_states=noise(g, b, 5, 12),
+            pooled_projections=noise(g, b, 10),
+            timestep=between(g, b, 0, 1000),
         ),
     ),
     "ZImageTransformer2DModel": TinyDenoiser(
