@@ -20,6 +20,8 @@ _SECRET_VALUE = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=://)[^/\s]+@")
 
 # Arguments whose values may be a file or folder without a `/`.
 _PATH_NAME = re.compile(r"(_dir|_path|_file|_checkpoint|_config|_name)$")
+# `events.out.tfevents.<time>.<host>.<process>.<number>`; a host may have dots, an address of numbers too.
+_EVENT_FILE = re.compile(r"(events\.out\.tfevents\.\d+)\.[^/]+(\.\d+\.\d+)$")
 _ABSOLUTE = re.compile(r"(/|~|\.\.?(/|\\|$)|[A-Za-z]:[\\/]|\\\\|file://)")
 
 
@@ -81,6 +83,18 @@ def public_command(argv: Sequence[str], launcher: Sequence[str] = ("accelerate",
         else:
             words.append(publishable(value, name))
     return shlex.join(words)
+
+
+def published_path(path: str) -> str:
+    """Where a file goes in a repository: TensorBoard puts the name of the machine into those of its files.
+
+    Args:
+        path: Relative, with `/`.
+
+    Returns:
+        The path, without the machine in its last component.
+    """
+    return _EVENT_FILE.sub(r"\1\2", path)
 
 
 def _publishable_json(text: str) -> str:

@@ -14,6 +14,8 @@ LOSSES_PICTURE = "loss_per_cluster.png"
 METRICS_FILE = "metrics.json"
 
 CHECKPOINT_PREFIX = "checkpoint-"
+# Held by the process that trains, which it names in a file beside it
+RUN_LOCK = ".run.lock"
 
 # Folders of what is computed once, and of what is not complete or not yet pushed.
 LATENTS = "latents"

@@ -4,13 +4,15 @@ import argparse
 import getpass
 import json
 import shlex
+import socket
 from pathlib import Path
 
 import pytest
+from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusers_dtr.publishing import public_arguments, public_command, publishable
+from diffusers_dtr.publishing import public_arguments, public_command, publishable, published_path
 
 
 TOKEN = "hf_" + "aB3" * 11
@@ -115,3 +117,20 @@ def test_no_placeholder_names_the_user():
     for home in (str(Path.home()), f"{Path.home()}/", "~"):
         assert publishable(home, "cache_dir") == "path/to/folder"
     assert getpass.getuser() not in publishable(f"{Path.home()}/run", "cache_dir").removeprefix("path/to/")
+
+
+def test_files_of_tensorboard_lose_the_name_of_the_machine(tmp_path):
+    accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path)
+    accelerator.init_trackers("run")
+    accelerator.end_training()
+    (written,) = tmp_path.rglob("events*")
+    assert socket.gethostname() in written.name
+    assert socket.gethostname() not in published_path(written.name)
+
+
+@pytest.mark.parametrize("host", ["box", "a.b.example.org", "10.0.0.5", "my-laptop_2"])
+def test_only_the_machine_goes_from_the_name_of_a_file(host):
+    published = "logs/run/events.out.tfevents.1764331200.4711.0"
+    assert published_path(f"logs/run/events.out.tfevents.1764331200.{host}.4711.0") == published
+    assert published_path(published) == published
+    assert published_path("transformer/model-00001.4711.0") == "transformer/model-00001.4711.0"

@@ -21,6 +21,8 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabl
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import filter_repo_objects
 
+from ..publishing import published_path
+
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +43,8 @@ class FolderCommit:
 
     Weights take the place of those that the repository has under the same name and variant, whatever their format
     and number of shards: an index left over from earlier shards would be loaded instead of the new weights. Where
-    configs were loaded from (`_name_or_path`) is left out, because it can be a path on this machine.
+    configs were loaded from (`_name_or_path`) is left out, because it can be a path on this machine, and so is the
+    machine's name in those of TensorBoard's files.
 
     Args:
         folder: Its files are committed. They must not change until that is done.
@@ -158,7 +161,7 @@ class FolderCommit:
         local = (path.relative_to(self.folder) for path in sorted(self.folder.rglob("*")) if path.is_file())
         added = set()
         for path in filter_repo_objects((path.as_posix() for path in local), ignore_patterns=self.ignore_patterns):
-            path_in_repo = str(self.path_in_repo / path)
+            path_in_repo = str(self.path_in_repo / published_path(path))
             if path_in_repo not in self.keep & present:
                 added.add(path_in_repo)
                 yield CommitOperationAdd(path_in_repo, _shareable(self.folder / path))

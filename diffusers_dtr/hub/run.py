@@ -12,6 +12,7 @@ from ..run_folder import (
     PARTIAL_PIPELINE,
     PREVIOUS_PIPELINE,
     PUSH_SNAPSHOTS,
+    RUN_LOCK,
     TEXT_EMBEDDINGS,
 )
 from .commit import FolderCommit, check_token, retry
@@ -23,6 +24,7 @@ _PRIVATE_PATTERNS = (
     f"{PARTIAL_PIPELINE}/*",
     f"{PREVIOUS_PIPELINE}/*",
     f"{PUSH_SNAPSHOTS}/*",
+    f"{RUN_LOCK}*",
     f"{LATENTS}*/*",
     f"{TEXT_EMBEDDINGS}*/*",
     "*.partial",

@@ -11,6 +11,7 @@ from accelerate.utils import DynamoBackend, ProjectConfiguration
 
 from ..hub import create_run_repo
 from .outputs import prepare_output_dir
+from .run_lock import lock_run_folder
 
 
 def start_run(args: argparse.Namespace) -> Accelerator:
@@ -23,8 +24,9 @@ def start_run(args: argparse.Namespace) -> Accelerator:
         The accelerator that everything else is done with.
 
     Raises:
-        ValueError: If a run that does not resume would write into a folder that holds a pipeline or checkpoints, or a
-            flag and accelerate's configuration give different values for one setting.
+        ValueError: If a run that does not resume would write into a folder that holds a pipeline or checkpoints,
+            another process runs in the folder, or a flag and accelerate's configuration give different values for one
+            setting.
     """
     output_dir = prepare_output_dir(args.output_dir, resuming=args.resume_from_checkpoint is not None)
     accelerator = Accelerator(
@@ -33,6 +35,8 @@ def start_run(args: argparse.Namespace) -> Accelerator:
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir / args.logging_dir),
     )
+    if accelerator.is_main_process:
+        lock_run_folder(output_dir)
     agree_with_accelerate(args, accelerator)
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",

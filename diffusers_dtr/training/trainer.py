@@ -34,6 +34,7 @@ from .outputs import save_record
 from .randomness import noise_generator, seed_model
 from .record import describe_model, run_record, tracker_config
 from .resuming import IMAGES_PER_STEP, NUM_IMAGES, run_settings
+from .run_lock import unlock_run_folder
 from .tracking import log_image
 from .validation import HeldOutLoss, save_sample_grid
 
@@ -299,6 +300,7 @@ class Trainer:
         self.accelerator.end_training()
         if self.args.push_to_hub and self.accelerator.is_main_process:
             self._push()
+        unlock_run_folder(self.output_dir)
         return record
 
     def _start_background_push(self) -> BackgroundPush | None:

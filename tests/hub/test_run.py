@@ -26,6 +26,8 @@ KEPT = {
     ".pipeline.partial/model_index.json",
     ".pipeline.previous/transformer/config.json",
     ".push/10-abc/optimizer.bin",
+    ".run.lock",
+    ".run.lock.holder",
     "checkpoint-10/optimizer.bin",
     "checkpoint-10/transformer/config.json",
     "checkpoint-20.partial/optimizer.bin",
