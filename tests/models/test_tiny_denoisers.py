@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+
+import diffusers.models.transformers
 import pytest
 import torch
-from tiny_denoisers import DENOISERS, build, inputs, run
+from diffusers import ModelMixin
+from tiny_denoisers import DENOISERS, LEFT_OUT, build, inputs, run
 
 
 @pytest.mark.parametrize("name", DENOISERS)
@@ -22,3 +26,10 @@ def test_the_seed_decides_the_weights():
     first, same, other = (build("FluxTransformer2DModel", seed).state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(first[name], same[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.skipif(not diffusers.__version__.startswith("0.42."), reason="the lists are those of diffusers 0.42")
+def test_every_transformer_is_here_or_left_out_for_a_reason():
+    exported = inspect.getmembers(diffusers.models.transformers, inspect.isclass)
+    transformers = {name for name, cls in exported if issubclass(cls, ModelMixin)}
+    assert transformers - DENOISERS.keys() == LEFT_OUT.keys()

@@ -5,12 +5,33 @@ from __future__ import annotations
 import diffusers
 import torch
 from diffusers import ModelMixin
-from tiny_image_denoisers import IMAGE_DENOISERS
+from tiny_latent_denoisers import LATENT_DENOISERS
+from tiny_packed_denoisers import PACKED_DENOISERS
 from tiny_shapes import TinyDenoiser
+from tiny_sound_denoisers import SOUND_DENOISERS
+from tiny_unets import UNETS
 from tiny_video_denoisers import VIDEO_DENOISERS
+from tiny_wan_denoisers import WAN_DENOISERS
 
 
-DENOISERS: dict[str, TinyDenoiser] = {**IMAGE_DENOISERS, **VIDEO_DENOISERS}
+# Classes that are exported beside the denoisers, and why they are not among them.
+LEFT_OUT = {
+    "DreamLiteTransformer2DModel": "a part of a U-Net",
+    "MiniMaxMusic3RVQDepthDecoder": "autoregressive: no timestep",
+    "RFD4ProteinaTransformer": "proteins: two noise levels at once, of coordinates and of latents, in one stream",
+    "T5FilmDecoder": "returns logits of a spectrogram, takes its noise level under a name of its own",
+    "Transformer2DModel": "a part of U-Nets",
+    "TransformerTemporalModel": "a part of U-Nets",
+    "WanAnimate2Transformer3DModel": "denoises by compiled flex attention only, from a cache of an earlier call",
+}
+DENOISERS: dict[str, TinyDenoiser] = {
+    **LATENT_DENOISERS,
+    **PACKED_DENOISERS,
+    **VIDEO_DENOISERS,
+    **WAN_DENOISERS,
+    **SOUND_DENOISERS,
+    **UNETS,
+}
 
 
 def build(name: str, seed: int = 0) -> ModelMixin:
