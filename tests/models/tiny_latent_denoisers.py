@@ -1,4 +1,4 @@
-"""Tiny denoisers of images in latent space. Captions have 5 tokens, images 4 x 3, or 4 x 4 where squares are needed."""
+"""Tiny denoisers of images in latent space. Captions have 5 tokens, images 4 x 3, or 4 x 4 where it must be square."""
 
 # ruff: noqa: C408
 from __future__ import annotations
