@@ -26,9 +26,10 @@ class NoiseLevels:
     """The noise levels, targets and posterior of a diffusers scheduler, for training.
 
     Timesteps are what the denoiser is called with, low = nearly clean: integers (or reals between them) in [0, T) for
-    schedules made of betas, σ·T in [0, T] for flow matching, ¼·ln σ within the ends of the grid for EDM. They are `(B,)`
-    tensors on any device, whose range is checked on the CPU alone: nothing here waits for another device. A scalar per timestep is float64 (float32 on devices without float64); a sample is
-    computed in at least float32 and returned in the dtype it came in.
+    schedules made of betas, σ·T in [0, T] for flow matching, ¼·ln σ within the ends of the grid for EDM. They are
+    `(B,)` tensors on any device, whose range is checked on the CPU alone: nothing here waits for another device. A
+    scalar per timestep is float64 (float32 on devices without float64); a sample is computed in at least float32 and
+    returned in the dtype it came in.
 
     The sampling state of the scheduler (`set_timesteps`, Karras sigmas, `timestep_spacing`) plays no part: these are
     the levels of its training.
