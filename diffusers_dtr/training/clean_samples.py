@@ -21,6 +21,7 @@ from ..run_folder import LATENTS
 from .batches import TrainingBatches
 from .data import TrainingImages, load_training_images
 from .images import ImageTransform
+from .interruption import ignore_signals
 from .latents import cache_latents, posterior_generators
 from .samples import ImageDataset, collate_samples
 
@@ -108,6 +109,7 @@ def build_loader(args: argparse.Namespace, dataset: Dataset, accelerator: Accele
         batch_sampler=batches,
         collate_fn=collate_samples,
         num_workers=args.dataloader_num_workers,
+        worker_init_fn=ignore_signals,
         pin_memory=accelerator.device.type == "cuda",
         # Without a generator of its own, making an iterator would advance the global one.
         generator=torch.Generator(),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -26,6 +27,7 @@ from .arguments import warmed_up_beta
 from .checkpoints import Checkpoints
 from .clean_samples import UnreadableImages, build_loader, clean_samples, held_out_samples
 from .ema import averaged_weights, build_ema
+from .interruption import Interruption
 from .loss_history import LossHistory
 from .loss_monitor import LossMonitor
 from .objective import build_objective
@@ -40,6 +42,9 @@ from .validation import HeldOutLoss, save_sample_grid
 
 
 logger = logging.getLogger(__name__)
+
+# Clusters that take a machine back give half a minute, as a rule.
+_PUSH_SECONDS_WHEN_STOPPED = 20.0
 
 
 class Trainer:
@@ -139,7 +144,12 @@ class Trainer:
         return self.state.global_step
 
     def train(self) -> None:
-        """Take all steps that are left."""
+        """Take all steps that are left.
+
+        Raises:
+            SystemExit: If SIGINT, SIGTERM or SIGHUP came: after the step that it came in, whose checkpoint is saved,
+                and with the code 128 + signal. A second Ctrl-C is a KeyboardInterrupt, at once.
+        """
         args, accelerator = self.args, self.accelerator
         progress_bar = tqdm(
             total=args.max_train_steps,
@@ -149,24 +159,41 @@ class Trainer:
         )
         self.model.train()
         first_batch = self.global_step * accelerator.gradient_accumulation_steps
-        for number, batch in enumerate(self.loader, start=first_batch):
-            if self.global_step >= args.max_train_steps:
-                break
-            self._set_routing()
-            with accelerator.accumulate(self.denoiser):
-                self._backward(batch, number)
+        with Interruption() as interruption:
+            for number, batch in enumerate(self.loader, start=first_batch):
+                if self.global_step >= args.max_train_steps:
+                    break
+                self._set_routing()
+                with accelerator.accumulate(self.denoiser):
+                    self._backward(batch, number)
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(self.denoiser.parameters(), args.max_grad_norm)
+                    self.optimizer.step()
+                    self.optimizer.zero_grad()
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(self.denoiser.parameters(), args.max_grad_norm)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-            if accelerator.sync_gradients:
-                self.state.global_step += 1
-                self.lr_scheduler.step()
-                if self.ema is not None:
-                    self.ema.step(self.model.parameters())
-                progress_bar.update()
-                self._after_step(progress_bar)
+                    self.state.global_step += 1
+                    self.lr_scheduler.step()
+                    if self.ema is not None:
+                        self.ema.step(self.model.parameters())
+                    progress_bar.update()
+                    signum = interruption.received()
+                    self._after_step(progress_bar, stopping=signum is not None)
+                    if signum is not None:
+                        progress_bar.close()
+                        self._stop(signum)
         progress_bar.close()
+
+    def _stop(self, signum: int) -> NoReturn:
+        """End the run before its end, with all that it needs to go on."""
+        if self._background_push is not None:
+            self._background_push.finish(_PUSH_SECONDS_WHEN_STOPPED)
+        logger.warning(
+            f"Stopped by {signal.Signals(signum).name} after step {self.global_step}. Go on with the same command and "
+            "`--resume_from_checkpoint latest`."
+        )
+        self.accelerator.end_training()
+        unlock_run_folder(self.output_dir)
+        raise SystemExit(128 + signum)
 
     def _set_max_train_steps(self) -> None:
         args = self.args
@@ -205,9 +232,9 @@ class Trainer:
         self.monitor.update(out, self.global_step + 1)
         accelerator.backward(out.loss)
 
-    def _after_step(self, progress_bar: tqdm) -> None:
+    def _after_step(self, progress_bar: tqdm, stopping: bool) -> None:
         args, step = self.args, self.global_step
-        last = step == args.max_train_steps
+        last = step == args.max_train_steps or stopping
         checkpoint_due = step % args.checkpointing_steps == 0 or last
         if step % args.logging_steps == 0 or checkpoint_due:
             self._log(progress_bar)

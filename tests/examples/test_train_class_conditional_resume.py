@@ -1,11 +1,14 @@
 """A run that is interrupted at any moment and resumed ends with the weights of the uninterrupted one, to the bit."""
 
 import json
+import os
 import random
 import shutil
+import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from training_runs import (
@@ -36,6 +39,9 @@ EVERYTHING = [
     *("--use_ema", "--random_flip", "--class_dropout_prob", 0.5, "--routing_warmup_steps", 5),
     *("--lr_scheduler", "cosine", "--lr_warmup_steps", 2, "--adam_weight_decay", 0.1, "--loss_weighting", "min_snr"),
 ]
+
+# Nobody waits for its end.
+LONG = ["--max_train_steps", 100_000, "--checkpointing_steps", 5]
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +212,55 @@ def test_time_and_unreadable_images_are_those_of_the_whole_run(images, tmp_path)
     assert len(resumed["unreadable_images"]) > len(before["unreadable_images"]) > 0
     assert resumed["unreadable_images"] == whole["unreadable_images"]
     assert resumed["seconds"] > before["seconds"]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_run_that_is_told_to_stop_saves_its_step_and_says_how_to_go_on(
+    signum, images, uninterrupted, tmp_path, monkeypatch, caplog
+):
+    backward = trainer.Trainer._backward
+
+    def told_to_stop(self, batch, number):
+        if number == 5:  # in the middle of step 3, between two checkpoints
+            os.kill(os.getpid(), signum)
+        backward(self, batch, number)
+
+    run = tmp_path / "run"
+    monkeypatch.setattr(trainer.Trainer, "_backward", told_to_stop)
+    with pytest.raises(SystemExit) as stopped:
+        train(images, run, *EVERYTHING)
+    monkeypatch.setattr(trainer.Trainer, "_backward", backward)
+    assert stopped.value.code == 128 + signum
+    assert [path.name for path in sorted(run.glob("checkpoint-*"))] == ["checkpoint-2", "checkpoint-3"]
+    assert not (run / "model_index.json").exists()
+    assert f"Stopped by {signum.name} after step 3. Go on with" in caplog.text
+    train(images, run, *EVERYTHING, "--resume_from_checkpoint", "latest")
+    assert_equal_weights(run, uninterrupted)
+
+
+@pytest.mark.slow
+def test_interrupt_of_the_whole_process_group_spares_the_workers_until_the_step_is_saved(images, tmp_path):
+    run = tmp_path / "run"
+    process = launch(arguments(images, run, *LONG, "--dataloader_num_workers", 2))
+    wait_for(lambda: any(run.glob("checkpoint-?")), process)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert "Stopped by SIGINT after step" in output
+    assert "DataLoader worker" not in output
+
+
+@pytest.mark.slow
+def test_processes_stop_after_the_same_step_though_one_alone_is_told(images, tmp_path):
+    run = tmp_path / "run"
+    process = launch(arguments(images, run, *LONG), num_processes=2)
+    wait_for(lambda: any(run.glob("checkpoint-?")), process)
+    workers = [child for child in psutil.Process(process.pid).children() if "train_class" in " ".join(child.cmdline())]
+    assert len(workers) == 2
+    workers[1].terminate()
+    output, _ = process.communicate(timeout=60)
+    assert "Stopped by SIGTERM after step" in output
+    assert process.returncode != 0
+    finish(launch(arguments(images, run, "--max_train_steps", 1, "--resume_from_checkpoint", "latest")))
 
 
 @pytest.mark.slow

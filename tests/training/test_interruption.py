@@ -1,0 +1,76 @@
+"""Signals let a step finish, and are what they were afterwards."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from diffusers_dtr.training import interruption
+from diffusers_dtr.training.interruption import Interruption
+
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+def send(signum: int) -> None:
+    os.kill(os.getpid(), signum)
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_signal_is_remembered_and_said(signum, capfd):
+    before = signal.getsignal(signum)
+    with Interruption() as stop:
+        assert stop.received() is None
+        send(signum)
+        assert stop.received() == signum
+    assert signal.getsignal(signum) is before
+    assert f"{signum.name}: finishing this step, then saving" in capfd.readouterr().err
+
+
+def test_second_interrupt_stops_at_once(monkeypatch):
+    monkeypatch.setattr(interruption, "_SAME_CTRL_C", 0.0)
+    with Interruption():
+        send(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+
+
+def test_interrupt_that_a_launcher_repeats_is_one():
+    with Interruption() as stop:
+        send(signal.SIGINT)
+        send(signal.SIGINT)
+        assert stop.received() == signal.SIGINT
+
+
+def test_termination_that_is_repeated_still_lets_the_step_finish(monkeypatch):
+    monkeypatch.setattr(interruption, "_SAME_CTRL_C", 0.0)
+    with Interruption() as stop:
+        send(signal.SIGTERM)
+        send(signal.SIGTERM)
+        send(signal.SIGHUP)
+        assert stop.received() == signal.SIGTERM
+
+
+def test_what_nohup_ignores_stays_ignored(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruption() as stop:
+            send(signal.SIGHUP)
+            assert stop.received() is None
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_threads_other_than_the_main_one_change_no_signals():
+    received = []
+
+    def enter():
+        with Interruption() as stop:
+            received.append(stop.received())
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert received == [None]
