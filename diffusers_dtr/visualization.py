@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from .analysis import TaskAffinity, noise_distance_correlation, noise_distances
@@ -277,3 +279,33 @@ def _color(cluster: int, num_clusters: int):
     from matplotlib import colormaps
 
     return colormaps["viridis"](cluster / max(num_clusters - 1, 1) * 0.95)
+
+
+def spaced_grid(path: Path, side: int | None) -> Image.Image:
+    """The images of a grid with gaps between them, enlarged to about 400 pixels if they are small, not smoothed.
+
+    Args:
+        path: The grid.
+        side: Side of its images in pixels. A grid that is not made of such images stays as it is.
+    """
+    gap, width = 6, 400
+    with Image.open(path) as file:
+        grid = file.convert("RGB")
+    if side is None or side < 1 or grid.width % side or grid.height % side:
+        return grid
+    scale = max(1, round(width / grid.width))
+    step = side * scale + gap
+    columns, rows = grid.width // side, grid.height // side
+    spaced = Image.new("RGB", (columns * step - gap, rows * step - gap), "white")
+    for row in range(rows):
+        for column in range(columns):
+            sample = grid.crop((column * side, row * side, (column + 1) * side, (row + 1) * side))
+            enlarged = sample.resize((side * scale, side * scale), Image.Resampling.NEAREST)
+            spaced.paste(enlarged, (column * step, row * step))
+    return spaced
+
+
+def copy_drawing(source: Path, target: Path) -> None:
+    """Copy a drawing of few colours, as a file of half the size."""
+    with Image.open(source) as drawing:
+        drawing.convert("RGB").quantize(64).save(target, optimize=True)

@@ -27,6 +27,9 @@ LAYERS = [
     "analysis",
     "visualization",
     "pipelines",
+    "checked_json",
+    "trained_model",
+    "usage_code",
     "model_card",
     "training",
 ]

@@ -20,7 +20,7 @@ CARD = {"README.md", "figures/routing_masks.png", "training_config.json"}
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     DTRPipeline(DDPMScheduler(), transformer=routed_dit()).save_pretrained("digits")
-    record = {"command": "accelerate launch train.py", "arguments": {"max_train_steps": 20}}
+    record = {"command": "accelerate launch train.py", "arguments": {"max_train_steps": 20}, "model": {"routed_widths": [16]}}
     (tmp_path / "digits" / "training_config.json").write_text(json.dumps(record))
     return tmp_path / "digits"
 
@@ -93,7 +93,7 @@ def test_the_card_of_a_repository_is_renewed_in_one_commit_around_edits_made_the
     HfApi().upload_file(repo_id=repository, path_or_fileobj=edited.encode(), path_in_repo="README.md")
     HfApi().upload_file(
         repo_id=repository,
-        path_or_fileobj=b'{"command": "x", "arguments": {"max_train_steps": 4000}}',
+        path_or_fileobj=b'{"command": "python x", "arguments": {"max_train_steps": 4000}}',
         path_in_repo="training_config.json",
     )
     card(repository, "--push")
@@ -113,7 +113,7 @@ def test_the_card_of_a_branch_is_renewed_there_around_edits_made_there(repositor
     HfApi().upload_file(**where, path_or_fileobj=edited.encode(), path_in_repo="README.md")
     card(*from_folder)
     assert "# On the branch" in published(repository, "experiment")
-    record = b'{"command": "x", "arguments": {"max_train_steps": 4000}}'
+    record = b'{"command": "python x", "arguments": {"max_train_steps": 4000}}'
     HfApi().upload_file(**where, path_or_fileobj=record, path_in_repo="training_config.json")
     card(repository, "--push", "--revision", "experiment")
     assert "# On the branch" in published(repository, "experiment")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,6 @@ from tiny_dit import routed_dit
 import diffusers_dtr
 from diffusers_dtr import DTRPipeline, DTRTransformer2DModel, DTRUNet2DConditionModel, DTRUNet2DModel
 from diffusers_dtr.model_card import build_model_card, fetch_card, save_metrics, save_model_card
-from diffusers_dtr.model_card.edits import was_edited
 from diffusers_dtr.training.loss_history import LossHistory
 from diffusers_dtr.training.loss_monitor import ObservedLosses
 from diffusers_dtr.training.outputs import save_record
@@ -146,13 +144,14 @@ def test_tables_are_those_of_config_record_and_losses(run):
     assert table["active channels"] == ["12 of 16"]
     assert table["exponent of the slide α"] == ["4"]
     assert table["balancing"] == ["uncertainty weighting (ANT-UW)"]
-    assert table["weighting by noise level"] == ["min_snr, γ = 5"]
+    assert table["weighting by noise level"] == ["min_snr"]
+    assert table["γ of the weighting"] == ["5"]
     assert table["optimizer steps"] == ["20"]
     assert table["images per step"] == ["12"]
     assert table["images"] == ["1,437"]
     assert table["seed"] == ["5"]
     assert table["duration"] == ["1 h 2 min 5 s"]
-    assert f"diffusers-dtr {diffusers_dtr.__version__}" in table["versions"][0]
+    assert f"diffusers-dtr: {diffusers_dtr.__version__}" in table["versions"][0]
 
 
 def test_every_cluster_has_its_timesteps_last_loss_and_weight(run):
@@ -195,18 +194,6 @@ def test_a_record_as_older_versions_wrote_it_is_not_published_as_it_is(run, tmp_
         assert b"hf_secret" not in path.read_bytes()
 
 
-def test_a_record_of_an_older_version_tells_no_widths_of_adapters_and_those_of_a_pipeline_are_known(run):
-    record = json.loads((run / "training_config.json").read_text())
-    del record["model"]["routed_widths"]
-    save_record(record, run)
-    assert rows(card_of(run))["active channels"] == ["12 of 16"]
-    shutil.rmtree(run / "transformer")
-    (run / "model_index.json").rename(run / "pytorch_lora_weights.safetensors")
-    card = card_of(run)
-    assert "active channels" not in rows(card)
-    assert "routing_masks" not in card.text
-
-
 def test_metrics_of_evaluations_are_results_with_their_settings_and_command(run):
     metric = {
         "name": "FID | 5k",
@@ -237,8 +224,7 @@ def test_the_code_of_the_card_makes_images(run):
     namespace = {}
     source = code(card_of(run))
     assert 'from_pretrained("path/to/digits")' in source
-    assert '["zero"]' in source
-    source = source.replace("path/to/digits", str(run)).replace('["zero"]', '["zero"], num_inference_steps=1')
+    source = source.replace("path/to/digits", str(run)).replace("[0],", "[0], num_inference_steps=1,")
     exec(source, namespace)
     assert len(namespace["images"]) == 1
 
@@ -246,8 +232,7 @@ def test_the_code_of_the_card_makes_images(run):
 def test_an_unconditional_unet_without_a_record_has_a_card(tmp_path):
     DTRPipeline(DDPMScheduler(), unet=DTRUNet2DModel(**UNET, routing_alpha=2.0)).save_pretrained(tmp_path / "faces")
     card = card_of(tmp_path / "faces")
-    assert "An unconditional U-Net with Denoising Task Routing." in card.text
-    assert rows(card)["active channels"] == ["6 of 8, 12 of 16, 19 of 24, 25 of 32"]
+    assert "An unconditional diffusion model (`DTRUNet2DModel`) with Denoising Task Routing.\n" in card.text
     assert rows(card)["exponent of the slide α"] == ["2"]
     for absent in ("## Clusters", "## Results", "## Training", "None", "![Samples]"):
         assert absent not in card.text
@@ -255,8 +240,8 @@ def test_an_unconditional_unet_without_a_record_has_a_card(tmp_path):
     assert "class-conditional-image-generation" not in card.data.tags
     namespace = {}
     source = code(card).replace("path/to/faces", str(tmp_path / "faces"))
-    exec(source.replace("num_images=4", "num_images=2, num_inference_steps=1"), namespace)
-    assert len(namespace["images"]) == 2
+    exec(source.replace("pipe(", "pipe(num_inference_steps=1,"), namespace)
+    assert len(namespace["images"]) == 1
 
 
 # These pipelines have no text encoder, which a pipeline must be told when it is loaded.
@@ -282,14 +267,14 @@ def test_a_text_to_image_pipeline_is_loaded_by_its_own_class(tmp_path):
     unet = DTRUNet2DConditionModel(**UNET_CONDITION)
     stable_diffusion(unet).save_pretrained(tmp_path)
     base = {"pretrained_model_name_or_path": "owner/base", "hub_model_id": "owner/fine", "caption_column": "text"}
-    write_record(tmp_path, unet, {**base, "validation_prompt": 'a "red" cat'})
+    write_record(tmp_path, unet, base, sampling={"prompt": ['a "red" cat']})
     card = card_of(tmp_path)
     assert card.data.pipeline_tag == "text-to-image"
     assert card.data.base_model == "owner/base"
     assert card.data.base_model_relation == "finetune"
     assert "# fine\n" in card.text
-    load, call = code(card).rstrip().rsplit("\n", 1)
-    assert call == """image = pipe('a "red" cat').images[0]"""
+    load, call = code(card).split("images =")
+    assert 'prompt=["a \\"red\\" cat"],' in call
     namespace = {}
     exec(load.replace('"owner/fine"', f"'{tmp_path}', {TEXTLESS}"), namespace)
     assert type(namespace["pipe"].unet) is DTRUNet2DConditionModel
@@ -305,10 +290,10 @@ def test_lora_weights_have_a_card_that_routes_their_base_model(tmp_path):
     card = card_of(tmp_path / "lora")
     assert card.data.base_model_relation == "adapter"
     assert "lora" in card.data.tags
-    assert "LoRA weights for a text-to-image Stable Diffusion U-Net" in card.text
+    assert "LoRA weights for a text-to-image diffusion model (`DTRUNet2DConditionModel`)" in card.text
     assert rows(card)["active channels"] == ["4 of 8, 8 of 16, 12 of 24, 16 of 32"]
     assert re.fullmatch(r"[\d,]+ of [\d,]+", rows(card)["trained parameters"][0])
-    load = code(card).rstrip().rsplit("\n", 1)[0]
+    load = code(card).split("images =")[0]
     namespace = {}
     load = load.replace('"owner/base"', f"'{tmp_path}/base', {TEXTLESS}").replace("path/to/lora", f"{tmp_path}/lora")
     exec(load, namespace)
@@ -349,21 +334,67 @@ def test_folders_without_a_model_and_broken_records_are_refused(tmp_path):
 def test_a_fresh_card_has_no_edits_and_stays_the_same(run):
     path = save_model_card(run)
     once = path.read_bytes()
-    assert not was_edited(once.decode())
     assert save_model_card(run).read_bytes() == once
     assert str(ModelCard.load(path)) == once.decode()
 
 
-def test_edits_stay_and_the_rest_is_renewed_by_a_longer_run(run):
+def test_what_is_written_around_the_section_stays_and_the_section_is_renewed_by_a_longer_run(run):
     path = save_model_card(run, license="mit")
     edited = path.read_text().replace("# digits", "# My digits").replace("Research on", "Teaching about")
-    path.write_text(edited.replace("license: mit", "license: apache-2.0"))
+    edited = edited.replace("license: mit", "license: apache-2.0\nlanguage: en").replace("- diffusers\n", "- mine\n")
+    path.write_text(edited)
     write_record(run, routed_dit(in_channels=3, out_channels=3), {"max_train_steps": 4000})
     card = card_of(run)
     assert "# My digits" in card.text
     assert "Teaching about" in card.text
-    assert card.data.license == "apache-2.0"
+    assert (card.data.license, card.data.language) == ("apache-2.0", "en")
+    assert {"mine", "diffusers"} < {*card.data.tags}
     assert rows(card)["optimizer steps"] == ["4,000"]
+
+
+def test_a_text_of_others_gets_metadata_alone(run, caplog):
+    (run / "README.md").write_bytes(b"Written by hand: \xc3\xa4.\r\n<!-- diffusers-dtr:begin -->\r\n")
+    text = save_model_card(run).read_bytes().decode()
+    assert text.startswith("---\r\n")
+    assert text.endswith("---\r\nWritten by hand: ä.\r\n<!-- diffusers-dtr:begin -->\r\n")
+    assert "only its metadata were renewed" in caplog.text
+    assert save_model_card(run).read_bytes().decode() == text
+
+
+@pytest.mark.parametrize("metadata", ["tags: [a", "- a"])
+def test_metadata_that_cannot_be_read_are_an_error_and_stay(metadata, run):
+    (run / "README.md").write_text(f"---\n{metadata}\n---\n")
+    with pytest.raises(ValueError, match=r"metadata of README.md must be"):
+        save_model_card(run)
+    assert (run / "README.md").read_text() == f"---\n{metadata}\n---\n"
+
+
+EDITS = {
+    "none": lambda text: text,
+    "here": lambda text: text.replace("# digits", "# Here"),
+    "hub": lambda text: text + "Hub.",
+}
+
+
+@pytest.mark.parametrize(
+    ("local", "remote", "kept"),
+    [
+        ("none", "hub", "Hub."),
+        ("here", "none", "# Here"),
+        ("here", "hub", "# Here"),
+        ("hub", "hub", "Hub."),
+    ],
+)
+def test_the_text_that_was_written_in_stays(local, remote, kept, run, caplog):
+    card = save_model_card(run).read_text()
+    (run / "README.md").write_text(EDITS[local](card))
+    write_record(run, routed_dit(in_channels=3, out_channels=3), {"max_train_steps": 4000})
+    published = EDITS[remote](card).replace("tags:", "language: en\ntags:")
+    renewed = card_of(run, published=published)
+    assert kept in renewed.text
+    assert rows(renewed)["optimizer steps"] == ["4,000"]
+    assert renewed.data.language == "en"
+    assert ("edited both here" in caplog.text) == ((local, remote) == ("here", "hub"))
 
 
 def test_edits_made_on_the_hub_are_in_the_next_card(run, hub):
@@ -396,18 +427,3 @@ def test_a_card_elsewhere_has_copies_of_all_it_links_to(run, tmp_path):
     assert {link for link in links if not (tmp_path / "card" / link).is_file()} == set()
     assert (tmp_path / "card" / "metrics.json").is_file()
     assert not (run / "README.md").exists()
-
-
-def test_the_template_of_the_repository_is_the_one_that_is_installed():
-    installed = Path(diffusers_dtr.__file__).parent / "model_card" / "template.md"
-    assert (Path(__file__).parents[2] / "model_cards" / "template.md").read_text() == installed.read_text()
-
-
-def test_name_that_is_given_later_is_the_title_unless_that_was_edited(run):
-    path = save_model_card(run)
-    assert "# digits\n" in path.read_text()
-    save_model_card(run, name="dtr-digits")
-    assert "# dtr-digits\n" in path.read_text()
-    path.write_text(path.read_text().replace("# dtr-digits", "# Mine"))
-    save_model_card(run, name="other")
-    assert "# Mine\n" in path.read_text()

@@ -1,0 +1,326 @@
+"""Model cards: a template, filled in with what the files of a trained model's folder say. What others wrote stays.
+
+Whatever comes out of a file is data. The template's environment escapes every value for Markdown and HTML; code is
+put together from checked names and quoted values.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import logging
+import re
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import yaml_dump
+from markupsafe import Markup
+
+from .atomic_files import replace_text, replacing
+from .checked_json import read_json, without_controls
+from .publishing import LOCAL_PREFIX, public_command, publishable
+from .run_folder import LOSSES_PICTURE, METRICS_FILE, RECORD_FILE
+from .trained_model import METRIC_TYPES, TrainedModel, is_repo_id
+from .usage_code import usage_code, wrap_command
+from .visualization import copy_drawing, draw_routing_masks, spaced_grid
+
+
+logger = logging.getLogger(__name__)
+
+CARD_FILE = "README.md"
+_MASKS, _SAMPLES = "figures/routing_masks.png", "figures/samples.png"
+# The card, and what it shows and links to; patterns as `huggingface_hub` takes them.
+CARD_FILES = (CARD_FILE, "figures/*.png", LOSSES_PICTURE, RECORD_FILE, METRICS_FILE)
+
+_SECTION = re.compile("<!-- diffusers-dtr:begin .*?<!-- diffusers-dtr:end -->", re.DOTALL)
+_METADATA = re.compile(r"\A\s*---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)", re.DOTALL | re.MULTILINE)
+
+
+def build_model_card(
+    folder: str | Path, *, repo_id: str | None = None, name: str | None = None, license: str | None = None
+) -> ModelCard:
+    """Write the card of a trained model, as it is where there is none yet.
+
+    Args:
+        folder: A pipeline or the output of a training script, LoRA weights too. What it does not have is left out of
+            the card.
+        repo_id: Repository on the Hub; the record's `hub_model_id` by default.
+        name: What the model is called; by default like its repository, or else like its folder.
+        license: License of the model, as the Hub names it.
+
+    Returns:
+        The card. Its pictures are drawn by [`save_model_card`].
+
+    Raises:
+        ValueError: If `folder` holds no model, or a file in it is not what it should be.
+    """
+    model = TrainedModel(Path(folder))
+    repo_id = repo_id or model.arguments.get("hub_model_id")
+    if repo_id is not None and not is_repo_id(repo_id):
+        raise ValueError(f"`repo_id` must be the name of a repository such as owner/model, got {repo_id!r:.60}.")
+    name = _one_line(without_controls(name or Path(repo_id or model.folder.resolve()).name))
+    commands = {metric["command"]: None for metric in model.metrics if "command" in metric}
+    text = _template().render(
+        model=model,
+        name=name,
+        metadata=Markup(yaml_dump(_metadata(model, name, license).to_dict(), sort_keys=False)),
+        usage=usage_code(model, repo_id or f"{LOCAL_PREFIX}{name}"),
+        command=wrap_command(model.record.get("command", "")),
+        metric_commands=[wrap_command(command) for command in commands],
+        active_channels=", ".join(f"{int(model.config.get('routing_beta', 1) * w)} of {w}" for w in model.widths),
+        **{"masks": _MASKS, "samples": _SAMPLES, "losses_picture": LOSSES_PICTURE},
+    )
+    return ModelCard(text)
+
+
+def save_model_card(
+    folder: str | Path,
+    *,
+    card_dir: str | Path | None = None,
+    repo_id: str | None = None,
+    name: str | None = None,
+    license: str | None = None,
+    published: str | None = None,
+) -> Path:
+    """Write a model's card, or renew its metadata and its generated section, and draw its figures.
+
+    Everything outside the section stays, and so do keys of the metadata that a new card would not have.
+
+    Args:
+        folder: As in [`build_model_card`].
+        card_dir: Folder to write the card into, with copies of the files that it links to; `folder` by default.
+        repo_id: As in [`build_model_card`].
+        name: As in [`build_model_card`]. The title of a card that is there stays.
+        license: As in [`build_model_card`].
+        published: The card as it is in the repository that the result will be pushed to. Its text stays, unless the
+            one in the folder has been written in.
+
+    Returns:
+        The card's path.
+
+    Raises:
+        ImportError: Without matplotlib.
+        ValueError: As [`build_model_card`], or if the metadata of a card that is there is no YAML dictionary.
+    """
+    folder = Path(folder)
+    card_dir = folder if card_dir is None else Path(card_dir)
+    card = str(build_model_card(folder, repo_id=repo_id, name=name, license=license))
+    there = next((path for path in (card_dir / CARD_FILE, folder / CARD_FILE) if path.is_file()), None)
+    local = None if there is None else there.read_bytes().decode()
+    pristine = [card, str(build_model_card(folder, repo_id=repo_id))]
+    card = _renew([text for text in (local, published) if text is not None], card, pristine)
+    _write_figures(TrainedModel(folder), card_dir)
+    with replacing(card_dir / CARD_FILE) as partial:
+        partial.write_bytes(card.encode())  # as bytes, because line endings stay too
+    return card_dir / CARD_FILE
+
+
+def fetch_card(repo_id: str, *, token: str | None = None, revision: str | None = None) -> str | None:
+    """The card in a repository, where it may have been edited, for [`save_model_card`].
+
+    Args:
+        repo_id: Model repository on the Hub.
+        token: Token, or None for the one that is logged in.
+        revision: Branch, tag or commit. Default `main`.
+
+    Returns:
+        The card, or None if the repository has none, or no such revision yet.
+
+    Raises:
+        OSError: If there is no such repository or the Hub cannot be reached.
+    """
+    try:
+        path = hf_hub_download(repo_id, CARD_FILE, revision=revision, token=token)
+    except (RemoteEntryNotFoundError, RevisionNotFoundError):
+        return None
+    return Path(path).read_bytes().decode()
+
+
+def save_metrics(folder: str | Path, metrics: Sequence[dict[str, Any]], argv: Sequence[str]) -> Path:
+    """Write down what was measured of a model, for its card.
+
+    Args:
+        folder: The model's folder. What `metrics.json` there says of metrics with other names stays.
+        metrics: For each its `name`, its `type` (as the Hub calls it: accuracy, fid, mse), its `value` and its
+            `settings`, a dictionary, and optionally the `dataset` it was measured on.
+        argv: The command that measured, as in `sys.argv`.
+
+    Returns:
+        The file's path.
+    """
+    path = Path(folder) / METRICS_FILE
+    new = [publishable({**metric, "command": public_command(argv, ["python"])}) for metric in metrics]
+    names = {metric["name"] for metric in new}
+    known = [metric for metric in read_json(path, [METRIC_TYPES], []) if metric.get("name") not in names]
+    _write_json([*known, *new], path)
+    return path
+
+
+def _renew(existing: list[str], card: str, pristine: list[str]) -> str:
+    """The first text of `existing` that was written in, or else the last, with metadata and section of `card`."""
+    texts = [text.replace("\r\n", "\n") for text in existing]
+    untouched = [_own_text(text) for text in pristine]
+    written_in = [number for number, text in enumerate(texts) if _own_text(text) not in untouched]
+    if len({_own_text(texts[number]) for number in written_in}) > 1:
+        logger.warning(
+            "The card was edited both here and in its repository: what was written here stays, and the repository's "
+            "history has the other."
+        )
+    metadata = {}
+    for text in [*reversed(texts), card]:
+        new = _read_metadata(text)
+        tags = [*(new.get("tags") or []), *(metadata.get("tags") or [])]
+        metadata |= {**new, "tags": list(dict.fromkeys(tags))}
+    number = written_in[0] if written_in else len(texts) - 1
+    text = texts[number] if texts else card
+    section = _SECTION.search(card)[0]
+    body = _SECTION.sub(lambda _: section, _METADATA.sub("", text), count=1)
+    if section not in body:
+        logger.warning("The card has no `diffusers-dtr:begin` and `:end` any more: only its metadata were renewed.")
+    text = f"---\n{yaml_dump(metadata, sort_keys=False)}---\n{body}"
+    return text.replace("\n", "\r\n") if texts and "\r\n" in existing[number] else text
+
+
+def _own_text(text: str) -> str:
+    return _SECTION.sub("", _METADATA.sub("", text.replace("\r\n", "\n")), count=1).strip()
+
+
+def _read_metadata(card: str) -> dict[str, Any]:
+    block = _METADATA.match(card)
+    try:
+        metadata = yaml.safe_load(block[1]) if block else {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"The metadata of {CARD_FILE} must be YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(metadata or {}, dict):
+        raise ValueError(f"The metadata of {CARD_FILE} must be a dictionary, got {metadata!r:.60}.")
+    return metadata or {}
+
+
+def _metadata(model: TrainedModel, name: str, license: str | None) -> ModelCardData:
+    base_model, dataset = model.hub_id("pretrained_model_name_or_path"), model.hub_id("dataset_name")
+    task = "text-to-image" if model.is_text_to_image else "unconditional-image-generation"  # the Hub has no other
+    kind = "class-conditional-image-generation" if model.num_classes else None
+    tags = ["diffusers", "diffusers-dtr", "denoising-task-routing", kind, "lora" if model.is_adapter else None]
+    measured_on = {"dataset_type": dataset or "imagefolder", "dataset_name": dataset or "a folder of images"}
+    results = []
+    loss = model.record.get("results", {}).get("validation_loss")
+    if loss is not None:
+        name_and_value = {"metric_name": "Held-out denoising loss", "metric_value": round(loss, 5)}
+        settings = model.held_out_settings
+        results.append(EvalResult(task, **measured_on, metric_type="mse", **name_and_value, metric_args=settings))
+    for metric in model.metrics:
+        data = {"dataset_type": metric["dataset"], "dataset_name": metric["dataset"]} if "dataset" in metric else {}
+        name_and_value = {"metric_name": metric["name"], "metric_value": metric["value"]}
+        settings = metric.get("settings") or None
+        where = {**measured_on, **data, "metric_type": metric["type"]}
+        results.append(EvalResult(task, **where, **name_and_value, metric_args=settings))
+    return ModelCardData(
+        license=license,
+        library_name="diffusers",
+        pipeline_tag=task,
+        base_model=base_model,
+        base_model_relation=None if base_model is None else "adapter" if model.is_adapter else "finetune",
+        datasets=None if dataset is None else [dataset],
+        tags=[tag for tag in tags if tag is not None],
+        metrics=sorted({result.metric_type for result in results}) or None,
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+
+
+# ---- what the template does with values
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        autoescape=True,
+        finalize=_escaped,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        loader=jinja2.PackageLoader("diffusers_dtr", ""),
+    )
+    environment.filters |= {
+        "code": _code_span,
+        "fenced": _fenced,
+        "link": _link,
+        "duration": _duration,
+        "settings": _settings,
+    }
+    return environment.get_template("model_card.md.jinja")
+
+
+# All that Markdown or the Hub's renderer would take for more than text.
+_SPECIAL = re.compile(
+    r"[\\`*{}\[\]#|~$!@^]|(?<![^\W_])_|_(?![^\W_])|^[-+=]|(?<=\d)[.)](?=\s|$)|:(?=/)|(?<=www)\.", re.IGNORECASE
+)
+
+
+def _escaped(value: Any) -> Any:
+    """Text in one line that stays text in Markdown and HTML; floats with four digits."""
+    if hasattr(value, "__html__"):
+        return value
+    text = _one_line(f"{value:.4g}" if isinstance(value, float) else str(value))
+    return Markup(html.escape(_SPECIAL.sub(r"\\\g<0>", text), quote=False))
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _code_span(text: str) -> Markup:
+    return Markup("`{}`").format(Markup(_one_line(text).replace("`", "").replace("|", "\\|")))
+
+
+def _fenced(text: str, language: str) -> Markup:
+    """A block of code that nothing in it ends."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return Markup(f"{fence}{language}\n{text}\n{fence}")
+
+
+def _link(repo_id: str, prefix: str = "") -> Markup:
+    """A link to a repository, whose name was checked."""
+    return Markup(f"[{_escaped(repo_id)}](https://huggingface.co/{prefix}{repo_id})")
+
+
+def _settings(settings: dict[str, Any]) -> str:
+    """Settings of an evaluation in one line."""
+    return ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in settings.items())
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    units = ((hours, "h"), (minutes, "min"), (rest, "s"))
+    return " ".join(f"{count} {unit}" for count, unit in units if count) or "0 s"
+
+
+def _write_figures(model: TrainedModel, card_dir: Path) -> None:
+    (card_dir / _MASKS).parent.mkdir(parents=True, exist_ok=True)
+    if model.shows_masks:
+        figure = draw_routing_masks(
+            model.widths[:1],
+            alpha=model.config.get("routing_alpha", 4.0),
+            beta=model.config["routing_beta"],
+            timestep_range=model.timestep_range,
+        )
+        figure.savefig(card_dir / _MASKS, dpi=100)
+    if model.samples is not None:
+        spaced_grid(model.samples, model.arguments.get("resolution")).save(card_dir / _SAMPLES, optimize=True)
+    if card_dir != model.folder:
+        if model.has_losses_picture:
+            copy_drawing(model.folder / LOSSES_PICTURE, card_dir / LOSSES_PICTURE)
+        for name, content in ((RECORD_FILE, model.record), (METRICS_FILE, model.metrics)):
+            if content:
+                _write_json(content, card_dir / name)
+
+
+def _write_json(content: Any, path: Path) -> None:
+    replace_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

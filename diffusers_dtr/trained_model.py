@@ -1,0 +1,148 @@
+"""What the files of a trained model's folder say. They may come from anybody: all that is read of them is checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers import DiffusionPipeline
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+import diffusers_dtr
+
+from .checked_json import NUMBER, parse_json, read_json
+from .publishing import LOCAL_PREFIX, publishable
+from .routing import DEFAULT_TIMESTEP_RANGE, check_routing
+from .run_folder import HISTORY_FILE, LORA_FILE, LOSSES_PICTURE, METRICS_FILE, PIPELINE_INDEX, RECORD_FILE
+
+
+def _each(names: str, types: Any) -> dict[str, Any]:
+    return dict.fromkeys(names.split(), types)
+
+
+# The types of what is read.
+CONFIG_TYPES = {
+    **_each("_class_name routing_type", str),
+    **_each("routing_alpha routing_beta", NUMBER),
+    **_each("routing_seed num_embeds_ada_norm num_class_embeds", int),
+    "routing_timestep_range": [NUMBER],
+}
+ARGUMENT_TYPES = {
+    **_each("dataset_name pretrained_model_name_or_path hub_model_id validation_split caption_column", str),
+    **_each("cluster_cost balancing loss_weighting timestep_sampling lr_scheduler", str),
+    **_each("learning_rate snr_gamma ema_max_decay validation_guidance_scale", NUMBER),
+    **_each("resolution train_batch_size gradient_accumulation_steps max_train_steps seed", int),
+    **_each("routing_warmup_steps validation_num_inference_steps", int),
+    "use_ema": bool,
+}
+MODEL_TYPES = {
+    "class": str,
+    "config": CONFIG_TYPES,
+    "routed_widths": [int],
+    **_each("num_parameters num_trained_parameters", int),
+}
+RECORD_TYPES = {
+    **_each("command mixed_precision hardware", str),
+    **_each("num_images num_processes", int),
+    "seconds": NUMBER,
+    "arguments": ARGUMENT_TYPES,
+    "model": MODEL_TYPES,
+    "clusters": {"num_clusters": int, "boundaries": [int], "timesteps": [NUMBER]},
+    "results": {...: NUMBER},
+    "held_out": {...: (int, float, str)},
+    "sampling": {...: (int, float, str, bool, list)},
+    "versions": {...: str},
+    "unreadable_images": [str],
+    "changed_settings": [{"setting": str, "step": int}],
+}
+METRIC_TYPES = {**_each("name type command dataset", str), "value": NUMBER, "settings": {...: (int, float, str, bool)}}
+
+
+class TrainedModel:
+    """What the files of a folder say: plain text and finite numbers of the right types, without what is None."""
+
+    def __init__(self, folder: Path):
+        files = (PIPELINE_INDEX, RECORD_FILE, LORA_FILE)
+        if not any((folder / name).is_file() for name in files):
+            raise ValueError(f"`folder` must hold one of {', '.join(files)}, got {str(folder)!r}.")
+        self.folder = folder
+        self.record = publishable(read_json(folder / RECORD_FILE, RECORD_TYPES, {}))
+        self.metrics = publishable(read_json(folder / METRICS_FILE, [METRIC_TYPES], []))
+        for metric in self.metrics:
+            if not metric.keys() >= {"name", "type", "value"}:
+                raise ValueError(f"{METRICS_FILE} must have a `name`, `type` and finite `value`, got {metric!r:.60}.")
+        self.index = read_json(folder / PIPELINE_INDEX, {"_class_name": str, "id2label": {...: str}}, {})
+        self.scheduler = read_json(folder / "scheduler" / "scheduler_config.json", {"prediction_type": str}, {})
+        self.arguments = self.record.get("arguments", {})
+        self.model = self.record.get("model", {})
+        self.component = next((name for name in ("transformer", "unet") if (folder / name).is_dir()), "")
+        # Of adapters it is what the record has.
+        recorded = {**self.model.get("config", {}), "_class_name": self.model.get("class", "")}
+        self.config = {**recorded, **read_json(folder / self.component / "config.json", CONFIG_TYPES, {})}
+        self.losses = self._last_losses()
+        self.is_adapter = not self.index and (folder / LORA_FILE).is_file()
+        self.pipeline_class = self.index.get("_class_name", "DTRPipeline")
+        if not is_class(self.pipeline_class, DiffusionPipeline):
+            raise ValueError(
+                f"`_class_name` of {PIPELINE_INDEX} must be DTRPipeline or a pipeline of diffusers, got "
+                f"{self.pipeline_class!r:.60}."
+            )
+        self.is_text_to_image = "tokenizer" in self.index or "caption_column" in self.arguments
+        num_classes = self.config.get("num_embeds_ada_norm") or self.config.get("num_class_embeds")
+        self.num_classes = None if self.is_text_to_image else num_classes
+        self.is_routed = self.config.get("routing_type", "none") != "none" and self.config.get("routing_beta", 1) < 1
+        self.widths = self.model.get("routed_widths", [])
+        # A sliding window of a known width can be drawn.
+        self.shows_masks = self.is_routed and bool(self.widths) and self.config["routing_type"] == "dtr"
+        self.timestep_range = self.config.get("routing_timestep_range", DEFAULT_TIMESTEP_RANGE)
+        check_routing(timestep_range=self.timestep_range)
+        self.samples = max(folder.glob("samples/*.png"), default=None)
+        self.has_losses_picture = (folder / LOSSES_PICTURE).is_file()
+
+    @property
+    def classes(self) -> str:
+        """A sentence about the classes, if there are any."""
+        labels = [label.split(",")[0] for label in self.index.get("id2label", {}).values()]
+        if not self.num_classes:
+            return ""
+        named = 0 < len(labels) <= 20
+        return f"Its classes are {', '.join(labels)}." if named else f"It knows {self.num_classes} classes."
+
+    def hub_id(self, argument: str) -> str | None:
+        """The value of an argument if it may be the name of something on the Hub."""
+        value = self.arguments.get(argument)
+        return value if value and not value.startswith(LOCAL_PREFIX) and is_repo_id(value) else None
+
+    @property
+    def held_out_settings(self) -> dict[str, Any]:
+        """How the held-out loss of a training script was evaluated."""
+        settings = {
+            **self.record.get("held_out", {}),
+            "split": self.arguments.get("validation_split"),
+            "loss": "mean squared error of the prediction",
+            "prediction_type": self.scheduler.get("prediction_type"),
+            "weights": "exponential moving average" if self.arguments.get("use_ema") else None,
+        }
+        return {key: value for key, value in settings.items() if value is not None}
+
+    def _last_losses(self) -> dict[str, Any]:
+        path = self.folder / HISTORY_FILE
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        types = {key: [(*NUMBER, type(None))] for key in ("clusters", "weights")}
+        return parse_json(lines[-1], types, HISTORY_FILE) if lines else {}
+
+
+def is_class(name: str, kind: type) -> bool:
+    """Whether a name can be imported from diffusers or from here, and is a class of a kind."""
+    found = getattr(diffusers_dtr, name, None) or getattr(diffusers, name, None)
+    return isinstance(found, type) and issubclass(found, kind)
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether a repository on the Hub may be called so."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
