@@ -258,9 +258,7 @@ def _template() -> jinja2.Template:
 
 
 # All that Markdown or the Hub's renderer would take for more than text.
-_SPECIAL = re.compile(
-    r"[\\`*{}\[\]#|~$!@^]|(?<![^\W_])_|_(?![^\W_])|^[-+=]|(?<=\d)[.)](?=\s|$)|:(?=/)|(?<=www)\.", re.IGNORECASE
-)
+_SPECIAL = re.compile(r"[\\`*{}\[\]#|~$!@^]|(?<![^\W_])_|_(?![^\W_])|^[-+=]|:(?=/)|(?<=www)\.", re.IGNORECASE)
 
 
 def _escaped(value: Any) -> Any:
@@ -268,7 +266,8 @@ def _escaped(value: Any) -> Any:
     if hasattr(value, "__html__"):
         return value
     text = _one_line(f"{value:.4g}" if isinstance(value, float) else str(value))
-    return Markup(html.escape(_SPECIAL.sub(r"\\\g<0>", text), quote=False))
+    text = re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", _SPECIAL.sub(r"\\\g<0>", text))  # and numbers of a list
+    return Markup(html.escape(text, quote=False))
 
 
 def _one_line(text: str) -> str:

@@ -18,8 +18,8 @@ from .options import add_hub_arguments, new_parser
 _SOURCES = (*CARD_FILES, "*.json", "*.jsonl", "samples/*.png", "*lora_weights.safetensors")
 
 _EXAMPLE = """\
-  diffusers-dtr card demo/pipeline --license mit
-  diffusers-dtr card demo/pipeline --push --hub_model_id owner/digits
+  diffusers-dtr card ./demo/pipeline --license mit
+  diffusers-dtr card ./demo/pipeline --push --hub_model_id owner/digits
   diffusers-dtr card owner/digits --output digits-card"""
 
 
@@ -30,12 +30,14 @@ def add_parser(subparsers) -> None:
         "card",
         "Write the model card of a pipeline or training run, or renew it.",
         "The card is README.md, with pictures in figures/. It is written from the training record, the configs, the\n"
-        "losses and samples of the run, and metrics.json. Renewing it keeps every edit that was made by hand, here\n"
-        "or on the Hub: edited sections and metadata stay as they are, and are named in a warning.",
+        "losses and samples of the run, and metrics.json. Renewing it renews its metadata and the section between\n"
+        "its two comments; the text around them, and keys of the metadata that are yours, stay as they are.",
         _EXAMPLE,
     )
     parser.add_argument("model", metavar="FOLDER_OR_HUB_ID", help="A model's folder, or its repository on the Hub.")
-    parser.add_argument("--name", help="What the model is called. By default like its repository, or its folder.")
+    parser.add_argument(
+        "--name", help="What a new card calls the model. Default: the name of its repository or folder."
+    )
     parser.add_argument("--license", help="License of the model, as the Hub names it, such as apache-2.0.")
     parser.add_argument(
         "--output",

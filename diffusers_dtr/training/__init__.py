@@ -36,6 +36,7 @@ from .text_to_image import (
     frozen_dtype,
     load_text_to_image_pipeline,
     sample_text_to_image,
+    sampling_arguments,
     text_to_image_family,
 )
 from .trainer import Trainer
@@ -78,6 +79,7 @@ __all__ = [
     "routing_config",
     "sample_size",
     "sample_text_to_image",
+    "sampling_arguments",
     "sampling_scheduler",
     "save_lora",
     "save_pipeline",

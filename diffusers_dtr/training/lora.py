@@ -74,26 +74,27 @@ def load_adapter(model: ModelMixin, folder: str | Path) -> None:
     set_peft_model_state_dict(model, saved, adapter_name=_ADAPTER)
 
 
-def save_lora(model: ModelMixin, model_name: str, pipeline_class: type[DiffusionPipeline], folder: str | Path) -> None:
-    """Save a denoiser's adapters as users of its pipeline load them.
+def save_lora(pipeline: DiffusionPipeline, model_name: str, folder: str | Path) -> None:
+    """Save a denoiser's adapters as users of its pipeline load them, and the scheduler that they were trained for.
 
     Args:
-        model: The denoiser.
-        model_name: What pipelines call it: "unet" or "transformer".
-        pipeline_class: A class that can load LoRA (`load_lora_weights(folder)`), or else the adapters are saved for
-            the denoiser, see [`save_adapter`].
-        folder: Gets `pytorch_lora_weights.safetensors`.
+        pipeline: The pipeline. If it can load LoRA, so can it load these (`load_lora_weights(folder)`); else they are
+            saved for the denoiser, see [`save_adapter`].
+        model_name: What it calls the denoiser: "unet" or "transformer".
+        folder: Gets `pytorch_lora_weights.safetensors` and `scheduler/scheduler_config.json`.
     """
     from peft import get_peft_model_state_dict
 
-    if not hasattr(pipeline_class, "save_lora_weights"):
+    model = getattr(pipeline, model_name)
+    pipeline.scheduler.save_pretrained(Path(folder) / "scheduler")
+    if not hasattr(pipeline, "save_lora_weights"):
         save_adapter(model, folder)
         return
     config = model.peft_config[_ADAPTER].to_dict()
     # Without the config the scale of the adapters would be lost. The order of a set differs between runs.
     metadata = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
     layers = get_peft_model_state_dict(model, adapter_name=_ADAPTER)
-    pipeline_class.save_lora_weights(
+    pipeline.save_lora_weights(
         folder,
         weight_name=LORA_FILE,
         **{f"{model_name}_lora_layers": layers, f"{model_name}_lora_adapter_metadata": metadata},

@@ -255,6 +255,24 @@ def frozen_dtype(accelerator: Accelerator) -> torch.dtype:
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
 
+def sampling_arguments(args: argparse.Namespace, family: TextToImageFamily) -> dict[str, Any]:
+    """What a pipeline is called with to sample as the flags say, beside prompts and generator.
+
+    Args:
+        args: Parsed flags.
+        family: The pipeline's family.
+    """
+    length = args.max_sequence_length
+    return {
+        "height": args.resolution,
+        "width": args.resolution,
+        "guidance_scale": args.validation_guidance_scale,
+        "num_inference_steps": args.validation_num_inference_steps,
+        **({} if length is None else {"max_sequence_length": length}),
+        **family.sample_options,
+    }
+
+
 def sample_text_to_image(
     args: argparse.Namespace,
     family: TextToImageFamily,
@@ -280,12 +298,8 @@ def sample_text_to_image(
         latents = pipeline(
             **encode(some),
             **negative,
-            **family.sample_options,
+            **sampling_arguments(args, family),
             negative_prompt=None,
-            height=args.resolution,
-            width=args.resolution,
-            guidance_scale=args.validation_guidance_scale,
-            num_inference_steps=args.validation_num_inference_steps,
             generator=generator,
             output_type="latent",
         ).images

@@ -280,7 +280,7 @@ class Trainer:
             values |= {f"validation_loss/eighth_{number}": loss for number, loss in enumerate(losses.per_cluster)}
             logger.info(f"Step {step}: held-out loss {losses.mean:.5f}")
         if accelerator.is_main_process:
-            images = self.sample(torch.Generator(accelerator.device).manual_seed(0))
+            images = self.sample(torch.Generator().manual_seed(0))  # the CPU's, which draws the same everywhere
             columns = math.isqrt(len(images) - 1) + 1
             grid = save_sample_grid(images, columns, self.output_dir / "samples" / f"step-{step:08d}.png")
             log_image(accelerator, "samples", grid, step)
@@ -289,12 +289,14 @@ class Trainer:
         self.model.train()
         return values
 
-    def finish(self, save: Callable[[Path], None]) -> dict[str, Any]:
+    def finish(self, save: Callable[[Path], None], sampling: dict[str, Any]) -> dict[str, Any]:
         """Validate, save the result with its record, and share it if the flags say so.
 
         Args:
             save: Saves the pipeline, whose denoiser has the averaged weights by now, into the folder that it is
                 called with. The main process alone calls it.
+            sampling: Arguments with which the pipeline itself makes the samples of the run, or the first of them,
+                given a generator of the CPU with seed 0. The model card shows them.
 
         Returns:
             The record; empty on other processes.
@@ -317,6 +319,7 @@ class Trainer:
                 clusters=self.objective.describe(),
                 held_out=None if self.held_out_loss is None else self.held_out_loss.describe(),
                 results=results,
+                sampling=sampling,
                 unreadable_images=self.state.unreadable_images,
                 changed_settings=self.state.changes,
             )

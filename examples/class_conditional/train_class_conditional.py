@@ -113,14 +113,12 @@ def main(args):
     def conditions(batch):
         return {"class_labels": batch["labels"].to(accelerator.device, non_blocking=True)}
 
-    def sample(generator):
-        return pipeline(
-            class_labels=[index % images.num_classes for index in range(args.num_validation_images)],
-            guidance_scale=args.validation_guidance_scale,
-            num_inference_steps=args.validation_num_inference_steps,
-            generator=generator,
-            max_batch_size=args.train_batch_size,
-        ).images
+    sampling = {
+        "class_labels": [index % images.num_classes for index in range(args.num_validation_images)],
+        "guidance_scale": args.validation_guidance_scale,
+        "num_inference_steps": args.validation_num_inference_steps,
+        "max_batch_size": args.train_batch_size,
+    }
 
     # 4. Train
     channels = training.image_channels(model, vae)
@@ -134,11 +132,11 @@ def main(args):
         held_out_dataset=training.held_out_dataset(args, images, channels),
         vae=vae,
         conditions=conditions,
-        sample=sample,
+        sample=lambda generator: pipeline(**sampling, generator=generator).images,
         project_name="class-conditional",
     )
     trainer.train()
-    trainer.finish(save=lambda folder: training.save_pipeline(pipeline, folder))
+    trainer.finish(save=lambda folder: training.save_pipeline(pipeline, folder), sampling=sampling)
 
 
 if __name__ == "__main__":

@@ -104,8 +104,9 @@ def main(args):
     def conditions(batch):
         return family.conditions(encode(batch["caption"]), args.resolution)
 
+    in_turn = [prompts[number % len(prompts)] for number in range(args.num_validation_images)]
+
     def sample(generator):
-        in_turn = [prompts[number % len(prompts)] for number in range(args.num_validation_images)]
         return training.sample_text_to_image(args, family, pipeline, encode, in_turn, generator)
 
     # 6. Train
@@ -127,12 +128,13 @@ def main(args):
     # 7. Save the adapters, or a pipeline whose frozen parts are as they were loaded, in full precision
     def save(folder):
         if args.rank is not None:
-            training.save_lora(model, family.denoiser, type(pipeline), folder)
+            training.save_lora(pipeline, family.denoiser, folder)
         else:
             result = training.load_text_to_image_pipeline(args, family, model, training.load_vae(args))
             training.save_pipeline(result, folder)
 
-    trainer.finish(save)
+    sampling = {"prompt": in_turn[: args.train_batch_size], **training.sampling_arguments(args, family)}
+    trainer.finish(save, sampling)
 
 
 if __name__ == "__main__":

@@ -91,13 +91,11 @@ def main(args):
     pipeline.set_progress_bar_config(disable=True)
 
     # 3. Train
-    def sample(generator):
-        return pipeline(
-            num_images=args.num_validation_images,
-            num_inference_steps=args.validation_num_inference_steps,
-            generator=generator,
-            max_batch_size=args.train_batch_size,
-        ).images
+    sampling = {
+        "num_images": args.num_validation_images,
+        "num_inference_steps": args.validation_num_inference_steps,
+        "max_batch_size": args.train_batch_size,
+    }
 
     channels = training.image_channels(model, vae)
     trainer = training.Trainer(
@@ -110,11 +108,11 @@ def main(args):
         held_out_dataset=training.held_out_dataset(args, images, channels),
         vae=vae,
         conditions=None,
-        sample=sample,
+        sample=lambda generator: pipeline(**sampling, generator=generator).images,
         project_name="unconditional",
     )
     trainer.train()
-    trainer.finish(save=lambda folder: training.save_pipeline(pipeline, folder))
+    trainer.finish(save=lambda folder: training.save_pipeline(pipeline, folder), sampling=sampling)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,11 @@ CARD = {"README.md", "figures/routing_masks.png", "training_config.json"}
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     DTRPipeline(DDPMScheduler(), transformer=routed_dit()).save_pretrained("digits")
-    record = {"command": "accelerate launch train.py", "arguments": {"max_train_steps": 20}, "model": {"routed_widths": [16]}}
+    record = {
+        "command": "accelerate launch train.py",
+        "arguments": {"max_train_steps": 20},
+        "model": {"routed_widths": [16]},
+    }
     (tmp_path / "digits" / "training_config.json").write_text(json.dumps(record))
     return tmp_path / "digits"
 
@@ -160,5 +164,5 @@ def test_help_says_what_is_kept(capsys):
     with pytest.raises(SystemExit):
         main(["card", "--help"])
     text = capsys.readouterr().out
-    assert "keeps every edit" in " ".join(text.split())
+    assert "the text around them, and keys of the metadata that are yours, stay" in " ".join(text.split())
     assert "diffusers-dtr card owner/digits --output digits-card" in text

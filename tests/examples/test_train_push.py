@@ -62,7 +62,7 @@ def test_pushed_unconditional_unet_loads_from_the_hub_and_its_card_tells_how(hub
         assert torch.equal(pipeline.unet.state_dict()[name], weight)
     card = ModelCard.load("owner/digits")
     assert card.data.pipeline_tag == "unconditional-image-generation"
-    for text in ("An unconditional U-Net with Denoising Task Routing", "trained from scratch on 24 images"):
+    for text in ("An unconditional diffusion model (`DTRUNet2DModel`)", "trained from scratch on 24 images"):
         assert text in card.text
     assert 'DTRPipeline.from_pretrained("owner/digits")\nimages = pipe(num_images=4).images' in card.text
 
