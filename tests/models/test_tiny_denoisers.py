@@ -8,10 +8,13 @@ import diffusers.models.transformers
 import pytest
 import torch
 from diffusers import ModelMixin
-from tiny_denoisers import DENOISERS, LEFT_OUT, build, inputs, run
+from tiny_denoisers import DENOISERS, FLEX_ATTENTION, LEFT_OUT, build, inputs, run
 
 
-@pytest.mark.parametrize("name", DENOISERS)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in FLEX_ATTENTION]
+
+
+@pytest.mark.parametrize("name", [*sorted(DENOISERS.keys() - FLEX_ATTENTION), *SLOW])
 def test_output_is_finite_and_depends_on_the_input(name):
     model = build(name)
     with torch.no_grad():

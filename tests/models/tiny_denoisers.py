@@ -24,6 +24,8 @@ LEFT_OUT = {
     "TransformerTemporalModel": "a part of U-Nets",
     "WanAnimate2Transformer3DModel": "denoises by compiled flex attention only, from a cache of an earlier call",
 }
+# Flex attention takes seconds on a CPU, and has no backward there.
+FLEX_ATTENTION = {"AnyFlowFARTransformer3DModel", "Kandinsky6SRTransformer3DModel"}
 DENOISERS: dict[str, TinyDenoiser] = {
     **LATENT_DENOISERS,
     **PACKED_DENOISERS,
