@@ -47,7 +47,7 @@ def build_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def _publish(partial: Path, folder: Path) -> None:
-    for path in partial.iterdir():
+    for path in filter(Path.is_file, partial.iterdir()):
         with open(path, "rb+") as file:
             os.fsync(file.fileno())  # or a power cut could leave the new name with half of the content
     try:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import glob
+import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import datasets
 import numpy as np
 from PIL import Image
 
 from .captions import Captions
+from .image_folder import METADATA, image_paths, load_image_folder, report, scan_folder, unzip
 from .images import UnreadableImageError, decode_image
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -73,9 +77,9 @@ def load_training_images(
     Args:
         dataset_name: A dataset on the Hub, or a local folder that `datasets.load_dataset` can read.
         dataset_config_name: Configuration of the dataset.
-        train_data_dir: A folder, all images in which are the training data. If it has one folder of images per class,
-            their names are the labels.
-        split: Which split, as in `load_dataset` ("train", "train[:1000]"). All of a folder is "train".
+        train_data_dir: A folder of class folders, or of images with a metadata.jsonl, or of images; see
+            [`~diffusers_dtr.training.image_folder.load_image_folder`].
+        split: Which split, as in `load_dataset` ("train", "train[:1000]"). All of a `train_data_dir` is "train".
         image_column: Column of images.
         label_column: Column of labels, class labels or integers. None for training without labels.
         num_classes: Number of classes, if it is not the dataset's own: that of its class labels, or the highest label
@@ -96,13 +100,46 @@ def load_training_images(
     else:
         if not os.path.isdir(train_data_dir):
             raise ValueError(f"`train_data_dir` must be a folder, got {os.fspath(train_data_dir)!r}.")
-        # Without a pattern, `datasets` takes a class folder called "train" or "test" for a split.
-        files = {"train": os.path.join(glob.escape(os.fspath(train_data_dir)), "**")}
-        try:
-            dataset = datasets.load_dataset("imagefolder", data_files=files, split=split, cache_dir=cache_dir)
-        except ValueError as error:  # "corresponds to no data" does not tell which folder has none
-            raise ValueError(f"`train_data_dir`={os.fspath(train_data_dir)!r} cannot be loaded: {error}") from error
-    return training_images(dataset, image_column, label_column, num_classes, caption_column)
+        if split != "train":
+            raise ValueError(f"`split` must be 'train' for a folder of images, which has no other, got {split!r}.")
+        dataset = load_image_folder(
+            train_data_dir,
+            image_column=image_column,
+            label_column=label_column,
+            caption_column=caption_column,
+            min_classes=2 if num_classes is None else 1,
+            cache_dir=cache_dir,
+        )
+    images = training_images(dataset, image_column, label_column, num_classes, caption_column)
+    images = replace(images, dataset=_unzipped(images.dataset, image_column, cache_dir))
+    if dataset_name is not None and os.path.isdir(dataset_name):
+        _report_files(dataset_name, split, set(image_paths(images.dataset, image_column)), cache_dir)
+    return images
+
+
+def _report_files(folder: str, split: str, used: set[str | None], cache_dir: str | os.PathLike | None) -> None:
+    files = scan_folder(folder, cache_dir)
+    if used.isdisjoint(file.path for file in files):
+        return  # the images are in tables
+    metadata = {file.path for file in files if file.kind == METADATA}
+    report(folder, files, used | metadata, f"not in the split {split!r} as 🤗 datasets reads the folder")
+
+
+def _unzipped(dataset: datasets.Dataset, column: str, cache_dir: str | os.PathLike | None) -> datasets.Dataset:
+    """The same images, but those of zip files as files: finding one in a zip file takes as long as listing it."""
+
+    def local(path: str | None) -> str | None:
+        inside, _, archive = (path or "").removeprefix("zip://").partition("::")
+        return os.path.join(unzip(archive, cache_dir), inside) if os.path.isfile(archive) else path
+
+    paths = image_paths(dataset, column)
+    if not any(path is not None and path.startswith("zip://") for path in paths):
+        return dataset
+    result = datasets.Dataset.from_dict(
+        {column: [local(path) for path in paths]}, datasets.Features({column: datasets.Value("string")})
+    ).cast_column(column, dataset.features[column])
+    result._fingerprint = dataset._fingerprint
+    return result
 
 
 def training_images(
@@ -149,6 +186,7 @@ def training_images(
         num_classes = int(labels.max()) + 1 if names is None else len(names)
     _check_labels(labels, num_classes, label_column)
     id2label = None if names is None else dict(enumerate(names[:num_classes]))
+    _describe_classes(labels, num_classes, id2label)
     return TrainingImages(images, image_column, labels, num_classes, id2label, captions)
 
 
@@ -172,6 +210,20 @@ def _read_labels(dataset: datasets.Dataset, column: str) -> np.ndarray:
         row = int(np.argmax(labels.is_null().to_numpy()))
         raise ValueError(f"`label_column` must have a label in every row, got none in row {row} of {column!r}.")
     return labels.to_numpy().astype(np.int64)
+
+
+def _describe_classes(labels: np.ndarray, num_classes: int, id2label: dict[int, str] | None) -> None:
+    names = [str(number) if id2label is None else id2label[number] for number in range(num_classes)]
+    logger.info(f"{num_classes} classes: {_first(names)}.")
+    seen = np.zeros(num_classes, bool)
+    seen[labels] = True
+    if not seen.all():
+        without = [names[number] for number in np.flatnonzero(~seen)]
+        logger.warning(f"{len(without)} of them have no image: {_first(without)}.")
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
 
 
 def _check_labels(labels: np.ndarray, num_classes: int, column: str) -> None:

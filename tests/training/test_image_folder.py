@@ -1,0 +1,248 @@
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import datasets
+import pytest
+from PIL import Image, features
+
+from diffusers_dtr.training.data import TrainingImages, load_training_images, training_images
+from diffusers_dtr.training.image_folder import scan_folder, unzip
+
+
+@pytest.fixture(autouse=True)
+def messages(caplog):
+    caplog.set_level(logging.INFO, logger="diffusers_dtr")
+    return caplog
+
+
+def put(root: Path, *places: str) -> Path:
+    for number, place in enumerate(places):
+        path = root / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix in (".png", ".avif"):
+            Image.new("RGB", (4, 4), (number, 0, 0)).save(path)
+        else:
+            path.write_text("no image")
+    return root
+
+
+def captions(folder: Path, *names: str, **columns: object) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [{"file_name": name, "text": f"caption of {name}", **columns} for name in names]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def load(folder: Path, **options) -> TrainingImages:
+    return load_training_images(train_data_dir=folder, cache_dir=folder.parent / "cache", **options)
+
+
+def used(images: TrainingImages, folder: Path) -> list[str]:
+    return [str(Path(images.dataset[row]["image"]["path"]).relative_to(folder)) for row in range(len(images))]
+
+
+def classes_of(images: TrainingImages, folder: Path) -> dict[str, str]:
+    return dict(zip(used(images, folder), (images.id2label[label] for label in images.labels), strict=True))
+
+
+@pytest.mark.parametrize(
+    "places",
+    {
+        "folders in class folders": ["cat/indoor/0.png", "cat/outdoor/0.png", "dog/indoor/0.png"],
+        "Tiny ImageNet": ["n01/images/0.png", "n02/images/0.png"],
+        "unequal depth": ["cat/0.png", "dog/more/of/them/0.png"],
+        "special names": ["__background__/0.png", "10/0.png", "2/0.png", "train/0.png", "a [1]*/0.png", "x=1/0.png"],
+    }.values(),
+)
+def test_the_folder_at_the_top_is_the_class(places, tmp_path):
+    folder = put(tmp_path / "data", *places)
+    assert classes_of(load(folder), folder) == {place: place.split("/")[0] for place in places}
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="Pillow was built without AVIF")
+def test_every_format_that_pillow_opens_counts(tmp_path):
+    folder = put(tmp_path / "data", "ant/0.avif", "bee/0.png", "cow/0.png", "cow/1.avif")
+    assert used(load(folder), folder) == ["ant/0.avif", "bee/0.png", "cow/0.png", "cow/1.avif"]
+    shutil.copy(folder / "bee/0.png", folder / "bee/1.PNG")
+    Image.new("RGB", (4, 4)).save(folder / "bee/2.qoi")
+    assert len(load(folder)) == 6
+
+
+def test_links_are_followed(tmp_path):
+    folder = put(tmp_path / "data", "dog/0.png")
+    elsewhere = put(tmp_path / "elsewhere", "0.png", "one.png")
+    os.symlink(elsewhere, folder / "cat")
+    os.symlink(elsewhere / "one.png", folder / "dog" / "1.png")
+    assert used(load(folder), folder) == ["cat/0.png", "cat/one.png", "dog/0.png", "dog/1.png"]
+
+
+def test_links_that_lead_nowhere_or_in_a_circle_are_counted(tmp_path, messages):
+    folder = put(tmp_path / "data", "cat/0.png", "dog/0.png")
+    os.symlink(folder / "cat" / "gone.png", folder / "cat" / "1.png")
+    os.symlink(folder, folder / "dog" / "all")
+    assert used(load(folder), folder) == ["cat/0.png", "dog/0.png"]
+    assert "2 of 4 files used" in messages.text
+    assert "1 links that lead nowhere (cat/1.png)" in messages.text
+    assert "1 links to a folder that they are in (dog/all)" in messages.text
+
+
+def test_every_file_is_used_or_counted_by_reason_with_three_examples(tmp_path, messages):
+    others = ["readme.txt", "cat/a.heic", "cat/b.tar", "dog/c.csv", "cat/.hidden.png", ".git/x.png", "loose.png"]
+    folder = captions(put(tmp_path / "data", "cat/0.png", "dog/0.png", *others), "cat/0.png")
+    load(folder)
+    (line,) = [message for message in messages.messages if "files used" in message]
+    assert "2 of 10 files used; left out are" in line
+    assert "2 hidden (.git/x.png, cat/.hidden.png)" in line
+    assert "4 not of a format that Pillow opens (cat/a.heic, cat/b.tar, dog/c.csv, …)" in line
+    assert "1 not in a class folder (loose.png)" in line
+    assert "1 of metadata that no flag asks for (metadata.jsonl)" in line
+
+
+def test_empty_class_folders_are_named(tmp_path, messages):
+    folder = put(tmp_path / "data", "ant/0.png", "cow/0.png", "dog/only.heic")
+    (folder / "bee").mkdir()
+    assert load(folder).id2label == {0: "ant", 1: "cow"}
+    assert "Folders without images are no classes: bee, dog." in messages.text
+
+
+def test_without_labels_all_images_are_used_wherever_they_lie(tmp_path):
+    folder = captions(put(tmp_path / "data", "0.png", "a/1.png", "a/b/2.png"), "0.png")
+    assert used(load(folder, label_column=None), folder) == ["0.png", "a/1.png", "a/b/2.png"]
+
+
+@pytest.mark.parametrize(
+    ("places", "found"),
+    [
+        (["0.png", "1.png"], "at least two class folders of images, found 2 images in the folder itself"),
+        (["cat/0.png"], r"at least two class folders of images, found 'cat' \(1 image\).*train_unconditional"),
+        (["cat/0.png", "1.png"], r"'cat' \(1 image\), 1 image in the folder itself"),
+        (["n/a/0.png", "n/b/0.png"], "If the folders in it are the classes, name .*data/n"),
+        (["train/a/0.png", "test/b/0.png"], "found test, train, which are splits that hold folders"),
+        (["a.heic"], r"must hold images, found 1 file not of a format that Pillow opens \(a.heic\)"),
+    ],
+)
+def test_a_folder_without_classes_says_what_it_holds_and_what_is_expected(places, found, tmp_path):
+    with pytest.raises(ValueError, match=found):
+        load(put(tmp_path / "data", *places))
+
+
+def test_an_empty_folder_is_an_error(tmp_path):
+    (tmp_path / "data").mkdir()
+    with pytest.raises(ValueError, match="must hold images, found nothing"):
+        load(tmp_path / "data")
+
+
+def test_a_folder_has_no_splits(tmp_path):
+    with pytest.raises(ValueError, match="`split` must be 'train'"):
+        load(put(tmp_path / "data", "a/0.png", "b/0.png"), split="test")
+
+
+# ---- metadata
+
+
+def test_images_that_the_metadata_do_not_list_are_counted(tmp_path, messages):
+    folder = captions(put(tmp_path / "data", *(f"{number}.png" for number in range(5))), "3.png", "0.png")
+    images = load(folder, label_column=None, caption_column="text")
+    assert used(images, folder) == ["3.png", "0.png"]
+    assert images.captions[0] == ["caption of 3.png"]
+    assert "3 of 6 files used; left out are 3 not listed in the metadata (1.png, 2.png, 4.png)" in messages.text
+
+
+def test_images_that_the_metadata_list_must_be_there(tmp_path):
+    folder = captions(put(tmp_path / "data", "0.png"), "0.png", "1.png")
+    with pytest.raises(ValueError, match=r"list 1 image which cannot be found: .*1\.png"):
+        load(folder, label_column=None, caption_column="text")
+
+
+def test_every_folder_may_have_metadata_of_its_own(tmp_path):
+    folder = put(tmp_path / "data", "a/0.png", "b/0.png")
+    for name in "ab":
+        captions(folder / name, "0.png")
+    assert used(load(folder, label_column=None, caption_column="text"), folder) == ["a/0.png", "b/0.png"]
+
+
+def test_labels_of_the_metadata_are_labels(tmp_path):
+    folder = captions(put(tmp_path / "data", "0.png", "1.png"), "0.png", "1.png", label=4)
+    assert load(folder).labels.tolist() == [4, 4]
+
+
+def test_captions_without_metadata_are_missed_by_name(tmp_path):
+    with pytest.raises(ValueError, match=r"must have a metadata\.jsonl.* 'text' .* found 1 image in the folder"):
+        load(put(tmp_path / "data", "0.png"), label_column=None, caption_column="text")
+
+
+def test_damaged_metadata_are_named(tmp_path):
+    folder = put(tmp_path / "data", "0.png")
+    (folder / "metadata.jsonl").write_text('{"text": ')
+    with pytest.raises(ValueError, match=r"has metadata that cannot be read, metadata\.jsonl: "):
+        load(folder, label_column=None, caption_column="text")
+
+
+# ---- zip files
+
+
+@pytest.mark.parametrize("source", ["train_data_dir", "dataset_name"])
+def test_a_zipped_image_folder_is_one(source, tmp_path):
+    captions(put(tmp_path / "source", "0.png", "1.png"), "0.png", "1.png")
+    shutil.make_archive(tmp_path / "data" / "train", "zip", tmp_path / "source")
+    options = {"label_column": None, "caption_column": "text", "cache_dir": tmp_path / "cache"}
+    images = load_training_images(**{source: str(tmp_path / "data")}, **options)
+    assert [images.read(row).getpixel((0, 0)) for row in range(2)] == [(0, 0, 0), (1, 0, 0)]
+    assert images.captions[1] == ["caption of 1.png"]
+
+
+def test_folders_in_a_zip_file_are_classes(tmp_path):
+    put(tmp_path / "source", "cat/0.png", "dog/a/0.png")
+    shutil.make_archive(tmp_path / "data" / "all", "zip", tmp_path / "source")
+    images = load(put(tmp_path / "data", "fox/0.png"))
+    assert [images.id2label[label] for label in images.labels] == ["cat", "dog", "fox"]
+
+
+def test_a_zip_file_that_changes_is_unpacked_again(tmp_path):
+    for name in ("one.png", "two.png"):
+        put(tmp_path / name[:3], name)
+        archive = shutil.make_archive(tmp_path / "data" / "all", "zip", tmp_path / name[:3])
+        assert os.listdir(unzip(archive, tmp_path / "cache")) == [name]
+
+
+def test_a_damaged_zip_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"all\.zip cannot be unpacked: File is not a zip file"):
+        load(put(tmp_path / "data", "all.zip"))
+
+
+# ---- datasets
+
+
+def test_a_changed_file_makes_another_dataset(tmp_path):
+    folder = put(tmp_path / "data", "a/0.png", "b/0.png")
+    first, again = load(folder), load(folder)
+    assert first.dataset._fingerprint == again.dataset._fingerprint
+    Image.new("RGB", (9, 9)).save(folder / "a/0.png")
+    assert load(folder).dataset._fingerprint != first.dataset._fingerprint
+
+
+def test_rows_in_another_order_are_another_dataset(tmp_path):
+    folder, options = put(tmp_path / "data", "0.png", "1.png"), {"label_column": None, "caption_column": "text"}
+    one = load(captions(folder, "0.png", "1.png"), **options)
+    assert load(captions(folder, "1.png", "0.png"), **options).dataset._fingerprint != one.dataset._fingerprint
+
+
+def test_what_datasets_leaves_out_of_a_local_folder_is_counted(tmp_path, messages):
+    folder = put(tmp_path / "data", "train/a/0.png", "train/b/0.png", "test/a/0.png")
+    load_training_images(dataset_name=str(folder), cache_dir=tmp_path / "cache")
+    assert "2 of 3 files used; left out are 1 not in the split 'train'" in messages.text
+
+
+def test_classes_without_an_image_are_named(messages):
+    labels = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
+    training_images(datasets.Dataset.from_dict({"image": [None, None], "label": [0, 2]}, labels))
+    assert "3 classes: a, b, c." in messages.text
+    assert "1 of them have no image: b." in messages.text
+
+
+def test_files_are_found_in_the_order_of_their_places(tmp_path):
+    folder = put(tmp_path / "data", "b/0.png", "a/1.png", "a-b/0.png", "a/0.png")
+    assert [file.place for file in scan_folder(folder)] == ["a/0.png", "a/1.png", "a-b/0.png", "b/0.png"]
