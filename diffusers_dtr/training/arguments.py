@@ -71,7 +71,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, labels: bool = True) -> 
     add("--dataset_config_name", help="Configuration of the dataset, if it has several.")
     add(
         "--train_data_dir",
-        help="Folder of images: in a folder per class if there are classes, with a metadata.jsonl if there are captions.",
+        help="Folder of images: a folder per class if there are classes, a metadata.jsonl if there are captions.",
     )
     add("--train_split", default="train", help="Split of --dataset_name to train on.")
     add("--validation_split", help="Split of --dataset_name for the held-out loss.")
