@@ -216,22 +216,27 @@ class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMi
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
     @torch.no_grad()
-    def replace_classes(self, num_classes: int | None) -> None:
+    def replace_classes(self, num_classes: int | None, keep: bool = False) -> None:
         """Prepare for fine-tuning on other classes: a new label embedding, in which only the null class is kept.
 
         Args:
             num_classes: Number of the new classes, or None for no labels at all.
+            keep: Whether the classes that there are keep their labels and embeddings too, and others are added.
 
         Raises:
-            ValueError: For a number below 1.
+            ValueError: For a number below 1, or below the number of classes that are kept.
         """
         if num_classes is not None and num_classes < 1:
             raise ValueError(f"`num_classes` must be at least 1, or None, got {num_classes!r}.")
-        old = self.emb.class_embedder
+        old, num_kept = self.emb.class_embedder, (self.config.num_embeds_ada_norm or 0) if keep else 0
+        if num_kept > (num_classes or 0):
+            raise ValueError(f"`num_classes` must be at least the {num_kept} that are kept, got {num_classes!r}.")
         self.emb.class_embedder = None
         if num_classes is not None:
             new = LabelEmbedding(num_classes, self.inner_dim, self.config.class_dropout_prob)
             nn.init.normal_(new.embedding_table.weight, std=0.02)
+            if num_kept:
+                new.embedding_table.weight[:num_kept] = old.embedding_table.weight[:num_kept]
             if old is not None and self.null_class is not None:
                 new.embedding_table.weight[-1] = old.embedding_table.weight[-1]
             self.emb.class_embedder = new.to(self.device, self.dtype).train(self.training)

@@ -37,7 +37,8 @@ def class_named(name: str, classes: Mapping[str, list[int]]) -> int:
     """
     if name not in classes:
         known = ", ".join(list(classes)[:20]) or "none, because the pipeline has no `id2label`"
-        raise ValueError(f"`class_labels` has no class named {name!r}. Known names: {known}.")
+        number = f" A class's number is an int: {int(name)}, without quotes." if name.isdecimal() else ""
+        raise ValueError(f"`class_labels` has no class named {name!r}. Known names: {known}.{number}")
     if len(classes[name]) > 1:
         raise ValueError(f"`class_labels`: {name!r} names the classes {classes[name]}; pass one of these numbers.")
     return classes[name][0]
@@ -54,7 +55,8 @@ def labels_of_images(
     """How many images are asked for, and of which classes.
 
     Args:
-        class_labels: One class per image, or None for images without a label.
+        class_labels: One class per image, integers for their numbers and strings for their names, which may be
+            decimals of another number; or None for images without a label.
         num_images: How many images, where no labels say so; 1 by default.
         classes: What [`classes_by_name`] returns.
         num_classes: Number of the denoiser's classes, or None if it is unconditional.
@@ -85,7 +87,8 @@ def labels_of_images(
     highest = num_classes - 1 if null_class is None else null_class
     for label in labels:
         if not 0 <= label <= highest:
-            raise ValueError(f"`class_labels` must be in [0, {highest}], got {label}.")
+            named = f" The class named {str(label)!r} is a string, in quotes." if str(label) in classes else ""
+            raise ValueError(f"`class_labels` must be in [0, {highest}], got {label}.{named}")
     return len(labels), labels
 
 

@@ -153,8 +153,9 @@ class DTRPipeline(HubMixin, DiffusionPipeline):
 
         Args:
             class_labels (`int`, `str`, a sequence of these or `torch.Tensor`, *optional*):
-                One class per image, as numbers or as names in `id2label`. None generates without a label, for a
-                denoiser that has a null class, or fewer than two classes.
+                One class per image: an `int` is its number, a `str` its name in `id2label`. The two differ where
+                names are numbers: `2` is the class of this number, `"2"` the one of this name, which may be class 5.
+                None generates without a label, for a denoiser that has a null class, or fewer than two classes.
             num_images (`int`, *optional*, defaults to 1):
                 How many images to generate where no `class_labels` say so.
             guidance_scale (`float`, *optional*, defaults to 1.0):

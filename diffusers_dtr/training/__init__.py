@@ -15,12 +15,14 @@ from .arguments import (
     routing_config,
 )
 from .captions import CaptionedDataset
+from .classes import match_classes
 from .clean_samples import build_dataset, build_loader, held_out_dataset, held_out_samples, load_images
 from .components import (
     check_pretrained_denoiser,
     image_channels,
     load_noise_scheduler,
     load_vae,
+    pretrained_class_names,
     pretrained_denoiser,
     pretrained_options,
     pretrained_pipeline_class,
@@ -73,6 +75,8 @@ __all__ = [
     "load_noise_scheduler",
     "load_text_to_image_pipeline",
     "load_vae",
+    "match_classes",
+    "pretrained_class_names",
     "pretrained_denoiser",
     "pretrained_options",
     "pretrained_pipeline_class",

@@ -19,6 +19,7 @@ from ..latents import encode_images
 from ..publishing import publishable
 from ..run_folder import LATENTS
 from .batches import TrainingBatches
+from .classes import match_classes
 from .data import TrainingImages, load_training_images
 from .images import ImageTransform
 from .interruption import ignore_signals
@@ -141,14 +142,15 @@ def held_out_dataset(args: argparse.Namespace, images: TrainingImages, channels:
 
     Args:
         args: Parsed flags.
-        images: The training images, whose classes these must have; captions come from the same column.
+        images: The training images, whose labels these get by the names of their classes; captions come from the same
+            column.
         channels: Channels of the images.
 
     Returns:
         The dataset, or None if no validation data are named.
 
     Raises:
-        ValueError: If their classes are not those of the training images.
+        ValueError: If they have classes that the training images have not.
     """
     if args.validation_split is None and args.validation_data_dir is None:
         return None
@@ -159,16 +161,12 @@ def held_out_dataset(args: argparse.Namespace, images: TrainingImages, channels:
         split=args.validation_split or "train",
         image_column=args.image_column,
         label_column=None if images.labels is None else args.label_column,
-        num_classes=images.num_classes,
+        min_classes=1,
         caption_column=None if images.captions is None else images.captions.column,
         cache_dir=args.cache_dir,
     )
-    # A folder that lacks a class would number the others differently.
-    if held_out.id2label != images.id2label:
-        raise ValueError(
-            "The validation images must have the classes of the training images, "
-            f"{_class_names(images)}, got {_class_names(held_out)}."
-        )
+    if images.labels is not None:
+        held_out, _ = match_classes(held_out, images.id2label, images.num_classes)
     transform = ImageTransform(args.resolution, channels, center_crop=True, random_flip=False)
     return ImageDataset(held_out, transform, seed=0, on_unreadable=args.unreadable_images)
 
@@ -201,10 +199,6 @@ def held_out_samples(
         for name, values in rest.items()
     }
     return torch.cat(clean)[:wanted], rest
-
-
-def _class_names(images: TrainingImages) -> str:
-    return "numbers" if images.id2label is None else ", ".join(images.id2label.values())
 
 
 class UnreadableImages:

@@ -128,6 +128,28 @@ def pretrained_component(args: argparse.Namespace, name: str) -> str | None:
     return index.get(name, [None, None])[1]
 
 
+def pretrained_class_names(args: argparse.Namespace) -> dict[int, str] | None:
+    """Names of the classes of `--pretrained_model_name_or_path`, or None if it has none.
+
+    Args:
+        args: Parsed flags.
+
+    Raises:
+        ValueError: If what the pipeline has are not names by number.
+    """
+    if args.pretrained_model_name_or_path is None:
+        return None
+    options = {"revision": args.revision, "cache_dir": args.cache_dir}
+    names = DiffusionPipeline.load_config(args.pretrained_model_name_or_path, **options).get("id2label")
+    if not names:
+        return None
+    if not isinstance(names, dict) or not all(key.isdecimal() and isinstance(names[key], str) for key in names):
+        raise ValueError(
+            f"`id2label` of {args.pretrained_model_name_or_path} must hold names of classes by their numbers."
+        )
+    return {int(label): name for label, name in names.items()}
+
+
 def pretrained_denoiser(args: argparse.Namespace, model_classes: Mapping[str, type[RoutedModelMixin]]) -> str:
     """What `--pretrained_model_name_or_path` calls its denoiser.
 

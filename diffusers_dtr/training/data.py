@@ -41,6 +41,11 @@ class TrainingImages:
     def __len__(self) -> int:
         return len(self.dataset)
 
+    @property
+    def classes(self) -> list[int]:
+        """The labels that the images have, in ascending order."""
+        return np.unique(self.labels).tolist()
+
     def name(self, row: int) -> str:
         """What to call a row's image in a message: the row, and its path if it has one."""
         path = (self.dataset[row][self.image_column] or {}).get("path")
@@ -68,8 +73,8 @@ def load_training_images(
     split: str = "train",
     image_column: str = "image",
     label_column: str | None = "label",
-    num_classes: int | None = None,
     caption_column: str | None = None,
+    min_classes: int = 2,
     cache_dir: str | os.PathLike | None = None,
 ) -> TrainingImages:
     """Finds images, and checks their columns, labels and captions without decoding any.
@@ -82,15 +87,14 @@ def load_training_images(
         split: Which split, as in `load_dataset` ("train", "train[:1000]"). All of a `train_data_dir` is "train".
         image_column: Column of images.
         label_column: Column of labels, class labels or integers. None for training without labels.
-        num_classes: Number of classes, if it is not the dataset's own: that of its class labels, or the highest label
-            plus one.
         caption_column: Column of captions, one or several strings per row. None for training without captions.
+        min_classes: How many class folders there must be, where folders are classes.
         cache_dir: Where `datasets` keeps what it prepares.
 
     Raises:
         ValueError: Unless exactly one of `dataset_name` and `train_data_dir` is given; if a column is missing or of a
-            wrong type; if a label is missing or outside [0, num_classes); if a caption is missing; if there are no
-            images.
+            wrong type; if a label is missing or negative; if a caption is missing; if there are no images, or in a
+            folder none that could be used, of which it says what it holds.
     """
     if (dataset_name is None) == (train_data_dir is None):
         given = "neither" if dataset_name is None else "both"
@@ -107,10 +111,10 @@ def load_training_images(
             image_column=image_column,
             label_column=label_column,
             caption_column=caption_column,
-            min_classes=2 if num_classes is None else 1,
+            min_classes=min_classes,
             cache_dir=cache_dir,
         )
-    images = training_images(dataset, image_column, label_column, num_classes, caption_column)
+    images = training_images(dataset, image_column, label_column, caption_column)
     images = replace(images, dataset=_unzipped(images.dataset, image_column, cache_dir))
     if dataset_name is not None and os.path.isdir(dataset_name):
         _report_files(dataset_name, split, set(image_paths(images.dataset, image_column)), cache_dir)
@@ -146,7 +150,6 @@ def training_images(
     dataset: datasets.Dataset,
     image_column: str = "image",
     label_column: str | None = "label",
-    num_classes: int | None = None,
     caption_column: str | None = None,
 ) -> TrainingImages:
     """The second half of [`load_training_images`], for a dataset that is loaded already.
@@ -155,7 +158,6 @@ def training_images(
         dataset: A map-style dataset.
         image_column: Column of images.
         label_column: Column of labels, or None.
-        num_classes: Number of classes, or None to take it from the dataset.
         caption_column: Column of captions, or None.
 
     Raises:
@@ -182,10 +184,9 @@ def training_images(
     _check_column(dataset, label_column, "label_column")
     names = getattr(dataset.features[label_column], "names", None)
     labels = _read_labels(dataset, label_column)
-    if num_classes is None:
-        num_classes = int(labels.max()) + 1 if names is None else len(names)
+    num_classes = int(labels.max()) + 1 if names is None else len(names)
     _check_labels(labels, num_classes, label_column)
-    id2label = None if names is None else dict(enumerate(names[:num_classes]))
+    id2label = None if names is None else dict(enumerate(names))
     _describe_classes(labels, num_classes, id2label)
     return TrainingImages(images, image_column, labels, num_classes, id2label, captions)
 
@@ -232,5 +233,5 @@ def _check_labels(labels: np.ndarray, num_classes: int, column: str) -> None:
         row = int(wrong.argmax())
         raise ValueError(
             f"`label_column` must hold labels in [0, {num_classes}), got {labels[row]} in row {row} of {column!r} "
-            f"({int(wrong.sum())} such rows). Choose another with `--label_column`, or set `num_classes`."
+            f"({int(wrong.sum())} such rows). Choose another with `--label_column`."
         )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,8 @@ IMAGES_PER_STEP = "images per step"
 _ADJUSTABLE = {f"--{name}" for name in _ADJUSTABLE_FLAGS} | {IMAGES_PER_STEP, "processes"}
 # What balancing and sampling have learned is of these.
 _FIXED = {"--num_clusters", "--cluster_cost", "--balancing", "--timestep_sampling", "cluster boundaries"}
+# The weights know classes by their numbers: another name would be learned into the same embedding.
+_CLASS = re.compile(r"class \d+")
 
 
 @dataclass
@@ -108,7 +112,7 @@ class RunState:
         """
         changes = _changes(self.settings, settings)
         defining = [change for change in changes if change["setting"] not in _ADJUSTABLE]
-        fixed = [change for change in defining if change["setting"] in _FIXED]
+        fixed = [change for change in defining if change["setting"] in _FIXED or _CLASS.fullmatch(change["setting"])]
         if fixed or (defining and not allow_changes):
             listed = "; ".join(f"`{change['setting']}` {_was_and_is(change)}" for change in defining)
             allow = (
@@ -133,6 +137,15 @@ class RunState:
         before, after = (self.global_step * change[key] for key in ("before", "after"))
         what = f"{after - before} images are skipped" if after > before else f"{before - after} images are seen again"
         return f" The run had seen {before} images and goes on at image {after}: {what}."
+
+
+def class_settings(id2label: Mapping[int, str] | None) -> dict[str, str]:
+    """Which class has which number, as settings of a run.
+
+    Args:
+        id2label: Names of the classes, or None.
+    """
+    return {f"class {label}": publishable(name) for label, name in (id2label or {}).items()}
 
 
 def run_settings(

@@ -8,7 +8,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,7 +35,7 @@ from .optimizer import build_lr_scheduler, build_optimizer
 from .outputs import save_record
 from .randomness import noise_generator, seed_model
 from .record import describe_model, run_record, tracker_config
-from .resuming import IMAGES_PER_STEP, NUM_IMAGES, run_settings
+from .resuming import IMAGES_PER_STEP, NUM_IMAGES, class_settings, run_settings
 from .run_lock import unlock_run_folder
 from .tracking import log_image
 from .validation import HeldOutLoss, save_sample_grid
@@ -64,6 +64,7 @@ class Trainer:
         sample: From a generator to the images of a grid. It is called by the main process alone, with the model in
             eval mode and its averaged weights, if there are any.
         project_name: What trackers call the run's project.
+        id2label: Names of the classes, if there are any. A checkpoint of others is refused.
 
     Attributes:
         state: Optimizer steps done, and what else a checkpoint tells of the run.
@@ -87,6 +88,7 @@ class Trainer:
         conditions: Callable[[dict[str, Any]], dict[str, Any]] | None,
         sample: Callable[[torch.Generator], list[Image.Image]],
         project_name: str,
+        id2label: Mapping[int, str] | None = None,
     ):
         self._start_time = time.perf_counter()
         self.args = args
@@ -119,6 +121,7 @@ class Trainer:
             noise_scheduler,
             accelerator,
             **self.objective.settings,
+            **class_settings(id2label),
             **{NUM_IMAGES: self.num_images, IMAGES_PER_STEP: self.images_per_step},
         )
         self.state = self.checkpoints.resume(args.resume_from_checkpoint, settings, args.allow_changed_settings)

@@ -154,8 +154,8 @@ class Pipelines:
             label_column=None if num_classes is None else args.label_column,
             caption_column=None if self.family is None else args.caption_column,
         )
-        if num_classes is not None and images.num_classes > num_classes:
-            raise ValueError(f"The images have {images.num_classes} classes, but the model knows {num_classes}.")
+        if num_classes is not None:
+            images, _ = training.match_classes(images, first.config.id2label, num_classes)
         vae = first.vae
         if args.vae_name_or_path is not None:
             vae = AutoencoderKL.from_pretrained(args.vae_name_or_path, cache_dir=args.cache_dir).to(accelerator.device)

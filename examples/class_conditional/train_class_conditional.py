@@ -6,12 +6,8 @@ Run with `accelerate launch train_class_conditional.py --help`; README.md beside
 import argparse
 
 import torch
-from accelerate.logging import get_logger
 
 from diffusers_dtr import DIT_PRESETS, DTRPipeline, DTRTransformer2DModel, training
-
-
-logger = get_logger(__name__)
 
 
 def parse_args(argv=None):
@@ -45,7 +41,7 @@ def parse_args(argv=None):
     return args
 
 
-def load_transformer(args, noise_scheduler, vae, num_classes):
+def load_transformer(args, noise_scheduler, vae, images):
     given = {
         **training.routing_config(args, noise_scheduler),
         "sample_size": training.sample_size(args, vae),
@@ -53,19 +49,19 @@ def load_transformer(args, noise_scheduler, vae, num_classes):
     if args.class_dropout_prob is not None:
         given["class_dropout_prob"] = args.class_dropout_prob
     if args.pretrained_model_name_or_path is not None:
-        return load_pretrained_transformer(args, given, vae, num_classes)
+        return load_pretrained_transformer(args, given, vae, images)
     # The presets are made for latents; pixels have three channels.
     config = {**DIT_PRESETS[args.model_preset], "in_channels": 3} if args.model_config is None else args.model_config
     channels = config.get("in_channels", 3) if vae is None else vae.config.latent_channels
     shape = {
         "in_channels": channels,
         "out_channels": 2 * channels if args.learn_sigma else channels,
-        "num_embeds_ada_norm": num_classes,
+        "num_embeds_ada_norm": images.num_classes,
     }
-    return DTRTransformer2DModel(**{**config, **shape, **given})
+    return DTRTransformer2DModel(**{**config, **shape, **given}), images
 
 
-def load_pretrained_transformer(args, given, vae, num_classes):
+def load_pretrained_transformer(args, given, vae, images):
     path, options = args.pretrained_model_name_or_path, training.pretrained_options(args)
     options["subfolder"] = training.pretrained_denoiser(args, {"transformer": DTRTransformer2DModel})
     before = DTRTransformer2DModel.load_config(path, **options).get("class_dropout_prob", 0.1)
@@ -76,10 +72,11 @@ def load_pretrained_transformer(args, given, vae, num_classes):
         )
     model = DTRTransformer2DModel.from_pretrained(path, **options, **given)
     training.check_pretrained_denoiser(args, model, vae)
-    if model.config.num_embeds_ada_norm != num_classes:
-        logger.info(f"New label embedding: {model.config.num_embeds_ada_norm} classes before, {num_classes} now.")
-        model.replace_classes(num_classes)
-    return model.train()
+    names, num_classes = training.pretrained_class_names(args), model.config.num_embeds_ada_norm
+    images, known = training.match_classes(images, names, num_classes or 0, new_classes=True)
+    if not known or images.num_classes > num_classes:
+        model.replace_classes(images.num_classes, keep=known)
+    return model.train(), images
 
 
 def build_pipeline(args, model, noise_scheduler, vae, images):
@@ -106,15 +103,16 @@ def main(args):
     # 2. Denoiser and noise schedule
     noise_scheduler = training.load_noise_scheduler(args)
     torch.manual_seed(args.seed)
-    model = load_transformer(args, noise_scheduler, vae, images.num_classes)
+    model, images = load_transformer(args, noise_scheduler, vae, images)
     pipeline = build_pipeline(args, model, noise_scheduler, vae, images)
 
     # 3. What the denoiser is told, and how it is sampled
     def conditions(batch):
         return {"class_labels": batch["labels"].to(accelerator.device, non_blocking=True)}
 
+    classes = images.classes
     sampling = {
-        "class_labels": [index % images.num_classes for index in range(args.num_validation_images)],
+        "class_labels": [classes[index % len(classes)] for index in range(args.num_validation_images)],
         "guidance_scale": args.validation_guidance_scale,
         "num_inference_steps": args.validation_num_inference_steps,
         "max_batch_size": args.train_batch_size,
@@ -134,6 +132,7 @@ def main(args):
         conditions=conditions,
         sample=lambda generator: pipeline(**sampling, generator=generator).images,
         project_name="class-conditional",
+        id2label=images.id2label,
     )
     trainer.train()
     trainer.finish(save=lambda folder: training.save_pipeline(pipeline, folder), sampling=sampling)

@@ -132,16 +132,43 @@ def test_flow_matching_stays_flow_matching(ours, images, tmp_path):
     assert tuned.scheduler.config.shift == 3.0
 
 
-def test_other_number_of_classes_gets_a_new_label_embedding(ours, tmp_path):
-    images = make_images(tmp_path / "images", num_classes=5)
+def label_table(run: Path) -> torch.Tensor:
+    (table,) = [weight for name, weight in weights(run).items() if "embedding_table" in name]
+    return table
+
+
+def rename(images: Path, names: str) -> Path:
+    """The class folders a, b, ... get other names."""
+    for number, name in enumerate(names):
+        (images / "abcdefgh"[number]).rename(images / f"new-{name}")
+    for name in names:
+        (images / f"new-{name}").rename(images / name)
+    return images
+
+
+@pytest.mark.parametrize("names", ["bca", "ca"])
+def test_classes_keep_the_labels_that_their_names_had(names, ours, tmp_path):
+    images = rename(make_images(tmp_path / "images", num_classes=len(names)), names)
     run = fine_tune(images, tmp_path / "run", ours, "--learning_rate", 0)
-    before, after = weights(ours), weights(run)
-    (table,) = [name for name in before if "embedding_table" in name]
-    assert after[table].shape[0] == 6
-    assert torch.equal(after[table][-1], before[table][-1])
-    assert not torch.equal(after[table][0], before[table][0])
-    assert all(torch.equal(after[name], before[name]) for name in before if name != table)
-    assert DTRPipeline.from_pretrained(run).num_classes == 5
+    assert same_weights(run, ours)
+    assert DTRPipeline.from_pretrained(run).config.id2label == {"0": "a", "1": "b", "2": "c"}
+
+
+def test_new_classes_come_behind_the_known_ones_which_keep_their_embeddings(ours, tmp_path):
+    images = rename(make_images(tmp_path / "images", num_classes=5), "xbacy")
+    run = fine_tune(images, tmp_path / "run", ours, "--learning_rate", 0)
+    before, after = label_table(ours), label_table(run)
+    assert torch.equal(after[[0, 1, 2, 5]], before)
+    assert DTRPipeline.from_pretrained(run).config.id2label == {"0": "a", "1": "b", "2": "c", "3": "x", "4": "y"}
+
+
+def test_classes_of_other_names_get_a_new_label_embedding_but_for_the_null_class(ours, tmp_path):
+    images = rename(make_images(tmp_path / "images", num_classes=3), "xyz")
+    run = fine_tune(images, tmp_path / "run", ours, "--learning_rate", 0)
+    before, after = label_table(ours), label_table(run)
+    assert torch.equal(after[-1], before[-1])
+    assert not any(torch.equal(*pair) for pair in zip(after[:-1], before[:-1], strict=True))
+    assert DTRPipeline.from_pretrained(run).config.id2label == {"0": "x", "1": "y", "2": "z"}
 
 
 def test_other_resolution_is_what_the_fine_tuned_pipeline_samples(ours, images, tmp_path):

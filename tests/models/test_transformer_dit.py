@@ -174,6 +174,18 @@ def test_other_classes_keep_the_null_class():
         model.replace_classes(0)
 
 
+def test_more_classes_keep_the_labels_and_embeddings_of_those_that_there_are():
+    model = routed_dit()
+    table, num_classes = model.emb.class_embedder.embedding_table.weight.clone(), model.config.num_embeds_ada_norm
+    model.replace_classes(num_classes + 2, keep=True)
+    new = model.emb.class_embedder.embedding_table.weight
+    assert torch.equal(new[:num_classes], table[:num_classes])
+    assert torch.equal(new[-1], table[-1])
+    assert model.null_class == num_classes + 2
+    with pytest.raises(ValueError, match=f"must be at least the {num_classes + 2} that are kept, got 2"):
+        model.replace_classes(2, keep=True)
+
+
 # Training.
 
 

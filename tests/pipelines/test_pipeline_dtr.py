@@ -596,6 +596,13 @@ def test_labels_that_are_no_integers_are_refused():
     assert_refused(make_pipeline(), TypeError, "`class_labels` must be integers or names", class_labels=[1.5])
 
 
+def test_a_number_and_a_name_that_looks_like_one_are_told_apart():
+    pipeline = make_pipeline(id2label={5: "2", 3: "70", 2: "five"})
+    assert torch.equal(sample(pipeline, ["2", 2, "70"]), sample(pipeline, [5, 2, 3]))
+    assert_refused(pipeline, ValueError, r"no class named '5'.* number is an int: 5, without quotes", class_labels="5")
+    assert_refused(pipeline, ValueError, r"got 70\. The class named '70' is a string", class_labels=70)
+
+
 def test_names_without_id2label_are_refused():
     assert_refused(make_pipeline(), ValueError, "because the pipeline has no `id2label`", class_labels="three")
 

@@ -140,13 +140,22 @@ def test_unlabelled_training_needs_no_held_out_labels(folder):
     assert "labels" not in held_out(folder, "--validation_data_dir", folder, images=images)[1]
 
 
-def test_held_out_images_must_have_the_classes_of_the_training_images(folder, tmp_path):
+def put_images(folder: Path, names: str) -> Path:
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(folder / name / "0.png")
+    return folder
+
+
+def test_held_out_images_have_the_labels_that_the_training_images_have_for_their_classes(folder, tmp_path):
     """Folders are numbered in their order: without class a, class b would be taken for it."""
-    for name in "bc":
-        (tmp_path / "validation" / name).mkdir(parents=True)
-        Image.new("L", (8, 8)).save(tmp_path / "validation" / name / "0.png")
-    with pytest.raises(ValueError, match=r"must have the classes of the training images, a, b, got b, c\."):
-        held_out(folder, "--validation_data_dir", tmp_path / "validation")
+    _, batch = held_out(folder, "--validation_data_dir", put_images(tmp_path / "validation", "b"))
+    assert batch["labels"].tolist() == [1]
+
+
+def test_held_out_images_must_be_of_classes_that_are_trained_on(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"must be among a, b, got c\."):
+        held_out(folder, "--validation_data_dir", put_images(tmp_path / "validation", "bc"))
 
 
 def test_held_out_numbers_beyond_those_of_the_training_images_are_refused(folder, tmp_path):
@@ -157,7 +166,7 @@ def test_held_out_numbers_beyond_those_of_the_training_images_are_refused(folder
         lines = [json.dumps({"file_name": f"{label}.png", "label": label}) for label in labels]
         (tmp_path / split / "metadata.jsonl").write_text("\n".join(lines))
     images = load_images(parse(tmp_path / "train"), "label")
-    with pytest.raises(ValueError, match=r"`label_column` must hold labels in \[0, 2\), got 2"):
+    with pytest.raises(ValueError, match="The images have 3 classes, but the model knows 2"):
         held_out(tmp_path / "train", "--validation_data_dir", tmp_path / "validation", images=images)
 
 

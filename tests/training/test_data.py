@@ -103,20 +103,14 @@ def test_names_of_classes_come_with_class_labels():
     assert (images.num_classes, images.id2label) == (3, {0: "a", 1: "b", 2: "c"})
 
 
-def test_names_beyond_the_number_of_classes_are_left_out():
-    images = training_images(table([1, 0], datasets.ClassLabel(names=["a", "b", "c"])), num_classes=2)
-    assert images.id2label == {0: "a", 1: "b"}
-
-
 def test_labels_follow_a_selection_of_rows():
     assert training_images(table([3, 0, 4]).select([2, 0])).labels.tolist() == [4, 3]
 
 
-@pytest.mark.parametrize("wrong", [5, -1])
-def test_the_first_label_out_of_range_is_named_without_decoding_images(wrong):
+def test_the_first_label_out_of_range_is_named_without_decoding_images():
     broken = [{"bytes": b"broken", "path": None}] * 4
-    with pytest.raises(ValueError, match=rf"in \[0, 5\), got {wrong} in row 2 of 'label' \(2 such rows\)"):
-        training_images(table([0, 4, wrong, wrong], images=broken), num_classes=5)
+    with pytest.raises(ValueError, match=r"in \[0, 5\), got -1 in row 2 of 'label' \(2 such rows\)"):
+        training_images(table([0, 4, -1, -1], images=broken))
 
 
 def test_a_missing_label_is_named():
