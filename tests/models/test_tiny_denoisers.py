@@ -11,7 +11,7 @@ from diffusers import ModelMixin
 from tiny_denoisers import DENOISERS, FLEX_ATTENTION, LEFT_OUT, build, inputs, run
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in FLEX_ATTENTION]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in sorted(FLEX_ATTENTION)]
 
 
 @pytest.mark.parametrize("name", [*sorted(DENOISERS.keys() - FLEX_ATTENTION), *SLOW])
