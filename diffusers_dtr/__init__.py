@@ -4,21 +4,17 @@
 from diffusers import ModelMixin
 
 from .analysis import TaskAffinity
-from .diffusers_registration import (
-    register_library,
-    register_pipeline,
-    register_routed_model,
-)
+from .diffusers_registration import register_library, register_pipeline
 from .latents import decode_latents, encode_images, vae_scale_factor
 from .models.convert_original_dit import convert_original_dit, original_dit_state_dict
+from .models.dit import DTRTransformer2DModel
+from .models.families import TRANSFORMERS, UNETS, routed_class
+from .models.family import Family, RoutedTransformerMixin
 from .models.original_checkpoint import load_original_checkpoint
 from .models.presets import DIT_PRESETS
-from .models.transformer_dit import DTRTransformer2DModel
-from .models.transformer_flux import DTRFluxTransformer2DModel
-from .models.transformer_pixart import DTRPixArtTransformer2DModel
-from .models.transformer_sd3 import DTRSD3Transformer2DModel
-from .models.unet_2d import DTRUNet2DModel
-from .models.unet_2d_condition import DTRUNet2DConditionModel
+from .models.route import route, unroute
+from .models.routed_blocks import Stream
+from .models.unet import DTRUNet2DConditionModel, DTRUNet2DModel
 from .noise_levels import NoiseLevels
 from .objective.adaptive_sampling import AdaptiveTimestepSampler
 from .objective.clustered_loss import ClusteredLoss
@@ -32,21 +28,23 @@ from .routing import random_routing_mask, routing_mask
 
 __version__ = "0.1.0"
 
+_DECLARED = {f"DTR{name}": name for name in (*TRANSFORMERS, *UNETS)}
+
 __all__ = [
     "DIT_PRESETS",
     "AdaptiveTimestepSampler",
     "ClusteredLoss",
-    "DTRFluxTransformer2DModel",
     "DTRPipeline",
-    "DTRPixArtTransformer2DModel",
-    "DTRSD3Transformer2DModel",
     "DTRTransformer2DModel",
     "DTRUNet2DConditionModel",
     "DTRUNet2DModel",
     "DenoisingLoss",
+    "Family",
     "GradientBalancer",
     "ModelMixin",
     "NoiseLevels",
+    "RoutedTransformerMixin",
+    "Stream",
     "TaskAffinity",
     "TimestepClusters",
     "cluster_timesteps",
@@ -56,16 +54,20 @@ __all__ = [
     "load_original_checkpoint",
     "original_dit_state_dict",
     "random_routing_mask",
+    "route",
     "routing_mask",
+    "unroute",
     "vae_scale_factor",
+    *_DECLARED,
 ]
+
+
+def __getattr__(name: str) -> type[ModelMixin]:
+    """Routed classes, made when they are first asked for, so that no model is imported that nobody uses."""
+    if name not in _DECLARED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return globals().setdefault(name, routed_class(_DECLARED[name]))
+
 
 register_library()
 register_pipeline(DTRPipeline)
-for _model_class in (
-    DTRFluxTransformer2DModel,
-    DTRPixArtTransformer2DModel,
-    DTRSD3Transformer2DModel,
-    DTRUNet2DConditionModel,
-):
-    register_routed_model(_model_class)

@@ -11,9 +11,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import diffusers
-from diffusers.hooks._helpers import TransformerBlockRegistry
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.loaders.peft import _SET_ADAPTER_SCALE_FN_MAPPING
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+from torch import nn
 
 
 def register_library() -> None:
@@ -33,14 +34,22 @@ def register_pipeline(pipeline_class: type[diffusers.DiffusionPipeline]) -> None
     setattr(diffusers, name, pipeline_class)
 
 
-def register_routed_model(model_class: type[diffusers.ModelMixin]) -> None:
-    """Let diffusers treat a routed model's LoRA scales, and its blocks in caches, as those of the class it routes.
+def register_lora_scales(model_class: type[diffusers.ModelMixin], plain_class: type[diffusers.ModelMixin]) -> None:
+    """Let diffusers treat a routed model's LoRA scales as those of the class that it routes."""
+    scales = _SET_ADAPTER_SCALE_FN_MAPPING.get(plain_class.__name__)
+    if scales is not None:
+        _SET_ADAPTER_SCALE_FN_MAPPING[model_class.__name__] = scales
 
-    Args:
-        model_class: Has the diffusers class that it routes as `plain_class` and, if blocks have routed classes, these
-            as `routed_blocks`.
-    """
-    scales = _SET_ADAPTER_SCALE_FN_MAPPING
-    scales[model_class.__name__] = scales[model_class.plain_class.__name__]
-    for block_class in getattr(model_class, "routed_blocks", ()):
-        TransformerBlockRegistry.register(block_class, replace(TransformerBlockRegistry.get(block_class.__base__)))
+
+def block_metadata(block_class: type[nn.Module]) -> TransformerBlockMetadata | None:
+    """What diffusers knows of a block, if it is one of those that its caches know."""
+    try:
+        return TransformerBlockRegistry.get(block_class)
+    except ValueError:
+        return None
+
+
+def register_block(block_class: type[nn.Module], metadata: TransformerBlockMetadata | None) -> None:
+    """Let diffusers' caches treat a routed block as the class that it routes."""
+    if metadata is not None:
+        TransformerBlockRegistry.register(block_class, replace(metadata))

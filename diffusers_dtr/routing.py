@@ -47,7 +47,8 @@ def routing_mask(
         alpha: How late the window starts to slide, > 0. At 1 it slides evenly; the larger, the more of the slide
             happens at high noise levels.
         beta: Share of the channels that are active, in (0, 1].
-        timestep_range: (t_min, t_max), the timesteps at which the window stands at the first and last channels.
+        timestep_range: (t_min, t_max), the timesteps at which the window stands at the first and last channels. It may
+            run downwards: (1.0, 0.0) where the timestep 1.0 means clean.
 
     Returns:
         Bool tensor `(batch, num_channels)` on the device of `timestep`; batch is 1 for a scalar.
@@ -179,12 +180,14 @@ class ChannelRouting:
         """The mask for blocks of one width in one forward call.
 
         Args:
-            timestep: `(batch,)`, any real type. On a CPU a NaN is an error; elsewhere it is not looked for, because
-                that would wait for the device, and shows as NaN in the model's own timestep embedding.
+            timestep: `(batch,)`, or `(batch, n)` with one per frame or token, of any real type. On a CPU a NaN is an
+                error; elsewhere it is not looked for, because that would wait for the device, and shows as NaN in the
+                model's own timestep embedding.
             num_channels: Width of the blocks, one of `widths`.
 
         Returns:
-            Bool tensor `(batch, num_channels)` on the device of `timestep`, or None where nothing is routed.
+            Bool tensor `(batch, num_channels)` or `(batch, n, num_channels)` on the device of `timestep`, or None
+            where nothing is routed.
 
         Raises:
             ValueError: For a NaN timestep on a CPU.
@@ -221,7 +224,7 @@ def check_routing(
         beta: Must be in (0, 1].
         routing_type: Must be one of "dtr", "random", "none".
         seed: Must be an integer in [0, 2**32).
-        timestep_range: Must be two finite numbers, the first smaller.
+        timestep_range: Must be two different finite numbers.
         num_channels: Width for which the window must hold at least one channel, or None not to check that.
 
     Raises:
@@ -237,7 +240,8 @@ def check_routing(
         raise ValueError(f"`routing_seed` must be an integer in [0, 2**32), got {seed!r}.")
     if not _is_range(timestep_range):
         raise ValueError(
-            f"`routing_timestep_range` must be (t_min, t_max) with finite t_min < t_max, got {timestep_range!r}."
+            "`routing_timestep_range` must be (cleanest, noisiest), two different finite timesteps, got "
+            f"{timestep_range!r}."
         )
     if num_channels is not None and int(beta * num_channels) < 1:
         raise ValueError(
@@ -256,7 +260,7 @@ def _is_number(value) -> bool:
 
 
 def _is_range(value) -> bool:
-    return isinstance(value, Sequence) and len(value) == 2 and all(map(_is_number, value)) and value[0] < value[1]
+    return isinstance(value, Sequence) and len(value) == 2 and all(map(_is_number, value)) and value[0] != value[1]
 
 
 def _as_batch(timestep: torch.Tensor | float) -> torch.Tensor:
@@ -273,11 +277,11 @@ def _check_no_nan(timestep: torch.Tensor) -> None:
 
 
 def _position(timestep: torch.Tensor, timestep_range: Sequence[float]) -> torch.Tensor:
-    """τ in [0, 1], `(batch, 1)`."""
+    """τ in [0, 1], `(batch, 1)` or `(batch, n, 1)`."""
     # float32 moves the window of some timesteps by a channel.
     wide = timestep.to(scalar_dtype(timestep.device))
     low, high = timestep_range
-    return ((wide - low) / (high - low)).clamp(0, 1)[:, None]
+    return ((wide - low) / (high - low)).clamp(0, 1)[..., None]
 
 
 def _num_active(beta: float | torch.Tensor, num_channels: int) -> int | torch.Tensor:
@@ -294,7 +298,7 @@ def _sliding_window(timestep, num_channels, alpha, beta, timestep_range) -> torc
 
 def _random_channels(timestep, num_channels, seed, beta, timestep_range) -> torch.Tensor:
     num_active = _num_active(beta, num_channels)
-    steps = max(timestep_range[1] - timestep_range[0], _MIN_RANDOM_LEVELS - 1)
+    steps = max(abs(timestep_range[1] - timestep_range[0]), _MIN_RANDOM_LEVELS - 1)
     level = torch.round(_position(timestep, timestep_range) * steps).long()
     channels = torch.arange(num_channels, device=timestep.device)
     # The seed is mixed first: else (seed, timestep) and (0, seed ^ timestep) would have the same channels.

@@ -19,6 +19,7 @@ LAYERS = [
     "fingerprint",
     "publishing",
     "hub",
+    "diffusers_registration",
     "routing",
     "noise_levels",
     "latents",
@@ -34,8 +35,7 @@ LAYERS = [
     "training",
 ]
 
-# Only touches tables of diffusers, and is used by the package's own `__init__` alone.
-APART = {"__init__", "diffusers_registration"}
+APART = {"__init__"}
 
 
 def layer_of(path):

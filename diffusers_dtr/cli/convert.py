@@ -11,9 +11,9 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler
 
 from ..models.convert_original_dit import convert_original_dit, original_dit_state_dict
+from ..models.dit import DTRTransformer2DModel
 from ..models.original_checkpoint import CHECKPOINT_WEIGHTS, load_original_checkpoint
 from ..models.per_block_embedders import PER_BLOCK_CLASS_NAMES
-from ..models.transformer_dit import DTRTransformer2DModel
 from ..pipelines.pipeline_dtr import DTRPipeline
 from ..run_folder import PIPELINE_INDEX
 from ..training.arguments import positive_int

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 import accelerate
 import torch
 
+from .dit import DTRTransformer2DModel
 from .original_masks import MASK_BUFFER, mask_table, read_mask_tables
 from .presets import DIT_PRESETS
-from .transformer_dit import DTRTransformer2DModel
 
 
 _BLOCK_NAMES = {

@@ -9,7 +9,7 @@ import accelerate
 
 import diffusers_dtr
 
-from .routed_model import RoutedModelMixin
+from .family import RoutedModelMixin
 
 
 def model_without_weights(config: Mapping[str, Any]) -> RoutedModelMixin | None:

@@ -19,7 +19,7 @@ from diffusers import (
 )
 
 from ..latents import vae_scale_factor
-from ..models.routed_model import RoutedModelMixin
+from ..models.family import RoutedModelMixin
 from ..noise_levels import NoiseLevels
 from ..pipelines.model_index import pipeline_class_name
 from .arguments import noise_config

@@ -15,9 +15,8 @@ from diffusers import DiffusionPipeline, ModelMixin
 from PIL import Image
 
 from ..latents import decode_latents, vae_scale_factor
-from ..models.transformer_pixart import DTRPixArtTransformer2DModel
-from ..models.transformer_sd3 import DTRSD3Transformer2DModel
-from ..models.unet_2d_condition import DTRUNet2DConditionModel
+from ..models.families import routed_class
+from ..models.unet import DTRUNet2DConditionModel
 from ..run_folder import TEXT_EMBEDDINGS
 from .arguments import noise_config
 from .components import pretrained_options, pretrained_pipeline_class
@@ -117,7 +116,7 @@ class TextToImageFamily:
 
 _PROMPT = TextEmbedding(0, "prompt_embeds", "encoder_hidden_states")
 _PIXART = TextToImageFamily(
-    DTRPixArtTransformer2DModel,
+    routed_class("PixArtTransformer2DModel"),
     (_PROMPT, TextEmbedding(1, "prompt_attention_mask", "encoder_attention_mask")),
     # Else the images would be of a size that the pipeline prefers.
     sample_options={"use_resolution_binning": False},
@@ -133,7 +132,7 @@ TEXT_TO_IMAGE_FAMILIES = {
     "PixArtAlphaPipeline": _PIXART,
     "PixArtSigmaPipeline": _PIXART,
     "StableDiffusion3Pipeline": TextToImageFamily(
-        DTRSD3Transformer2DModel,
+        routed_class("SD3Transformer2DModel"),
         (_PROMPT, TextEmbedding(2, "pooled_prompt_embeds", "pooled_projections")),
         lora_layers=(
             *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),

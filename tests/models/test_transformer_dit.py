@@ -329,7 +329,10 @@ def test_everything_that_is_saved_is_a_parameter_and_routing_saves_nothing():
         ({"routing_alpha": 0}, r"`routing_alpha` must be a number > 0, got 0\."),
         ({"routing_type": "window"}, r"`routing_type` must be one of dtr, random, none, got 'window'\."),
         ({"routing_seed": -1}, r"`routing_seed` must be an integer in .*, got -1\."),
-        ({"routing_timestep_range": (1, 0)}, r"`routing_timestep_range` must be \(t_min, t_max\) .*, got \(1, 0\)\."),
+        (
+            {"routing_timestep_range": (1, 1)},
+            r"`routing_timestep_range` must be \(cleanest, noisiest\), two different .* got \(1, 1\)\.",
+        ),
         ({"norm_type": "ada_norm"}, r"`norm_type` must be \"ada_norm_zero\", got 'ada_norm'\."),
         ({"class_dropout_prob": 1.0}, r"`class_dropout_prob` must be in \[0, 1\), got 1\.0\."),
         ({"num_embeds_ada_norm": 0}, r"`num_embeds_ada_norm`.* must be >= 1 or None, got 0\."),
@@ -345,8 +348,8 @@ def test_a_config_that_describes_no_model_is_refused(config, message):
     ("arguments", "message"),
     [
         ({"timestep": None}, r"`timestep` must be given"),
-        ({"timestep": torch.zeros(3)}, r"`timestep` must be .*\(batch,\) = \(4,\), got \(3,\)\."),
-        ({"timestep": torch.zeros(4, 1)}, r"`timestep` must be .*\(batch,\) = \(4,\), got \(4, 1\)\."),
+        ({"timestep": torch.zeros(3)}, r"`timestep` must be .*\(batch,\) with batch = 4, got \(3,\)\."),
+        ({"timestep": torch.zeros(4, 1)}, r"`timestep` must be .*\(batch,\) with batch = 4, got \(4, 1\)\."),
         ({"timestep": math.nan}, r"`timestep` must be a number everywhere, got NaN at index 0\."),
         ({"hidden_states": torch.zeros(4, 4, 8, 7)}, r"multiples of `patch_size`=2, got 8x7\."),
     ],

@@ -5,7 +5,7 @@ from test_transformer_sd3 import assert_image_streams_are_routed
 from tiny_models import FLUX, output
 from tiny_text_encoders import clip_text_model, clip_tokenizer, t5_encoder, t5_tokenizer, tiny_vae
 
-from diffusers_dtr.models.transformer_flux import DTRFluxTransformer2DModel
+from diffusers_dtr import DTRFluxTransformer2DModel
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtSi
 from tiny_models import PIXART, in_double, output, recorded_calls, window
 from tiny_text_encoders import t5_encoder, t5_tokenizer, tiny_vae
 
-from diffusers_dtr.models.transformer_pixart import DTRPixArtTransformer2DModel
+from diffusers_dtr import DTRPixArtTransformer2DModel
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from tiny_models import SD3, in_double, output, recorded_calls, window
 from tiny_text_encoders import clip_text_model_with_projection, clip_tokenizer, t5_encoder, t5_tokenizer, tiny_vae
 
-from diffusers_dtr.models.transformer_sd3 import DTRSD3Transformer2DModel
+from diffusers_dtr import DTRSD3Transformer2DModel
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, 
 from diffusers.models.resnet import ResnetBlock2D
 from tiny_models import TIMESTEPS, UNET, in_double, output, recorded_calls, window
 
-from diffusers_dtr.models.unet_2d import DTRUNet2DModel
+from diffusers_dtr import DTRUNet2DModel
 
 
 UNITS = r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.(resnets|attentions)\.\d+"

@@ -7,7 +7,7 @@ from tiny_dit import with_random_weights
 from tiny_models import TIMESTEPS, UNET_CONDITION, output
 from tiny_text_encoders import stable_diffusion, stable_diffusion_xl
 
-from diffusers_dtr.models.unet_2d_condition import DTRUNet2DConditionModel
+from diffusers_dtr import DTRUNet2DConditionModel
 
 
 SIMPLE = {

@@ -12,12 +12,14 @@ from diffusers import ModelMixin
 from tiny_dit import CONFIG as DIT_CONFIG
 from tiny_dit import plain_dit, with_random_weights
 
-from diffusers_dtr import DTRTransformer2DModel
-from diffusers_dtr.models.transformer_flux import DTRFluxTransformer2DModel
-from diffusers_dtr.models.transformer_pixart import DTRPixArtTransformer2DModel
-from diffusers_dtr.models.transformer_sd3 import DTRSD3Transformer2DModel
-from diffusers_dtr.models.unet_2d import DTRUNet2DModel
-from diffusers_dtr.models.unet_2d_condition import DTRUNet2DConditionModel
+from diffusers_dtr import (
+    DTRFluxTransformer2DModel,
+    DTRPixArtTransformer2DModel,
+    DTRSD3Transformer2DModel,
+    DTRTransformer2DModel,
+    DTRUNet2DConditionModel,
+    DTRUNet2DModel,
+)
 
 
 TIMESTEPS = torch.tensor([0, 500, 978, 999])

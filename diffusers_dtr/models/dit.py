@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from inspect import signature
 from typing import Any
 
+import accelerate
 import torch
 import torch.nn.functional as F
-from diffusers import DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
@@ -18,9 +19,9 @@ from torch import nn
 
 from .dit_block import DTRTransformerBlock, TimestepLabelEmbedding, unpatchify
 from .dit_initialization import initialize_dit
+from .family import RoutedModelMixin, timestep_batch
 from .per_block_embedders import PER_BLOCK_CLASS_NAMES, share_embedders
 from .presets import DIT_PRESETS
-from .routed_model import RoutedModelMixin, timestep_batch
 
 
 class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMixin, PeftAdapterMixin):
@@ -67,7 +68,6 @@ class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMi
             memory is spent.
     """
 
-    plain_class = DiTTransformer2DModel
     _no_split_modules = ("DTRTransformerBlock",)
     _repeated_blocks = ("DTRTransformerBlock",)
     _supports_group_offloading = True
@@ -286,11 +286,37 @@ class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMi
             TypeError: If `transformer` is of another class, or a name in `routing` is not one of a config value.
             ValueError: If the embedders of a block differ from those of the first one; it names the block.
         """
-        return cls._from_plain(transformer, "transformer", routing)
+        if not isinstance(transformer, DiTTransformer2DModel):
+            raise TypeError(f"`transformer` must be a `DiTTransformer2DModel`, got a `{type(transformer).__name__}`.")
+        return cls._from_state(transformer, cls._routed_state_dict(transformer), copy=True, **routing)
 
     @staticmethod
-    def _routed_state_dict(plain: DiTTransformer2DModel) -> dict[str, torch.Tensor]:
-        return share_embedders(plain.state_dict())
+    def _routed_state_dict(source: DiTTransformer2DModel) -> dict[str, torch.Tensor]:
+        """The weights of a plain model, or of one of this class, under the names of this class."""
+        return share_embedders(source.state_dict())
+
+    @classmethod
+    def _from_state(
+        cls, source: ModelMixin, state_dict: dict[str, torch.Tensor], *, copy: bool, **config
+    ) -> ModelMixin:
+        """A model of this class with the config and mode of `source`, but for `config`, and exactly these weights."""
+        # Not `from_config`, which ignores unknown names, and new values of what the source had left at its default.
+        # Unknown names in the source's config are those of older diffusers, which loading keeps.
+        known = signature(cls).parameters
+        source_config = {name: value for name, value in source.config.items() if name in known}
+        with accelerate.init_empty_weights():
+            model = cls(**{**source_config, **config})
+        if copy:
+            state_dict = {key: value.clone() for key, value in state_dict.items()}
+        model.load_state_dict(state_dict, strict=True, assign=True)
+        buffers = dict(source.named_buffers())
+        for name, buffer in list(model.named_buffers()):
+            if name in buffers:
+                module, _, attribute = name.rpartition(".")
+                value = buffers[name].clone() if copy else buffers[name]
+                assert buffer.shape == value.shape
+                setattr(model.get_submodule(module), attribute, value)
+        return model.train(source.training)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> DTRTransformer2DModel:

@@ -1,0 +1,72 @@
+"""Routes a model in place, and takes it back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+from diffusers import ModelMixin
+from diffusers.utils.torch_utils import is_compiled_module
+
+from .families import TRANSFORMERS, UNETS, routed_class
+from .family import RoutedModelMixin, ScopedRoutingMixin
+
+
+def route(model: ModelMixin, **routing: Any) -> ModelMixin:
+    """Give a diffusers model Denoising Task Routing (arXiv 2310.07138), in place and without copying a weight.
+
+    The model may be quantised, on the meta device, offloaded, spread over devices, or have LoRA adapters. A model that
+    is routed is routed anew, with the values given.
+
+    Args:
+        model: A denoiser of diffusers, or one whose routed class was declared (see [`Family`]).
+        **routing: `routing_alpha`, `routing_beta`, `routing_type`, `routing_seed`, `routing_timestep_range`.
+
+    Returns:
+        `model`, whose class is now its routed one.
+
+    Raises:
+        TypeError: For a model of no known family, one that `torch.compile` wraps, and unknown names in `routing`.
+        ValueError: For a routing that does not exist. In every case the model is as it was.
+    """
+    if is_compiled_module(model):
+        raise TypeError("`model` must be a model, got what `torch.compile` made of one. Route it before compiling it.")
+    if isinstance(model, RoutedModelMixin) and not isinstance(model, ScopedRoutingMixin):
+        raise TypeError(f"`model` is routed by nature: make another `{type(model).__name__}` with `from_transformer`.")
+    plain = model.plain_class if isinstance(model, ScopedRoutingMixin) else type(model)
+    return _class_for(plain)._routed_in_place(model, routing)
+
+
+def unroute(model: ModelMixin) -> ModelMixin:
+    """Undo [`route`]: the model has its plain class, config and outputs again.
+
+    Args:
+        model: A routed model, made by [`route`] or otherwise.
+
+    Returns:
+        `model`, or the same model if it was not routed.
+
+    Raises:
+        TypeError: For a model that has no plain class with the same weights, such as a [`DTRTransformer2DModel`].
+    """
+    if not isinstance(model, RoutedModelMixin):
+        return model
+    if not isinstance(model, ScopedRoutingMixin):
+        raise TypeError(
+            f"A `{type(model).__name__}` has other weights than a `{model.plain_class.__name__}`; with "
+            "`set_routing_beta(1.0)` it is unrouted."
+        )
+    return model._unrouted_in_place()
+
+
+def _class_for(plain: type[ModelMixin]) -> type[ScopedRoutingMixin]:
+    name = plain.__name__
+    if (name in TRANSFORMERS or name in UNETS) and getattr(diffusers, name) is plain:
+        return routed_class(name)
+    found = ScopedRoutingMixin.routed_classes.get(plain)
+    if found is None:
+        raise TypeError(
+            f"`model` is a `{name}`, whose blocks are not known. Declare it, as the README shows: "
+            f"`class DTR{name}(RoutedTransformerMixin, {name}, family=Family(blocks=[...])): ...`."
+        )
+    return found

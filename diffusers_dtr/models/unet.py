@@ -1,0 +1,138 @@
+"""U-Nets with routed residual units: y = shortcut(x) + F(m ⊙ x), each width with its own window.
+
+A U-Net's routed units are the entries of its blocks' `resnets` and `attentions`, and what video models have beside
+these. In every one the residual branch F begins with one norm, while the shortcut takes the unit's own input. Masking
+what that norm sees is therefore the whole routing, whatever the unit does besides: 1x1 shortcuts, resampling, scaled
+outputs. The samplers between blocks, convolutions or ResNet blocks, are not routed. The authors of DTR (arXiv
+2310.07138) released no U-Net: this reading of the method is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from diffusers import ModelMixin, UNet2DConditionModel, UNet2DModel
+from diffusers.loaders import PeftAdapterMixin
+from torch import nn
+
+from .change_class import change_class
+from .family import Family, ScopedRoutingMixin
+from .routed_blocks import masked_class
+
+
+# Attributes of a block that are lists of its residual units.
+_UNITS = ("resnets", "attentions", "temp_convs", "temp_attentions", "motion_modules")
+
+# By class of a unit: where the norms are that its residual branches begin with.
+_FIRST_NORMS = {
+    "ResnetBlock2D": ["norm1"],
+    "Attention": ["group_norm"],
+    "Transformer2DModel": ["norm"],
+    "TemporalConvLayer": ["conv1.0"],
+    "TransformerTemporalModel": ["norm"],
+    "AnimateDiffTransformer3D": ["norm"],
+    "SpatioTemporalResBlock": ["spatial_res_block.norm1", "temporal_res_block.norm1"],
+    "TransformerSpatioTemporalModel": ["norm"],
+}
+
+
+class NoNorm(nn.Identity):
+    """Stands where a residual branch has no norm of its own: attention in the mid block of ADM-style models."""
+
+
+class RoutedUNetMixin(ScopedRoutingMixin):
+    """Routes a U-Net; to be named before the plain class."""
+
+    @classmethod
+    def _widths(cls, config: Mapping[str, Any]) -> set[int]:
+        # Every routed width is one of these, or a sum of them.
+        return set(config["block_out_channels"])
+
+    @classmethod
+    def _routed_widths_of(cls, model: nn.Module) -> set[int]:
+        return {width for *_, width in _first_norms(model)}
+
+    def _route_modules(self) -> None:
+        norms = list(_first_norms(self))
+        self.routed_widths = tuple(sorted({width for *_, width in norms}))
+        for parent, name, _ in norms:
+            if getattr(parent, name) is None:
+                setattr(parent, name, NoNorm())
+            norm = getattr(parent, name)
+            change_class(norm, masked_class(type(norm)))
+
+    def _unroute_modules(self) -> None:
+        super()._unroute_modules()
+        for module in list(self.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, NoNorm):
+                    setattr(module, name, None)
+
+    @classmethod
+    def from_unet(cls, unet: ModelMixin, **routing: Any) -> ModelMixin:
+        """The routed model with the weights of a plain one, which is left as it is.
+
+        Args:
+            unet: A model of the diffusers class that this one routes.
+            **routing: Config values that the plain model does not have: `routing_alpha`, `routing_beta`, ...
+
+        Returns:
+            A model with copies of the weights, on the same device, of the same dtype and in the same mode.
+
+        Raises:
+            TypeError: If `unet` is of another class, a name in `routing` is not one of a config value, or the U-Net
+                has blocks whose units cannot be routed, such as those of K-diffusion.
+            ValueError: For a routing that does not exist.
+        """
+        return cls._from_plain(unet, "unet", routing)
+
+
+class DTRUNet2DModel(RoutedUNetMixin, UNet2DModel, PeftAdapterMixin, family=Family()):
+    """The U-Net of DDPM (arXiv 2006.11239) and ADM (arXiv 2105.05233) with Denoising Task Routing (arXiv 2310.07138).
+
+    Unlike the base class it takes LoRA adapters directly (`add_adapter`, `load_lora_adapter`).
+
+    Parameters:
+        sample_size, ...: All config values of [`~diffusers.UNet2DModel`].
+        routing_alpha, ...: The routing, as in [`DTRTransformer2DModel`].
+
+    Raises:
+        ValueError: For a routing that does not exist (see [`~diffusers_dtr.routing.check_routing`]), before any
+            memory is spent.
+        TypeError: For a block type whose units cannot be routed.
+    """
+
+
+class DTRUNet2DConditionModel(RoutedUNetMixin, UNet2DConditionModel, family=Family()):
+    """The text-conditional U-Net of Stable Diffusion 1, 2 and XL with Denoising Task Routing (arXiv 2310.07138).
+
+    Parameters:
+        sample_size, ...: All config values of [`~diffusers.UNet2DConditionModel`].
+        routing_alpha, ...: The routing, as in [`DTRTransformer2DModel`].
+
+    Raises:
+        ValueError: For a routing that does not exist (see [`~diffusers_dtr.routing.check_routing`]), before any
+            memory is spent.
+        TypeError: For a block type whose units cannot be routed, such as those of K-diffusion.
+    """
+
+
+def _first_norms(unet: nn.Module) -> Iterator[tuple[nn.Module, str, int]]:
+    """Where every routed norm is or would be, with its width: parent, attribute, channels."""
+    blocks = (*unet.down_blocks, unet.mid_block, *unet.up_blocks)
+    units = [unit for block in blocks for name in _UNITS for unit in getattr(block, name, None) or ()]
+    for unit in units:
+        if unit is None:
+            continue
+        if type(unit).__name__ not in _FIRST_NORMS:
+            raise TypeError(
+                f"A U-Net with a `{type(unit).__name__}` cannot be routed. What can are "
+                f"{', '.join(f'`{name}`' for name in _FIRST_NORMS)}."
+            )
+        for path in _FIRST_NORMS[type(unit).__name__]:
+            parent_path, _, name = path.rpartition(".")
+            parent = unit.get_submodule(parent_path)
+            norm = getattr(parent, name)
+            width = unit.query_dim if norm is None or isinstance(norm, NoNorm) else norm.num_channels
+            yield parent, name, width

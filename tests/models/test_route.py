@@ -1,0 +1,328 @@
+"""Routing a model in place, whatever was done to it before, and taking it back."""
+
+import copy
+import pickle
+from inspect import Parameter, signature
+
+import pytest
+import torch
+from accelerate import cpu_offload, dispatch_model
+from diffusers import FluxTransformer2DModel, ModelMixin, SD3Transformer2DModel
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from peft import LoraConfig
+from tiny_models import DIT, FLUX, PIXART, SCOPED_FAMILIES, UNET, output
+from torch import nn
+
+import diffusers_dtr
+from diffusers_dtr import Family, RoutedTransformerMixin, route, unroute
+
+
+every_family = pytest.mark.parametrize("family", SCOPED_FAMILIES, ids=lambda family: family.routed_class.__name__)
+
+
+def classes(model):
+    return {name: type(module) for name, module in model.named_modules()}
+
+
+# In place, and back.
+
+
+@every_family
+def test_route_gives_the_model_its_routed_class_without_copying_a_weight(family):
+    model = family.plain()
+    weights = {name: value.data_ptr() for name, value in model.state_dict().items()}
+    expected = output(family.conversion(model, routing_beta=0.5), family.inputs())
+    assert route(model, routing_beta=0.5) is model
+    assert type(model) is family.routed_class
+    assert {name: value.data_ptr() for name, value in model.state_dict().items()} == weights
+    assert torch.equal(output(model, family.inputs()), expected)
+
+
+@every_family
+def test_unroute_undoes_route(family):
+    model = family.plain().train()
+    expected = output(model.eval(), family.inputs())
+    config, modules, state = dict(model.config), classes(model), set(vars(model))
+    assert unroute(route(model, routing_beta=0.5)) is model
+    assert (dict(model.config), classes(model), set(vars(model))) == (config, modules, state)
+    assert torch.equal(output(model, family.inputs()), expected)
+
+
+@every_family
+def test_a_model_made_routed_can_be_unrouted(family):
+    model = family.routed()
+    plain = family.plain()
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(output(unroute(model), family.inputs()), output(plain, family.inputs()))
+    assert type(model) is family.routed_class.plain_class
+    assert model.config.keys() == plain.config.keys()
+
+
+def test_a_routed_model_is_routed_anew():
+    model = route(FLUX.plain(), routing_beta=0.5, routing_alpha=2.0)
+    route(model, routing_beta=0.7)
+    assert (model.config.routing_beta, model.config.routing_alpha) == (0.7, 2.0)
+    assert torch.equal(
+        output(model, FLUX.inputs()),
+        output(route(FLUX.plain(), routing_beta=0.7, routing_alpha=2.0), FLUX.inputs()),
+    )
+
+
+def test_a_class_conditional_transformer_of_diffusers_is_routed_in_place_too():
+    model = DIT.plain()
+    expected = output(model, DIT.inputs())
+    assert type(route(model, routing_beta=0.5)) is diffusers_dtr.DTRDiTTransformer2DModel
+    assert not torch.equal(output(model, DIT.inputs()), expected)
+    assert torch.equal(output(unroute(model), DIT.inputs()), expected)
+
+
+# Whatever was done to it.
+
+
+def adapted(model):
+    torch.manual_seed(0)
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    return model
+
+
+def checkpointed(model):
+    model.enable_gradient_checkpointing()
+    return model
+
+
+def compiled_in_place(model):
+    torch._dynamo.reset()
+    model.compile(backend="eager")
+    return model
+
+
+def compiled_blocks(model):
+    torch._dynamo.reset()
+    model.compile_repeated_blocks(backend="eager")
+    return model
+
+
+def group_offloaded(model):
+    where = {"onload_device": torch.device("cpu"), "offload_device": torch.device("cpu")}
+    model.enable_group_offload(**where, offload_type="block_level", num_blocks_per_group=1)
+    return model
+
+
+def offloaded(model):
+    return cpu_offload(model, torch.device("cpu"))
+
+
+def quantised(model):
+    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8, inplace=True)
+
+
+WAYS = [adapted, checkpointed, compiled_in_place, compiled_blocks, group_offloaded, offloaded, quantised]
+
+
+@pytest.mark.parametrize("prepare", WAYS)
+def test_route_is_right_whatever_was_done_before(prepare):
+    before, after = prepare(FLUX.plain()), prepare(FLUX.plain())
+    expected = output(after, FLUX.inputs())
+    route(before, routing_beta=0.5)
+    routed_first = prepare(route(FLUX.plain(), routing_beta=0.5))
+    found = output(before, FLUX.inputs())
+    torch.testing.assert_close(found, output(routed_first, FLUX.inputs()), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found, expected, rtol=1e-2)
+    torch.testing.assert_close(output(unroute(before), FLUX.inputs()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_spread_over_a_disk_is_routed_in_place(tmp_path):
+    plain = FLUX.plain()
+    expected = output(route(copy.deepcopy(plain), routing_beta=0.5), FLUX.inputs())
+    device_map = {name: "cpu" for name, _ in plain.named_children()}
+    del device_map["transformer_blocks"]
+    device_map |= {"transformer_blocks.0": "disk", "transformer_blocks.1": "cpu"}
+    model = dispatch_model(plain, device_map, main_device="cpu", offload_dir=tmp_path)
+    assert model.transformer_blocks[0].norm1.linear.weight.is_meta
+    torch.testing.assert_close(output(route(model, routing_beta=0.5), FLUX.inputs()), expected)
+
+
+def test_a_model_without_weights_is_routed():
+    with torch.device("meta"):
+        model = FluxTransformer2DModel(**FLUX.config)
+    route(model, routing_beta=0.5)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    model.to_empty(device="cpu")
+    model.load_state_dict(FLUX.plain().state_dict())
+    assert torch.equal(output(model, FLUX.inputs()), output(route(FLUX.plain(), routing_beta=0.5), FLUX.inputs()))
+
+
+@every_family
+def test_checkpointing_that_was_on_before_gives_the_gradients_of_each_call(family):
+    def gradients(model):
+        losses = []
+        for share in (0.9, 0.5):
+            model.set_routing_beta(share)
+            losses.append(model(**family.inputs()).sample.square().mean())
+        return torch.autograd.grad(sum(losses), list(model.parameters()), allow_unused=True)
+
+    expected = gradients(route(family.plain()))
+    found = gradients(route(checkpointed(family.plain())))
+    for one, other in zip(found, expected, strict=True):
+        if other is not None:
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_what_torch_compile_wraps_is_refused():
+    with pytest.raises(TypeError, match="Route it before compiling it"):
+        route(torch.compile(FLUX.plain()))
+
+
+# What cannot be.
+
+
+@pytest.mark.parametrize(
+    ("routing", "error", "message"),
+    [
+        ({"routing_gamma": 1}, TypeError, "Routing has no `routing_gamma`; it has `routing_alpha`"),
+        ({"routing_beta": 2}, ValueError, r"must be in \(0, 1\], got 2"),
+        ({"routing_beta": 0.01}, ValueError, "leaves none of 16 channels active"),
+        ({"routing_timestep_range": (1, 1)}, ValueError, "two different finite timesteps"),
+    ],
+)
+def test_a_bad_routing_changes_nothing(routing, error, message):
+    model = FLUX.plain()
+    config, modules, state = dict(model.config), classes(model), set(vars(model))
+    with pytest.raises(error, match=message):
+        route(model, **routing)
+    assert (dict(model.config), classes(model), set(vars(model))) == (config, modules, state)
+
+
+def test_a_transformer_with_other_weights_than_diffusers_is_named():
+    with pytest.raises(TypeError, match="has other weights than a `DiTTransformer2DModel`"):
+        unroute(DIT.routed())
+    with pytest.raises(TypeError, match="`from_transformer`"):
+        route(DIT.routed())
+
+
+def test_unrouting_a_plain_model_changes_nothing():
+    model = UNET.plain()
+    assert unroute(model) is model
+
+
+# Models of other libraries.
+
+
+class PaintBlock(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x):
+        return x + self.linear(x)
+
+
+class PaintModel(ModelMixin, ConfigMixin):
+    @register_to_config
+    def __init__(self, hidden_size: int = 16, depth: int = 2):
+        super().__init__()
+        self.layers = nn.ModuleList(PaintBlock(hidden_size) for _ in range(depth))
+
+    def forward(self, tokens, t):
+        for layer in self.layers:
+            tokens = layer(tokens)
+        return tokens
+
+
+class UndeclaredModel(PaintModel):
+    pass
+
+
+class DTRPaintModel(
+    RoutedTransformerMixin, PaintModel, family=Family(timestep="t", blocks=["layers"], width="hidden_size")
+):
+    """A model of another library, routed."""
+
+
+def test_a_declared_model_of_another_library_is_routed(tmp_path):
+    model, tokens = PaintModel(), torch.randn(2, 3, 16)
+    route(model, routing_beta=0.5, routing_alpha=1.0)
+    assert type(model) is DTRPaintModel
+    found = model(tokens, torch.tensor([0.0, 999.0]))
+    mask = torch.tensor([[1.0] * 8 + [0.0] * 8, [0.0] * 8 + [1.0] * 8])[:, None]
+    expected = tokens
+    for layer in model.layers:
+        expected = expected + layer.linear(expected * mask)
+    torch.testing.assert_close(found, expected)
+    model.save_pretrained(tmp_path)
+    loaded = DTRPaintModel.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(tokens, torch.tensor([0.0, 999.0])), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(tokens, t=3), model(tokens, t=3))
+
+
+def test_a_model_of_no_known_family_is_told_how_to_be_declared():
+    with pytest.raises(TypeError, match=r"`UndeclaredModel`.*Declare it.*family=Family\(blocks="):
+        route(UndeclaredModel())
+
+
+def test_a_declaration_that_does_not_fit_is_an_error():
+    with pytest.raises(ValueError, match=r"argument of `UndeclaredModel.forward`, tokens, t, got 'timestep'"):
+
+        class DTRUndeclaredModel(RoutedTransformerMixin, UndeclaredModel, family=Family(blocks=["layers"])):
+            pass
+
+
+# What is derived.
+
+
+def test_an_argument_that_the_plain_class_gains_is_taken_over(tmp_path):
+    class Grown(SD3Transformer2DModel):
+        @register_to_config
+        def __init__(self, num_attention_heads: int = 2, attention_head_dim: int = 8, novelty: str = "none"):
+            super().__init__(8, 2, 4, 1, attention_head_dim, num_attention_heads, 12, 16, 12, 4, 8)
+            self.novelty = novelty
+
+    class DTRGrown(RoutedTransformerMixin, Grown, family=Family(blocks=["transformer_blocks"])):
+        pass
+
+    model = DTRGrown(2, novelty="some", routing_beta=0.5)
+    assert (model.novelty, model.config.novelty, model.config.routing_beta) == ("some", "some", 0.5)
+    assert DTRGrown(novelty="some").config.attention_head_dim == 8
+    model.save_pretrained(tmp_path)
+    assert DTRGrown.from_pretrained(tmp_path).novelty == "some"
+    assert type(unroute(model)) is Grown
+
+
+@every_family
+def test_the_routing_comes_after_the_arguments_of_the_plain_class_by_name_only(family):
+    parameters = signature(family.routed_class).parameters
+    plain = signature(family.routed_class.plain_class).parameters
+    assert [p for p in parameters if p not in plain] == [
+        "routing_alpha",
+        "routing_beta",
+        "routing_type",
+        "routing_seed",
+        "routing_timestep_range",
+    ]
+    assert all(p.kind is Parameter.KEYWORD_ONLY for name, p in parameters.items() if name not in plain)
+
+
+def test_routed_classes_are_made_when_they_are_asked_for(fresh_process):
+    found = fresh_process(
+        """
+        import json
+        import diffusers_dtr
+        name = "DTRWanTransformer3DModel"
+        before = name in vars(diffusers_dtr)
+        made = getattr(diffusers_dtr, name)
+        print(json.dumps([before, made.__module__, made is diffusers_dtr.DTRWanTransformer3DModel, name in dir(diffusers_dtr)]))
+        """
+    )
+    assert found == [False, "diffusers_dtr", True, True]
+
+
+def test_an_unknown_name_is_no_attribute_of_the_library():
+    assert not hasattr(diffusers_dtr, "DTRNothing")
+
+
+@pytest.mark.parametrize("family", [PIXART, UNET], ids=["tokens", "channels"])
+def test_a_routed_block_has_the_name_of_the_class_it_routes(family):
+    plain, routed = family.plain(), family.routed()
+    assert {type(module).__name__ for module in routed.modules()} - {type(routed).__name__} == {
+        type(module).__name__ for module in plain.modules()
+    } - {type(plain).__name__}
