@@ -21,8 +21,8 @@ def check_class_can_change(module: nn.Module) -> None:
     """
     if "forward" in vars(module) and not any(_held_forwards(module)):
         raise TypeError(
-            f"The forward method of a `{type(module).__name__}` was replaced by `{vars(module)['forward']!r}`, which is "
-            "no hook of accelerate or diffusers. Route the model before that, or unwrap it first, as "
+            f"The forward method of a `{type(module).__name__}` was replaced by {vars(module)['forward']!r}, which "
+            "is no hook of accelerate or diffusers. Route the model before that, or unwrap it first, as "
             "`accelerator.unwrap_model(model, keep_fp32_wrapper=False)` does."
         )
 

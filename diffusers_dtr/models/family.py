@@ -364,7 +364,10 @@ def _routed_block(plain: type[nn.Module], streams: Mapping[str, int | Stream]) -
     if isinstance(stream, int):
         stream = Stream(output=stream)
     elif stream is None and metadata is not None:
-        stream = Stream(metadata.hidden_states_argument_name, metadata.return_hidden_states_index)
+        # The registry's default name is not always that of the argument.
+        named = metadata.hidden_states_argument_name in signature(plain.forward).parameters
+        argument = metadata.hidden_states_argument_name if named else None
+        stream = Stream(argument, metadata.return_hidden_states_index)
     routed = routed_block_class(plain, stream or Stream())
     register_block(routed, metadata)
     return routed

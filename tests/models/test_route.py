@@ -310,7 +310,8 @@ def test_routed_classes_are_made_when_they_are_asked_for(fresh_process):
         name = "DTRWanTransformer3DModel"
         before = name in vars(diffusers_dtr)
         made = getattr(diffusers_dtr, name)
-        print(json.dumps([before, made.__module__, made is diffusers_dtr.DTRWanTransformer3DModel, name in dir(diffusers_dtr)]))
+        again = diffusers_dtr.DTRWanTransformer3DModel
+        print(json.dumps([before, made.__module__, made is again, name in dir(diffusers_dtr)]))
         """
     )
     assert found == [False, "diffusers_dtr", True, True]
