@@ -58,7 +58,6 @@ __all__ = [
     "routing_mask",
     "unroute",
     "vae_scale_factor",
-    *_DECLARED,
 ]
 
 
@@ -67,6 +66,10 @@ def __getattr__(name: str) -> type[ModelMixin]:
     if name not in _DECLARED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return globals().setdefault(name, routed_class(_DECLARED[name]))
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_DECLARED})
 
 
 register_library()

@@ -40,7 +40,7 @@ def imported_names(path):
 def is_public(module, name):
     """Whether a name is of the package or one of its parts, not of a module inside a part."""
     part = import_module(module)
-    public = {*getattr(part, "__all__", vars(part))} | ({*LAYERS} if module == "diffusers_dtr" else set())
+    public = {*getattr(part, "__all__", vars(part))} | ({*LAYERS, *dir(part)} if module == "diffusers_dtr" else set())
     return module.count(".") <= 1 and not name.startswith("_") and name in public
 
 

@@ -121,6 +121,16 @@ def test_timesteps_out_of_range_count_as_its_nearest_end(num_channels, alpha, be
     assert (mask.sum(1) == num_active).all()
 
 
+@given(t=st.lists(st.floats(-1, 2), min_size=1, max_size=9), num_channels=widths, alpha=alphas, beta=betas)
+def test_a_range_that_runs_downwards_mirrors_the_window(t, num_channels, alpha, beta):
+    t = torch.tensor(t, dtype=torch.float64)
+    down = routing_mask(t, num_channels, alpha=alpha, beta=beta, timestep_range=(1.0, 0.0))
+    # Where 1 - t is exact.
+    exact = (1 - (1 - t)) == t
+    up = routing_mask(1 - t, num_channels, alpha=alpha, beta=beta, timestep_range=(0.0, 1.0))
+    assert torch.equal(down[exact], up[exact])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("mask_of", [routing_mask, random_routing_mask])
 def test_masks_on_a_gpu_equal_those_on_the_cpu(mask_of):
@@ -179,10 +189,10 @@ REFUSED = [
     ({"alpha": 0}, r"`routing_alpha` must be a number > 0, got 0\."),
     ({"alpha": -1.0}, r"`routing_alpha` must be a number > 0, got -1\.0\."),
     ({"alpha": math.inf}, r"`routing_alpha` must be a number > 0, got inf\."),
-    ({"timestep_range": (5, 5)}, r"`routing_timestep_range` must be .* t_min < t_max, got \(5, 5\)\."),
+    ({"timestep_range": (5, 5)}, r"`routing_timestep_range` must be .* different finite timesteps, got \(5, 5\)\."),
     ({"timestep_range": (0, math.inf)}, r"`routing_timestep_range` must be .* finite .*, got \(0, inf\)\."),
-    ({"timestep_range": (1, 2, 3)}, r"`routing_timestep_range` must be \(t_min, t_max\).*, got \(1, 2, 3\)\."),
-    ({"timestep_range": 1000}, r"`routing_timestep_range` must be \(t_min, t_max\).*, got 1000\."),
+    ({"timestep_range": (1, 2, 3)}, r"`routing_timestep_range` must be \(cleanest, noisiest\).*, got \(1, 2, 3\)\."),
+    ({"timestep_range": 1000}, r"`routing_timestep_range` must be \(cleanest, noisiest\).*, got 1000\."),
     ({"seed": -1}, r"`routing_seed` must be an integer in \[0, 2\*\*32\), got -1\."),
     ({"seed": 1.5}, r"`routing_seed` must be an integer .*, got 1\.5\."),
 ]

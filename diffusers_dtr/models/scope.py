@@ -125,20 +125,20 @@ class ScopedCheckpointing:
     """A gradient checkpointing function that runs a block again with the masks of its own forward call.
 
     Args:
-        function: Called as `function(block, *args)`.
+        function: Called as `function(block, *args, **kwargs)`.
     """
 
     def __init__(self, function: Callable):
         self.function = function
 
-    def __call__(self, block: Callable, *args):
-        """Run `block(*args)` now, and once more when its gradients are asked for."""
+    def __call__(self, block: Callable, *args, **kwargs):
+        """Run `block(*args, **kwargs)` now, and once more when its gradients are asked for."""
         # A compiled forward call has its recomputation in the same graph, where the masks are ordinary values.
         if not torch.compiler.is_compiling():
             block = partial(_run_in_scope, _running.masks, block)
-        return self.function(block, *args)
+        return self.function(block, *args, **kwargs)
 
 
-def _run_in_scope(masks: Masks, block: Callable, *args):
+def _run_in_scope(masks: Masks, block: Callable, *args, **kwargs):
     with scope(masks):
-        return block(*args)
+        return block(*args, **kwargs)

@@ -93,7 +93,8 @@ def masked_by_hand(model: nn.Module, family: Family, timestep: torch.Tensor) -> 
         carried = (1 - window(block.image)) * block.image
         if torch.is_tensor(output):
             return output + carried
-        (place,) = [i for i, value in enumerate(output) if value is not None and value.shape == block.image.shape]
+        # MotifVideo's decoder has a second stream of images, which comes after.
+        place = next(i for i, value in enumerate(output) if value is not None and value.shape == block.image.shape)
         return (*output[:place], output[place] + carried, *output[place + 1 :])
 
     names = family.blocks or [
