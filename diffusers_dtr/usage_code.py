@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from .models.routed_model import RoutedModelMixin
+from .models.family import RoutedModelMixin
 from .publishing import LOCAL_PREFIX
 from .run_folder import LORA_FILE, RECORD_FILE
 from .trained_model import CONFIG_TYPES, TrainedModel, is_class
