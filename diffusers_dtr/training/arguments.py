@@ -13,6 +13,7 @@ from ..objective.clustering import COSTS
 from ..objective.gradient_balancing import GRADIENT_BALANCINGS
 from ..objective.weighting import WEIGHTINGS
 from ..routing import ROUTING_TYPES
+from .images import INTERPOLATION_MODES
 
 
 # Those of diffusers' `get_scheduler` that the flags say enough for.
@@ -81,6 +82,13 @@ def add_data_arguments(parser: argparse.ArgumentParser, labels: bool = True) -> 
     if labels:
         add("--label_column", default="label", help="Column with the class labels.")
     add("--resolution", type=positive_int, default=32, help="Side of the training images in pixels.")
+    add(
+        "--image_interpolation_mode",
+        choices=INTERPOLATION_MODES,
+        default="bilinear",
+        help="How images are resized. Default %(default)s.",
+    )
+    add("--max_train_samples", type=positive_int, help="Train on so many images, drawn with the seed. Default all.")
     add("--center_crop", action="store_true", help="Crop the middle rather than a random part.")
     add("--random_flip", action="store_true", help="Mirror half of the images.")
     add(

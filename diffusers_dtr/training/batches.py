@@ -25,6 +25,7 @@ class Draw(IntEnum):
     AUGMENTATION = int.from_bytes(b"augmentation", "big")
     POSTERIOR = int.from_bytes(b"posterior", "big")
     CAPTION = int.from_bytes(b"caption", "big")
+    SUBSET = int.from_bytes(b"subset", "big")
 
 
 def generator_for(draw: Draw, seed: int, epoch: int, index: int = 0) -> torch.Generator:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -43,6 +43,10 @@ class Captions:
                     f"`caption_column` must have a caption in every row, got {captions or 'none'} in row {row} of "
                     f"{column!r}. Caption the image, or leave it out."
                 )
+
+    def select(self, rows: Sequence[int]) -> Captions:
+        """Those of some rows, in their order."""
+        return Captions(self._rows.select(rows), self.column)
 
     def __getitem__(self, row: int) -> list[str]:
         """The captions of a row."""

@@ -33,14 +33,14 @@ logger = logging.getLogger(__name__)
 def load_images(
     args: argparse.Namespace, label_column: str | None, caption_column: str | None = None
 ) -> TrainingImages:
-    """The images that the data flags name; see [`load_training_images`] for what is checked.
+    """The images that the data flags name, or a draw of them; see [`load_training_images`] for what is checked.
 
     Args:
         args: Parsed flags of [`add_data_arguments`].
         label_column: Column of labels, or None to train without.
         caption_column: Column of captions, or None to train without.
     """
-    return load_training_images(
+    images = load_training_images(
         dataset_name=args.dataset_name,
         dataset_config_name=args.dataset_config_name,
         train_data_dir=args.train_data_dir,
@@ -50,6 +50,7 @@ def load_images(
         caption_column=caption_column,
         cache_dir=args.cache_dir,
     )
+    return images if args.max_train_samples is None else images.draw(args.max_train_samples, args.seed)
 
 
 def build_dataset(
@@ -72,7 +73,9 @@ def build_dataset(
             "`--cache_latents` needs an autoencoder, and the pretrained pipeline has none: leave it out, or give "
             "`--vae_name_or_path`."
         )
-    transform = ImageTransform(args.resolution, channels, args.center_crop, args.random_flip)
+    transform = ImageTransform(
+        args.resolution, channels, args.center_crop, args.random_flip, args.image_interpolation_mode
+    )
     if not args.cache_latents:
         return ImageDataset(images, transform, seed=args.seed, on_unreadable=args.unreadable_images)
     with accelerator.main_process_first():
@@ -167,7 +170,9 @@ def held_out_dataset(args: argparse.Namespace, images: TrainingImages, channels:
     )
     if images.labels is not None:
         held_out, _ = match_classes(held_out, images.id2label, images.num_classes)
-    transform = ImageTransform(args.resolution, channels, center_crop=True, random_flip=False)
+    transform = ImageTransform(
+        args.resolution, channels, center_crop=True, interpolation=args.image_interpolation_mode
+    )
     return ImageDataset(held_out, transform, seed=0, on_unreadable=args.unreadable_images)
 
 

@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 
 import datasets
 import numpy as np
+import torch
 from PIL import Image
 
+from .batches import Draw, generator_for
 from .captions import Captions
 from .image_folder import METADATA, image_paths, load_image_folder, report, scan_folder, unzip
 from .images import UnreadableImageError, decode_image
@@ -45,6 +47,22 @@ class TrainingImages:
     def classes(self) -> list[int]:
         """The labels that the images have, in ascending order."""
         return np.unique(self.labels).tolist()
+
+    def draw(self, count: int, seed: int) -> TrainingImages:
+        """Some of the images, drawn without replacement, with the classes of all.
+
+        Args:
+            count: How many; all of them if there are no more.
+            seed: Seed of the run, >= 0.
+        """
+        order = torch.randperm(len(self), generator=generator_for(Draw.SUBSET, seed, epoch=0))
+        rows = order[:count].sort().values.numpy()
+        return replace(
+            self,
+            dataset=self.dataset.select(rows),
+            labels=None if self.labels is None else self.labels[rows],
+            captions=None if self.captions is None else self.captions.select(rows),
+        )
 
     def name(self, row: int) -> str:
         """What to call a row's image in a message: the row, and its path if it has one."""

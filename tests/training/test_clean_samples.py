@@ -140,6 +140,45 @@ def test_unlabelled_training_needs_no_held_out_labels(folder):
     assert "labels" not in held_out(folder, "--validation_data_dir", folder, images=images)[1]
 
 
+def test_so_many_samples_are_drawn_with_the_seed_and_keep_their_classes(folder):
+    def drawn(*flags) -> list[str]:
+        images = load_images(parse(folder, *flags), "label")
+        assert images.id2label == {0: "a", 1: "b"}
+        names = [Path(row["image"]["path"]) for row in images.dataset]
+        assert [path.parent.name for path in names] == [images.id2label[label] for label in images.labels.tolist()]
+        return [path.name for path in names]
+
+    every = drawn()
+    some, other = drawn("--max_train_samples", 5), drawn("--max_train_samples", 5, "--seed", 4)
+    assert len(some) == len(other) == 5
+    assert set(some) < set(every)
+    assert some == drawn("--max_train_samples", 5) != other
+    assert drawn("--max_train_samples", 99) == every
+
+
+def test_captions_are_those_of_the_samples_that_are_drawn(folder):
+    lines = [json.dumps({"file_name": f"{name}/{n}.png", "text": f"{n}"}) for n in range(10) for name in ["ab"[n % 2]]]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    images = load_images(parse(folder, "--max_train_samples", 4), None, "text")
+    paths = [Path(row["image"]["path"]) for row in images.dataset]
+    assert [[path.stem] for path in paths] == [images.captions[row] for row in range(4)]
+
+
+@pytest.mark.parametrize("held_out_too", [False, True])
+def test_images_are_resized_as_the_flag_says(held_out_too, folder):
+    fixed = ("--resolution", 4, "--center_crop", "--validation_data_dir", folder)
+    modes = ("nearest", "bilinear", "lanczos")
+    results = []
+    for mode in modes:
+        args = parse(folder, *fixed, "--image_interpolation_mode", mode)
+        images = load_images(args, "label")
+        dataset = (
+            held_out_dataset(args, images, 1) if held_out_too else build_dataset(args, images, 1, None, Accelerator())
+        )
+        results.append(dataset[0, 0]["pixel_values"])
+    assert not any(torch.equal(results[one], results[other]) for one, other in ((0, 1), (0, 2), (1, 2)))
+
+
 def put_images(folder: Path, names: str) -> Path:
     for name in names:
         (folder / name).mkdir(parents=True)
