@@ -3,6 +3,7 @@
 from .argument_checks import check_arguments, check_text_to_image_arguments
 from .arguments import (
     add_data_arguments,
+    add_guidance_arguments,
     add_lora_arguments,
     add_noise_arguments,
     add_objective_arguments,
@@ -29,11 +30,11 @@ from .components import (
     sample_size,
     sampling_scheduler,
 )
+from .families import DenoiserFamily
 from .lora import add_lora, save_lora
 from .outputs import save_pipeline
 from .run import start_run
 from .text_to_image import (
-    TEXT_TO_IMAGE_FAMILIES,
     build_text_encoder,
     frozen_dtype,
     load_text_to_image_pipeline,
@@ -41,6 +42,7 @@ from .text_to_image import (
     sampling_arguments,
     text_to_image_family,
 )
+from .text_to_image_families import TEXT_TO_IMAGE_FAMILIES
 from .trainer import Trainer
 from .validation import HeldOutLoss
 
@@ -48,9 +50,11 @@ from .validation import HeldOutLoss
 __all__ = [
     "TEXT_TO_IMAGE_FAMILIES",
     "CaptionedDataset",
+    "DenoiserFamily",
     "HeldOutLoss",
     "Trainer",
     "add_data_arguments",
+    "add_guidance_arguments",
     "add_lora",
     "add_lora_arguments",
     "add_noise_arguments",

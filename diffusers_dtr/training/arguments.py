@@ -309,6 +309,20 @@ def warmed_up_beta(step: int, warmup_steps: int, target: float) -> float:
     return target if step >= warmup_steps else 1.0 - (1.0 - target) * step / warmup_steps
 
 
+def add_guidance_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add the flag of denoisers that were distilled from guided predictions.
+
+    Args:
+        group: The script's group of its model.
+    """
+    group.add_argument(
+        "--guidance_scale",
+        type=float,
+        default=3.5,
+        help="What a guidance-distilled denoiser (Flux.1 [dev], Flux.2 [dev]) is told, in training and validation.",
+    )
+
+
 def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of captions, of their embeddings, and of the prompts of validation."""
     group = parser.add_argument_group("captions")

@@ -10,7 +10,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import (
-    AutoencoderKL,
+    AutoModel,
     DDPMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
@@ -18,7 +18,7 @@ from diffusers import (
     SchedulerMixin,
 )
 
-from ..latents import vae_scale_factor
+from ..latents import latent_channels, vae_scale_factor
 from ..models.family import RoutedModelMixin
 from ..noise_levels import NoiseLevels
 from ..pipelines.model_index import pipeline_class_name
@@ -38,7 +38,7 @@ def pretrained_options(args: argparse.Namespace) -> dict[str, Any]:
     return {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
 
 
-def load_vae(args: argparse.Namespace, dtype: torch.dtype = torch.float32) -> AutoencoderKL | None:
+def load_vae(args: argparse.Namespace, dtype: torch.dtype = torch.float32) -> ModelMixin | None:
     """The autoencoder of `--vae_name_or_path`, or else of the pretrained pipeline, frozen; None if there is neither.
 
     Args:
@@ -51,9 +51,9 @@ def load_vae(args: argparse.Namespace, dtype: torch.dtype = torch.float32) -> Au
         source, options = args.pretrained_model_name_or_path, {"subfolder": "vae", **pretrained_options(args)}
     else:
         return None
-    vae = AutoencoderKL.from_pretrained(source, **options, torch_dtype=dtype)
-    if vae.config.force_upcast and dtype != torch.float32:
-        vae = AutoencoderKL.from_pretrained(source, **options, torch_dtype=torch.float32)
+    vae = AutoModel.from_pretrained(source, **options, torch_dtype=dtype)
+    if vae.config.get("force_upcast") and dtype != torch.float32:
+        vae = AutoModel.from_pretrained(source, **options, torch_dtype=torch.float32)
     return vae.requires_grad_(False).eval()
 
 
@@ -197,24 +197,29 @@ def image_channels(model: ModelMixin, vae: ModelMixin | None) -> int:
         model: The denoiser.
         vae: The autoencoder, or None.
     """
-    return (model if vae is None else vae).config.in_channels
+    config = (model if vae is None else vae).config
+    return config["input_channels" if "input_channels" in config else "in_channels"]
 
 
-def check_pretrained_denoiser(args: argparse.Namespace, model: ModelMixin, vae: ModelMixin | None) -> None:
+def check_pretrained_denoiser(
+    args: argparse.Namespace, model: ModelMixin, vae: ModelMixin | None, packing: int = 1
+) -> None:
     """Check that a pretrained denoiser can learn what the flags ask for.
 
     Args:
         args: Parsed flags.
         model: The denoiser.
         vae: The autoencoder, or None.
+        packing: Side of the squares of latents whose channels are those of the denoiser's input.
 
     Raises:
         ValueError: If it works on latents of another size, or predicts no variance to be learned.
     """
-    if vae is not None and vae.config.latent_channels != model.config.in_channels:
+    if vae is not None and (channels := latent_channels(vae)) * packing**2 != model.config.in_channels:
         raise ValueError(
-            f"The autoencoder's latents have {vae.config.latent_channels} channels, but the pretrained model has "
-            f"`in_channels`={model.config.in_channels}. Leave out `--vae_name_or_path` to use the pipeline's own."
+            f"The autoencoder's latents have {channels} channels, but the pretrained model has "
+            f"`in_channels`={model.config.in_channels}, of squares of {packing}×{packing}. Leave out "
+            "`--vae_name_or_path` to use the pipeline's own."
         )
     if args.learn_sigma and not _learns_variance(model):
         raise ValueError("`--learn_sigma` needs a pretrained model that predicts a variance, and this one does not.")

@@ -164,6 +164,22 @@ class ImageTransform:
         flip, left, top = torch.rand(3, generator=generator).tolist()
         return Augmentation(self.random_flip and flip < 0.5, None if self.center_crop else (left, top))
 
+    def micro_conditions(self, size: tuple[int, int], augmentation: Augmentation) -> dict[str, torch.Tensor]:
+        """What Stable Diffusion XL is told of an image's past.
+
+        Args:
+            size: Width and height of the image before it is transformed.
+            augmentation: Which crop and whether to flip.
+
+        Returns:
+            `original_size`, height and width, and `crop_top_left`, how many of the resized image's rows and columns
+            lie before the crop, in the mirrored image if it is mirrored; `(2,)` each.
+        """
+        resized = self._resized(size)
+        left, top = self._corner(resized, augmentation.crop)
+        left = resized[0] - self.resolution - left if augmentation.flip else left
+        return {"original_size": torch.tensor(size[::-1]), "crop_top_left": torch.tensor((top, left))}
+
     def __call__(self, image: Image.Image, augmentation: Augmentation) -> torch.Tensor:
         """Makes a tensor of an image.
 
@@ -186,18 +202,21 @@ class ImageTransform:
         return pixels.permute(2, 0, 1).float().div_(127.5).sub_(1).contiguous()
 
     def _resize_and_crop(self, image: Image.Image, crop: tuple[float, float] | None) -> Image.Image:
-        short, long = sorted(image.size)
-        long = int(self.resolution * long / short)
-        size = (self.resolution, long) if image.width <= image.height else (long, self.resolution)
+        size = self._resized(image.size)
         mode = Image.Resampling[self.interpolation.upper()]
         corner = self._corner(size, crop)
         box = [*corner, *(start + self.resolution for start in corner)]
-        if long <= _MAX_WHOLE_RATIO * self.resolution:
+        if max(size) <= _MAX_WHOLE_RATIO * self.resolution:
             return image.resize(size, mode).crop(box)
         # A 1×10 000 image would become one of 512×5 120 000. The part has the same pixels, up to rounding.
         scales = [before / after for before, after in zip(image.size, size, strict=True)] * 2
         part = [min(place * scale, end) for place, scale, end in zip(box, scales, image.size * 2, strict=True)]
         return image.resize((self.resolution, self.resolution), mode, box=part)
+
+    def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
+        short, long = sorted(size)
+        long = int(self.resolution * long / short)
+        return (self.resolution, long) if size[0] <= size[1] else (long, self.resolution)
 
     def _corner(self, size: tuple[int, int], crop: tuple[float, float] | None) -> list[int]:
         room = [length - self.resolution for length in size]

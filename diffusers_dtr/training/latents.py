@@ -28,8 +28,8 @@ from .samples import ImageDataset
 
 
 # Part of every cache's name: to be changed whenever what the files mean changes.
-_FORMAT = 2
-_MOMENTS, _UNREADABLE = "moments.npy", "unreadable.json"
+_FORMAT = 3
+_MOMENTS, _SIZES, _UNREADABLE = "moments.npy", "sizes.npy", "unreadable.json"
 
 
 class LatentDataset(Dataset):
@@ -62,6 +62,8 @@ class LatentDataset(Dataset):
         unreadable = json.loads((folder / _UNREADABLE).read_text(encoding="utf-8"))
         self.unreadable: dict[int, list[str]] = {int(index): names for index, names in unreadable.items()}
         self.labels = images.labels
+        # Width and height of every image as it was.
+        self.sizes = np.load(folder / _SIZES)
 
     @cached_property
     def moments(self) -> np.ndarray:
@@ -80,16 +82,19 @@ class LatentDataset(Dataset):
 
         Returns:
             `latents` `(channels, height, width)`, float32, normalised; `labels`, if there are any; `epoch` and
-            `index`; `row`, the one that it is of; `unreadable`, the names of the rows that were passed over for it.
+            `index`; `row`, the one that it is of; `unreadable`, the names of the rows that were passed over for it;
+            what [`~diffusers_dtr.training.images.ImageTransform.micro_conditions`] tells.
         """
         epoch, index = item
-        flip = self.transform.draw(generator_for(Draw.AUGMENTATION, self.seed, epoch, index)).flip
-        mean, std = _split_moments(torch.from_numpy(self.moments[index : index + 1, int(flip)].copy()))
+        augmentation = self.transform.draw(generator_for(Draw.AUGMENTATION, self.seed, epoch, index))
+        moments = self.moments[index : index + 1, int(augmentation.flip)]
+        mean, std = _split_moments(torch.from_numpy(moments.copy()))
         latents = sample_posterior(mean, std, posterior_generators(self.seed, [epoch], [index]))
         unreadable = self.unreadable.get(index, [])
         # In the place of an unreadable image is that of the first row after those passed over.
         row = (index + len(unreadable)) % len(self)
         sample = {"latents": self.normalization.normalize(latents)[0], "epoch": epoch, "index": index, "row": row}
+        sample |= self.transform.micro_conditions(tuple(self.sizes[index].tolist()), augmentation)
         if self.labels is not None:
             sample["labels"] = int(self.labels[row])
         return sample | {"unreadable": unreadable}
@@ -168,7 +173,7 @@ def cache_latents(
 
 
 def _write(folder: Path, vae: ModelMixin, batches: Iterable[list[dict]], num_images: int, flips: bool) -> None:
-    unreadable = {}
+    unreadable, sizes = {}, []
     # Written, not mapped: on a full disk a write raises an error, where a memory map ends the process.
     with open(folder / _MOMENTS, "wb") as file, tqdm(total=num_images, desc="Caching latents") as progress_bar:
         for samples in batches:
@@ -179,8 +184,10 @@ def _write(folder: Path, vae: ModelMixin, batches: Iterable[list[dict]], num_ima
                 header = {"descr": "<f4", "fortran_order": False, "shape": (num_images, *moments.shape[1:])}
                 np.lib.format.write_array_header_1_0(file, header)
             file.write(moments.astype("<f4").tobytes())
+            sizes += [sample["original_size"].flip(0).tolist() for sample in samples]
             unreadable |= {sample["index"]: sample["unreadable"] for sample in samples if sample["unreadable"]}
             progress_bar.update(len(samples))
+    np.save(folder / _SIZES, np.array(sizes))
     (folder / _UNREADABLE).write_text(json.dumps(unreadable), encoding="utf-8")
 
 

@@ -47,7 +47,8 @@ class ImageDataset(Dataset):
 
         Returns:
             `pixel_values` `(channels, resolution, resolution)` in [-1, 1]; `labels`, if there are any; `epoch` and
-            `index`; `row`, the one that was read; `unreadable`, the names of the rows that were passed over for it.
+            `index`; `row`, the one that was read; `unreadable`, the names of the rows that were passed over for it;
+            what [`~diffusers_dtr.training.images.ImageTransform.micro_conditions`] tells.
 
         Raises:
             UnreadableImageError: If the image cannot be read and is not to be skipped, or if none can be read.
@@ -56,6 +57,7 @@ class ImageDataset(Dataset):
         image, row, unreadable = self._read(index)
         augmentation = self.transform.draw(generator_for(Draw.AUGMENTATION, self.seed, epoch, index))
         sample = {"pixel_values": self.transform(image, augmentation), "epoch": epoch, "index": index, "row": row}
+        sample |= self.transform.micro_conditions(image.size, augmentation)
         if self.images.labels is not None:
             sample["labels"] = int(self.images.labels[row])
         return sample | {"unreadable": unreadable}

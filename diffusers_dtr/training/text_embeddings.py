@@ -9,21 +9,23 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Collection, Sequence
+from itertools import accumulate
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets.utils import tqdm
+from transformers import ProcessorMixin
 
 from .cache_folders import build_folder, content_key
 
 
-# From texts to tensors of as many rows, by name.
-TextEncoder = Callable[[list[str]], dict[str, torch.Tensor]]
+# From texts to tensors of as many rows, or to lists of rows that differ in length, by name.
+TextEncoder = Callable[[list[str]], dict[str, torch.Tensor | list[torch.Tensor]]]
 
 # Part of every cache's name: to be changed whenever what the files mean changes.
-_FORMAT = 1
+_FORMAT = 2
 _INDEX = "index.json"
 
 # What a text encoder's config says of the files that it was loaded from.
@@ -42,12 +44,9 @@ class CachedTextEmbeddings:
         index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
         self.device = device
         self._rows = {text: row for row, text in enumerate(index["texts"])}
-        self._embeddings = {
-            name: _map_file(folder / name, (len(self._rows), *shape), getattr(torch, dtype))
-            for name, (dtype, shape) in index["embeddings"].items()
-        }
+        self._embeddings = {name: _Rows(folder / name, **layout) for name, layout in index["embeddings"].items()}
 
-    def __call__(self, texts: list[str]) -> dict[str, torch.Tensor]:
+    def __call__(self, texts: list[str]) -> dict[str, torch.Tensor | list[torch.Tensor]]:
         """The embeddings of texts, on the device.
 
         Raises:
@@ -56,8 +55,33 @@ class CachedTextEmbeddings:
         unknown = [text for text in texts if text not in self._rows]
         if unknown:
             raise ValueError(f"`texts` must be those that were encoded before training, got {unknown[0]!r}.")
-        rows = [self._rows[text] for text in texts]
-        return {name: rows_of[rows].to(self.device, non_blocking=True) for name, rows_of in self._embeddings.items()}
+        places = [self._rows[text] for text in texts]
+        return {name: rows.read(places, self.device) for name, rows in self._embeddings.items()}
+
+
+class _Rows:
+    """The rows of one file, memory-mapped.
+
+    Args:
+        path: The file.
+        dtype: Name of their type.
+        shape: Of a row, without its length.
+        lengths: Of every row.
+        ragged: Whether rows may differ in length, and are not to be stacked.
+    """
+
+    def __init__(self, path: Path, dtype: str, shape: list[int], lengths: list[int], ragged: bool):
+        self.starts = [0, *accumulate(lengths)]
+        self.ragged = ragged
+        shape = (self.starts[-1], *shape)
+        values = torch.from_file(str(path), shared=False, size=prod(shape), dtype=getattr(torch, dtype))
+        self.values = values.view(shape)
+
+    def read(self, places: list[int], device: torch.device) -> torch.Tensor | list[torch.Tensor]:
+        rows = [self.values[self.starts[place] : self.starts[place + 1]] for place in places]
+        if self.ragged:
+            return [row.to(device, non_blocking=True) for row in rows]
+        return torch.stack(rows).to(device, non_blocking=True)
 
 
 def cache_text_embeddings(
@@ -78,9 +102,9 @@ def cache_text_embeddings(
     of one embedding per text, in the text encoders' precision: 2.7 MB in half precision for Stable Diffusion 3.
 
     Args:
-        encode: The text encoder. Its embeddings have the same shape for every text.
+        encode: The text encoder.
         texts: What is encoded.
-        tokenizers: Tokenizers of transformers that `encode` works with.
+        tokenizers: Tokenizers of transformers that `encode` works with, or processors that have one.
         models: Models of transformers that it works with.
         settings: All else that its results depend on, JSON-serialisable.
         cache_dir: Folder of caches, made if it does not exist.
@@ -91,12 +115,18 @@ def cache_text_embeddings(
         What `encode` returns, to within rounding: a text's numbers may depend on those encoded along with it.
     """
     texts = sorted(texts)
+    tokenizers = [
+        tokenizer.tokenizer if isinstance(tokenizer, ProcessorMixin) else tokenizer for tokenizer in tokenizers
+    ]
     description = {
         "format": _FORMAT,
         "texts": texts,
         # The files of a tokenizer also say where it was loaded from. This is what it does; `encode` truncates.
         "tokens": [tokenizer(texts, verbose=False)["input_ids"] for tokenizer in tokenizers],
-        "padding": [[tokenizer.pad_token_id, tokenizer.model_max_length] for tokenizer in tokenizers],
+        "padding": [
+            [tokenizer.pad_token_id, tokenizer.padding_side, tokenizer.model_max_length] for tokenizer in tokenizers
+        ],
+        "chats": [tokenizer.chat_template for tokenizer in tokenizers],
         "models": [type(model).__name__ for model in models],
         "configs": [_describe(model) for model in models],
         "settings": settings,
@@ -107,22 +137,26 @@ def cache_text_embeddings(
 
 
 def _write(folder: Path, encode: TextEncoder, texts: list[str], batch_size: int) -> None:
-    layout = {}
+    layouts: dict[str, dict[str, Any]] = {}
     with tqdm(total=len(texts), desc="Caching text embeddings") as progress_bar:
         for start in range(0, len(texts), batch_size):
             some = texts[start : start + batch_size]
-            for name, embeddings in encode(some).items():
-                layout[name] = str(embeddings.dtype).removeprefix("torch."), list(embeddings.shape[1:])
+            for name, rows in encode(some).items():
+                layout = layouts.setdefault(name, _layout(rows))
                 # Written, not mapped: on a full disk a write raises an error, where a memory map ends the process.
                 with open(folder / name, "ab") as file:
-                    file.write(embeddings.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                    for row in rows:
+                        layout["lengths"].append(len(row))
+                        file.write(row.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
             progress_bar.update(len(some))
-    index = {"texts": texts, "embeddings": layout}
+    index = {"texts": texts, "embeddings": layouts}
     (folder / _INDEX).write_text(json.dumps(index), encoding="utf-8")
 
 
-def _map_file(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    return torch.from_file(str(path), shared=False, size=prod(shape), dtype=dtype).view(shape)
+def _layout(rows: torch.Tensor | list[torch.Tensor]) -> dict[str, Any]:
+    row = rows[0]
+    dtype = str(row.dtype).removeprefix("torch.")
+    return {"dtype": dtype, "shape": list(row.shape[1:]), "lengths": [], "ragged": isinstance(rows, list)}
 
 
 def _describe(model: torch.nn.Module) -> dict[str, Any]:

@@ -61,6 +61,8 @@ class Trainer:
         vae: What encodes the images; None where pixels are learned.
         conditions: From a batch to the keyword arguments of the denoiser beside noisy sample and timestep, on the
             accelerator's device. None for a denoiser that takes no others.
+        denoise: From the denoiser, its noisy input, timesteps and conditions to its prediction, for a denoiser that
+            takes and returns other things than these samples. None calls it with them.
         sample: From a generator to the images of a grid. It is called by the main process alone, with the model in
             eval mode and its averaged weights, if there are any.
         project_name: What trackers call the run's project.
@@ -89,6 +91,7 @@ class Trainer:
         sample: Callable[[torch.Generator], list[Image.Image]],
         project_name: str,
         id2label: Mapping[int, str] | None = None,
+        denoise: Callable[..., torch.Tensor] | None = None,
     ):
         self._start_time = time.perf_counter()
         self.args = args
@@ -97,6 +100,7 @@ class Trainer:
         self.model = model
         self.vae = vae
         self.conditions = conditions or (lambda batch: {})
+        self.denoise = denoise or _call
         self.sample = sample
 
         self.objective = build_objective(args, noise_scheduler, model, accelerator)
@@ -229,7 +233,7 @@ class Trainer:
         )
         noisy = objective.levels.add_noise(clean, noise, timesteps)
         model_input = objective.levels.model_input(noisy, timesteps)
-        model_output = self.denoiser(model_input, timestep=timesteps, **conditions, return_dict=False)[0]
+        model_output = self.denoise(self.denoiser, model_input, timesteps, conditions)
         out = objective.loss_fn(model_output, clean, noise, timesteps, objective.sample_weights(timesteps))
         objective.observe(accelerator, timesteps, out)
         self.monitor.update(out, self.global_step + 1)
@@ -379,4 +383,8 @@ class Trainer:
         return HeldOutLoss(self.objective.levels, eighths, clean, batch, evaluations_per_image)
 
     def _denoise_held_out(self, model_input, timesteps, batch) -> torch.Tensor:
-        return self.model(model_input, timestep=timesteps, **self.conditions(batch), return_dict=False)[0]
+        return self.denoise(self.model, model_input, timesteps, self.conditions(batch))
+
+
+def _call(denoiser: torch.nn.Module, sample: torch.Tensor, timesteps: torch.Tensor, conditions: dict[str, Any]):
+    return denoiser(sample, timestep=timesteps, **conditions, return_dict=False)[0]

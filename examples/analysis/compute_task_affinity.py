@@ -25,6 +25,12 @@ from diffusers_dtr.analysis import Workspace, noise_distance_correlation
 from diffusers_dtr.publishing import public_arguments, public_command
 
 
+# Whose denoisers take and return latents as they are.
+FAMILIES = {
+    name: family
+    for name, family in training.TEXT_TO_IMAGE_FAMILIES.items()
+    if family.denoise is training.DenoiserFamily.denoise
+}
 RESULT = "task_affinity.safetensors"
 PICTURE = "task_affinity.png"
 PACKAGES = ("diffusers-dtr", "torch", "diffusers")
@@ -125,11 +131,11 @@ class Pipelines:
     def __init__(self, args):
         self.args = args
         self.family = self._common_family()
-        if self.family is not None:
-            self.prompt_options = self.family.prompt_options(args.max_sequence_length)
-        elif args.max_sequence_length is not None:
+        if self.family is None and args.max_sequence_length is not None:
             raise ValueError("`--max_sequence_length` must be left out: these pipelines take no prompts.")
         self.first = self._load(args.pretrained_model_name_or_path[0])
+        if self.family is not None:
+            self.prompt_options = self.family.prompt_options(self.first, args.max_sequence_length)
         parts = self.first.components
         self.denoiser = next(name for name in ("transformer", "unet") if parts.get(name) is not None)
         self.checkpoints = None if args.checkpoints is None else self._checkpoint_folders()
@@ -170,7 +176,7 @@ class Pipelines:
         clean, batch = training.held_out_samples(dataset, vae, *size, accelerator.device)
         if self.family is not None:
             embeddings = self._encode(batch["caption"], accelerator.device)
-            conditions = self.family.conditions(embeddings, args.resolution)
+            conditions = self.family.conditions(first, embeddings, batch)
         else:
             conditions = {} if num_classes is None else {"class_labels": batch["labels"]}
         first.to("cpu")  # the device's memory is for what is measured
@@ -180,12 +186,12 @@ class Pipelines:
         families = []
         for name in self.args.pretrained_model_name_or_path:
             kind = training.pretrained_pipeline_class(name, cache_dir=self.args.cache_dir)
-            families.append(training.TEXT_TO_IMAGE_FAMILIES.get(kind))
+            families.append(FAMILIES.get(kind))
             if families[-1] is None:
                 self._check_classes_or_none(name, kind)
         if any(family != families[0] for family in families):
             raise ValueError("`--pretrained_model_name_or_path` must be pipelines of one kind, got several kinds.")
-        return families[0]
+        return None if families[0] is None else families[0](self.args.resolution)
 
     def _check_classes_or_none(self, name, kind):
         try:
@@ -193,7 +199,7 @@ class Pipelines:
         except ValueError as error:
             raise ValueError(
                 "`--pretrained_model_name_or_path` must be class-conditional or unconditional pipelines, or one of "
-                f"{', '.join(training.TEXT_TO_IMAGE_FAMILIES)}, got {kind}. `TaskAffinity.measure` takes any denoiser."
+                f"{', '.join(FAMILIES)}, got {kind}. `TaskAffinity.measure` takes any denoiser."
             ) from error
 
     def _load(self, name, **parts):

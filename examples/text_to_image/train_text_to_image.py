@@ -1,9 +1,10 @@
-"""Train or fine-tune a text-to-image model with Denoising Task Routing: Stable Diffusion, PixArt, Stable Diffusion 3.
+"""Train or fine-tune a text-to-image model with Denoising Task Routing, whole or by LoRA.
 
 Run with `accelerate launch train_text_to_image.py --help`; README.md beside this file has complete commands.
 """
 
 import argparse
+from functools import partial
 from itertools import chain
 
 import torch
@@ -19,8 +20,7 @@ def parse_args(argv=None):
     group.add_argument(
         "--pretrained_model_name_or_path",
         required=True,
-        help="StableDiffusionPipeline, PixArtAlphaPipeline, PixArtSigmaPipeline or StableDiffusion3Pipeline, whose "
-        "denoiser is diffusers' or ours.",
+        help=f"A pipeline whose denoiser is diffusers' or ours: {', '.join(training.TEXT_TO_IMAGE_FAMILIES)}.",
     )
     group.add_argument(
         "--denoiser_config",
@@ -29,6 +29,7 @@ def parse_args(argv=None):
         "file.",
     )
     training.add_pretrained_arguments(group)
+    training.add_guidance_arguments(group)
     training.add_data_arguments(parser, labels=False)
     training.add_text_arguments(parser)
     training.add_optimization_arguments(parser)
@@ -44,7 +45,7 @@ def parse_args(argv=None):
 
 
 def load_denoiser(args, family, noise_scheduler, vae, accelerator):
-    given = training.routing_config(args, noise_scheduler)
+    given = training.routing_config(args, noise_scheduler if family.counts_timesteps else None)
     if args.denoiser_config is None:
         model = family.routed_class.from_pretrained(
             args.pretrained_model_name_or_path,
@@ -54,14 +55,9 @@ def load_denoiser(args, family, noise_scheduler, vae, accelerator):
             **training.pretrained_options(args),
             **given,
         )
-        training.check_pretrained_denoiser(args, model, vae)
+        training.check_pretrained_denoiser(args, model, vae, family.packing)
         return model
-    channels = vae.config.latent_channels
-    shape = {
-        "sample_size": training.sample_size(args, vae),
-        "in_channels": channels,
-        "out_channels": 2 * channels if args.learn_sigma else channels,
-    }
+    shape = family.shape(vae, training.sample_size(args, vae), args.learn_sigma)
     return family.routed_class(**{**args.denoiser_config, **shape, **given})
 
 
@@ -102,7 +98,7 @@ def main(args):
 
     # 5. What the denoiser is told, and how it is sampled
     def conditions(batch):
-        return family.conditions(encode(batch["caption"]), args.resolution)
+        return family.conditions(pipeline, encode(batch["caption"]), batch)
 
     in_turn = [prompts[number % len(prompts)] for number in range(args.num_validation_images)]
 
@@ -121,6 +117,7 @@ def main(args):
         vae=vae,
         conditions=conditions,
         sample=sample,
+        denoise=partial(family.denoise, pipeline),
         project_name="text-to-image",
     )
     trainer.train()

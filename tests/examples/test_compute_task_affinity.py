@@ -247,9 +247,10 @@ def test_denoiser_is_told_the_first_captions_of_the_images(name, flags, captione
     first_captions = [json.loads(line)["text"][0] for line in (images / "metadata.jsonl").read_text().splitlines()]
     captions = [first_captions[row] for row in batches[0]["row"]]
     family = pipelines.family
-    options = family.prompt_options(pipelines.args.max_sequence_length)
-    encoded = family.encode(DiffusionPipeline.from_pretrained(pipeline), captions, torch.device("cpu"), options)
-    torch.testing.assert_close(conditions, family.conditions(encoded, 8))
+    pipeline = DiffusionPipeline.from_pretrained(pipeline)
+    options = family.prompt_options(pipeline, pipelines.args.max_sequence_length)
+    encoded = family.encode(pipeline, captions, torch.device("cpu"), options)
+    torch.testing.assert_close(conditions, family.conditions(pipeline, encoded, {}))
 
 
 def test_text_encoder_in_half_precision_is_taken_in_full(captioned, tmp_path):

@@ -144,10 +144,24 @@ def test_embeddings_are_read_from_the_file_and_not_held_in_memory(tmp_path):
     (folder,) = caches(tmp_path)
     index = json.loads((folder / "index.json").read_text())
     row = index["texts"].index("one")
-    (_, shape) = index["embeddings"]["prompt_embeds"]
-    size = 4 * torch.Size(shape).numel()
+    layout = index["embeddings"]["prompt_embeds"]
+    size = 4 * layout["lengths"][row] * torch.Size(layout["shape"]).numel()
     with open(folder / "prompt_embeds", "r+b") as file:
         file.seek(row * size)
         file.write(bytes(size))
     assert not cached(["one"])["prompt_embeds"].any()
     assert cached(["two"])["prompt_embeds"].any()
+
+
+def test_texts_of_their_own_lengths_are_cached_as_they_are(tmp_path):
+    encoder = Encoder()
+
+    def ragged(texts):
+        encoded = encoder(texts)
+        return {
+            "prompt_embeds": [row[: 3 + len(text)] for row, text in zip(encoded["prompt_embeds"], texts, strict=True)]
+        }
+
+    parts = [encoder.tokenizer], [encoder.model]
+    cached = cache_text_embeddings(ragged, TEXTS, *parts, {}, tmp_path, batch_size=2, device=CPU)
+    torch.testing.assert_close(cached(["two", "", "one"]), ragged(["two", "", "one"]))

@@ -23,7 +23,7 @@ from diffusers_dtr.training import (
     sample_text_to_image,
     text_to_image_family,
 )
-from diffusers_dtr.training.text_to_image import TEXT_TO_IMAGE_FAMILIES
+from diffusers_dtr.training.text_to_image_families import TEXT_TO_IMAGE_FAMILIES
 
 
 PROMPTS = ["a one", "two", "three"]
@@ -45,7 +45,12 @@ def accelerator(request):
 
 @pytest.fixture
 def args(tmp_path):
-    options = {"max_sequence_length": None, "cache_text_embeddings": False, "learn_sigma": False}
+    options = {
+        "guidance_scale": 2.0,
+        "max_sequence_length": None,
+        "cache_text_embeddings": False,
+        "learn_sigma": False,
+    }
     source = {"pretrained_model_name_or_path": str(tmp_path / "base"), "revision": None, "variant": None}
     noise = {"noise_schedule": None, "num_train_timesteps": None, "prediction_type": None}
     size = {"resolution": 8, "train_batch_size": 2, "output_dir": str(tmp_path), "cache_dir": None}
@@ -56,7 +61,7 @@ def args(tmp_path):
 def build(name, args, accelerator, prompts=PROMPTS):
     pipeline = PIPELINES[name]()
     pipeline.set_progress_bar_config(disable=True)
-    family = TEXT_TO_IMAGE_FAMILIES[type(pipeline).__name__]
+    family = TEXT_TO_IMAGE_FAMILIES[type(pipeline).__name__](args.resolution)
     return pipeline, family, build_text_encoder(args, family, pipeline, {"", *prompts}, accelerator)
 
 
@@ -81,7 +86,7 @@ def test_denoiser_is_told_in_training_what_its_pipeline_tells_it(name, args, acc
     length = {} if name == "sd" else {"max_sequence_length": 12}
     options = {"guidance_scale": 1.0, "num_inference_steps": 2, "height": 8, "width": 8}
     pipeline(PROMPTS, **options, **family.sample_options, **length)
-    conditions = family.conditions(encode(PROMPTS), resolution=8)
+    conditions = family.conditions(pipeline, encode(PROMPTS), {})
     conditions.pop("added_cond_kwargs", None)
     assert conditions
     for argument, value in conditions.items():
@@ -150,7 +155,7 @@ def test_embeddings_of_another_encoder_or_length_are_not_taken_from_the_cache(ch
         pipeline = PIPELINES["pixart"]()
         if number_of_caches == 2:
             change(pipeline, args)
-        family = TEXT_TO_IMAGE_FAMILIES[type(pipeline).__name__]
+        family = TEXT_TO_IMAGE_FAMILIES[type(pipeline).__name__](args.resolution)
         encode = build_text_encoder(args, family, pipeline, {"", *PROMPTS}, accelerator)
         assert encode(PROMPTS)["prompt_embeds"].shape[1] == args.max_sequence_length
         assert len(list(Path(args.output_dir, "text_embeddings").iterdir())) == number_of_caches
@@ -182,15 +187,15 @@ def test_what_a_text_encoder_keeps_in_float32_stays_there(cached, args, accelera
 
 
 def test_pixart_is_told_the_size_of_its_images_where_it_wants_to_know(args, accelerator):
-    _, family, encode = build("pixart", args, accelerator)
+    pipeline, family, encode = build("pixart", args, accelerator)
     wants = PIXART.routed(use_additional_conditions=True, attention_head_dim=12, cross_attention_dim=24)
     inputs = {"hidden_states": torch.ones(3, 4, 8, 8), "timestep": torch.tensor([5, 50, 500])}
+    told = [type(family)(size).conditions(pipeline, encode(PROMPTS), {}) for size in (8, 512)]
     with torch.no_grad():
-        one, other = (wants(**inputs, **family.conditions(encode(PROMPTS), size)).sample for size in (8, 512))
+        one, other = (wants(**inputs, **conditions).sample for conditions in told)
     assert not torch.equal(one, other)
-    told = family.conditions(encode(PROMPTS), 512)["added_cond_kwargs"]
-    assert told["resolution"].tolist() == [[512, 512]] * 3
-    assert told["aspect_ratio"].tolist() == [[1]] * 3
+    assert told[1]["added_cond_kwargs"]["resolution"].tolist() == [[512, 512]] * 3
+    assert told[1]["added_cond_kwargs"]["aspect_ratio"].tolist() == [[1]] * 3
 
 
 @every_family
@@ -217,7 +222,7 @@ def test_revision_decides_what_kind_a_pipeline_is(hub, args, tmp_path):
     PIPELINES["pixart"]().save_pretrained(tmp_path / "new")
     HfApi().upload_folder(repo_id="owner/base", folder_path=tmp_path / "new")
     args.pretrained_model_name_or_path = "owner/base"
-    assert text_to_image_family(args) is TEXT_TO_IMAGE_FAMILIES["StableDiffusionPipeline"]
+    assert type(text_to_image_family(args)) is TEXT_TO_IMAGE_FAMILIES["StableDiffusionPipeline"]
 
 
 def test_pipeline_of_another_kind_is_refused(args):

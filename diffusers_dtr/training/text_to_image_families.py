@@ -1,0 +1,260 @@
+"""The families of text-to-image models that can be trained, each by what is different about it."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from ..latents import LatentNormalization
+from .families import DenoiserFamily, TextEmbedding
+
+
+_PROMPT = TextEmbedding(0, "prompt_embeds", "encoder_hidden_states")
+_MASK = TextEmbedding(1, "prompt_attention_mask", "encoder_attention_mask")
+# Where the empty prompt of guidance is encoded otherwise than a prompt.
+_PROMPT_AND_NEGATIVE = TextEmbedding(0, "prompt_embeds", "encoder_hidden_states", 2)
+_MASK_AND_NEGATIVE = TextEmbedding(1, "prompt_attention_mask", "encoder_attention_mask", 3)
+
+# All of attention, where text has projections of its own.
+_JOINT_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
+# Flow matching denoisers are told σ where pipelines count timesteps σ · 1000.
+_SIGMA_1000 = 1000
+
+
+def _true_guidance(scale: float) -> dict[str, float | str]:
+    """Arguments of pipelines that are guided only if they are given a negative prompt."""
+    return {"true_cfg_scale": scale, **({"negative_prompt": ""} if scale > 1 else {})}
+
+
+class StableDiffusion(DenoiserFamily):
+    """Stable Diffusion 1 and 2."""
+
+    pipelines = ("StableDiffusionPipeline",)
+    denoiser_class = "UNet2DConditionModel"
+    embeddings = (_PROMPT,)
+    denoiser = "unet"
+    max_sequence_length = False
+
+
+class StableDiffusionXL(StableDiffusion):
+    """Stable Diffusion XL, told the size of an image before training, its crop, and its size in training."""
+
+    pipelines = ("StableDiffusionXLPipeline",)
+    embeddings = (
+        TextEmbedding(0, "prompt_embeds", "encoder_hidden_states", 1),
+        TextEmbedding(2, "pooled_prompt_embeds", "text_embeds", 3),
+    )
+
+    def conditions(self, pipeline, rows, batch):
+        told = super().conditions(pipeline, rows, batch)
+        pooled = told.pop("text_embeds")
+        sizes = torch.cat([batch["original_size"], batch["crop_top_left"], self.last_of_sizes(batch)], dim=1)
+        return {**told, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes.to(pooled)}}
+
+    def last_of_sizes(self, batch):
+        """What comes after size and crop, `(batch, ...)`."""
+        return torch.full_like(batch["original_size"], self.resolution)
+
+
+class StableDiffusionXLRefiner(StableDiffusionXL):
+    """The refiner of Stable Diffusion XL, told an aesthetic score: its pipeline's of prompts and negative prompts."""
+
+    pipelines = ("StableDiffusionXLImg2ImgPipeline",)
+
+    def last_of_sizes(self, batch):
+        return torch.tensor([[2.5 if caption == "" else 6.0] for caption in batch["caption"]])
+
+    def size(self):
+        return {"strength": 1.0}
+
+    def start(self, pipeline, count):  # it goes on from an image: here from nothing of it
+        side = self.resolution // pipeline.vae_scale_factor
+        return {"image": torch.zeros(count, pipeline.unet.config.in_channels, side, side)}
+
+
+class PixArt(DenoiserFamily):
+    """PixArt-α and PixArt-Σ."""
+
+    pipelines = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
+    denoiser_class = "PixArtTransformer2DModel"
+    embeddings = (_PROMPT, _MASK)
+    takes_variance = True
+    # Else the images would be of a size that the pipeline prefers.
+    sample_options: ClassVar = {"use_resolution_binning": False}
+
+    def conditions(self, pipeline, rows, batch):
+        text = rows["prompt_embeds"]
+        size = {
+            "resolution": text.new_full((len(text), 2), self.resolution),
+            "aspect_ratio": text.new_ones(len(text), 1),
+        }
+        return {**super().conditions(pipeline, rows, batch), "added_cond_kwargs": size}
+
+
+class StableDiffusion3(DenoiserFamily):
+    """Stable Diffusion 3 and 3.5."""
+
+    pipelines = ("StableDiffusion3Pipeline",)
+    denoiser_class = "SD3Transformer2DModel"
+    embeddings = (_PROMPT, TextEmbedding(2, "pooled_prompt_embeds", "pooled_projections"))
+    lora_layers = tuple(f"attn.{layer}" for layer in _JOINT_ATTENTION)
+
+
+class Flux(DenoiserFamily):
+    """Flux.1: tokens of 2×2 latents and their places."""
+
+    pipelines = ("FluxPipeline",)
+    denoiser_class = "FluxTransformer2DModel"
+    counts_timesteps = False
+    embeddings = (_PROMPT, TextEmbedding(1, "pooled_prompt_embeds", "pooled_projections"))
+    lora_layers = _JOINT_ATTENTION
+    packing = 2
+
+    def denoise(self, pipeline, model, noisy, timesteps, conditions):
+        batch, _, height, width = noisy.shape
+        places = pipeline._prepare_latent_image_ids(batch, height // 2, width // 2, noisy.device, noisy.dtype)
+        text_places = noisy.new_zeros(conditions["encoder_hidden_states"].shape[1], 3)
+        told = {**conditions, **self.embedded_guidance(pipeline, noisy), "img_ids": places, "txt_ids": text_places}
+        tokens = pipeline._pack_latents(noisy, *noisy.shape)
+        output = model(tokens, timestep=timesteps / _SIGMA_1000, **told, return_dict=False)[0]
+        return self.unpack(pipeline, output, (height, width))
+
+    def guidance(self, scale):
+        return {**_true_guidance(scale), "guidance_scale": self.guidance_scale}
+
+    def unpack(self, pipeline, latents, size):
+        return pipeline._unpack_latents(latents, *size, vae_scale_factor=1)
+
+
+class Flux2(DenoiserFamily):
+    """Flux.2 [dev], which cannot be guided by a negative prompt: tokens are what its autoencoder normalises."""
+
+    pipelines = ("Flux2Pipeline",)
+    denoiser_class = "Flux2Transformer2DModel"
+    counts_timesteps = False
+    embeddings = (_PROMPT,)
+    lora_layers = (*_JOINT_ATTENTION, "to_qkv_mlp_proj", "attn.to_out")
+    guided = False
+
+    def denoise(self, pipeline, model, noisy, timesteps, conditions):
+        places = pipeline._prepare_latent_ids(noisy).to(noisy.device)
+        text_places = pipeline._prepare_text_ids(conditions["encoder_hidden_states"]).to(noisy.device)
+        told = {**conditions, **self.embedded_guidance(pipeline, noisy), "img_ids": places, "txt_ids": text_places}
+        tokens = pipeline._pack_latents(noisy)
+        output = model(tokens, timestep=timesteps / _SIGMA_1000, **told, return_dict=False)[0]
+        return self.unpack(pipeline, output, noisy.shape[2:])
+
+    def guidance(self, scale):
+        return {"guidance_scale": self.guidance_scale}
+
+    def unpack(self, pipeline, latents, size):
+        return latents.transpose(1, 2).unflatten(2, size)
+
+
+class Flux2Klein(Flux2):
+    """Flux.2 [klein]; its base models can be guided by a negative prompt."""
+
+    pipelines = ("Flux2KleinPipeline",)
+    guided = True
+
+    def guidance(self, scale):
+        return {"guidance_scale": scale}
+
+    def sampled(self, pipeline, latents, size):  # those that are decoded
+        return LatentNormalization.from_vae(pipeline.vae).normalize(pipeline._patchify_latents(latents))
+
+
+class QwenImage(DenoiserFamily):
+    """Qwen-Image: tokens of 2×2 latents, and texts of their own lengths."""
+
+    pipelines = ("QwenImagePipeline",)
+    denoiser_class = "QwenImageTransformer2DModel"
+    counts_timesteps = False
+    embeddings = (_PROMPT, TextEmbedding(1, "prompt_embeds_mask", "encoder_hidden_states_mask"))
+    lora_layers = _JOINT_ATTENTION
+    packing = 2
+
+    def encode(self, pipeline, texts, device, options):
+        rows, mask = super().encode(pipeline, texts, device, options).values()
+        return {
+            "prompt_embeds": [*rows] if mask is None else [row[:n] for row, n in zip(rows, mask.sum(1), strict=True)]
+        }
+
+    def batch(self, rows):
+        rows = rows["prompt_embeds"]
+        mask = pad_sequence([torch.ones(len(row), dtype=torch.long, device=row.device) for row in rows], True)
+        some_padded = len({len(row) for row in rows}) > 1
+        return {"prompt_embeds": pad_sequence(rows, True), "prompt_embeds_mask": mask if some_padded else None}
+
+    def denoise(self, pipeline, model, noisy, timesteps, conditions):
+        batch, _, height, width = noisy.shape
+        shapes = [[(1, height // 2, width // 2)]] * batch
+        told = {**conditions, **self.embedded_guidance(pipeline, noisy), "img_shapes": shapes}
+        tokens = pipeline._pack_latents(noisy, *noisy.shape)
+        output = model(tokens, timestep=timesteps / _SIGMA_1000, **told, return_dict=False)[0]
+        return self.unpack(pipeline, output, (height, width))
+
+    def out_channels(self, channels):
+        return channels
+
+    def guidance(self, scale):
+        return _true_guidance(scale)
+
+    def unpack(self, pipeline, latents, size):
+        return pipeline._unpack_latents(latents, *size, vae_scale_factor=1).squeeze(2)
+
+
+class ZImage(DenoiserFamily):
+    """Z-Image: lists of images and of texts of their own lengths; told 1 − σ, it predicts clean − noise."""
+
+    pipelines = ("ZImagePipeline",)
+    denoiser_class = "ZImageTransformer2DModel"
+    counts_timesteps = False
+    embeddings = (TextEmbedding(0, "prompt_embeds", "cap_feats"),)
+    size_multiple = 16
+
+    def denoise(self, pipeline, model, noisy, timesteps, conditions):
+        images = [*noisy.unsqueeze(2)]
+        output = model(images, t=1 - timesteps / _SIGMA_1000, **conditions, return_dict=False)[0]
+        return -torch.stack(output).squeeze(2)
+
+    def guidance(self, scale):
+        return {"guidance_scale": scale - 1}
+
+
+class Sana(DenoiserFamily):
+    """Sana: prompts come after an instruction, the negative prompt does not."""
+
+    pipelines = ("SanaPipeline",)
+    denoiser_class = "SanaTransformer2DModel"
+    embeddings = (_PROMPT_AND_NEGATIVE, _MASK_AND_NEGATIVE)
+    size_multiple = 32
+    sample_options: ClassVar = {"use_resolution_binning": False}
+
+    def denoise(self, pipeline, model, noisy, timesteps, conditions):
+        timesteps = timesteps * pipeline.transformer.config.timestep_scale
+        return super().denoise(pipeline, model, noisy, timesteps, conditions)
+
+
+class Lumina2(DenoiserFamily):
+    """Lumina Image 2: only prompts come after a system prompt; told 1 − σ, it predicts clean − noise."""
+
+    pipelines = ("Lumina2Pipeline", "Lumina2Text2ImgPipeline")
+    denoiser_class = "Lumina2Transformer2DModel"
+    counts_timesteps = False
+    embeddings = (_PROMPT_AND_NEGATIVE, _MASK_AND_NEGATIVE)
+    size_multiple = 16
+
+    def denoise(self, pipeline, model, noisy, timesteps, conditions):
+        return -super().denoise(pipeline, model, noisy, 1 - timesteps / _SIGMA_1000, conditions)
+
+
+_FAMILIES = (
+    *(StableDiffusion, StableDiffusionXL, StableDiffusionXLRefiner, PixArt, StableDiffusion3),
+    *(Flux, Flux2, Flux2Klein, QwenImage, ZImage, Sana, Lumina2),
+)
+# By the class of the pipeline. Its name alone: importing the classes would import the models of transformers.
+TEXT_TO_IMAGE_FAMILIES = {name: family for family in _FAMILIES for name in family.pipelines}

@@ -1,0 +1,97 @@
+"""Every family's denoiser is told and asked in training what its own pipeline tells and asks it."""
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+
+sys.path.append(str(Path(__file__).parents[1] / "models"))
+
+from tiny_pipelines import PIPELINES
+
+from diffusers_dtr.latents import vae_scale_factor
+from diffusers_dtr.training import TEXT_TO_IMAGE_FAMILIES, build_text_encoder, sample_text_to_image
+
+
+PROMPTS = ["a one", "two", "number three"]
+NAMES = [name for name, tiny in PIPELINES.items() if tiny.pipeline_class in TEXT_TO_IMAGE_FAMILIES]
+every_family = pytest.mark.parametrize("name", NAMES)
+
+
+def family_of(tiny, **numbers):
+    return TEXT_TO_IMAGE_FAMILIES[tiny.pipeline_class](tiny.size, **numbers)
+
+
+def encode(family, pipeline, tiny, texts):
+    options = family.prompt_options(pipeline, tiny.max_sequence_length)
+    return family.encode(pipeline, texts, torch.device("cpu"), options)
+
+
+def batch_of(texts, size):
+    sizes = torch.full((len(texts), 2), size)
+    return {"caption": texts, "original_size": sizes, "crop_top_left": torch.zeros_like(sizes)}
+
+
+def steps(pipeline, monkeypatch, **call):
+    """What the scheduler is given in every step of a call."""
+    taken, step = [], pipeline.scheduler.step
+
+    def spy(model_output, timestep, sample, *args, **options):
+        scale = getattr(type(pipeline.scheduler), "scale_model_input", lambda scheduler, sample, timestep: sample)
+        taken.append((model_output, timestep, scale(pipeline.scheduler, sample, timestep)))
+        return step(model_output, timestep, sample, *args, **options)
+
+    monkeypatch.setattr(pipeline.scheduler, "step", spy)
+    pipeline(**call, generator=torch.Generator().manual_seed(0), output_type="latent")
+    return taken
+
+
+@every_family
+def test_denoiser_answers_in_training_what_its_pipeline_makes_of_it(name, monkeypatch):
+    tiny = PIPELINES[name]
+    pipeline, family = tiny.pipeline(), family_of(tiny, guidance_scale=2.0)
+    guidance = {**family.guidance(1.0), **({"guidance_scale": 2.0} if not family.guided else {})}
+    model = getattr(pipeline, family.denoiser)
+    rows = encode(family, pipeline, tiny, PROMPTS)
+    conditions = family.conditions(pipeline, rows, batch_of(PROMPTS, tiny.size))
+    side = (tiny.size // vae_scale_factor(pipeline.vae),) * 2
+    for output, timestep, noisy in steps(pipeline, monkeypatch, prompt=[*PROMPTS], **tiny.call, **guidance):
+        noisy, expected = (family.unpack(pipeline, latents, side) for latents in (noisy, output))
+        with torch.no_grad():
+            answer = family.denoise(pipeline, model, noisy, timestep.expand(len(PROMPTS)).float(), conditions)
+        assert answer.shape == noisy.shape == (3, *noisy.shape[1:])
+        torch.testing.assert_close(answer, expected)
+
+
+@pytest.fixture
+def accelerator():
+    yield Accelerator(cpu=True)
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state(*((True,) if state is AcceleratorState else ()))
+
+
+@every_family
+@pytest.mark.parametrize("cached", [False, True])
+def test_validation_images_are_those_of_the_pipeline(name, cached, accelerator, tmp_path):
+    tiny = PIPELINES[name]
+    pipeline, family = tiny.pipeline(), family_of(tiny)
+    scale = 3.0 if family.guided else 1.0
+    sizes = {"resolution": tiny.size, "train_batch_size": len(PROMPTS), "output_dir": tmp_path}
+    texts = {"max_sequence_length": tiny.max_sequence_length, "cache_text_embeddings": cached}
+    sampling = {"validation_guidance_scale": scale, "validation_num_inference_steps": 2}
+    args = Namespace(**sizes, **texts, **sampling)
+    call = {**tiny.call, **family.guidance(scale)}
+    if "negative_prompt" in call:
+        call["negative_prompt"] = [""] * len(PROMPTS)
+    expected = pipeline(prompt=[*PROMPTS], **call, generator=torch.Generator().manual_seed(0)).images
+    encode = build_text_encoder(args, family, pipeline, {"", *PROMPTS}, accelerator)
+    images = sample_text_to_image(args, family, pipeline, encode, PROMPTS, torch.Generator().manual_seed(0))
+    assert len(images) == len(expected) == 3
+    for one, other in zip(images, expected, strict=True):
+        assert np.abs(np.asarray(one, dtype=int) - np.asarray(other)).max() <= 1  # grey values of 255
