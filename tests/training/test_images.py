@@ -266,3 +266,18 @@ def test_half_of_the_images_are_flipped_if_any():
 def test_arguments_out_of_range_are_named(wrong):
     with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` must be"):
         ImageTransform(**{"resolution": 8} | wrong)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("size", [(40, 20), (20, 40)])
+def test_micro_conditions_are_the_size_before_and_the_corner_of_the_crop_after_resizing(size, flip):
+    width, height = size
+    # Every pixel tells its column and its row.
+    columns, rows = np.meshgrid(np.arange(width), np.arange(height))
+    image = Image.fromarray(np.stack([columns, rows, 0 * rows], axis=-1).astype(np.uint8))
+    image = image if not flip else image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    transform, augmentation = ImageTransform(resolution=20), Augmentation(flip=flip, crop=(0.3, 0.3))
+    pixels, told = transform(image, augmentation), transform.micro_conditions(size, augmentation)
+    assert told["original_size"].tolist() == [height, width]
+    left, top = ((pixels[:2, 0, 0] + 1) * 127.5).round().int().tolist()
+    assert told["crop_top_left"].tolist() == [top, left]
