@@ -1,4 +1,4 @@
-"""Runs of the text-to-image script from a pipeline of every family that has one with a language model or two encoders."""
+"""Runs of the text-to-image script from tiny pipelines of the families that people fine-tune."""
 
 import shutil
 import sys
