@@ -183,19 +183,24 @@ class Pipelines:
         return clean, conditions
 
     def _common_family(self):
-        families = []
+        families, classes = [], []
         for name in self.args.pretrained_model_name_or_path:
             kind = training.pretrained_pipeline_class(name, cache_dir=self.args.cache_dir)
             families.append(FAMILIES.get(kind))
             if families[-1] is None:
-                self._check_classes_or_none(name, kind)
+                classes.append(self._class_names(name, kind))
+        if any(names != classes[0] for names in classes):
+            raise ValueError(
+                "`--pretrained_model_name_or_path` must be pipelines whose `id2label` are the same, for all of them "
+                "are told the same labels, got several."
+            )
         if any(family != families[0] for family in families):
             raise ValueError("`--pretrained_model_name_or_path` must be pipelines of one kind, got several kinds.")
         return None if families[0] is None else families[0](self.args.resolution)
 
-    def _check_classes_or_none(self, name, kind):
+    def _class_names(self, name, kind):
         try:
-            DTRPipeline.load_config(name, cache_dir=self.args.cache_dir)
+            return DTRPipeline.load_config(name, cache_dir=self.args.cache_dir).get("id2label")
         except ValueError as error:
             raise ValueError(
                 "`--pretrained_model_name_or_path` must be class-conditional or unconditional pipelines, or one of "

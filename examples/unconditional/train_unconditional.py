@@ -87,7 +87,8 @@ def main(args):
     torch.manual_seed(args.seed)
     name, model = load_denoiser(args, noise_scheduler, vae)
     scheduler = training.sampling_scheduler(noise_scheduler, model, clip_sample=vae is None)
-    pipeline = DTRPipeline(scheduler, **{name: model}, vae=vae)
+    names = training.pretrained_class_names(args)  # of a transformer that can do without labels
+    pipeline = DTRPipeline(scheduler, **{name: model}, vae=vae, id2label=names)
     pipeline.set_progress_bar_config(disable=True)
 
     # 3. Train

@@ -214,6 +214,35 @@ def test_images_of_more_classes_than_the_model_knows_are_refused(inputs, tmp_pat
         measure(inputs, tmp_path / "out", "--train_data_dir", images)
 
 
+def named_pipeline(source, folder, *names):
+    pipeline = DTRPipeline.from_pretrained(source)
+    pipeline.register_to_config(id2label={str(label): name for label, name in enumerate(names)})
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def test_images_have_the_labels_that_the_model_has_for_their_classes(inputs, tmp_path, monkeypatch):
+    told, forward = [], DTRTransformer2DModel.forward
+
+    def spy(model, *arguments, class_labels=None, **options):
+        told.append(class_labels)
+        return forward(model, *arguments, class_labels=class_labels, **options)
+
+    monkeypatch.setattr(DTRTransformer2DModel, "forward", spy)
+    labels = []
+    for names in ("abc", "cab"):
+        told.clear()
+        measure(inputs, tmp_path / f"out-{names}", models=[named_pipeline(inputs[1], tmp_path / names, *names)])
+        labels.append([names[label] for label in torch.cat(told).tolist()])
+    assert labels[0] == labels[1]
+
+
+def test_pipelines_that_number_their_classes_differently_are_refused(inputs, tmp_path):
+    models = [named_pipeline(inputs[1], tmp_path / names, *names) for names in ("abc", "cab")]
+    with pytest.raises(ValueError, match="whose `id2label` are the same"):
+        measure(inputs, tmp_path / "out", models=models)
+
+
 @every_family
 def test_text_to_image_pipelines_of_diffusers_and_of_ours_are_measured(name, captioned, tmp_path):
     inputs = captioned[name]

@@ -131,6 +131,14 @@ def test_fine_tuned_transformer_goes_on_from_its_pipeline(images, tmp_path):
     assert DTRPipeline.from_pretrained(second).transformer.config.routing_beta == 0.6
 
 
+def test_a_transformer_with_classes_is_tuned_without_labels_and_keeps_their_names(images, tmp_path):
+    model = DTRTransformer2DModel(**MODEL, out_channels=1, sample_size=8, num_embeds_ada_norm=2)
+    DTRPipeline(DDPMScheduler(), transformer=model, id2label={0: "cat", 1: "dog"}).save_pretrained(tmp_path / "named")
+    source = ("--pretrained_model_name_or_path", tmp_path / "named")
+    run = train(images, tmp_path / "run", source, "--max_train_steps", 1)
+    assert DTRPipeline.from_pretrained(run).config.id2label == {"0": "cat", "1": "dog"}
+
+
 def first_output(monkeypatch, run) -> torch.Tensor:
     """What the U-Net says in the first step of a run."""
     outputs, forward = [], DTRUNet2DModel.forward
