@@ -7,18 +7,18 @@ authors' released code; their project page shows another one, whose width change
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Sequence
-from numbers import Real
 from typing import TypeVar
 
 import torch
 
 from .precision import scalar_dtype
+from .ranges import FINITE, POSITIVE, Range
 
 
 ROUTING_TYPES = ("dtr", "random", "none")
 DEFAULT_TIMESTEP_RANGE = (0, 999)
+ALPHA_RANGE, BETA_RANGE, SEED_RANGE = POSITIVE, Range("(0, 1]"), Range("[0, 2^32)", int)
 
 _Integers = TypeVar("_Integers", int, torch.Tensor)
 
@@ -230,14 +230,11 @@ def check_routing(
     Raises:
         ValueError: Naming the argument, what is allowed, and what came.
     """
-    if not _is_number(alpha) or not alpha > 0:
-        raise ValueError(f"`routing_alpha` must be a number > 0, got {alpha!r}.")
-    if not _is_number(beta) or not 0 < beta <= 1:
-        raise ValueError(f"`routing_beta`, the share of active channels, must be in (0, 1], got {beta!r}.")
+    ALPHA_RANGE.check(routing_alpha=alpha)
+    BETA_RANGE.check(routing_beta=beta)
     if routing_type not in ROUTING_TYPES:
         raise ValueError(f"`routing_type` must be one of {', '.join(ROUTING_TYPES)}, got {routing_type!r}.")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise ValueError(f"`routing_seed` must be an integer in [0, 2**32), got {seed!r}.")
+    SEED_RANGE.check(routing_seed=seed)
     if not _is_range(timestep_range):
         raise ValueError(
             "`routing_timestep_range` must be (cleanest, noisiest), two different finite timesteps, got "
@@ -255,12 +252,9 @@ def _check_widths(beta: float, widths: Collection[int]) -> None:
         check_routing(beta=beta, num_channels=width)
 
 
-def _is_number(value) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _is_range(value) -> bool:
-    return isinstance(value, Sequence) and len(value) == 2 and all(map(_is_number, value)) and value[0] != value[1]
+    pair = isinstance(value, Sequence) and len(value) == 2 and all(number in FINITE for number in value)
+    return pair and value[0] != value[1]
 
 
 def _as_batch(timestep: torch.Tensor | float) -> torch.Tensor:

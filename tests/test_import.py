@@ -12,6 +12,7 @@ PACKAGE = Path(diffusers_dtr.__file__).parent
 
 # Each may import those before it, and itself. The rest (the command line) is above them all.
 LAYERS = [
+    "ranges",
     "atomic_files",
     "run_folder",
     "precision",

@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..ranges import Range
+
 
 # Sums in rows, which run on several threads. Their number is fixed, so that results do not depend on the machine's.
 _LANES = 8
@@ -78,8 +80,7 @@ class CountSketch:
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], size: int, seed: int):
-        if not 1 <= size <= 2**30:
-            raise ValueError(f"`sketch_size` must be in [1, 2**30], got {size}.")
+        Range("[1, 2^30]", int).check(sketch_size=size)
         self.names = tuple(parameters)
         self.size = size
         # A code in [0, 2m): below m, the bucket to add to; from m on, the one to take from.

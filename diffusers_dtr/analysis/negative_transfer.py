@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ..models.evaluating import evaluating
 from ..objective.clusters import TimestepClusters
-from ..objective.counts import check_counts
 from ..objective.denoising_loss import DenoisingLoss
+from ..ranges import COUNT, Range
 from .conditions import checked_conditions, map_tensors
 
 
@@ -76,7 +76,7 @@ class HeldOutClusterLosses:
                 f"`clusters` must be of the {loss_fn.levels.num_train_timesteps} timesteps of `loss_fn`, got clusters "
                 f"of {clusters.num_train_timesteps}."
             )
-        check_counts(**{"num_samples": num_samples, "batch_size": batch_size, "len(clean)": len(clean)})
+        COUNT.check(**{"num_samples": num_samples, "batch_size": batch_size, "len(clean)": len(clean)})
         self.loss_fn = loss_fn
         self.clusters = clusters
         self.clean = clean
@@ -162,8 +162,7 @@ def confidence_interval(values: Tensor, confidence: float = 0.95) -> tuple[Tenso
         raise ValueError(
             f"`values` must have at least two entries, of which a spread can be told, got shape {tuple(values.shape)}."
         )
-    if not 0 < confidence < 1:
-        raise ValueError(f"`confidence` must be in (0, 1), got {confidence}.")
+    Range("(0, 1)").check(confidence=confidence)
     values = values.double()
     mean = values.mean(0)
     half = _student_t_quantile(confidence, len(values) - 1) * values.std(0) / math.sqrt(len(values))

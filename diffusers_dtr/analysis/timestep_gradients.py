@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..fingerprint import fingerprint
 from ..objective.denoising_loss import DenoisingLoss
+from ..ranges import COUNT
 from .conditions import checked_conditions, map_tensors, named_tensors
 
 
@@ -94,8 +95,8 @@ class TimestepGradients:
         parameters: Callable[[str], bool] | None = None,
         batch_size: int | None = None,
     ):
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        if batch_size is not None:
+            COUNT.check(batch_size=batch_size)
         self.parameters = chosen_parameters(model, parameters)
         self.model = model
         self.loss_fn = loss_fn

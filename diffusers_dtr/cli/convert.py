@@ -15,8 +15,9 @@ from ..models.dit import DTRTransformer2DModel
 from ..models.original_checkpoint import CHECKPOINT_WEIGHTS, load_original_checkpoint
 from ..models.per_block_embedders import PER_BLOCK_CLASS_NAMES
 from ..pipelines.pipeline_dtr import DTRPipeline
+from ..ranges import COUNT, Range
+from ..routing import ALPHA_RANGE, BETA_RANGE
 from ..run_folder import PIPELINE_INDEX
-from ..training.arguments import positive_int
 from .options import add_hub_arguments, new_parser
 from .outputs import forget_local_paths, new_output
 from .sources import open_source
@@ -76,12 +77,12 @@ def add_parser(subparsers) -> None:
     )
     group.add_argument(
         "--num_attention_heads",
-        type=positive_int,
+        type=COUNT,
         help="Attention heads. Default: those of the published model of the same depth and width.",
     )
     group.add_argument(
         "--class_dropout_prob",
-        type=float,
+        type=Range("[0, 1)"),
         help="Probability of dropping labels in training; at 0 all rows of the label table are classes. "
         "Default: 0.1, or 0 for a table of one row.",
     )
@@ -92,7 +93,7 @@ def add_parser(subparsers) -> None:
     )
     group.add_argument(
         "--num_train_timesteps",
-        type=positive_int,
+        type=COUNT,
         help="Timesteps that it was trained on. Default: as many as the masks have, or 1000.",
     )
     vae = group.add_mutually_exclusive_group()
@@ -111,8 +112,8 @@ def add_parser(subparsers) -> None:
     group = parser.add_argument_group(
         "routing", "Read from the masks of DTR's checkpoints, and kept of routed pipelines; other models are unrouted."
     )
-    group.add_argument("--routing_alpha", type=float, help="How late the channel window slides.")
-    group.add_argument("--routing_beta", type=float, help="Share of active channels; 1 is unrouted.")
+    group.add_argument("--routing_alpha", type=ALPHA_RANGE, help="How late the channel window slides.")
+    group.add_argument("--routing_beta", type=BETA_RANGE, help="Share of active channels; 1 is unrouted.")
     add_hub_arguments(parser)
     parser.set_defaults(run=run)
 

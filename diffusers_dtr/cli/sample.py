@@ -10,7 +10,7 @@ import torch
 from diffusers import SchedulerMixin
 
 from ..pipelines.pipeline_dtr import DTRPipeline
-from ..training.arguments import non_negative_int, positive_int
+from ..ranges import COUNT, NON_NEGATIVE, SEED
 from ..training.validation import save_sample_grid
 from .options import add_hub_arguments, new_parser
 from .outputs import new_output
@@ -60,29 +60,27 @@ def add_parser(subparsers) -> None:
     )
     parser.add_argument(
         "--num_images",
-        type=positive_int,
+        type=COUNT,
         default=4,
         help="Images per label, or in all where there are no labels. Default: %(default)s.",
     )
     parser.add_argument(
         "--guidance_scale",
-        type=float,
+        type=NON_NEGATIVE,
         default=1.0,
         help="Classifier-free guidance, off at 1 or below. Default: %(default)s.",
     )
-    parser.add_argument(
-        "--num_inference_steps", type=positive_int, default=50, help="Denoising steps. Default: %(default)s."
-    )
+    parser.add_argument("--num_inference_steps", type=COUNT, default=50, help="Denoising steps. Default: %(default)s.")
     parser.add_argument(
         "--scheduler",
         type=scheduler_class,
         metavar="CLASS",
         help="Scheduler of diffusers, made with the config of the pipeline's own, which is used by default.",
     )
-    parser.add_argument("--seed", type=non_negative_int, default=0, help="Seed. Default: %(default)s.")
+    parser.add_argument("--seed", type=SEED, default=0, help="Seed. Default: %(default)s.")
     parser.add_argument(
         "--max_batch_size",
-        type=positive_int,
+        type=COUNT,
         default=16,
         help="Compute at most this many images at once, to save memory. Default: %(default)s.",
     )

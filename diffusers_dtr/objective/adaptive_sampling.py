@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from ..precision import scalar_dtype
+from ..ranges import COUNT, Range
 from .clusters import TimestepClusters
-from .counts import check_counts
 
 
 STATISTICS = ("mean", "second_moment", "variance")
@@ -70,11 +70,9 @@ class AdaptiveTimestepSampler:
     ):
         if statistic not in STATISTICS:
             raise ValueError(f"`statistic` must be one of {', '.join(STATISTICS)}, got {statistic!r}.")
-        if not 0 <= decay < 1:
-            raise ValueError(f"`decay` must be in [0, 1), got {decay}.")
-        if not 0 < floor <= 1:
-            raise ValueError(f"`floor` must be in (0, 1], got {floor}.")
-        check_counts(interval=interval)
+        Range("[0, 1)").check(decay=decay)
+        Range("(0, 1]").check(floor=floor)
+        COUNT.check(interval=interval)
         self.clusters = clusters
         self.statistic = statistic
         self.decay = decay

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..ranges import COUNT
+
 
 BALANCINGS = ("uniform", "uncertainty", "continuous_uncertainty")
 
@@ -165,8 +167,7 @@ class ContinuousUncertainty(Balancing):
 
     def __init__(self, num_features: int = 128, *, seed: int = 0):
         super().__init__()
-        if num_features < 1:
-            raise ValueError(f"`num_features` must be at least 1, got {num_features}.")
+        COUNT.check(num_features=num_features)
         generator = torch.Generator("cpu").manual_seed(seed)
         self.register_buffer("frequencies", torch.randn(num_features, generator=generator, device="cpu"))
         self.register_buffer("phases", torch.rand(num_features, generator=generator, device="cpu"))

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from ..noise_levels import NoiseLevels
+from ..ranges import COUNT
 from .clusters import TimestepClusters
-from .counts import is_count
 
 
 COSTS = ("uniform", "timestep", "snr")
@@ -65,7 +65,7 @@ def cluster_timesteps(
     """
     levels = None if isinstance(noise_scheduler, int) else NoiseLevels(noise_scheduler)
     num_timesteps = noise_scheduler if levels is None else len(levels.timesteps)
-    if not is_count(num_timesteps):
+    if num_timesteps not in COUNT:
         raise ValueError(f"`noise_scheduler` must be a scheduler or a number of timesteps >= 1, got {num_timesteps}.")
     _check_num_clusters(num_clusters, num_timesteps)
 
@@ -151,7 +151,7 @@ def _checked_affinity(affinity: torch.Tensor | Sequence[Sequence[float]], num_ti
 
 
 def _check_num_clusters(num_clusters: int, num_timesteps: int, kind: str = "") -> None:
-    if not is_count(num_clusters) or num_clusters > num_timesteps:
+    if num_clusters not in COUNT or num_clusters > num_timesteps:
         raise ValueError(
             f"`num_clusters` must be an integer in [1, {num_timesteps}], the number of timesteps{kind}, "
             f"got {num_clusters!r}."

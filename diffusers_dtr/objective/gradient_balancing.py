@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..ranges import COUNT
 from .balancing import Balancing, ClusterLosses, num_processes
-from .counts import check_counts
 
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class GradientBalancer(Balancing):
         seed: int = 0,
     ):
         super().__init__()
-        check_counts(num_clusters=num_clusters, update_every=update_every)
+        COUNT.check(num_clusters=num_clusters, update_every=update_every)
         if not any(parameter.requires_grad for parameter in module.parameters()):
             raise ValueError("`module` must have trainable parameters, got none.")
         self.num_clusters = num_clusters

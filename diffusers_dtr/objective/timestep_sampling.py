@@ -7,12 +7,11 @@ from a CPU generator and depend on the global batch alone, so any number of proc
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 
-from .counts import check_counts
+from ..ranges import COUNT, FINITE, POSITIVE
 
 
 # Random fractions have this many bits: adding one to an integer below 2**21 is then exact in float64, so that rounding
@@ -54,7 +53,7 @@ def draw_stratified(
         ValueError: For an argument outside these ranges, a generator that is not on the CPU, or none with several
             processes.
     """
-    check_counts(batch_size=batch_size, num_processes=num_processes)
+    COUNT.check(batch_size=batch_size, num_processes=num_processes)
     if not 0 <= process_index < num_processes:
         raise ValueError(f"`process_index` must be in [0, {num_processes}), got {process_index}.")
     _check_generator(generator, num_processes)
@@ -114,11 +113,9 @@ def logit_normal_probabilities(num_timesteps: int, logit_mean: float = 0.0, logi
     Raises:
         ValueError: For an argument outside these ranges.
     """
-    check_counts(num_timesteps=num_timesteps)
-    if not math.isfinite(logit_mean):
-        raise ValueError(f"`logit_mean` must be finite, got {logit_mean}.")
-    if not 0 < logit_std < math.inf:
-        raise ValueError(f"`logit_std` must be greater than 0 and finite, got {logit_std}.")
+    COUNT.check(num_timesteps=num_timesteps)
+    FINITE.check(logit_mean=logit_mean)
+    POSITIVE.check(logit_std=logit_std)
     edges = torch.arange(num_timesteps + 1, dtype=torch.float64, device="cpu") / num_timesteps
     quantiles = (edges.logit() - logit_mean) / logit_std
     below, above = torch.special.ndtr(quantiles), torch.special.ndtr(-quantiles)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..noise_levels import NoiseLevels
+from ..ranges import NON_NEGATIVE, POSITIVE
 
 
 WEIGHTINGS = ("constant", "min_snr", "soft_min_snr", "p2", "debiased", "edm", "logit_normal")
@@ -84,9 +85,8 @@ def sample_weights(
             f'`weighting="logit_normal"` is defined for flow prediction, got "{levels.prediction_type}": '
             'use a flow matching scheduler, or another weighting such as "min_snr".'
         )
-    _check_positive(snr_gamma=snr_gamma, p2_k=p2_k, logit_std=logit_std)
-    if not 0 <= p2_gamma < math.inf:
-        raise ValueError(f"`p2_gamma` must be at least 0 and finite, got {p2_gamma}.")
+    POSITIVE.check(snr_gamma=snr_gamma, p2_k=p2_k, logit_std=logit_std)
+    NON_NEGATIVE.check(p2_gamma=p2_gamma)
 
     # A weight w on the clean sample's error is w·clean on the output's, one on the noise's is w·noise;
     # noise = SNR·clean.
@@ -110,9 +110,3 @@ def _logit_normal_density(logit: Tensor, mean: float, std: float) -> Tensor:
     size = logit.abs()
     log_density = size + 2 * torch.log1p((-size).exp()) - 0.5 * ((logit - mean) / std) ** 2
     return log_density.exp() / (std * math.sqrt(2 * math.pi))
-
-
-def _check_positive(**values: float) -> None:
-    for name, value in values.items():
-        if not 0 < value < math.inf:
-            raise ValueError(f"`{name}` must be greater than 0 and finite, got {value}.")

@@ -6,8 +6,7 @@ import argparse
 from importlib.util import find_spec
 
 from ..objective.gradient_balancing import GRADIENT_BALANCINGS
-from ..routing import check_routing
-from .arguments import TRACKERS, routing_config
+from .arguments import TRACKERS
 
 
 _HUB_FLAGS = ("hub_revision", "hub_create_pr", "hub_strategy")
@@ -60,18 +59,10 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error("--cluster_cost affinity and --affinity_path need each other")
     if args.timestep_sampling != "logit_normal" and (args.logit_mean, args.logit_std) != (None, None):
         parser.error("--logit_mean and --logit_std have an effect on --timestep_sampling logit_normal only")
-    if args.logit_std is not None and not args.logit_std > 0:
-        parser.error(f"--logit_std must be above 0, got {args.logit_std}")
     if args.train_cluster is not None and args.train_cluster >= args.num_clusters:
         parser.error(f"--train_cluster must be below --num_clusters {args.num_clusters}, got {args.train_cluster}")
     if args.train_cluster is not None and (args.balancing != "uniform" or args.timestep_sampling is not None):
         parser.error("--train_cluster leaves nothing to balance: no --balancing or --timestep_sampling goes with it")
-    given = routing_config(args)
-    given = {name if name == "routing_type" else name.removeprefix("routing_"): given[name] for name in given}
-    try:
-        check_routing(**given)
-    except ValueError as error:
-        parser.error(str(error))
 
 
 def check_text_to_image_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -81,8 +72,6 @@ def check_text_to_image_arguments(parser: argparse.ArgumentParser, args: argpars
         parser: Reports the error and exits.
         args: What was parsed.
     """
-    if not 0 <= args.proportion_empty_prompts <= 1:
-        parser.error(f"--proportion_empty_prompts must be in [0, 1], got {args.proportion_empty_prompts}")
     if args.rank is None:
         if args.lora_alpha is not None or args.lora_layers is not None:
             parser.error("--lora_alpha and --lora_layers have an effect with --rank only")

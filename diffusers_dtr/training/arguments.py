@@ -12,7 +12,8 @@ from ..objective.balancing import BALANCINGS
 from ..objective.clustering import COSTS
 from ..objective.gradient_balancing import GRADIENT_BALANCINGS
 from ..objective.weighting import WEIGHTINGS
-from ..routing import ROUTING_TYPES
+from ..ranges import COUNT, FINITE, NON_NEGATIVE, POSITIVE, SEED, SHARE, WHOLE, Range
+from ..routing import ALPHA_RANGE, BETA_RANGE, ROUTING_TYPES, SEED_RANGE
 from .images import INTERPOLATION_MODES
 
 
@@ -20,22 +21,6 @@ from .images import INTERPOLATION_MODES
 _LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 TIMESTEP_SAMPLINGS = ("uniform", "clusters", "loss", "variance", "logit_normal")
 TRACKERS = ("tensorboard", "wandb", "trackio")
-
-
-def positive_int(text: str) -> int:
-    """Parse an integer >= 1 for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-def non_negative_int(text: str) -> int:
-    """Parse an integer >= 0 for argparse."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
-    return value
 
 
 def json_config(text: str) -> dict:
@@ -81,14 +66,14 @@ def add_data_arguments(parser: argparse.ArgumentParser, labels: bool = True) -> 
     add("--image_column", default="image", help="Column with the images.")
     if labels:
         add("--label_column", default="label", help="Column with the class labels.")
-    add("--resolution", type=positive_int, default=32, help="Side of the training images in pixels.")
+    add("--resolution", type=COUNT, default=32, help="Side of the training images in pixels.")
     add(
         "--image_interpolation_mode",
         choices=INTERPOLATION_MODES,
         default="bilinear",
         help="How images are resized. Default %(default)s.",
     )
-    add("--max_train_samples", type=positive_int, help="Train on so many images, drawn with the seed. Default all.")
+    add("--max_train_samples", type=COUNT, help="Train on so many images, drawn with the seed. Default all.")
     add("--center_crop", action="store_true", help="Crop the middle rather than a random part.")
     add("--random_flip", action="store_true", help="Mirror half of the images.")
     add(
@@ -97,7 +82,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, labels: bool = True) -> 
         default="error",
         help="What to do about an image that cannot be decoded: stop, or take the next one and report it.",
     )
-    add("--dataloader_num_workers", type=non_negative_int, default=0, help="Processes that load images.")
+    add("--dataloader_num_workers", type=WHOLE, default=0, help="Processes that load images.")
     add("--vae_name_or_path", help="Autoencoder in whose latent space the model works. Pixels without it.")
     add("--cache_latents", action="store_true", help="Encode all images once, before training.")
 
@@ -106,28 +91,33 @@ def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the training loop, its optimizer and the average of its weights."""
     group = parser.add_argument_group("optimization")
     add = group.add_argument
-    add("--seed", type=non_negative_int, default=0, help="Seed of everything random in the run.")
-    add("--train_batch_size", type=positive_int, default=16, help="Images per process and forward call.")
-    add("--num_train_epochs", type=positive_int, default=100, help="Used if --max_train_steps is not given.")
-    add("--max_train_steps", type=positive_int, help="Number of optimizer steps.")
+    add("--seed", type=SEED, default=0, help="Seed of everything random in the run.")
+    add("--train_batch_size", type=COUNT, default=16, help="Images per process and forward call.")
+    add("--num_train_epochs", type=COUNT, default=100, help="Used if --max_train_steps is not given.")
+    add("--max_train_steps", type=COUNT, help="Number of optimizer steps.")
     add(
         "--gradient_accumulation_steps",
-        type=positive_int,
+        type=COUNT,
         help="Forward calls per optimizer step. Default what accelerate is configured with, or else 1.",
     )
     add("--gradient_checkpointing", action="store_true", help="Save memory by computing activations twice.")
-    add("--learning_rate", type=float, default=1e-4, help="Peak learning rate.")
+    add("--learning_rate", type=NON_NEGATIVE, default=1e-4, help="Peak learning rate.")
     add("--lr_scheduler", choices=_LR_SCHEDULERS, default="constant", help="Course of the learning rate.")
-    add("--lr_warmup_steps", type=non_negative_int, default=0, help="Steps over which the learning rate rises.")
-    add("--adam_beta1", type=float, default=0.9)
-    add("--adam_beta2", type=float, default=0.999)
-    add("--adam_weight_decay", type=float, default=0.0)
-    add("--adam_epsilon", type=float, default=1e-8)
-    add("--max_grad_norm", type=float, default=1.0, help="Gradients are scaled down to this norm.")
+    add("--lr_warmup_steps", type=WHOLE, default=0, help="Steps over which the learning rate rises.")
+    add("--adam_beta1", type=Range("[0, 1)"), default=0.9)
+    add("--adam_beta2", type=Range("[0, 1)"), default=0.999)
+    add("--adam_weight_decay", type=NON_NEGATIVE, default=0.0)
+    add("--adam_epsilon", type=POSITIVE, default=1e-8)
+    add(
+        "--max_grad_norm",
+        type=NON_NEGATIVE,
+        default=1.0,
+        help="Gradients are scaled down to this norm. 0: not at all.",
+    )
     add("--use_ema", action="store_true", help="Average the weights, and save and sample the average.")
-    add("--ema_max_decay", type=float, default=0.9999, help="Largest decay of the average.")
-    add("--ema_inv_gamma", type=float, default=1.0, help="Inverse gamma of the decay's warm-up.")
-    add("--ema_power", type=float, default=0.75, help="Power of the decay's warm-up.")
+    add("--ema_max_decay", type=SHARE, default=0.9999, help="Largest decay of the average.")
+    add("--ema_inv_gamma", type=POSITIVE, default=1.0, help="Inverse gamma of the decay's warm-up.")
+    add("--ema_power", type=POSITIVE, default=0.75, help="Power of the decay's warm-up.")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="Defaults to accelerate's configuration.")
     add("--allow_tf32", action="store_true", help="Let Ampere and newer GPUs multiply matrices in TF32.")
     add("--compile", action="store_true", help="Compile the model with torch.compile.")
@@ -142,7 +132,7 @@ def add_noise_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"),
         help="`beta_schedule` of the DDPMScheduler. Default linear.",
     )
-    add("--num_train_timesteps", type=positive_int, help="Number of timesteps T. Default 1000.")
+    add("--num_train_timesteps", type=COUNT, help="Number of timesteps T. Default 1000.")
     add("--prediction_type", choices=("epsilon", "sample", "v_prediction"), help="Default epsilon.")
     add("--learn_sigma", action="store_true", help="Learn the variance too, by the variational bound.")
 
@@ -157,8 +147,8 @@ def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
         default="constant",
         help="How squared errors are weighted by noise level; logit_normal is for flow matching alone.",
     )
-    add("--snr_gamma", type=float, help="γ of min_snr and soft_min_snr. Default 5.")
-    add("--num_clusters", type=positive_int, default=8, help="Number of clusters of timesteps.")
+    add("--snr_gamma", type=POSITIVE, help="γ of min_snr and soft_min_snr. Default 5.")
+    add("--num_clusters", type=COUNT, default=8, help="Number of clusters of timesteps.")
     add(
         "--cluster_cost",
         choices=(*COSTS, "affinity"),
@@ -174,7 +164,7 @@ def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--balancing_update_every",
-        type=positive_int,
+        type=COUNT,
         help="Optimizer steps for which gradient balancing uses the same weights. Default 1.",
     )
     add(
@@ -186,14 +176,14 @@ def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--logit_mean",
-        type=float,
+        type=FINITE,
         help="Location of logit_normal; above 0 favours noisy timesteps, as in the paper of Stable Diffusion 3. "
         "Default 0.",
     )
-    add("--logit_std", type=float, help="Scale of logit_normal, > 0. Default 1.")
+    add("--logit_std", type=POSITIVE, help="Scale of logit_normal, > 0. Default 1.")
     add(
         "--train_cluster",
-        type=non_negative_int,
+        type=WHOLE,
         help="Train on the timesteps of this one cluster alone, to measure what training on all costs it.",
     )
 
@@ -202,13 +192,13 @@ def add_routing_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of Denoising Task Routing; what is not given is the pretrained model's, or the default."""
     group = parser.add_argument_group("denoising task routing")
     add = group.add_argument
-    add("--routing_alpha", type=float, help="How late the channel window slides, > 0. Default 4.")
-    add("--routing_beta", type=float, help="Share of active channels, in (0, 1]; 1 is unrouted. Default 0.8.")
+    add("--routing_alpha", type=ALPHA_RANGE, help="How late the channel window slides, > 0. Default 4.")
+    add("--routing_beta", type=BETA_RANGE, help="Share of active channels, in (0, 1]; 1 is unrouted. Default 0.8.")
     add("--routing_type", choices=ROUTING_TYPES, help="Default dtr.")
-    add("--routing_seed", type=non_negative_int, help="Seed of random routing.")
+    add("--routing_seed", type=SEED_RANGE, help="Seed of random routing.")
     add(
         "--routing_warmup_steps",
-        type=non_negative_int,
+        type=WHOLE,
         default=0,
         help="Steps over which the share falls from 1, the unrouted model, to its target.",
     )
@@ -224,21 +214,26 @@ def add_run_arguments(parser: argparse.ArgumentParser, guidance: bool = True) ->
     group = parser.add_argument_group("outputs")
     add = group.add_argument
     add("--output_dir", required=True, help="Folder of checkpoints, samples and the final pipeline.")
-    add("--checkpointing_steps", type=positive_int, default=500, help="Steps between checkpoints.")
-    add("--checkpoints_total_limit", type=positive_int, help="How many checkpoints to keep.")
+    add("--checkpointing_steps", type=COUNT, default=500, help="Steps between checkpoints.")
+    add("--checkpoints_total_limit", type=COUNT, help="How many checkpoints to keep.")
     add("--resume_from_checkpoint", help="A checkpoint's folder, or `latest`.")
     add(
         "--allow_changed_settings",
         action="store_true",
         help="Resume although flags that define the objective or the data differ from the checkpoint's.",
     )
-    add("--validation_steps", type=positive_int, help="Steps between sample grids. None without it.")
-    add("--num_validation_images", type=positive_int, default=16, help="Images of a grid.")
-    add("--max_held_out_images", type=positive_int, default=1024, help="How many images the held-out loss is of.")
+    add("--validation_steps", type=COUNT, help="Steps between sample grids. None without it.")
+    add("--num_validation_images", type=COUNT, default=16, help="Images of a grid.")
+    add("--max_held_out_images", type=COUNT, default=1024, help="How many images the held-out loss is of.")
     if guidance:
-        add("--validation_guidance_scale", type=float, default=1.0, help="Guidance of a grid's images; 1 is off.")
-    add("--validation_num_inference_steps", type=positive_int, default=50)
-    add("--logging_steps", type=positive_int, default=10, help="Steps between readings of the loss.")
+        add(
+            "--validation_guidance_scale",
+            type=NON_NEGATIVE,
+            default=1.0,
+            help="Guidance of a grid's images; 1: none.",
+        )
+    add("--validation_num_inference_steps", type=COUNT, default=50)
+    add("--logging_steps", type=COUNT, default=10, help="Steps between readings of the loss.")
     add("--logging_dir", default="logs", help="Folder of the tracker's files inside the output folder.")
     add("--report_to", choices=(*TRACKERS, "none"), default="tensorboard", help="Where losses and samples go.")
     add("--push_to_hub", action="store_true", help="Upload the result with its card, samples and logs.")
@@ -330,11 +325,11 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     add("--caption_column", default="text", help="Column with the captions: a string or a list of strings per image.")
     add(
         "--proportion_empty_prompts",
-        type=float,
+        type=SHARE,
         default=0.0,
         help="Share of the captions that are replaced by an empty one, for classifier-free guidance.",
     )
-    add("--max_sequence_length", type=positive_int, help="Tokens of a T5 encoder's prompt. Default the pipeline's.")
+    add("--max_sequence_length", type=COUNT, help="Tokens of a T5 encoder's prompt. Default the pipeline's.")
     add(
         "--cache_text_embeddings",
         action="store_true",
@@ -351,6 +346,6 @@ def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of LoRA adapters."""
     group = parser.add_argument_group("LoRA")
     add = group.add_argument
-    add("--rank", type=positive_int, help="Train LoRA adapters of this rank, and nothing else.")
-    add("--lora_alpha", type=positive_int, help="Adapters are scaled by this over the rank. Default the rank.")
+    add("--rank", type=COUNT, help="Train LoRA adapters of this rank, and nothing else.")
+    add("--lora_alpha", type=COUNT, help="Adapters are scaled by this over the rank. Default the rank.")
     add("--lora_layers", nargs="+", help="Names of the layers to adapt, or their ends. Default all of attention.")

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from diffusers_dtr import DenoisingLoss, DTRPipeline, TaskAffinity, cluster_timesteps, training
 from diffusers_dtr.analysis import Workspace, noise_distance_correlation
 from diffusers_dtr.publishing import public_arguments, public_command
+from diffusers_dtr.ranges import COUNT, FINITE, SEED, WHOLE, Range
 
 
 # Whose denoisers take and return latents as they are.
@@ -51,7 +52,7 @@ def parse_args(argv=None):
     )
     add(
         "--checkpoints",
-        type=int,
+        type=WHOLE,
         nargs="+",
         metavar="STEP",
         help="Instead of the one pipeline's own weights, those of these checkpoints in its folder, not averaged.",
@@ -65,27 +66,32 @@ def parse_args(argv=None):
     training.add_data_arguments(parser)
     add = parser.add_argument_group("captions, for text-to-image pipelines").add_argument
     add("--caption_column", default="text", help="Column with the captions, of which an image's first one is taken.")
-    add("--max_sequence_length", type=int, help="Tokens of a T5 encoder's prompt. Default the pipeline's.")
+    add("--max_sequence_length", type=COUNT, help="Tokens of a T5 encoder's prompt. Default the pipeline's.")
     add = parser.add_argument_group("affinity").add_argument
     add(
         "--num_images",
-        type=int,
+        type=COUNT,
         default=64,
         help="Images that every gradient is averaged over: a multiple of 4. Those of --validation_split or "
         "--validation_data_dir if given, else training images.",
     )
-    add("--train_batch_size", type=int, default=16, help="Images per forward call.")
-    add("--num_timesteps", type=int, help="Measure so many, spread evenly, and interpolate. Default all.")
-    add("--timesteps", type=float, nargs="+", help="Measure these, and interpolate.")
-    add("--sketch_size", type=int, default=8192, help="Numbers that a gradient is projected to; 0 is exact affinity.")
+    add("--train_batch_size", type=COUNT, default=16, help="Images per forward call.")
+    add("--num_timesteps", type=COUNT, help="Measure so many, spread evenly, and interpolate. Default all.")
+    add("--timesteps", type=FINITE, nargs="+", help="Measure these, and interpolate.")
+    add(
+        "--sketch_size",
+        type=Range("[0, 2^30]", int),
+        default=8192,
+        help="Numbers that a gradient is projected to; 0 is exact affinity.",
+    )
     add(
         "--estimator",
         choices=("unbiased", "plain"),
         default="unbiased",
         help="unbiased leaves out what is due to the noise of finitely many images; plain is the paper's.",
     )
-    add("--seed", type=int, default=0, help="Seed of noise, sketch, augmentation and latents.")
-    add("--cluster", type=int, metavar="K", help="Print the K clusters that the affinity implies.")
+    add("--seed", type=SEED, default=0, help="Seed of noise, sketch, augmentation and latents.")
+    add("--cluster", type=COUNT, metavar="K", help="Print the K clusters that the affinity implies.")
     add("--output_dir", required=True, help=f"Folder of {RESULT} and {PICTURE}.")
     args = parser.parse_args(argv)
     check(parser, args)

@@ -32,6 +32,7 @@ from negative_transfer_report import Report
 from diffusers_dtr import DenoisingLoss, DTRPipeline, TimestepClusters, training
 from diffusers_dtr.analysis import HeldOutClusterLosses, frechet_distance
 from diffusers_dtr.publishing import public_command, publishable
+from diffusers_dtr.ranges import COUNT, NON_NEGATIVE, SEED, Range
 from diffusers_dtr.run_folder import RECORD_FILE
 
 
@@ -57,7 +58,7 @@ def parse_args(argv=None):
     add("--script", choices=SCRIPTS, default="class_conditional", help="Which models to train. Default %(default)s.")
     add("--work_dir", required=True, help="Folder of the training runs.")
     add("--output", required=True, help="JSON file to write, or to complete. The picture lies beside it, as PNG.")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="At least two, for an interval.")
+    add("--seeds", type=SEED, nargs="+", default=[0, 1, 2], help="At least two, for an interval.")
     add("--train_joint", choices=JOINT_MODELS, nargs="*", default=list(JOINT_MODELS), help="Joint models to train.")
     add(
         "--joint",
@@ -72,17 +73,17 @@ def parse_args(argv=None):
         metavar="PATH",
         help="Specialists that are there already: runs with --train_cluster. {seed} and {cluster} stand for both.",
     )
-    add("--jobs", type=int, default=1, help="Training runs at a time.")
-    add("--num_loss_samples", type=int, default=2048, help="Samples of the held-out loss of each cluster.")
+    add("--jobs", type=COUNT, default=1, help="Training runs at a time.")
+    add("--num_loss_samples", type=COUNT, default=2048, help="Samples of the held-out loss of each cluster.")
     add(
         "--feature_extractor",
         help="TorchScript file, or function `module:name`, from images (n, channels, height, width) in [0, 1] to "
         "features (n, d). Without it there are no Fréchet distances.",
     )
-    add("--num_samples", type=int, default=1000, help="Images drawn for each Fréchet distance.")
-    add("--num_inference_steps", type=int, default=50)
-    add("--guidance_scale", type=float, default=1.0)
-    add("--batch_size", type=int, default=256, help="Samples per forward call while measuring.")
+    add("--num_samples", type=Range("[2, inf)", int), default=1000, help="Images drawn for each Fréchet distance.")
+    add("--num_inference_steps", type=COUNT, default=50)
+    add("--guidance_scale", type=NON_NEGATIVE, default=1.0)
+    add("--batch_size", type=COUNT, default=256, help="Samples per forward call while measuring.")
     add("training_flags", nargs="+", metavar="FLAG", help="After `--`: flags of the training script.")
     args = parser.parse_args(argv)
     if args.script == "unconditional" and args.guidance_scale > 1:

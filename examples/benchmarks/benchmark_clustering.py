@@ -13,15 +13,18 @@ from diffusers import DDPMScheduler
 from measuring import environment, seconds_by_turns
 
 from diffusers_dtr import cluster_timesteps
+from diffusers_dtr.ranges import COUNT, WHOLE
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num_timesteps", type=int, nargs="+", default=[1000, 4000], metavar="T")
-    parser.add_argument("--num_clusters", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=9, help="Timed runs of each; their median is reported.")
-    parser.add_argument("--warmup", type=int, default=1, help="Untimed runs of each first.")
-    parser.add_argument("--num_threads", type=int, default=None, help="PyTorch's threads; its own choice by default.")
+    parser.add_argument("--num_timesteps", type=COUNT, nargs="+", default=[1000, 4000], metavar="T")
+    parser.add_argument("--num_clusters", type=COUNT, default=8)
+    parser.add_argument("--repeats", type=COUNT, default=9, help="Timed runs of each; their median is reported.")
+    parser.add_argument("--warmup", type=WHOLE, default=1, help="Untimed runs of each first.")
+    parser.add_argument(
+        "--num_threads", type=COUNT, default=None, help="Threads; PyTorch's choice by default."
+    )
     return parser.parse_args()
 
 

@@ -18,6 +18,7 @@ from diffusers import DDPMScheduler
 from measuring import environment, fill_weights, peak_bytes, seconds_by_turns
 
 from diffusers_dtr import ClusteredLoss, DTRTransformer2DModel, GradientBalancer, cluster_timesteps
+from diffusers_dtr.ranges import COUNT
 
 
 # Name -> (balancing, steps that share weights, whether the Gramian is of the last block alone).
@@ -35,9 +36,9 @@ SUBJECTS = {
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="DiT-S/4", help="A size that DTRTransformer2DModel.from_preset knows.")
-    parser.add_argument("--num_clusters", type=int, default=8)
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=10, help="Timed steps of each balancing; the mean is reported.")
+    parser.add_argument("--num_clusters", type=COUNT, default=8)
+    parser.add_argument("--batch_size", type=COUNT, default=16)
+    parser.add_argument("--steps", type=COUNT, default=10, help="Timed steps of each balancing; the mean is reported.")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="Autocast type.")
     parser.add_argument("--only", nargs="+", choices=tuple(SUBJECTS), default=list(SUBJECTS), help="What to measure.")

@@ -20,6 +20,7 @@ import torch
 from measuring import CLOCKS, compare, environment, seconds_by_turns
 
 import diffusers_dtr
+from diffusers_dtr.ranges import COUNT, WHOLE
 
 
 def unet_2d(batch):
@@ -81,9 +82,9 @@ FAMILIES = {family.__name__: family for family in (unet_2d, unet_2d_condition, p
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
-    parser.add_argument("--batch_size", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=11, help="Timed runs of each model; medians are reported.")
-    parser.add_argument("--warmup", type=int, default=2, help="Untimed runs of each model first.")
+    parser.add_argument("--batch_size", type=COUNT, default=2)
+    parser.add_argument("--repeats", type=COUNT, default=11, help="Timed runs of each model; medians are reported.")
+    parser.add_argument("--warmup", type=WHOLE, default=2, help="Untimed runs of each model first.")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="Autocast type.")
     parser.add_argument("--compile", action="store_true", help="Then measure both models compiled, too.")

@@ -21,15 +21,18 @@ from measuring import peak_bytes as current_peak
 
 from diffusers_dtr import DenoisingLoss, DTRTransformer2DModel, TaskAffinity
 from diffusers_dtr.analysis.estimators import gram
+from diffusers_dtr.ranges import COUNT, Range
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="DiT-S/4", help="A size that DTRTransformer2DModel.from_preset knows.")
-    parser.add_argument("--batch_size", type=int, nargs="+", default=[64], help="Images; multiples of 4.")
-    parser.add_argument("--num_timesteps", type=int, nargs="+", default=[2, 4], help="At least two numbers >= 2.")
-    parser.add_argument("--sketch_size", type=int, default=8192)
-    parser.add_argument("--repeats", type=int, default=3, help="Timed runs of each; medians are reported.")
+    parser.add_argument("--batch_size", type=COUNT, nargs="+", default=[64], help="Images; multiples of 4.")
+    parser.add_argument(
+        "--num_timesteps", type=Range("[2, inf)", int), nargs="+", default=[2, 4], help="At least two numbers."
+    )
+    parser.add_argument("--sketch_size", type=Range("[1, 2^30]", int), default=8192)
+    parser.add_argument("--repeats", type=COUNT, default=3, help="Timed runs of each; medians are reported.")
     parser.add_argument(
         "--clock", choices=CLOCKS, default="wall", help="Processor time is the steadier one on a CPU that others use."
     )

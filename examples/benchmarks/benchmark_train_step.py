@@ -16,14 +16,15 @@ from diffusers.training_utils import EMAModel
 from measuring import compare, environment, seconds_by_turns
 
 from diffusers_dtr import DTRTransformer2DModel
+from diffusers_dtr.ranges import COUNT, WHOLE
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="DiT-S/4", help="A size that DTRTransformer2DModel.from_preset knows.")
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=9, help="Timed steps of each model; the median is reported.")
-    parser.add_argument("--warmup", type=int, default=2, help="Untimed steps of each model first.")
+    parser.add_argument("--batch_size", type=COUNT, default=16)
+    parser.add_argument("--repeats", type=COUNT, default=9, help="Timed steps of each model; the median is reported.")
+    parser.add_argument("--warmup", type=WHOLE, default=2, help="Untimed steps of each model first.")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="Autocast type.")
     parser.add_argument("--compile", action="store_true", help="Compile both models.")

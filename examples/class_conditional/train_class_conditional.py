@@ -8,6 +8,7 @@ import argparse
 import torch
 
 from diffusers_dtr import DIT_PRESETS, DTRPipeline, DTRTransformer2DModel, training
+from diffusers_dtr.ranges import Range
 
 
 def parse_args(argv=None):
@@ -27,7 +28,9 @@ def parse_args(argv=None):
         help="Pipeline to fine-tune: ours or a DiTPipeline.",
     )
     group.add_argument(
-        "--class_dropout_prob", type=float, help="Share of labels that are dropped. Default 0.1, or the pretrained."
+        "--class_dropout_prob",
+        type=Range("[0, 1)"),
+        help="Share of labels that are dropped. Default 0.1, or the pretrained.",
     )
     training.add_pretrained_arguments(group)
     training.add_data_arguments(parser)

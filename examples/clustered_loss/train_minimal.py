@@ -10,6 +10,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from sklearn.datasets import load_digits
 
 from diffusers_dtr import ClusteredLoss, cluster_timesteps
+from diffusers_dtr.ranges import COUNT, SEED
 
 
 def main(max_train_steps=200, batch_size=64, balancing="uncertainty", seed=0):
@@ -51,10 +52,10 @@ def main(max_train_steps=200, batch_size=64, balancing="uncertainty", seed=0):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--max_train_steps", type=int, default=200)
-    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--max_train_steps", type=COUNT, default=200)
+    parser.add_argument("--batch_size", type=COUNT, default=64)
     parser.add_argument(
         "--balancing", choices=("uniform", "uncertainty", "continuous_uncertainty"), default="uncertainty"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=SEED, default=0)
     main(**vars(parser.parse_args()))

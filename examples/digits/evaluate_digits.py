@@ -20,6 +20,7 @@ from sklearn.svm import SVC
 
 from diffusers_dtr import DTRPipeline, NoiseLevels, cluster_timesteps
 from diffusers_dtr.model_card import save_metrics
+from diffusers_dtr.ranges import COUNT, NON_NEGATIVE, SEED
 from diffusers_dtr.training import HeldOutLoss
 
 
@@ -31,10 +32,10 @@ def parse_args(argv=None):
     parser.add_argument("--pipeline", required=True, help="Folder or Hub repository of the pipeline.")
     parser.add_argument("--digits_dir", required=True, help="What prepare_digits.py wrote.")
     parser.add_argument("--samples", default="samples.png", help="Picture to write.")
-    parser.add_argument("--num_per_digit", type=int, default=10)
-    parser.add_argument("--guidance_scale", type=float, default=1.5)
-    parser.add_argument("--num_inference_steps", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num_per_digit", type=COUNT, default=10)
+    parser.add_argument("--guidance_scale", type=NON_NEGATIVE, default=1.5)
+    parser.add_argument("--num_inference_steps", type=COUNT, default=50)
+    parser.add_argument("--seed", type=SEED, default=0)
     return parser.parse_args(argv)
 
 

@@ -40,6 +40,8 @@ from transformers import (
     T5Tokenizer,
 )
 
+from diffusers_dtr.ranges import COUNT
+
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CAPTIONS = ("a handwritten {}", "the digit {}", "{}")
@@ -58,7 +60,7 @@ def parse_args(argv=None):
     parser.add_argument("--digits_dir", required=True, help="Folder that prepare_digits.py wrote.")
     parser.add_argument("--family", required=True, choices=PIPELINES, help="Which pipeline to write.")
     parser.add_argument("--output_dir", required=True, help="Folder to write train/, test/ and pipeline/ into.")
-    parser.add_argument("--vae_steps", type=int, default=200, help="Steps that the autoencoder is trained for.")
+    parser.add_argument("--vae_steps", type=COUNT, default=200, help="Steps that the autoencoder is trained for.")
     return parser.parse_args(argv)
 
 

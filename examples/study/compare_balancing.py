@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from diffusers_dtr.atomic_files import replace_text
+from diffusers_dtr.ranges import COUNT, SEED
 from diffusers_dtr.run_folder import RECORD_FILE
 
 
@@ -59,9 +60,9 @@ def parse_args(argv=None):
     parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument("--data", required=True, help="Folder of prepare_digits.py, or a CIFAR-10 for load_dataset.")
     parser.add_argument("--output", required=True, help="JSON file to write, or to complete.")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=SEED, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--jobs", type=int, default=1, help="Runs at a time, of one thread each.")
+    parser.add_argument("--jobs", type=COUNT, default=1, help="Runs at a time, of one thread each.")
     return parser.parse_args(argv)
 
 

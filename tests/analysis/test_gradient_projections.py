@@ -102,7 +102,7 @@ def test_largest_sketches_of_either_code_type_keep_norms(size):
 
 @pytest.mark.parametrize("size", [0, -1, 2**30 + 1])
 def test_sketch_sizes_out_of_range_are_refused(size):
-    with pytest.raises(ValueError, match="`sketch_size` must be in"):
+    with pytest.raises(ValueError, match="`sketch_size` must be an integer in"):
         CountSketch(parameters(3), size, seed=0)
 
 

@@ -213,5 +213,5 @@ def test_single_values_have_no_interval(values):
 
 @pytest.mark.parametrize("confidence", [0, 1, 95, -0.5, math.nan])
 def test_shares_that_are_none_are_refused(confidence):
-    with pytest.raises(ValueError, match=r"`confidence` must be in \(0, 1\)"):
+    with pytest.raises(ValueError, match=r"`confidence` must be a number in \(0, 1\)"):
         confidence_interval(torch.ones(3), confidence)

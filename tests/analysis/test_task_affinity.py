@@ -171,7 +171,7 @@ def test_gradients_that_are_all_noise_are_an_error_that_says_what_to_do():
         ({"timesteps": [5, 5]}, "at least two increasing numbers"),
         ({"timesteps": [5, 1000]}, r"numbers in \[0, 999\]"),
         ({"estimator": "exact"}, "`estimator` must be one of unbiased, plain"),
-        ({"sketch_size": 0}, "`sketch_size` must be in"),
+        ({"sketch_size": 0}, "`sketch_size` must be an integer in"),
         ({"sketch_size": None, "memory_limit": 79}, "`memory_limit` must be at least 80 bytes"),
         ({"model": []}, "`models` must have at least one model"),
     ],

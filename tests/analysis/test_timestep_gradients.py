@@ -118,5 +118,5 @@ def test_samples_that_do_not_belong_together_are_refused():
 
 
 def test_batch_size_below_one_is_refused():
-    with pytest.raises(ValueError, match="`batch_size` must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="`batch_size` must be an integer >= 1, got 0"):
         gradients(batch(), batch_size=0)

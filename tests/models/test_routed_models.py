@@ -167,7 +167,7 @@ def test_conversion_refuses_other_classes(family):
 @every_scoped_family
 def test_a_bad_routing_is_refused_before_a_layer_is_built(family, monkeypatch):
     monkeypatch.setattr(family.routed_class.plain_class, "__init__", None)
-    with pytest.raises(ValueError, match=r"`routing_beta`, the share of active channels, must be in \(0, 1\], got 2"):
+    with pytest.raises(ValueError, match=r"`routing_beta` must be a number in \(0, 1\], got 2"):
         family.routed(routing_beta=2)
 
 

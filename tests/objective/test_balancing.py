@@ -143,7 +143,7 @@ def test_the_seed_and_the_number_of_features_choose_the_features():
     assert torch.equal(function(seed=1), function(seed=1))
     assert not torch.allclose(function(seed=1), function(seed=2))
     assert ContinuousUncertainty(7).weight.shape == (7,)
-    with pytest.raises(ValueError, match="`num_features` must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="`num_features` must be an integer >= 1, got 0"):
         ContinuousUncertainty(0)
 
 

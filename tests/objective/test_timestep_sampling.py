@@ -249,8 +249,8 @@ def test_logit_normal_draws_the_places_that_a_logit_normal_variable_falls_on():
     ("arguments", "message"),
     [
         ((0,), "`num_timesteps` must be an integer >= 1"),
-        ((10, math.nan), "`logit_mean` must be finite, got nan"),
-        ((10, 0.0, 0.0), "`logit_std` must be greater than 0 and finite, got 0.0"),
+        ((10, math.nan), r"`logit_mean` must be a number in \(-inf, inf\), got nan"),
+        ((10, 0.0, 0.0), "`logit_std` must be a number > 0, got 0.0"),
     ],
 )
 def test_logit_normal_arguments_are_checked(arguments, message):

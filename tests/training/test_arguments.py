@@ -43,9 +43,9 @@ def test_flags_have_the_names_that_users_of_diffusers_know():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--train_batch_size", "0"), "--train_batch_size: must be at least 1, got 0"),
-        (("--seed", "-1"), "--seed: must be at least 0, got -1"),
-        (("--resolution", "big"), "--resolution: invalid positive_int value: 'big'"),
+        (("--train_batch_size", "0"), "--train_batch_size: must be an integer >= 1, got 0"),
+        (("--seed", "-1"), "--seed: must be an integer in [0, 2^63), got -1"),
+        (("--resolution", "big"), "--resolution: must be an integer >= 1, got 'big'"),
         (("--lr_scheduler", "piecewise_constant"), "invalid choice: 'piecewise_constant'"),
         (("--report_to", "pigeon"), "invalid choice: 'pigeon'"),
         (("--dataset_name", "mnist"), "exactly one of --dataset_name and --train_data_dir must be given"),
@@ -59,7 +59,7 @@ def test_flags_have_the_names_that_users_of_diffusers_know():
         (("--cluster_cost", "affinity"), "--cluster_cost affinity and --affinity_path need each other"),
         (("--affinity_path", "a.safetensors"), "--cluster_cost affinity and --affinity_path need each other"),
         (("--logit_mean", "1"), "have an effect on --timestep_sampling logit_normal only"),
-        (("--timestep_sampling", "logit_normal", "--logit_std", "0"), "--logit_std must be above 0, got 0.0"),
+        (("--timestep_sampling", "logit_normal", "--logit_std", "0"), "--logit_std: must be a number > 0, got 0.0"),
         (("--num_clusters", "4", "--train_cluster", "4"), "--train_cluster must be below --num_clusters 4, got 4"),
         (("--train_cluster", "0", "--balancing", "uncertainty"), "--train_cluster leaves nothing to balance"),
         (("--train_cluster", "0", "--timestep_sampling", "clusters"), "--train_cluster leaves nothing to balance"),
@@ -68,7 +68,7 @@ def test_flags_have_the_names_that_users_of_diffusers_know():
         (("--hub_strategy", "checkpoint"), "--hub_strategy has an effect with --push_to_hub only"),
         (("--push_to_hub", "--hub_create_pr", "--hub_revision", "branch"), "--hub_create_pr is for the result alone"),
         (("--push_to_hub", "--hub_create_pr", "--hub_strategy", "checkpoint"), "--hub_create_pr is for the result"),
-        (("--routing_beta", "1.5"), "must be in (0, 1], got 1.5"),
+        (("--routing_beta", "1.5"), "must be a number in (0, 1], got 1.5"),
         (("--routing_alpha", "0"), "got 0.0"),
     ],
 )

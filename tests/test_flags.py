@@ -1,0 +1,163 @@
+"""Every number that the command line takes has a range, which is checked when it is parsed."""
+
+import argparse
+import runpy
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from diffusers_dtr.cli import main
+from diffusers_dtr.ranges import Range
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SCRIPTS = sorted(path for path in EXAMPLES.rglob("*.py") if "ArgumentParser(" in path.read_text(encoding="utf-8"))
+
+COUNT = ("1 1000000", "0 -1 1.0")
+WHOLE = ("0 1000000", "-1 0.5")
+SEED = ("0 9223372036854775807", "-1 9223372036854775808 0.5")
+POSITIVE = ("1e-300 1e300", "0 -1e-300 inf")
+NON_NEGATIVE = ("0 1e300", "-1e-300 inf")
+FINITE = ("-1e300 0 1e300", "-inf inf")
+SHARE = ("0 1", "-1e-300 1.0000001")
+
+# Values that are allowed, and values that are not, on both sides of each border; where a flag of the same name has
+# several ranges, by script.
+FLAGS = {
+    "adam_beta1": ("0 0.999999", "-1e-300 1"),
+    "adam_beta2": ("0 0.999999", "-1e-300 1"),
+    "adam_epsilon": POSITIVE,
+    "adam_weight_decay": NON_NEGATIVE,
+    "balancing_update_every": COUNT,
+    "batch_size": COUNT,
+    "checkpointing_steps": COUNT,
+    "checkpoints": WHOLE,
+    "checkpoints_total_limit": COUNT,
+    "class_dropout_prob": ("0 0.999999", "-1e-300 1"),
+    "cluster": COUNT,
+    "dataloader_num_workers": WHOLE,
+    "ema_inv_gamma": POSITIVE,
+    "ema_max_decay": SHARE,
+    "ema_power": POSITIVE,
+    "gradient_accumulation_steps": COUNT,
+    "guidance_scale": NON_NEGATIVE,
+    "jobs": COUNT,
+    "learning_rate": NON_NEGATIVE,
+    "logging_steps": COUNT,
+    "logit_mean": FINITE,
+    "logit_std": POSITIVE,
+    "lora_alpha": COUNT,
+    "lr_warmup_steps": WHOLE,
+    "max_batch_size": COUNT,
+    "max_grad_norm": NON_NEGATIVE,
+    "max_held_out_images": COUNT,
+    "max_sequence_length": COUNT,
+    "max_train_samples": COUNT,
+    "max_train_steps": COUNT,
+    "num_attention_heads": COUNT,
+    "num_clusters": COUNT,
+    "num_images": COUNT,
+    "num_inference_steps": COUNT,
+    "num_loss_samples": COUNT,
+    "num_per_digit": COUNT,
+    "num_samples": ("2 1000000", "1 -1 2.0"),
+    "num_threads": COUNT,
+    "num_timesteps": COUNT,
+    "benchmark_task_affinity num_timesteps": ("2 1000", "1 -1 2.0"),
+    "num_train_epochs": COUNT,
+    "num_train_timesteps": COUNT,
+    "num_validation_images": COUNT,
+    "proportion_empty_prompts": SHARE,
+    "rank": COUNT,
+    "repeats": COUNT,
+    "resolution": COUNT,
+    "routing_alpha": POSITIVE,
+    "routing_beta": ("1e-300 1", "0 1.0000001"),
+    "routing_seed": ("0 4294967295", "-1 4294967296 0.5"),
+    "routing_warmup_steps": WHOLE,
+    "seed": SEED,
+    "seeds": SEED,
+    "sketch_size": ("1 1073741824", "1073741825 -1 1.0"),
+    "compute_task_affinity sketch_size": ("0 1073741824", "1073741825 -1 1.0"),
+    "snr_gamma": POSITIVE,
+    "steps": COUNT,
+    "test_share": ("1e-300 0.999999", "0 1"),
+    "timesteps": FINITE,
+    "train_batch_size": COUNT,
+    "train_cluster": WHOLE,
+    "vae_steps": COUNT,
+    "validation_guidance_scale": NON_NEGATIVE,
+    "validation_num_inference_steps": COUNT,
+    "validation_steps": COUNT,
+    "warmup": WHOLE,
+}
+
+
+class _Parsed(Exception):
+    """Carries a parser out of the script that would have parsed with it."""
+
+
+@cache
+def parsers() -> dict[str, argparse.ArgumentParser]:
+    """The parsers of all scripts and commands, by name."""
+
+    def capture(parser, *arguments):
+        raise _Parsed(parser)
+
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", capture)
+        for path in SCRIPTS:
+            patch.setattr(sys, "path", [str(path.parent), *sys.path])
+            with pytest.raises(_Parsed) as parsed:
+                runpy.run_path(str(path), run_name="__main__")
+            found[path.stem] = parsed.value.args[0]
+        with pytest.raises(_Parsed) as parsed:
+            main([])
+    (commands,) = (action for action in parsed.value.args[0]._actions if action.choices)
+    return {**found, **commands.choices}
+
+
+def numeric_flags() -> dict[str, tuple[argparse.ArgumentParser, argparse.Action]]:
+    return {
+        f"{name} {action.dest}": (parser, action)
+        for name, parser in parsers().items()
+        for action in parser._actions
+        if isinstance(action.type, Range)
+    }
+
+
+def entry(name: str) -> str:
+    """Its name in the table."""
+    return name if name in FLAGS else name.split()[1]
+
+
+def test_every_number_has_a_range():
+    types = {f"{name} {action.dest}": action.type for name, parser in parsers().items() for action in parser._actions}
+    assert [name for name, kind in types.items() if kind in (int, float)] == []
+    defaults = {f"{name} {action.dest}": action for name, parser in parsers().items() for action in parser._actions}
+    numbers = [name for name, action in defaults.items() if type(action.default) in (int, float)]
+    assert [name for name in numbers if not isinstance(types[name], Range)] == []
+
+
+def test_the_table_has_every_number():
+    assert {entry(name) for name in numeric_flags()} == FLAGS.keys()
+
+
+def test_values_on_both_sides_of_every_border(capsys):
+    for name, (parser, action) in numeric_flags().items():
+        allowed, refused = (values.split() for values in FLAGS[entry(name)])
+        assert [value for value in allowed if action.type(value) != action.type.kind(value)] == [], name
+        for value in (*refused, "nan", "many", ""):
+            with pytest.raises(SystemExit):
+                parser.parse_args([f"{action.option_strings[0]}={value}"])
+            error = capsys.readouterr().err
+            assert f"argument {action.option_strings[0]}: must be {action.type}, got" in error, (name, value)
+
+
+def test_defaults_are_in_range():
+    for name, (_, action) in numeric_flags().items():
+        defaults = action.default if isinstance(action.default, list) else [action.default]
+        assert all(value is None or value in action.type for value in defaults), name
