@@ -22,9 +22,7 @@ def parse_args():
     parser.add_argument("--num_clusters", type=COUNT, default=8)
     parser.add_argument("--repeats", type=COUNT, default=9, help="Timed runs of each; their median is reported.")
     parser.add_argument("--warmup", type=WHOLE, default=1, help="Untimed runs of each first.")
-    parser.add_argument(
-        "--num_threads", type=COUNT, default=None, help="Threads; PyTorch's choice by default."
-    )
+    parser.add_argument("--num_threads", type=COUNT, default=None, help="Threads; PyTorch's choice by default.")
     return parser.parse_args()
 
 

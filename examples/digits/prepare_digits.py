@@ -17,9 +17,7 @@ from diffusers_dtr.ranges import Range
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", required=True, help="Folder to write train/<digit>/ and test/<digit>/ into.")
-    parser.add_argument(
-        "--test_share", type=Range("(0, 1)"), default=0.2, help="Share of held-out images."
-    )
+    parser.add_argument("--test_share", type=Range("(0, 1)"), default=0.2, help="Share of held-out images.")
     return parser.parse_args(argv)
 
 
