@@ -312,7 +312,7 @@ def add_guidance_arguments(group: argparse._ArgumentGroup) -> None:
     """
     group.add_argument(
         "--guidance_scale",
-        type=float,
+        type=NON_NEGATIVE,
         default=3.5,
         help="What a guidance-distilled denoiser (Flux.1 [dev], Flux.2 [dev]) is told, in training and validation.",
     )
