@@ -7,6 +7,7 @@ from operator import index
 from typing import SupportsIndex
 
 import torch
+from diffusers import DiffusionPipeline
 
 
 def classes_by_name(id2label: Mapping[str, str] | None) -> dict[str, list[int]]:
@@ -23,6 +24,20 @@ def classes_by_name(id2label: Mapping[str, str] | None) -> dict[str, list[int]]:
         for name in dict.fromkeys([names, *(part.strip() for part in names.split(","))]):
             classes.setdefault(name, []).append(int(key))
     return dict(sorted(classes.items()))
+
+
+def names_of_classes(pipeline: DiffusionPipeline) -> dict[int | str, str] | None:
+    """What a pipeline calls its classes, or None.
+
+    Args:
+        pipeline: Its config has `id2label`, or it has `labels`: classes by name, as a `DiTPipeline`.
+    """
+    if pipeline.config.get("id2label") is not None:
+        return dict(pipeline.config["id2label"])
+    names: dict[int, list[str]] = {}
+    for name, label in (getattr(pipeline, "labels", None) or {}).items():
+        names.setdefault(label, []).append(name)
+    return {label: ", ".join(names[label]) for label in sorted(names)} or None
 
 
 def class_named(name: str, classes: Mapping[str, list[int]]) -> int:

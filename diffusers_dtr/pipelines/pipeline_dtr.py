@@ -24,7 +24,7 @@ from ..hub.shared import HubMixin
 from ..latents import LatentNormalization, decode_latents, vae_scale_factor
 from ..models.evaluating import evaluating
 from ..noise_levels import uses_learned_variance
-from .class_labels import class_named, classes_by_name, labels_of_images
+from .class_labels import class_named, classes_by_name, labels_of_images, names_of_classes
 from .learned_variance import check_channels, scheduler_of_chosen_channels
 from .model_index import check_model_index
 from .sampling_checks import CALLBACK_TENSORS, check_guidance, check_sampling, checked_size
@@ -91,6 +91,32 @@ class DTRPipeline(HubMixin, DiffusionPipeline):
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         check_model_index(config, path.parent if path.is_file() else path, cls)
         return loaded
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> DTRPipeline:
+        """A pipeline of the same components as another one, without copying them.
+
+        Args:
+            pipeline ([`~diffusers.DiffusionPipeline`]): A class-conditional or unconditional one: this class,
+                `DiTPipeline`, `DDPMPipeline` and the like.
+            kwargs: Arguments of this class, which replace those of `pipeline`, and `dtype` (or `torch_dtype`), to
+                which the components are then cast. Without it they stay in the precision that they have.
+
+        Raises:
+            ValueError: If `pipeline` has components that this one has no use for, such as a text encoder.
+        """
+        dtypes = [kwargs.pop(name, None) for name in ("dtype", "torch_dtype")]
+        own = [*inspect.signature(cls.__init__).parameters][1:]
+        components = {name: part for name, part in pipeline.components.items() if part is not None}
+        others = [name for name in components if name not in own]
+        if others:
+            raise ValueError(
+                f"`pipeline` must have no other components than {', '.join(own)}, got a {type(pipeline).__name__} "
+                f"with {', '.join(others)}."
+            )
+        new = cls(**{**components, "id2label": names_of_classes(pipeline), **kwargs})
+        dtype = next((dtype for dtype in dtypes if dtype is not None), None)
+        return new if dtype is None else new.to(dtype)
 
     @property
     def denoiser(self) -> ModelMixin:
@@ -192,7 +218,7 @@ class DTRPipeline(HubMixin, DiffusionPipeline):
         >>> import torch
         >>> from diffusers_dtr import DTRPipeline
 
-        >>> pipe = DTRPipeline.from_pretrained("demo/pipeline")
+        >>> pipe = DTRPipeline.from_pretrained("./demo/pipeline")
         >>> images = pipe(
         ...     class_labels=["7", 3], guidance_scale=1.5, generator=torch.manual_seed(0)
         ... ).images

@@ -1,0 +1,94 @@
+"""Pipelines that are made of the components of others, without copying them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoPipelineForImage2Image,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiTPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+)
+from tiny_autoencoders import tiny_vae
+from tiny_dit import plain_dit, routed_dit
+
+
+sys.path.append(str(Path(__file__).parents[1] / "models"))
+
+from tiny_models import UNET, UNET_CONDITION
+from tiny_text_encoders import stable_diffusion
+
+from diffusers_dtr import DTRPipeline
+
+
+NAMES = {0: "zero, nought", 1: "one"}
+
+
+def sample(pipeline: DTRPipeline) -> np.ndarray:
+    pipeline.set_progress_bar_config(disable=True)
+    labels = {"num_images": 1} if pipeline.num_classes is None else {"class_labels": [1]}
+    generator = torch.Generator().manual_seed(0)
+    return pipeline(**labels, num_inference_steps=2, generator=generator, output_type="np").images
+
+
+@pytest.mark.parametrize("make_denoiser", [routed_dit, plain_dit])
+def test_a_pipeline_of_ours_comes_of_ours(make_denoiser):
+    original = DTRPipeline(DDIMScheduler(), transformer=make_denoiser(), vae=tiny_vae(), id2label=NAMES)
+    made = DTRPipeline.from_pipe(original)
+    assert made is not original
+    assert made.components == original.components
+    assert made.labels == original.labels
+    assert np.array_equal(sample(made), sample(original))
+
+
+def test_a_pipeline_of_ours_comes_of_diffusers_dit_with_its_names():
+    original = DiTPipeline(plain_dit(), tiny_vae(), DDIMScheduler(), id2label=NAMES)
+    made = DTRPipeline.from_pipe(original)
+    assert made.transformer is original.transformer
+    assert made.labels == {
+        name: [label] for name, label in [("nought", 0), ("nought, zero", 0), ("one", 1), ("zero", 0)]
+    }
+    assert np.array_equal(sample(made), sample(DTRPipeline(**original.components)))
+
+
+def test_an_unconditional_pipeline_of_diffusers_becomes_ours():
+    made = DTRPipeline.from_pipe(DDPMPipeline(UNET.plain(), DDPMScheduler()))
+    assert sample(made).shape == (1, 8, 8, 3)
+
+
+def test_components_are_replaced_and_cast_where_that_is_asked_for():
+    original = DTRPipeline(DDIMScheduler(), transformer=routed_dit().to(torch.bfloat16), vae=tiny_vae())
+    other = DDPMScheduler()
+    made = DTRPipeline.from_pipe(original, scheduler=other, id2label=NAMES)
+    assert made.scheduler is other
+    assert made.get_label_ids("one") == [1]
+    assert made.transformer.dtype == torch.bfloat16
+    assert DTRPipeline.from_pipe(original, dtype=torch.float16).transformer.dtype == torch.float16
+
+
+def test_a_pipeline_of_another_kind_is_refused():
+    with pytest.raises(ValueError, match=r"than scheduler, .*, got a StableDiffusionPipeline with .*text_encoder"):
+        DTRPipeline.from_pipe(stable_diffusion(UNET_CONDITION.routed()))
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        AutoPipelineForImage2Image.from_pipe,
+        lambda pipe: StableDiffusionImg2ImgPipeline.from_pipe(pipe, unet=pipe.unet),
+        lambda pipe: StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False),
+    ],
+)
+def test_diffusers_own_pipelines_take_a_routed_denoiser_in_three_ways(convert):
+    original: StableDiffusionPipeline = stable_diffusion(UNET_CONDITION.routed())
+    made = convert(original)
+    assert type(made) is StableDiffusionImg2ImgPipeline
+    assert made.components == original.components
