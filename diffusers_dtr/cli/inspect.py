@@ -17,7 +17,7 @@ from .sources import Source, open_source
 
 
 _EXAMPLE = """\
-  diffusers-dtr inspect demo/pipeline
+  diffusers-dtr inspect ./demo/pipeline
   diffusers-dtr inspect owner/model --masks masks.png
   diffusers-dtr inspect my-run/checkpoint-20000 --json"""
 

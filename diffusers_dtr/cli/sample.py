@@ -19,7 +19,7 @@ from .outputs import new_output
 _DTYPES = ("float32", "float16", "bfloat16")
 
 _EXAMPLE = """\
-  diffusers-dtr sample demo/pipeline --labels 3 7 --num_images 8 --guidance_scale 1.5 --output digits.png
+  diffusers-dtr sample ./demo/pipeline --labels 3 7 --num_images 8 --guidance_scale 1.5 --output digits.png
   diffusers-dtr sample owner/model --labels "golden retriever" --scheduler DPMSolverMultistepScheduler \\
     --num_inference_steps 20 --dtype float16"""
 

@@ -1,0 +1,214 @@
+"""What the READMEs say to type: Python runs, and commands name scripts and flags that there are."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import shlex
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from tiny_dit import plain_dit, routed_dit
+
+from diffusers_dtr import DenoisingLoss, DTRPipeline, TimestepClusters
+from diffusers_dtr.cli import main as cli
+
+
+sys.path.append(str(Path(__file__).parent / "models"))
+sys.path.append(str(Path(__file__).parent / "examples"))
+
+from tiny_models import PIXART, SD3, UNET, UNET_CONDITION
+from tiny_text_encoders import pixart_alpha, stable_diffusion, stable_diffusion_3
+from training_runs import load_script
+
+from diffusers_dtr.training import add_lora, save_lora
+
+
+ROOT = Path(__file__).parents[1]
+READMES = [ROOT / "README.md", *sorted(ROOT.glob("examples/*/README.md"))]
+
+
+def blocks(language: str) -> list:
+    """The blocks of code of a language, with the name of their README's folder and their number in it."""
+    found = []
+    for path in READMES:
+        texts = re.findall(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+        name = "" if path.parent == ROOT else path.parent.name
+        found += [
+            pytest.param((name, number), text, id=f"{name or 'README'}-{number}") for number, text in enumerate(texts)
+        ]
+    return found
+
+
+# ---- Python: what a block finds in its folder, and the names that the text before it has
+
+
+def class_conditional_demo() -> dict:
+    names = {number: str(number) for number in range(10)}
+    denoiser = routed_dit(num_embeds_ada_norm=10, in_channels=1, out_channels=1)
+    DTRPipeline(DDIMScheduler(), transformer=denoiser, id2label=names).save_pretrained("demo/pipeline")
+    return {}
+
+
+def published_dit() -> dict:
+    plain_dit().save_pretrained("facebook/DiT-XL-2-256/transformer")
+    return {}
+
+
+def loop() -> dict:
+    model = UNET.routed(num_class_embeds=None)
+    loader = [torch.randn(8, *UNET.inputs()["sample"].shape[1:])]
+    return {"torch": torch, "model": model, "loader": loader, "generator": None, "noise_scheduler": DDPMScheduler()}
+
+
+def affinity() -> dict:
+    clean, noise = torch.randn(2, 4, 4, 8, 8)
+    parts = {"model": routed_dit(), "labels": torch.tensor([0, 1, 0, 1]), "noise_scheduler": DDPMScheduler()}
+    return {"clean": clean, "noise": noise, **parts}
+
+
+def negative_transfer() -> dict:
+    scheduler = DDPMScheduler()
+    latents, embeddings = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 12)
+    clusters = TimestepClusters([0, 990, 992, 996, 1000])
+    specialists, joints = ([UNET_CONDITION.routed() for _ in range(2)] for _ in range(2))
+    parts = {"torch": torch, "latents": latents, "embeddings": embeddings, "clusters": clusters}
+    return {
+        **parts,
+        "specialists": specialists,
+        "joints": joints,
+        "DenoisingLoss": DenoisingLoss,
+        "noise_scheduler": scheduler,
+    }
+
+
+def fine_tuned() -> dict:
+    stable_diffusion(UNET_CONDITION.routed()).save_pretrained("sd-dtr")
+    return {}
+
+
+def adapters() -> dict:
+    base = stable_diffusion(UNET_CONDITION.plain())
+    base.save_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
+    unet = UNET_CONDITION.conversion(base.unet, routing_beta=0.5)
+    add_lora(unet, Namespace(rank=2, lora_alpha=None, lora_layers=None), ("to_q",))
+    base.unet = unet
+    base.scheduler = type(base.scheduler).from_config(base.scheduler.config, prediction_type="v_prediction")
+    save_lora(base, "unet", "sd-dtr-lora")
+    config = {name: value for name, value in unet.config.items() if name.startswith("routing_")}
+    Path("sd-dtr-lora/training_config.json").write_text(json.dumps({"model": {"config": config}}))
+    return {}
+
+
+def text_to_image_digits() -> dict:
+    stable_diffusion(UNET_CONDITION.routed()).save_pretrained("digits-sd/run")
+    pixart_alpha(PIXART.routed()).save_pretrained("digits-pixart/run")
+    stable_diffusion_3(SD3.routed()).save_pretrained("digits-sd3/run")
+    return {}
+
+
+def unconditional_digits() -> dict:
+    DTRPipeline(DDIMScheduler(), unet=UNET.routed(num_class_embeds=None)).save_pretrained("unconditional-digits")
+    return {}
+
+
+PREPARE: dict[tuple[str, int], Callable[[], dict]] = {
+    ("", 0): class_conditional_demo,
+    ("", 1): published_dit,
+    ("", 2): loop,
+    ("analysis", 0): affinity,
+    ("analysis", 1): negative_transfer,
+    ("text_to_image", 0): fine_tuned,
+    ("text_to_image", 1): adapters,
+    ("text_to_image", 2): text_to_image_digits,
+    ("unconditional", 0): unconditional_digits,
+}
+# The same in less time.
+SMALLER = {'"DiT-B/2"': '"DiT-S/8"', "timesteps=100": "timesteps=9"}
+
+
+@pytest.mark.parametrize(("place", "code"), blocks("python"))
+def test_python_of_the_readmes_runs(place, code, tmp_path, monkeypatch):
+    assert place in PREPARE, f"say in {__file__} what this block needs"
+    monkeypatch.chdir(tmp_path)
+    names = PREPARE[place]()
+    for large, small in SMALLER.items():
+        code = code.replace(large, small)
+    exec(code, names)
+    if place == ("text_to_image", 1):
+        assert names["pipe"].scheduler.config.prediction_type == "v_prediction"
+        assert names["pipe"].unet.config.routing_beta == 0.5
+        assert names["pipe"].get_active_adapters()
+
+
+# ---- commands
+
+
+def commands(text: str) -> list[list[str]]:
+    found, command = [], ""
+    for line in text.replace("\\\n", " ").split("\n"):
+        command += f"{line} "
+        with contextlib.suppress(ValueError):  # else a quoted argument goes on
+            found.append(shlex.split(command, comments=True))
+            command = ""
+    return found
+
+
+@cache
+def help_of(script: str) -> str:
+    (path,) = ROOT.glob(f"examples/*/{script}")
+    source = path.read_text(encoding="utf-8")
+    if "def parse_args(argv" not in source:
+        return source
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit), pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(path.parent)
+        load_script(path).parse_args(["--help"])
+    return printed.getvalue()
+
+
+@cache
+def help_of_command(name: str) -> str:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        cli([name, "--help"])
+    return printed.getvalue()
+
+
+@pytest.mark.parametrize(("place", "text"), blocks("bash"))
+def test_commands_of_the_readmes_name_flags_that_there_are(place, text):
+    for words in commands(text):
+        scripts = [number for number, word in enumerate(words) if word.endswith(".py")]
+        if scripts:
+            said, flags = help_of(Path(words[scripts[0]]).name), words[scripts[0] + 1 :]
+            flags = flags[: flags.index("--")] if "--" in flags else flags
+        elif words[:1] == ["train"]:
+            said, flags = help_of("train_text_to_image.py"), words[1:]
+        elif words[:1] == ["diffusers-dtr"]:
+            said, flags = help_of_command(words[1]), words[2:]
+        else:
+            continue
+        unknown = [flag for flag in flags if flag.startswith("--") and not re.search(rf"{flag}\b", said)]
+        assert unknown == [], words
+
+
+ON_THE_HUB = {"facebook/DiT-XL-2-256", "stable-diffusion-v1-5/stable-diffusion-v1-5", "google/ddpm-cifar10-32"}
+ON_THE_HUB |= {"stabilityai/sd-vae-ft-ema"}
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda path: path.parent.name)
+def test_models_of_a_folder_are_not_written_like_repositories(path):
+    text = path.read_text(encoding="utf-8")
+    named = re.findall(
+        r"(?:pretrained\(\"|model_name_or_path |vae_name_or_path |--pipeline |diffusers-dtr \w+ )([^\s\"]+)", text
+    )
+    named = {name for name in named if not re.match(r"\./|path/to/|owner/|user/|-|\"", name) and "/" in name}
+    assert named <= ON_THE_HUB
