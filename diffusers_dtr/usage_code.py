@@ -53,10 +53,10 @@ def _load_adapter(model: TrainedModel, source: str) -> list[str]:
     ]
     lines = [
         "from diffusers import DiffusionPipeline",
-        f"from diffusers_dtr import {routed_class}",
+        "from diffusers_dtr import route",
         "",
         f"pipe = DiffusionPipeline.from_pretrained({_python(base)})",
-        f"pipe.{component} = {routed_class}.from_{component}(pipe.{component}, {', '.join(routing)})",
+        f"pipe.{component} = route(pipe.{component}, {', '.join(routing)})",
     ]
     if model.scheduler:  # with the prediction and the noise levels that were trained
         lines.append(f'pipe.scheduler = type(pipe.scheduler).from_pretrained({source}, subfolder="scheduler")')

@@ -15,8 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import ConfigMixin, DDIMScheduler, DDPMScheduler, ModelMixin
+from diffusers.configuration_utils import register_to_config
 from tiny_dit import plain_dit, routed_dit
+from torch import nn
 
 from diffusers_dtr import DenoisingLoss, DTRPipeline, TimestepClusters
 from diffusers_dtr.cli import main as cli
@@ -61,6 +63,36 @@ def class_conditional_demo() -> dict:
 def published_dit() -> dict:
     plain_dit().save_pretrained("facebook/DiT-XL-2-256/transformer")
     return {}
+
+
+def any_denoiser() -> dict:
+    pixart_alpha(PIXART.plain()).save_pretrained("Qwen/Qwen-Image")
+    return {}
+
+
+class PaintBlock(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, text, x):
+        return text, x + self.linear(x)
+
+
+class PaintModel(ModelMixin, ConfigMixin):
+    @register_to_config
+    def __init__(self, hidden_size: int = 16):
+        super().__init__()
+        self.layers = nn.ModuleList([PaintBlock(hidden_size)])
+
+    def forward(self, x, t):
+        for layer in self.layers:
+            _, x = layer("text", x=x)
+        return x
+
+
+def declared_model() -> dict:
+    return {"PaintModel": PaintModel, "__name__": __name__}
 
 
 def loop() -> dict:
@@ -123,7 +155,9 @@ def unconditional_digits() -> dict:
 PREPARE: dict[tuple[str, int], Callable[[], dict]] = {
     ("", 0): class_conditional_demo,
     ("", 1): published_dit,
-    ("", 2): loop,
+    ("", 2): any_denoiser,
+    ("", 3): declared_model,
+    ("", 4): loop,
     ("analysis", 0): affinity,
     ("analysis", 1): negative_transfer,
     ("text_to_image", 0): fine_tuned,
@@ -201,7 +235,7 @@ def test_commands_of_the_readmes_name_flags_that_there_are(place, text):
 
 
 ON_THE_HUB = {"facebook/DiT-XL-2-256", "stable-diffusion-v1-5/stable-diffusion-v1-5", "google/ddpm-cifar10-32"}
-ON_THE_HUB |= {"stabilityai/sd-vae-ft-ema"}
+ON_THE_HUB |= {"stabilityai/sd-vae-ft-ema", "Qwen/Qwen-Image"}
 
 
 @pytest.mark.parametrize("path", READMES, ids=lambda path: path.parent.name)
