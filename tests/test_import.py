@@ -13,6 +13,7 @@ PACKAGE = Path(diffusers_dtr.__file__).parent
 # Each may import those before it, and itself. The rest (the command line) is above them all.
 LAYERS = [
     "ranges",
+    "config_types",
     "atomic_files",
     "run_folder",
     "precision",

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from ..models.without_weights import model_without_weights
+from ..models.without_weights import saved_routing
 from ..pipelines.model_index import pipeline_class_name
 from ..run_folder import PIPELINE_INDEX, RECORD_FILE
 from ..training.checkpoints import STATE_FILE
@@ -110,10 +110,10 @@ def _part(config: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
 
 def _routing(config: dict[str, Any]) -> dict[str, Any] | None:
     """The routing of a routed model's config, with the number of active channels of every width."""
-    model = model_without_weights(config)
-    if model is None:
+    saved = saved_routing(config)
+    if saved is None:
         return None
-    routing = model.routing
+    routing, widths = saved
     share = 1.0 if routing.routing_type == "none" else routing.beta
     return {
         "type": routing.routing_type,
@@ -121,7 +121,7 @@ def _routing(config: dict[str, Any]) -> dict[str, Any] | None:
         "beta": routing.beta,
         "seed": routing.seed,
         "timestep_range": list(routing.timestep_range),
-        "widths": [{"channels": width, "active": int(share * width)} for width in model.routed_widths],
+        "widths": [{"channels": width, "active": int(share * width)} for width in widths],
     }
 
 

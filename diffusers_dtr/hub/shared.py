@@ -9,11 +9,28 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, ModelCard, ModelCardData
 
-from .commit import FolderCommit, retry
+from ..config_types import COMMON_TYPES, built_from_file, check_types
+from .commit import FolderCommit, check_token, retry
 
 
 class HubMixin:
-    """Pushes in one commit that is made once; to be named before diffusers' class."""
+    """Pushes in one commit that is made once, and checks tokens and configs; to be named before diffusers' class."""
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> dict | tuple:
+        """Load a config as diffusers does.
+
+        Raises:
+            ValueError: For a `token` that is none, and for a config that is no JSON object.
+        """
+        check_token(kwargs.get("token"))
+        with built_from_file(f"The config of a {cls.__name__}"):
+            loaded = super().load_config(pretrained_model_name_or_path, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        if not isinstance(config, dict):
+            raise ValueError(f"`{cls.config_name}` must hold a JSON object, got {type(config).__name__}.")
+        check_types(COMMON_TYPES, config, f"`{cls.config_name}`")
+        return loaded
 
     def push_to_hub(
         self,

@@ -17,6 +17,7 @@ from diffusers.models.embeddings import LabelEmbedding, PatchEmbed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
+from ..config_types import built_from_file
 from .dit_block import DTRTransformerBlock, TimestepLabelEmbedding, unpatchify
 from .dit_initialization import initialize_dit
 from .family import RoutedModelMixin, timestep_batch
@@ -344,7 +345,7 @@ class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMi
         own_config = signature(cls).parameters.keys() - signature(DiTTransformer2DModel).parameters.keys()
         overrides = {name: kwargs.pop(name) for name in own_config & kwargs.keys()}
         # diffusers' constructor refuses nothing; ours, which does, costs no memory on this device.
-        with torch.device("meta"):
+        with built_from_file(f"A {cls.__name__}"), torch.device("meta"):
             cls(**{name: config[name] for name in signature(cls).parameters if name in config} | overrides)
         with_info = kwargs.pop("output_loading_info", False)
         plain, info = DiTTransformer2DModel.from_pretrained(

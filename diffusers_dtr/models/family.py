@@ -11,9 +11,9 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from inspect import Parameter, Signature, signature
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
 import torch
 from diffusers import ModelMixin
@@ -21,7 +21,9 @@ from diffusers.configuration_utils import FrozenDict, register_to_config
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ..config_types import built_from_file, check_types, constructor_types
 from ..diffusers_registration import block_metadata, register_block, register_lora_scales
+from ..hub.commit import check_token
 from ..hub.shared import HubMixin
 from ..routing import DEFAULT_TIMESTEP_RANGE, ChannelRouting
 from .change_class import change_class, check_class_can_change
@@ -65,6 +67,23 @@ def _routing_config(
 _ROUTING_PARAMETERS = signature(_routing_config).parameters
 
 
+@cache
+def config_types(model_class: type[RoutedModelMixin]) -> dict[str, Any]:
+    """What a routed model's config may hold, for [`~diffusers_dtr.config_types.check_types`].
+
+    Args:
+        model_class: The routed class.
+
+    Returns:
+        Type hints by name.
+    """
+    hints = get_type_hints(_routing_config)
+    routing = {name: hints[name] for name in _ROUTING_PARAMETERS}
+    # A derived constructor has no annotations of its own.
+    derived = hasattr(model_class.__init__, "__signature__")
+    return {**constructor_types(model_class.plain_class if derived else model_class), **routing}
+
+
 class RoutedModelMixin(HubMixin):
     """Gives a diffusers model the routing that its config describes, and what [`HubMixin`] does with the Hub.
 
@@ -86,6 +105,31 @@ class RoutedModelMixin(HubMixin):
         if plain:
             cls.plain_class = plain[0]
             register_lora_scales(cls, cls.plain_class)
+
+    def register_to_config(self, **config: Any) -> None:
+        """Set config values, as diffusers' constructors do before anything is built.
+
+        Raises:
+            ValueError: For values of the wrong type, see [`~diffusers_dtr.config_types.check_types`].
+        """
+        check_types(config_types(type(self)), config, f"the config of {type(self).__name__}")
+        super().register_to_config(**config)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any] | None = None, return_unused_kwargs: bool = False, **kwargs) -> Any:
+        """Make a model of a config, as diffusers does.
+
+        Raises:
+            ValueError: For values of the wrong type, and for a config of which no model can be made.
+        """
+        with built_from_file(f"A {cls.__name__}"):
+            return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    # Wrapped, because pipelines look at the arguments.
+    @wraps(ModelMixin.save_pretrained)
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102
+        check_token(kwargs.get("token"))
+        super().save_pretrained(*args, **kwargs)
 
     def _init_routing(self, widths: set[int]) -> None:
         """Read the routing from the config; call it before any layer is built, so that a bad value costs nothing."""

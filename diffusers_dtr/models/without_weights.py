@@ -1,33 +1,67 @@
-"""What a saved config alone tells of a routed model."""
+"""What a saved config alone tells of a routed model. Nothing is built of it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from inspect import Parameter, signature
 from typing import Any
-
-import accelerate
 
 import diffusers_dtr
 
-from .family import RoutedModelMixin
+from ..config_types import built_from_file, check_types
+from ..routing import ChannelRouting
+from .family import Family, RoutedModelMixin, config_types
 
 
-def model_without_weights(config: Mapping[str, Any]) -> RoutedModelMixin | None:
-    """The model that a config describes, built in no time and memory.
+def routed_model_class(config: Mapping[str, Any]) -> type[RoutedModelMixin] | None:
+    """The class that a config names, or None if it is not a routed one of this package.
+
+    Args:
+        config: Content of a saved model's `config.json`.
+    """
+    name = config.get("_class_name")
+    found = getattr(diffusers_dtr, name, None) if isinstance(name, str) else None
+    return found if isinstance(found, type) and issubclass(found, RoutedModelMixin) else None
+
+
+def saved_routing(config: Mapping[str, Any]) -> tuple[ChannelRouting, tuple[int, ...]] | None:
+    """The routing that a config describes.
 
     Args:
         config: Content of a saved model's `config.json`.
 
     Returns:
-        The model, whose weights are on the meta device, or None if its class is not a routed one of this package.
+        The routing and the widths of the routed blocks, in ascending order, or None if the model is not routed.
 
     Raises:
-        ValueError: If the config describes no model.
+        ValueError: If values are of the wrong type, or the routing does not exist.
     """
-    # Only names that are public here: the config may be anybody's.
-    name = config.get("_class_name")
-    model_class = getattr(diffusers_dtr, name) if name in diffusers_dtr.__all__ else None
-    if not (isinstance(model_class, type) and issubclass(model_class, RoutedModelMixin)):
+    model_class = routed_model_class(config)
+    if model_class is None:
         return None
-    with accelerate.init_empty_weights():
-        return model_class.from_config(config)
+    check_types(config_types(model_class), config, f"the config of {model_class.__name__}")
+    parameters = signature(model_class.__init__).parameters
+    defaults = {name: value.default for name, value in parameters.items() if value.default is not Parameter.empty}
+    config = {**defaults, **config}
+    with built_from_file(f"A {model_class.__name__}"):
+        widths = _unet_widths(config) if "block_out_channels" in config else _transformer_widths(model_class, config)
+        names = ("routing_alpha", "routing_beta", "routing_type", "routing_seed", "routing_timestep_range")
+        return ChannelRouting(*(config[name] for name in names), widths=widths), tuple(sorted(widths))
+
+
+def _transformer_widths(model_class: type[RoutedModelMixin], config: Mapping[str, Any]) -> set[int]:
+    family = getattr(model_class, "family", Family())
+    return {math.prod(config[name.strip()] for name in family.width.split("*"))}
+
+
+def _unet_widths(config: Mapping[str, Any]) -> set[int]:
+    """Of the levels, and of the decoder's blocks, which see what the encoder hands over beside their own input."""
+    channels, layers = config["block_out_channels"], config["layers_per_block"]
+    layers = [layers] * len(channels) if isinstance(layers, int) else layers
+    widths = set(channels)
+    for own, finer, coarser, count in zip(
+        channels, [channels[0], *channels], [*channels[1:], channels[-1]], layers, strict=False
+    ):
+        widths |= {coarser + own, own + finer} | ({2 * own} if count > 1 else set())
+    return widths

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from diffusers import DiffusionPipeline
+import diffusers
+from diffusers import ConfigMixin, DiffusionPipeline
+
+from ..config_types import check_types, constructor_types, read_object, shortened
 
 
 # Whose classes the components of our pipelines are.
@@ -14,18 +16,20 @@ LIBRARIES = ("diffusers", "diffusers_dtr", "transformers")
 
 
 def check_model_index(index: dict[str, Any], folder: Path, pipeline_class: type[DiffusionPipeline]) -> None:
-    """Refuse what is no component of the pipeline, or would be code from elsewhere.
+    """Refuse what is no component of the pipeline, or would be code from elsewhere, and configs of wrong types.
 
     Args:
         index: Content of `model_index.json`.
         folder: Where it is. A component may name a module that lies in its own folder there, which diffusers loads
-            only with `trust_remote_code=True`.
+            only with `trust_remote_code=True`. Configs of the components that lie there are checked.
         pipeline_class: What is to be loaded.
 
     Raises:
-        ValueError: If a component is unknown, or of another library or a path.
+        ValueError: If a component is unknown, or of another library or a path, or a value is of the wrong type.
     """
-    known = [*inspect.signature(pipeline_class.__init__).parameters][1:]
+    known = constructor_types(pipeline_class)
+    values = {name: hint for name, hint in known.items() if not _is_component(hint)}
+    check_types(values, index, "`model_index.json`")
     for name, value in index.items():
         # A custom pipeline's `_class_name` has the form of a component; other such names are diffusers' own notes.
         if name != "_class_name" and name.startswith("_"):
@@ -34,13 +38,31 @@ def check_model_index(index: dict[str, Any], folder: Path, pipeline_class: type[
             raise ValueError(
                 f"`model_index.json` must name what {pipeline_class.__name__} has ({', '.join(known)}), got {name!r}."
             )
-        if isinstance(value, list) and value != [None, None]:
+        if (name not in values and not (name == "_class_name" and isinstance(value, str))) and value != [None, None]:
             _check_class(name, value, folder if name == "_class_name" else folder / name)
+            _check_config(name, value, folder)
 
 
-def _check_class(name: str, value: list, folder: Path) -> None:
-    if not (len(value) == 2 and all(isinstance(part, str) and part.isidentifier() for part in value)):
-        raise ValueError(f"`model_index.json` must give `{name}` as [library, class], got {value}: refused.")
+def _is_component(hint: Any) -> bool:
+    return any(isinstance(part, type) and hasattr(part, "from_pretrained") for part in (hint, *get_args(hint)))
+
+
+def _check_config(name: str, value: list[str], folder: Path) -> None:
+    """Of a component of diffusers; our own check themselves."""
+    found = getattr(diffusers, value[1], None) if value[0] == "diffusers" else None
+    if not (isinstance(found, type) and issubclass(found, ConfigMixin) and found.config_name):
+        return
+    path = folder / name / found.config_name
+    if path.is_file():
+        read_object(path, f"{name}/{path.name}", constructor_types(found))
+
+
+def _check_class(name: str, value: Any, folder: Path) -> None:
+    is_pair = isinstance(value, list) and len(value) == 2
+    if not (is_pair and all(isinstance(part, str) and part.isidentifier() for part in value)):
+        raise ValueError(
+            f"`model_index.json` must give `{name}` as [library, class], got {shortened(value)}: refused."
+        )
     if value[0] not in LIBRARIES and not (folder / f"{value[0]}.py").is_file():
         raise ValueError(
             f"`model_index.json` must name a class of {', '.join(LIBRARIES)} for `{name}`, got {value}: nothing of it "
@@ -55,4 +77,4 @@ def pipeline_class_name(index: dict[str, Any]) -> str | None:
         index: Content of a `model_index.json`.
     """
     name = index.get("_class_name")
-    return name[-1] if isinstance(name, list) else name
+    return name[-1] if isinstance(name, list) and name else name or None

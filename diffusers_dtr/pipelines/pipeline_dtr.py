@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from diffusers import (
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor, unwrap_module
 
+from ..config_types import built_from_file
+from ..hub.commit import check_token
 from ..hub.shared import HubMixin
 from ..latents import LatentNormalization, decode_latents, vae_scale_factor
 from ..models.evaluating import evaluating
@@ -78,6 +81,22 @@ class DTRPipeline(HubMixin, DiffusionPipeline):
         self.register_to_config(id2label=id2label)
         self.vae_scale_factor = 1 if vae is None else vae_scale_factor(vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> DTRPipeline:
+        """Load from a folder or repository as diffusers does, with its arguments.
+
+        Raises:
+            ValueError: For a `token` that is none, and for files of which no pipeline can be made.
+        """
+        check_token(kwargs.get("token"))
+        with built_from_file(f"A {cls.__name__}"):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @wraps(DiffusionPipeline.save_pretrained)
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102
+        check_token(kwargs.get("token"))
+        super().save_pretrained(*args, **kwargs)
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> dict | tuple:

@@ -1,0 +1,219 @@
+"""Types of values that come from files: configs, indexes and records that anybody may have written.
+
+What a value must be is read from annotations. How large it may be is not looked at: a config is trusted with its sizes
+as far as diffusers trusts it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from inspect import Parameter, signature
+from numbers import Integral, Real
+from pathlib import Path
+from reprlib import Repr
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import torch
+
+
+# What sizes and counts are kept in by all that is built on.
+_INTEGER_LIMIT = 2**63
+_LISTS = (list, tuple, Sequence)
+_OBJECTS = (dict, Mapping)
+# Singular and plural, in the words of JSON.
+_NAMES = {
+    bool: ("true or false", "truth values"),
+    int: ("an integer", "integers"),
+    float: ("a number", "numbers"),
+    str: ("a string", "strings"),
+    NoneType: ("null", "nulls"),
+}
+# What diffusers and transformers write into every config.
+COMMON_TYPES = {
+    "_class_name": str | list[str],
+    "_diffusers_version": str,
+    "_name_or_path": str | None,
+    "_use_default_values": list[str],
+    "quantization_config": dict | None,
+}
+# diffusers annotates some of these as integers, in configs they are numbers.
+_FACTOR = re.compile(r"(base|mult|ratio|scale|theta)$")
+# Characters of a value that an error repeats, and of another library's error.
+_SHOWN, _QUOTED = 80, 300
+_REPR = Repr()
+_REPR.maxstring = _REPR.maxother = _SHOWN
+
+
+def check_types(hints: Mapping[str, Any], values: Mapping[str, Any], where: str) -> None:
+    """Refuse values that are not of their types.
+
+    Numbers must be finite, integers must fit in 64 bits, an integer is a number too, and true is neither. How long a
+    tuple is stays open, as in diffusers' annotations.
+
+    Args:
+        hints: Type hints by name.
+        values: Values by name. Those without a hint are not looked at, and not every hint needs a value.
+        where: What they are values of, for the error.
+
+    Raises:
+        ValueError: Naming the value, its type, and what came.
+    """
+    for name, hint in hints.items():
+        if name in values and not _is(values[name], hint):
+            raise ValueError(f"`{name}` of {where} must be {_described(hint)}, got {shortened(values[name])}.")
+
+
+@cache
+def constructor_types(cls: type) -> dict[str, Any]:
+    """What a constructor takes, for [`check_types`].
+
+    Annotations of diffusers are not always right, and published configs go beyond them. So what is the default is
+    allowed too, and so is null for a truth value.
+
+    Args:
+        cls: The class.
+
+    Returns:
+        Type hints by name.
+    """
+    annotations = get_type_hints(cls.__init__)
+    hints = {}
+    for name, parameter in [*signature(cls.__init__).parameters.items()][1:]:
+        default = None if parameter.default is Parameter.empty else parameter.default
+        hint = annotations.get(name, Any if default is None else _type_of(default))
+        kinds = [*_leaves(hint)]
+        if parameter.default is not Parameter.empty:
+            hint = hint | _type_of(default)
+        if bool in kinds:
+            hint = hint | None
+        if (int in kinds and _FACTOR.search(name)) or (type(default) is int and name not in annotations):
+            hint = hint | float
+        hints[name] = hint
+    return hints
+
+
+def read_object(path: Path, name: str | None = None, hints: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Args:
+        path: The file.
+        name: What it is called in errors. By default as it is called on the disk.
+        hints: Types of the values, see [`check_types`].
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it holds anything else, or a value is of another type.
+    """
+    name = name or path.name
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"`{name}` is no JSON: {_quoted(error)}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"`{name}` must hold a JSON object, got {type(value).__name__}.")
+    check_types({**COMMON_TYPES, **(hints or {})}, value, f"`{name}`")
+    return value
+
+
+@contextmanager
+def built_from_file(what: str) -> Iterator[None]:
+    """Around what makes an object of values from a file: whatever goes wrong there is a fault of the file.
+
+    Args:
+        what: What is made of it, for the error.
+
+    Raises:
+        ValueError: In place of the errors of programs, such as a TypeError. Those of values, files and memory stay.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{what} cannot be made of these files ({type(error).__name__}: {_quoted(error)})."
+        ) from error
+
+
+def shortened(value: Any) -> str:
+    """A value as an error shows it."""
+    try:
+        # Looks at the beginning of long values only.
+        text = _REPR.repr(value)
+    except ValueError:  # integers of thousands of digits, on older versions of Python
+        return "an integer of thousands of digits"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def _quoted(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= _QUOTED else f"{text[:_QUOTED]}..."
+
+
+def _is(value: Any, hint: Any) -> bool:
+    origin, arguments = get_origin(hint) or hint, get_args(hint)
+    if origin is Any:
+        return True
+    if origin in (Union, UnionType):
+        return any(_is(value, argument) for argument in arguments)
+    if origin is Literal:
+        # Its class says better which of them it takes; what is infinite is allowed only where it is the default.
+        return any(_is(value, type(argument)) or value is argument or value == argument for argument in arguments)
+    if origin in _LISTS:
+        kinds = [argument for argument in arguments if argument is not Ellipsis] or [Any]
+        return isinstance(value, (list, tuple)) and all(any(_is(item, kind) for kind in kinds) for item in value)
+    if origin in _OBJECTS:
+        return isinstance(value, Mapping)
+    if isinstance(value, bool) or origin is bool:
+        return isinstance(value, bool) and origin is bool
+    if isinstance(value, Integral):
+        return origin in (int, float) and -_INTEGER_LIMIT <= value < _INTEGER_LIMIT
+    if origin is float:
+        return isinstance(value, Real) and math.isfinite(value)
+    return isinstance(value, origin or NoneType)
+
+
+def _type_of(default: Any) -> Any:
+    if isinstance(default, (list, tuple)):
+        return list[tuple(_type_of(item) for item in default)] if default else list
+    if default is None or isinstance(default, (bool, int, float, str)):
+        return Literal[default]
+    return type(default)
+
+
+def _leaves(hint: Any) -> Iterator[Any]:
+    if get_origin(hint) is Literal:
+        yield from map(type, get_args(hint))
+    elif get_args(hint):
+        for argument in get_args(hint):
+            yield from _leaves(argument)
+    else:
+        yield hint
+
+
+def _described(hint: Any, plural: int = 0) -> str:
+    origin, arguments = get_origin(hint) or hint, [part for part in get_args(hint) if part is not Ellipsis]
+    origin = NoneType if origin is None else origin
+    if origin is Literal:
+        arguments = [type(argument) for argument in arguments]
+    if origin in (Union, UnionType, Literal):
+        parts = list(dict.fromkeys(_described(argument, plural) for argument in arguments))
+        if _NAMES[float][plural] in parts and _NAMES[int][plural] in parts:
+            parts.remove(_NAMES[int][plural])
+        # Last, as one reads it.
+        parts.sort(key=_NAMES[NoneType][plural].__eq__)
+        return " or ".join(parts)
+    if origin in _LISTS:
+        of = f" of {_described(Union[tuple(arguments)], 1)}" if arguments else ""  # noqa: UP007 - of a variable number
+        return f"{('a list', 'lists')[plural]}{of}"
+    if origin in _OBJECTS:
+        return ("an object", "objects")[plural]
+    return (
+        _NAMES[origin or NoneType][plural] if origin in (*_NAMES, None) else getattr(origin, "__name__", str(origin))
+    )
