@@ -36,14 +36,15 @@ DENOISERS: dict[str, TinyDenoiser] = {
 }
 
 
-def build(name: str, seed: int = 0) -> ModelMixin:
+def build(name: str, seed: int = 0, **config) -> ModelMixin:
     """The plain model in evaluation mode, with parameters that let the blocks reach the output.
 
-    Many families start with output layers of zeros, and some leave memory as it is.
+    Many families start with output layers of zeros, and some leave memory as it is. Values in `config` take the place
+    of the tiny configuration's.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = getattr(diffusers, name)(**DENOISERS[name].config)
+        model = getattr(diffusers, name)(**{**DENOISERS[name].config, **config})
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim > 1:
