@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from importlib.util import find_spec
 
 from ..objective.gradient_balancing import GRADIENT_BALANCINGS
@@ -82,3 +83,23 @@ def check_text_to_image_arguments(parser: argparse.ArgumentParser, args: argpars
         parser.error("--rank does not go with --denoiser_config: adapters need a denoiser that is trained already")
     if find_spec("peft") is None:
         parser.error('--rank needs peft: pip install "diffusers-dtr[training]"')
+
+
+def set_max_train_steps(args: argparse.Namespace, num_images: int, images_per_step: int) -> None:
+    """Count the steps of the epochs where the flags do not say how many steps a run has.
+
+    Args:
+        args: Parsed flags. `max_train_steps` is a number afterwards.
+        num_images: Images of an epoch.
+        images_per_step: Images of all processes and forward calls of an optimizer step.
+
+    Raises:
+        ValueError: If the warm-up of the routing would not end before the run.
+    """
+    if args.max_train_steps is None:
+        args.max_train_steps = math.ceil(args.num_train_epochs * num_images / images_per_step)
+    if args.routing_warmup_steps > args.max_train_steps:
+        raise ValueError(
+            f"`--routing_warmup_steps` must be at most the {args.max_train_steps} steps of the run, got "
+            f"{args.routing_warmup_steps}: it would end before its target."
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -13,6 +14,8 @@ import torch.distributed as dist
 
 from ..objective.balancing import num_processes
 
+
+logger = logging.getLogger(__name__)
 
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 # Launchers pass a Ctrl-C on to processes that the terminal has told already.
@@ -62,6 +65,23 @@ class Interruption:
             os.write(2, f"\n{signal.Signals(signum).name}: finishing this step, then saving{again}\n".encode())
         elif signum == signal.SIGINT and now - self._received_at > _SAME_CTRL_C:
             raise KeyboardInterrupt
+
+
+def stopped(signum: int, global_step: int) -> SystemExit:
+    """Say where a run has stopped, and how it goes on.
+
+    Args:
+        signum: The signal.
+        global_step: Optimizer steps done, of which there is a checkpoint.
+
+    Returns:
+        What ends the process with the conventional code.
+    """
+    logger.warning(
+        f"Stopped by {signal.Signals(signum).name} after step {global_step}. Go on with the same command and "
+        "`--resume_from_checkpoint latest`."
+    )
+    return SystemExit(128 + signum)
 
 
 def ignore_signals(*_: object) -> None:

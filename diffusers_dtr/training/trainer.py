@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
 import torch
@@ -19,15 +19,13 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from ..hub import BackgroundPush, create_run_repo, push_run
-from ..hub.commit import retry
-from ..model_card import fetch_card, save_model_card
-from ..objective.clustering import cluster_timesteps
+from ..model_card import build_model_card, save_model_card
+from .argument_checks import set_max_train_steps
 from .arguments import warmed_up_beta
 from .checkpoints import Checkpoints
 from .clean_samples import UnreadableImages, build_loader, clean_samples, held_out_samples
 from .ema import averaged_weights, build_ema
-from .interruption import Interruption
+from .interruption import Interruption, stopped
 from .loss_history import LossHistory
 from .loss_monitor import LossMonitor
 from .objective import build_objective
@@ -37,8 +35,9 @@ from .randomness import noise_generator, seed_model
 from .record import describe_model, run_record, tracker_config
 from .resuming import IMAGES_PER_STEP, NUM_IMAGES, class_settings, run_settings
 from .run_lock import unlock_run_folder
+from .sharing import published_card, push_result, start_background_push
 from .tracking import log_image
-from .validation import HeldOutLoss, save_sample_grid
+from .validation import HeldOutLoss, forward_once, save_sample_grid
 
 
 logger = logging.getLogger(__name__)
@@ -101,7 +100,7 @@ class Trainer:
         self.vae = vae
         self.conditions = conditions or (lambda batch: {})
         self.denoise = denoise or _call
-        self.sample = sample
+        self.sample = lambda: sample(torch.Generator().manual_seed(0))  # on the CPU: the same everywhere
 
         self.objective = build_objective(args, noise_scheduler, model, accelerator)
         if args.gradient_checkpointing:
@@ -109,35 +108,34 @@ class Trainer:
         if args.compile:
             model.compile(fullgraph=True)
         self.ema = build_ema(args, model, accelerator.device) if args.use_ema else None
-        self.held_out_loss = self._build_held_out_loss(noise_scheduler, held_out_dataset)
+        self.held_out_loss = None
+        if held_out_dataset is not None:
+            num_images, batch_size = args.max_held_out_images, args.train_batch_size
+            held_out = held_out_samples(held_out_dataset, vae, num_images, batch_size, accelerator.device)
+            self.held_out_loss = HeldOutLoss.by_eighths(noise_scheduler, *held_out)
         self.micro_batches = accelerator.num_processes * accelerator.gradient_accumulation_steps
         self.num_images, self.images_per_step = len(dataset), args.train_batch_size * self.micro_batches
-        self._set_max_train_steps()
+        set_max_train_steps(args, self.num_images, self.images_per_step)
 
         optimizer = build_optimizer(args, model, self.objective.loss_fn)
         self.denoiser, self.optimizer = accelerator.prepare(model, optimizer)
         self.checkpoints = Checkpoints(
             accelerator, self.output_dir, model_name, model, self.ema, args.checkpoints_total_limit, self.objective
         )
-        settings = run_settings(
-            args,
-            model,
-            noise_scheduler,
-            accelerator,
-            **self.objective.settings,
-            **class_settings(id2label),
-            **{NUM_IMAGES: self.num_images, IMAGES_PER_STEP: self.images_per_step},
-        )
+        counts = {NUM_IMAGES: self.num_images, IMAGES_PER_STEP: self.images_per_step}
+        others = {**self.objective.settings, **class_settings(id2label), **counts}
+        settings = run_settings(args, model, noise_scheduler, accelerator, **others)
         self.state = self.checkpoints.resume(args.resume_from_checkpoint, settings, args.allow_changed_settings)
         self._start_time -= self.state.seconds
         self.lr_scheduler = build_lr_scheduler(args, self.optimizer, self.global_step)
         self.loader = build_loader(args, dataset, accelerator, self.global_step)
         if accelerator.is_main_process and args.report_to != "none":
             accelerator.init_trackers(project_name, config=tracker_config(args))
-        self._background_push = self._start_background_push()
+        self._background_push = start_background_push(args, self.output_dir) if accelerator.is_main_process else None
         self.unreadable = UnreadableImages(self.state.unreadable_images)
         self.monitor = LossMonitor(accelerator, len(self.objective.clusters))
         self.history = LossHistory(self.output_dir, self.global_step)
+        self._rehearse()
         logger.info(
             f"{len(dataset)} images, {model.num_parameters(only_trainable=True):,} trained parameters of "
             f"{model.num_parameters():,}, {self.images_per_step} images per step, "
@@ -194,23 +192,9 @@ class Trainer:
         """End the run before its end, with all that it needs to go on."""
         if self._background_push is not None:
             self._background_push.finish(_PUSH_SECONDS_WHEN_STOPPED)
-        logger.warning(
-            f"Stopped by {signal.Signals(signum).name} after step {self.global_step}. Go on with the same command and "
-            "`--resume_from_checkpoint latest`."
-        )
         self.accelerator.end_training()
         unlock_run_folder(self.output_dir)
-        raise SystemExit(128 + signum)
-
-    def _set_max_train_steps(self) -> None:
-        args = self.args
-        if args.max_train_steps is None:
-            args.max_train_steps = math.ceil(args.num_train_epochs * self.num_images / self.images_per_step)
-        if args.routing_warmup_steps > args.max_train_steps:
-            raise ValueError(
-                f"`--routing_warmup_steps` must be at most the {args.max_train_steps} steps of the run, got "
-                f"{args.routing_warmup_steps}: it would end before its target."
-            )
+        raise stopped(signum, self.global_step)
 
     def _set_routing(self) -> None:
         warmup_steps, target = self.args.routing_warmup_steps, self.model.config.routing_beta
@@ -287,7 +271,7 @@ class Trainer:
             values |= {f"validation_loss/eighth_{number}": loss for number, loss in enumerate(losses.per_cluster)}
             logger.info(f"Step {step}: held-out loss {losses.mean:.5f}")
         if accelerator.is_main_process:
-            images = self.sample(torch.Generator().manual_seed(0))  # the CPU's, which draws the same everywhere
+            images = self.sample()
             columns = math.isqrt(len(images) - 1) + 1
             grid = save_sample_grid(images, columns, self.output_dir / "samples" / f"step-{step:08d}.png")
             log_image(accelerator, "samples", grid, step)
@@ -297,7 +281,7 @@ class Trainer:
         return values
 
     def finish(self, save: Callable[[Path], None], sampling: dict[str, Any]) -> dict[str, Any]:
-        """Validate, save the result with its record, and share it if the flags say so.
+        """Save the result with its record, validate it, and share it if the flags say so.
 
         Args:
             save: Saves the pipeline, whose denoiser has the averaged weights by now, into the folder that it is
@@ -311,76 +295,60 @@ class Trainer:
         self.model.set_routing_beta(None)
         if self.ema is not None:
             self.ema.copy_to(self.model.parameters())
-        results = self.validate()
+        # Before anything that may fail
         self._update_state()
-        record = {}
         if self.accelerator.is_main_process:
             save(self.output_dir)
-            record = run_record(
-                self.args,
-                sys.argv,
-                self.accelerator,
-                self.state.seconds,
-                model=describe_model(self.model),
-                num_images=self.num_images,
-                clusters=self.objective.describe(),
-                held_out=None if self.held_out_loss is None else self.held_out_loss.describe(),
-                results=results,
-                sampling=sampling,
-                unreadable_images=self.state.unreadable_images,
-                changed_settings=self.state.changes,
-            )
-            save_record(record, self.output_dir)
-            save_model_card(self.output_dir, repo_id=self.args.hub_model_id)
+            self._describe(results={}, sampling=sampling)
             logger.info(f"Saved the result in {self.output_dir}")
+        results = self.validate()
+        self._update_state()
+        record = self._describe(results=results, sampling=sampling) if self.accelerator.is_main_process else {}
         # It closes the trackers, whose files are shared too.
         self.accelerator.end_training()
         if self.args.push_to_hub and self.accelerator.is_main_process:
-            self._push()
+            push_result(self.args, self.output_dir, self._background_push)
         unlock_run_folder(self.output_dir)
         return record
 
-    def _start_background_push(self) -> BackgroundPush | None:
-        args = self.args
-        if not args.push_to_hub or args.hub_strategy != "checkpoint" or not self.accelerator.is_main_process:
-            return None
-        return BackgroundPush(
-            self.output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo, revision=args.hub_revision
+    def _record(self, **outcome: Any) -> dict[str, Any]:
+        return run_record(
+            self.args,
+            sys.argv,
+            self.accelerator,
+            self.state.seconds,
+            model=describe_model(self.model),
+            num_images=self.num_images,
+            clusters=self.objective.describe(),
+            held_out=None if self.held_out_loss is None else self.held_out_loss.describe(),
+            unreadable_images=self.state.unreadable_images,
+            changed_settings=self.state.changes,
+            **outcome,
         )
 
-    def _push(self) -> None:
-        args = self.args
-        if self._background_push is not None:
-            report = self._background_push.finish()
-            logger.info(f"Checkpoints on the Hub: {report}")
-        repo_id = retry(
-            lambda: create_run_repo(self.output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo),
-            "Looking for the repository",
-        )
-        # What was edited there stays.
-        published = retry(
-            lambda: fetch_card(repo_id, token=args.hub_token, revision=args.hub_revision), "Reading the model card"
-        )
-        save_model_card(self.output_dir, repo_id=repo_id, published=published)
-        url = push_run(
-            self.output_dir,
-            repo_id,
-            args.hub_token,
-            args.hub_private_repo,
-            "End of training",
-            revision=args.hub_revision,
-            create_pr=args.hub_create_pr,
-        )
-        logger.info(f"Pushed to {url}")
+    def _describe(self, **outcome: Any) -> dict[str, Any]:
+        """Write the record and the model card."""
+        record = self._record(**outcome)
+        save_record(record, self.output_dir)
+        save_model_card(self.output_dir, repo_id=self.args.hub_model_id)
+        return record
 
-    def _build_held_out_loss(self, noise_scheduler, dataset) -> HeldOutLoss | None:
-        if dataset is None:
-            return None
-        eighths = cluster_timesteps(noise_scheduler, num_clusters=8, cost="uniform")
-        num_images, batch_size = self.args.max_held_out_images, self.args.train_batch_size
-        clean, batch = held_out_samples(dataset, self.vae, num_images, batch_size, self.accelerator.device)
-        evaluations_per_image = math.ceil(len(eighths) / len(clean))
-        return HeldOutLoss(self.objective.levels, eighths, clean, batch, evaluations_per_image)
+    def _rehearse(self) -> None:
+        """Try once, in small, all that the end of the run needs: what would fail there fails here."""
+        self.model.eval()
+        with forward_once(self.model), torch.compiler.set_stance("force_eager"):
+            if self.held_out_loss is not None:
+                self.held_out_loss.try_out(self._denoise_held_out, self.accelerator.device)
+            if self.accelerator.is_main_process:
+                self.sample()
+        self.model.train()
+        if not self.accelerator.is_main_process:
+            return
+        with TemporaryDirectory() as folder:
+            save_record(self._record(results={}), folder)
+            build_model_card(folder, repo_id=self.args.hub_model_id)
+        if self.args.push_to_hub:
+            published_card(self.args, self.output_dir)
 
     def _denoise_held_out(self, model_input, timesteps, batch) -> torch.Tensor:
         return self.denoise(self.model, model_input, timesteps, self.conditions(batch))

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from diffusers import SchedulerMixin
 from diffusers.utils import make_image_grid
 from PIL import Image
 
 from ..noise_levels import NoiseLevels
+from ..objective.clustering import cluster_timesteps
 from ..objective.clusters import TimestepClusters
 from .randomness import derive_seed
 
@@ -76,6 +81,21 @@ class HeldOutLoss:
         grid = levels.timesteps
         self.timesteps = levels.as_called(grid[(places * len(grid)).long()])
 
+    @classmethod
+    def by_eighths(
+        cls, noise_scheduler: SchedulerMixin, clean: torch.Tensor, batch: dict[str, torch.Tensor | list]
+    ) -> HeldOutLoss:
+        """The loss that runs report, over every eighth of the timesteps.
+
+        Args:
+            noise_scheduler: Scheduler that is trained with.
+            clean: As above.
+            batch: As above.
+        """
+        eighths = cluster_timesteps(noise_scheduler, num_clusters=8, cost="uniform")
+        evaluations_per_image = math.ceil(len(eighths) / len(clean))
+        return cls(NoiseLevels(noise_scheduler), eighths, clean, batch, evaluations_per_image)
+
     def describe(self) -> dict[str, int | str]:
         """The settings of this evaluation, for a record."""
         return {
@@ -112,6 +132,15 @@ class HeldOutLoss:
         sums, counts = accelerator.reduce(totals, "sum").cpu()
         return HeldOutLosses((sums.sum() / counts.sum()).item(), tuple((sums / counts).tolist()))
 
+    def try_out(self, denoise: Callable, device: torch.device) -> None:
+        """Measure one sample, to see that nothing fails.
+
+        Args:
+            denoise: As above.
+            device: Where the model lies.
+        """
+        self._losses(denoise, torch.arange(1), self.timesteps[:1].to(device), device)
+
     @torch.no_grad()
     def _losses(self, denoise, indices, timesteps, device) -> torch.Tensor:
         images = indices % len(self.clean)
@@ -126,6 +155,39 @@ class HeldOutLoss:
     def _noise(self, index: int, shape: Sequence[int]) -> torch.Tensor:
         generator = torch.Generator().manual_seed(derive_seed(_SEED, self.num_samples, index))
         return torch.randn(*shape, generator=generator)
+
+
+@contextmanager
+def forward_once(model: torch.nn.Module) -> Iterator[None]:
+    """Let a model compute inputs of each shape once, and answer later ones of that shape with the same output.
+
+    So a pipeline can be tried with all of its steps at the price of one.
+
+    Args:
+        model: The model. Its `forward` is its own again afterwards.
+    """
+    outputs = {}
+    own, forward = vars(model).get("forward"), model.forward
+
+    def remembering(*args: Any, **kwargs: Any) -> Any:
+        inputs = {**dict(enumerate(args)), **kwargs}
+        # Tensors by their shape; of the rest, flags such as `return_dict` alone say what comes out
+        key = tuple(
+            (name, value if isinstance(value, bool) else getattr(value, "shape", None))
+            for name, value in inputs.items()
+        )
+        if key not in outputs:
+            outputs[key] = forward(*args, **kwargs)
+        return outputs[key]
+
+    model.forward = remembering
+    try:
+        yield
+    finally:
+        if own is None:
+            del model.forward
+        else:
+            model.forward = own
 
 
 def _select(values: torch.Tensor | list, indices: torch.Tensor) -> torch.Tensor | list:

@@ -135,6 +135,49 @@ def test_accumulation_of_the_environment_is_that_of_the_flag(images, tmp_path, m
     assert record(by_environment)["arguments"]["gradient_accumulation_steps"] == 2
 
 
+def failing_at(call: int, function, calls: list):
+    def fail(*args, **kwargs):
+        calls.append(call)
+        if len(calls) == call:
+            raise RuntimeError("no memory for samples")
+        return function(*args, **kwargs)
+
+    return fail
+
+
+def test_what_would_fail_at_the_end_fails_before_the_first_step(images, tmp_path, monkeypatch):
+    steps = []
+    monkeypatch.setattr(DTRPipeline, "__call__", failing_at(1, DTRPipeline.__call__, []))
+    monkeypatch.setattr(training.Trainer, "_backward", lambda *args: steps.append(args))
+    with pytest.raises(RuntimeError, match="no memory for samples"):
+        train(images, tmp_path / "run")
+    assert steps == []
+
+
+def test_rehearsal_costs_one_forward_call_however_many_steps_are_sampled(images, tmp_path, monkeypatch):
+    evaluated, forward = [], DTRTransformer2DModel.forward
+
+    def spy(model, *args, **kwargs):
+        evaluated.append(not model.training)
+        return forward(model, *args, **kwargs)
+
+    monkeypatch.setattr(DTRTransformer2DModel, "forward", spy)
+    train(images, tmp_path / "run", "--validation_num_inference_steps", 5, "--max_train_steps", 1)
+    assert evaluated.index(False) == 1
+    assert sum(evaluated) == 1 + 5
+
+
+def test_result_is_saved_before_it_is_validated(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(DTRPipeline, "__call__", failing_at(2, DTRPipeline.__call__, []))
+    run = tmp_path / "run"
+    with pytest.raises(RuntimeError, match="no memory for samples"):
+        train(images, run)
+    assert record(run)["results"] == {}
+    assert (run / "README.md").is_file()
+    monkeypatch.undo()
+    assert DTRPipeline.from_pretrained(run)("a", num_inference_steps=2).images
+
+
 def test_learned_variance_doubles_the_output_and_is_sampled_with(images, tmp_path):
     run = train(images, tmp_path / "run", "--learn_sigma")
     pipeline = DTRPipeline.from_pretrained(run)

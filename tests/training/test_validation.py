@@ -7,7 +7,7 @@ from PIL import Image
 
 from diffusers_dtr import DenoisingLoss, NoiseLevels, TaskAffinity, cluster_timesteps
 from diffusers_dtr.training import HeldOutLoss
-from diffusers_dtr.training.validation import save_sample_grid
+from diffusers_dtr.training.validation import forward_once, save_sample_grid
 
 
 LEVELS = NoiseLevels(DDPMScheduler())
@@ -179,3 +179,22 @@ def test_images_fill_the_grid_row_by_row_and_black_the_rest(tmp_path):
 def test_few_images_make_a_single_row(tmp_path):
     images = [Image.new("RGB", (2, 2))] * 2
     assert save_sample_grid(images, 5, tmp_path / "grid.png").size == (4, 2)
+
+
+def test_model_answers_inputs_of_the_same_shape_with_what_it_computed_first():
+    model = torch.nn.Linear(2, 2)
+    own = model(torch.zeros(1, 2))
+    with forward_once(model):
+        assert torch.equal(model(torch.zeros(1, 2)), own)
+        assert torch.equal(model(torch.ones(1, 2)), own)
+        assert model(torch.ones(3, 2)).shape == (3, 2)
+    assert not torch.equal(model(torch.ones(1, 2)), own)
+    assert "forward" not in vars(model)
+
+
+def test_model_whose_forward_was_replaced_has_the_replacement_again():
+    model = torch.nn.Linear(2, 2)
+    model.forward = replacement = lambda x: x + 1
+    with pytest.raises(RuntimeError, match="failed"), forward_once(model):
+        raise RuntimeError("failed")
+    assert model.forward is replacement

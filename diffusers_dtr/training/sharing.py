@@ -1,0 +1,70 @@
+"""What a run pushes to the Hub, where its flags say so: checkpoints on the way, the result at its end."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from ..hub import BackgroundPush, create_run_repo, push_run
+from ..hub.commit import retry
+from ..model_card import fetch_card, save_model_card
+
+
+logger = logging.getLogger(__name__)
+
+
+def start_background_push(args: argparse.Namespace, output_dir: Path) -> BackgroundPush | None:
+    """What pushes checkpoints while training goes on, or None where they are not to be pushed.
+
+    Args:
+        args: Parsed flags of [`~diffusers_dtr.training.arguments.add_run_arguments`].
+        output_dir: The run's folder.
+    """
+    if not args.push_to_hub or args.hub_strategy != "checkpoint":
+        return None
+    return BackgroundPush(
+        output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo, revision=args.hub_revision
+    )
+
+
+def published_card(args: argparse.Namespace, output_dir: Path) -> tuple[str, str | None]:
+    """The name of a run's repository, and its card as it may have been edited there.
+
+    Args:
+        args: Parsed flags.
+        output_dir: The run's folder.
+    """
+    repo_id = retry(
+        lambda: create_run_repo(output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo),
+        "Looking for the repository",
+    )
+    card = retry(
+        lambda: fetch_card(repo_id, token=args.hub_token, revision=args.hub_revision), "Reading the model card"
+    )
+    return repo_id, card
+
+
+def push_result(args: argparse.Namespace, output_dir: Path, background_push: BackgroundPush | None) -> None:
+    """Push a finished run, with a card that keeps what was edited on the Hub.
+
+    Args:
+        args: Parsed flags.
+        output_dir: The run's folder.
+        background_push: What pushes its checkpoints, which is waited for, or None.
+    """
+    if background_push is not None:
+        report = background_push.finish()
+        logger.info(f"Checkpoints on the Hub: {report}")
+    repo_id, published = published_card(args, output_dir)
+    save_model_card(output_dir, repo_id=repo_id, published=published)
+    url = push_run(
+        output_dir,
+        repo_id,
+        args.hub_token,
+        args.hub_private_repo,
+        "End of training",
+        revision=args.hub_revision,
+        create_pr=args.hub_create_pr,
+    )
+    logger.info(f"Pushed to {url}")
