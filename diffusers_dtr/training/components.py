@@ -81,12 +81,14 @@ def load_noise_scheduler(args: argparse.Namespace) -> SchedulerMixin:
     if flow and args.learn_sigma:
         raise ValueError("`--learn_sigma` must be left out: the pretrained pipeline has flow matching.")
     scheduler_class = FlowMatchEulerDiscreteScheduler if flow else DDPMScheduler
-    if not _same_noise_levels(original, scheduler_class.from_config(original.config)):
+    # What flow matching's own scheduler calls a shift is a `flow_shift` to solvers of its equation.
+    shift = {"shift": original.config.flow_shift} if original.config.get("use_flow_sigmas") else {}
+    if not _same_noise_levels(original, scheduler_class.from_config(original.config, **shift)):
         raise ValueError(
             "`pretrained_model_name_or_path` must be a pipeline with the noise levels of a DDPMScheduler or a "
             f"FlowMatchEulerDiscreteScheduler, got a {name} with others."
         )
-    return scheduler_class.from_config(original.config, **config)
+    return scheduler_class.from_config(original.config, **config, **shift)
 
 
 def _same_noise_levels(one: SchedulerMixin, other: SchedulerMixin) -> bool:

@@ -136,7 +136,11 @@ class Flux2(DenoiserFamily):
     denoiser_class = "Flux2Transformer2DModel"
     counts_timesteps = False
     embeddings = (_PROMPT,)
-    lora_layers = (*_JOINT_ATTENTION, "to_qkv_mlp_proj", "attn.to_out")
+    # The single blocks' `to_out` is a layer, that of the others a list of layers.
+    lora_layers = (
+        *(*_JOINT_ATTENTION, "to_qkv_mlp_proj"),
+        *(f"single_transformer_blocks.{number}.attn.to_out" for number in range(48)),
+    )
     guided = False
 
     def denoise(self, pipeline, model, noisy, timesteps, conditions):

@@ -17,16 +17,11 @@ sys.path.append(str(Path(__file__).parents[1] / "models"))
 
 from tiny_pipelines import PIPELINES
 
-import diffusers_dtr
 from diffusers_dtr.training import TEXT_TO_IMAGE_FAMILIES
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-NAMES = [
-    name
-    for name, tiny in PIPELINES.items()
-    if tiny.pipeline_class in TEXT_TO_IMAGE_FAMILIES and hasattr(diffusers_dtr, f"DTR{tiny.denoiser_class}")
-]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+NAMES = [name for name, tiny in PIPELINES.items() if tiny.pipeline_class in TEXT_TO_IMAGE_FAMILIES]
 every_family = pytest.mark.parametrize("name", NAMES)
 
 # Everything that draws at random, or has a state.
