@@ -142,10 +142,9 @@ def test_variance_exploding_sampler_is_of_the_same_noise_levels(tmp_path):
     [
         EDMEulerScheduler(),
         EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"),
-        DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0),
         UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="epsilon"),
     ],
-    ids=["EDM", "continuous", "shifted flow", "flow of noise"],
+    ids=["EDM", "continuous", "flow of noise"],
 )
 def test_noise_levels_that_training_would_not_have_are_refused(tmp_path, scheduler):
     folder = saved(tmp_path / "other", scheduler)
@@ -153,6 +152,16 @@ def test_noise_levels_that_training_would_not_have_are_refused(tmp_path, schedul
         ValueError, match=f"`pretrained_model_name_or_path` must be .*, got a {type(scheduler).__name__}"
     ):
         load_noise_scheduler(flags(pretrained_model_name_or_path=folder))
+
+
+@pytest.mark.parametrize("solver", [DPMSolverMultistepScheduler, UniPCMultistepScheduler])
+def test_flow_matching_is_trained_with_the_shift_that_its_solver_samples_with(tmp_path, solver):
+    original = solver(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+    folder = saved(tmp_path / "shifted", original)
+    scheduler = load_noise_scheduler(flags(pretrained_model_name_or_path=folder))
+    assert type(scheduler) is FlowMatchEulerDiscreteScheduler
+    torch.testing.assert_close(NoiseLevels(scheduler).timesteps, NoiseLevels(original).timesteps)
+    assert scheduler.config.shift == 3.0
 
 
 def test_transformer_under_the_name_that_diffusers_gave_it_first(tmp_path):
