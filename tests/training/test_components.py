@@ -21,7 +21,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.constants import HF_HUB_CACHE
 from tiny_dit import plain_dit
 
-from diffusers_dtr import DTRPipeline, DTRTransformer2DModel, DTRUNet2DModel
+from diffusers_dtr import DTRPipeline, DTRTransformer2DModel, DTRUNet2DModel, NoiseLevels
 from diffusers_dtr.training import load_noise_scheduler, load_vae, sample_size, sampling_scheduler
 from diffusers_dtr.training.components import pretrained_component, pretrained_denoiser
 
