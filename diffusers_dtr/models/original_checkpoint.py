@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from .claimed_bytes import check_archive, check_claims
+
 
 CHECKPOINT_WEIGHTS = ("ema", "model")
 
@@ -115,8 +117,9 @@ def _is_state_dict(value) -> bool:
 
 
 def _load(path: Path):
+    check_archive(path)
     try:
-        return load_file(path) if path.suffix == ".safetensors" else _load_restricted(path)
+        checkpoint = load_file(path) if path.suffix == ".safetensors" else _load_restricted(path)
     except (MemoryError, OSError):
         raise
     except Exception as error:  # damaged and hostile files lead the unpickler into errors of almost every type
@@ -130,6 +133,10 @@ def _load(path: Path):
             "checkpoint can have any code run in this way, so nothing of it was loaded. Whoever made it can save its "
             "state dict alone, best as safetensors."
         ) from None
+    for held in (checkpoint, *(checkpoint.values() if isinstance(checkpoint, Mapping) else ())):
+        if _is_state_dict(held):
+            check_claims(held, path)
+    return checkpoint
 
 
 def _load_restricted(path: Path):

@@ -224,3 +224,55 @@ def test_another_file_is_an_error(tmp_path):
             load_original_checkpoint(tmp_path / name)
     with pytest.raises(FileNotFoundError, match=r"none\.pt"):
         load_original_checkpoint(tmp_path / "none.pt")
+
+
+# ---- what claims more than there is
+
+
+def numbers(*shape):
+    return torch.ones(1).expand(shape)
+
+
+SHARED = torch.ones(64)
+CLAIMS = {
+    "one number repeated": {"a": numbers(10**6, 1000)},
+    "many views of one storage": {f"{index}": SHARED for index in range(1000)},
+    "overlapping windows": {"a": torch.ones(2000).as_strided((1000, 1000), (1, 1))},
+    "in averaged weights": {"ema": {"a": numbers(10**6, 1000)}, "model": {"a": torch.ones(2)}},
+    "in weights that are not asked for": {"ema": {"a": torch.ones(2)}, "model": {"a": numbers(10**6, 1000)}},
+}
+
+
+@pytest.mark.parametrize("claim", CLAIMS.values(), ids=CLAIMS)
+def test_tensors_that_claim_more_than_the_file_has_are_refused(save, claim):
+    with pytest.raises(ValueError, match=r"tensors of 0400000\.pt must be in the file, but they claim [\d,]+ bytes"):
+        load_original_checkpoint(save(claim))
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.ones(10**6, 10**6, device="meta"), torch.eye(2).to_sparse()],
+    ids=["meta", "sparse"],
+)
+def test_tensors_without_their_data_are_refused(save, tensor):
+    with pytest.raises(ValueError, match=r"`a` in 0400000\.pt must be a dense tensor with its data"):
+        load_original_checkpoint(save({"a": tensor}))
+
+
+def test_a_compressed_file_is_refused(tmp_path):
+    torch.save(weights(), tmp_path / "dit.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "dit.pt") as source,
+        zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as target,
+    ):
+        for member in source.infolist():
+            target.writestr(member.filename, source.read(member))
+    with pytest.raises(ValueError, match=r"bomb\.pt must hold its tensors as .* is compressed"):
+        load_original_checkpoint(tmp_path / "bomb.pt")
+
+
+def test_parameters_and_parts_of_larger_tensors_are_read(save):
+    table = torch.arange(12.0).reshape(3, 4)
+    read = load_original_checkpoint(save({"a": table[:, 1:3], "b": torch.nn.Parameter(torch.ones(2))}))
+    assert torch.equal(read["a"], table[:, 1:3])
+    assert torch.equal(read["b"], torch.ones(2))

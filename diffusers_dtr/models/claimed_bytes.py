@@ -1,0 +1,57 @@
+"""What tensors of a file claim to hold, compared with what the file has: a few bytes can describe gigabytes."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+
+def check_archive(path: Path) -> None:
+    """Refuse a zip file with compressed members, which `torch.save` never writes and which can grow a thousandfold.
+
+    Args:
+        path: A file. One that is no zip file, or a damaged one, is left to whoever reads it.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If members are compressed.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError):
+        return
+    compressed = [member.filename for member in members if member.compress_type != zipfile.ZIP_STORED]
+    if compressed:
+        raise ValueError(
+            f"{path.name} must hold its tensors as `torch.save` writes them, but {compressed[0]} is compressed."
+        )
+
+
+def check_claims(state_dict: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Refuse tensors that are not all there: copied, they would take more memory than the file has bytes.
+
+    Args:
+        state_dict: Tensors of the file.
+        path: The file.
+
+    Raises:
+        ValueError: If a tensor is without data or not dense, or if all of them claim more bytes than the file has.
+    """
+    claimed = 0
+    for name, tensor in state_dict.items():
+        if tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+            raise ValueError(
+                f"`{name}` in {path.name} must be a dense tensor with its data, got one of layout {tensor.layout} on "
+                f"the device {tensor.device.type}."
+            )
+        claimed += tensor.numel() * tensor.element_size()
+    present = path.stat().st_size
+    if claimed > present:
+        raise ValueError(
+            f"The tensors of {path.name} must be in the file, but they claim {claimed:,} bytes and it has "
+            f"{present:,}: some of them share their data, or repeat it. Save clones of them."
+        )
