@@ -24,6 +24,7 @@ from markupsafe import Markup
 
 from .atomic_files import replace_text, replacing
 from .checked_json import read_json, without_controls
+from .hub.commit import check_token
 from .publishing import LOCAL_PREFIX, public_command, publishable
 from .run_folder import LOSSES_PICTURE, METRICS_FILE, RECORD_FILE
 from .trained_model import METRIC_TYPES, TrainedModel, is_repo_id
@@ -134,7 +135,9 @@ def fetch_card(repo_id: str, *, token: str | None = None, revision: str | None =
 
     Raises:
         OSError: If there is no such repository or the Hub cannot be reached.
+        ValueError: For a `token` that is none.
     """
+    check_token(token)
     try:
         path = hf_hub_download(repo_id, CARD_FILE, revision=revision, token=token)
     except (RemoteEntryNotFoundError, RevisionNotFoundError):

@@ -89,9 +89,14 @@ class DTRPipeline(HubMixin, DiffusionPipeline):
         Raises:
             ValueError: For a `token` that is none, and for files of which no pipeline can be made.
         """
-        check_token(kwargs.get("token"))
         with built_from_file(f"A {cls.__name__}"):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    @wraps(DiffusionPipeline.download.__func__)
+    def download(cls, *args: Any, **kwargs: Any) -> str:  # noqa: D102
+        check_token(kwargs.get("token"))
+        return super().download(*args, **kwargs)
 
     @wraps(DiffusionPipeline.save_pretrained)
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102

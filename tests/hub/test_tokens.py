@@ -1,0 +1,60 @@
+"""Tokens that are none are refused where they come in, before anything is sent, and never repeated."""
+
+from __future__ import annotations
+
+import pytest
+from diffusers import DDPMScheduler
+from tiny_dit import routed_dit
+
+from diffusers_dtr import DTRPipeline, DTRTransformer2DModel
+from diffusers_dtr.hub import BackgroundPush, create_run_repo, push_run
+from diffusers_dtr.hub.commit import FolderCommit
+from diffusers_dtr.model_card import fetch_card
+
+
+REPO = "owner/tiny"
+SECRET = "hf_secret"
+NO_TOKENS = [
+    f"{SECRET}\n",
+    f"{SECRET}\r",
+    f"a\n{SECRET}",
+    f"{SECRET}\x00",
+    f"{SECRET}\x7f",
+    f" {SECRET}",
+    f"{SECRET}é",
+]
+
+
+def pipeline():
+    return DTRPipeline(DDPMScheduler(), transformer=routed_dit())
+
+
+ENTRANCES = {
+    "a model is loaded": lambda token, folder: DTRTransformer2DModel.from_pretrained(REPO, token=token),
+    "a config is loaded": lambda token, folder: DTRTransformer2DModel.load_config(REPO, token=token),
+    "a pipeline is loaded": lambda token, folder: DTRPipeline.from_pretrained(REPO, token=token),
+    "a pipeline is downloaded": lambda token, folder: DTRPipeline.download(REPO, token=token),
+    "a model is pushed": lambda token, folder: routed_dit().push_to_hub(REPO, token=token),
+    "a pipeline is pushed": lambda token, folder: pipeline().push_to_hub(REPO, token=token),
+    "a saved model is pushed": lambda token, folder: routed_dit().save_pretrained(
+        folder, push_to_hub=True, repo_id=REPO, token=token
+    ),
+    "a saved pipeline is pushed": lambda token, folder: pipeline().save_pretrained(
+        folder, push_to_hub=True, repo_id=REPO, token=token
+    ),
+    "a folder is committed": lambda token, folder: FolderCommit(folder, REPO, "Upload", token=token),
+    "a run's repository is made": lambda token, folder: create_run_repo(folder, REPO, token),
+    "a run is pushed": lambda token, folder: push_run(folder, REPO, token, None, "End of training"),
+    "checkpoints are pushed": lambda token, folder: BackgroundPush(folder, REPO, token),
+    "a card is fetched": lambda token, folder: fetch_card(REPO, token=token),
+}
+
+
+@pytest.mark.parametrize("entrance", ENTRANCES.values(), ids=ENTRANCES)
+def test_a_token_that_is_none_is_refused_and_not_repeated(hub, tmp_path, caplog, capsys, entrance):
+    for token in NO_TOKENS:
+        with pytest.raises(ValueError, match="`token` must be printable ASCII") as caught:
+            entrance(token, tmp_path)
+        assert caught.value.__cause__ is None
+        assert SECRET not in str(caught.value) + caplog.text + "".join(capsys.readouterr())
+    assert hub.requests == []
