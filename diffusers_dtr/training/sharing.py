@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import logging
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from ..hub import BackgroundPush, create_run_repo, push_run
 from ..hub.commit import retry
-from ..model_card import fetch_card, save_model_card
+from ..model_card import build_model_card, fetch_card, save_model_card
+from .outputs import save_record
 
 
 logger = logging.getLogger(__name__)
@@ -43,6 +46,21 @@ def published_card(args: argparse.Namespace, output_dir: Path) -> tuple[str, str
         lambda: fetch_card(repo_id, token=args.hub_token, revision=args.hub_revision), "Reading the model card"
     )
     return repo_id, card
+
+
+def rehearse_sharing(args: argparse.Namespace, output_dir: Path, record: dict[str, Any]) -> None:
+    """Write a card of what is known of a run at its start, and read what the Hub has: what fails, fails before it.
+
+    Args:
+        args: Parsed flags.
+        output_dir: The run's folder.
+        record: Of a run without results.
+    """
+    with TemporaryDirectory() as folder:
+        save_record(record, folder)
+        build_model_card(folder, repo_id=args.hub_model_id)
+    if args.push_to_hub:
+        published_card(args, output_dir)
 
 
 def push_result(args: argparse.Namespace, output_dir: Path, background_push: BackgroundPush | None) -> None:

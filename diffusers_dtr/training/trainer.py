@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
 import torch
@@ -19,7 +18,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from ..model_card import build_model_card, save_model_card
+from ..model_card import save_model_card
 from .argument_checks import set_max_train_steps
 from .arguments import warmed_up_beta
 from .checkpoints import Checkpoints
@@ -35,7 +34,7 @@ from .randomness import noise_generator, seed_model
 from .record import describe_model, run_record, tracker_config
 from .resuming import IMAGES_PER_STEP, NUM_IMAGES, class_settings, run_settings
 from .run_lock import unlock_run_folder
-from .sharing import published_card, push_result, start_background_push
+from .sharing import push_result, rehearse_sharing, start_background_push
 from .tracking import log_image
 from .validation import HeldOutLoss, forward_once, save_sample_grid
 
@@ -122,9 +121,8 @@ class Trainer:
         self.checkpoints = Checkpoints(
             accelerator, self.output_dir, model_name, model, self.ema, args.checkpoints_total_limit, self.objective
         )
-        counts = {NUM_IMAGES: self.num_images, IMAGES_PER_STEP: self.images_per_step}
-        others = {**self.objective.settings, **class_settings(id2label), **counts}
-        settings = run_settings(args, model, noise_scheduler, accelerator, **others)
+        others = {NUM_IMAGES: self.num_images, IMAGES_PER_STEP: self.images_per_step, **class_settings(id2label)}
+        settings = run_settings(args, model, noise_scheduler, accelerator, **self.objective.settings, **others)
         self.state = self.checkpoints.resume(args.resume_from_checkpoint, settings, args.allow_changed_settings)
         self._start_time -= self.state.seconds
         self.lr_scheduler = build_lr_scheduler(args, self.optimizer, self.global_step)
@@ -138,8 +136,7 @@ class Trainer:
         self._rehearse()
         logger.info(
             f"{len(dataset)} images, {model.num_parameters(only_trainable=True):,} trained parameters of "
-            f"{model.num_parameters():,}, {self.images_per_step} images per step, "
-            f"{args.max_train_steps} steps"
+            f"{model.num_parameters():,}, {self.images_per_step} images per step, {args.max_train_steps} steps"
         )
         logger.info(f"{self.objective.clusters}")
 
@@ -342,13 +339,8 @@ class Trainer:
             if self.accelerator.is_main_process:
                 self.sample()
         self.model.train()
-        if not self.accelerator.is_main_process:
-            return
-        with TemporaryDirectory() as folder:
-            save_record(self._record(results={}), folder)
-            build_model_card(folder, repo_id=self.args.hub_model_id)
-        if self.args.push_to_hub:
-            published_card(self.args, self.output_dir)
+        if self.accelerator.is_main_process:
+            rehearse_sharing(self.args, self.output_dir, self._record(results={}))
 
     def _denoise_held_out(self, model_input, timesteps, batch) -> torch.Tensor:
         return self.denoise(self.model, model_input, timesteps, self.conditions(batch))
