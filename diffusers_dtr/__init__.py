@@ -6,6 +6,8 @@ from diffusers import ModelMixin
 from .analysis import TaskAffinity
 from .diffusers_registration import register_library, register_pipeline
 from .latents import decode_latents, encode_images, vae_scale_factor
+from .models.adapter_files import load_routed_lora, mark_routed, save_routed_lora
+from .models.adapters import route_adapter, unroute_adapter
 from .models.convert_original_dit import convert_original_dit, original_dit_state_dict
 from .models.dit import DTRTransformer2DModel
 from .models.families import TRANSFORMERS, UNETS, routed_class
@@ -52,11 +54,16 @@ __all__ = [
     "decode_latents",
     "encode_images",
     "load_original_checkpoint",
+    "load_routed_lora",
+    "mark_routed",
     "original_dit_state_dict",
     "random_routing_mask",
     "route",
+    "route_adapter",
     "routing_mask",
+    "save_routed_lora",
     "unroute",
+    "unroute_adapter",
     "vae_scale_factor",
 ]
 

@@ -8,7 +8,7 @@ authors' released code; their project page shows another one, whose width change
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -149,7 +149,7 @@ class ChannelRouting:
         self.routing_type = routing_type
         self.seed = seed
         self.timestep_range = tuple(timestep_range)
-        self._widths = frozenset(widths)
+        self.widths = frozenset(widths)
         self._beta_override: torch.Tensor | None = None
 
     def set_beta(self, beta: float | None) -> None:
@@ -166,10 +166,16 @@ class ChannelRouting:
         """
         if beta is not None:
             check_routing(beta=beta)
-            _check_widths(beta, self._widths)
+            _check_widths(beta, self.widths)
         # A tensor, because a compiler would bake a Python number into the graph; a new one each time, because a
         # backward pass may still need the old.
         self._beta_override = None if beta is None else torch.tensor(beta, dtype=torch.float64)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The values that it was made with, under the names that they have in a model's config."""
+        names = ("alpha", "beta", "routing_type", "seed", "timestep_range")
+        return {f"routing_{name.removeprefix('routing_')}": getattr(self, name) for name in names}
 
     @property
     def is_active(self) -> bool:

@@ -13,18 +13,19 @@ from typing import Any
 from torch import nn
 
 
-def check_class_can_change(module: nn.Module) -> None:
-    """Refuse a module whose forward method was replaced by something unknown.
+def check_class_can_change(model: nn.Module) -> None:
+    """Refuse a model with a module whose forward method was replaced by something unknown.
 
     Raises:
         TypeError: Saying what was found.
     """
-    if "forward" in vars(module) and not any(_held_forwards(module)):
-        raise TypeError(
-            f"The forward method of a `{type(module).__name__}` was replaced by {vars(module)['forward']!r}, which "
-            "is no hook of accelerate or diffusers. Route the model before that, or unwrap it first, as "
-            "`accelerator.unwrap_model(model, keep_fp32_wrapper=False)` does."
-        )
+    for module in model.modules():
+        if "forward" in vars(module) and not any(_held_forwards(module)):
+            raise TypeError(
+                f"The forward method of a `{type(module).__name__}` was replaced by {vars(module)['forward']!r}, "
+                "which is no hook of accelerate or diffusers. Route the model before that, or unwrap it first, as "
+                "`accelerator.unwrap_model(model, keep_fp32_wrapper=False)` does."
+            )
 
 
 def change_class(module: nn.Module, new: type[nn.Module]) -> None:

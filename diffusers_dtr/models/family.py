@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial, wraps
+from functools import cache, wraps
 from inspect import Parameter, Signature, signature
 from typing import Any, ClassVar, get_type_hints
 
@@ -19,7 +19,6 @@ import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import FrozenDict, register_to_config
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from ..config_types import built_from_file, check_types, constructor_types
 from ..diffusers_registration import block_metadata, register_block, register_lora_scales
@@ -27,8 +26,9 @@ from ..hub.commit import check_token
 from ..hub.shared import HubMixin
 from ..routing import DEFAULT_TIMESTEP_RANGE, ChannelRouting
 from .change_class import change_class, check_class_can_change
-from .routed_blocks import RoutedModule, Stream, routed_block_class
-from .scope import ScopedCheckpointing, scope
+from .derived_class import DerivedModule, derived_class
+from .routed_blocks import RoutedBlock, Stream, routed_block_class
+from .scope import ScopedCheckpointingMixin, scope, scope_checkpointing, unscope_checkpointing
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class RoutedModelMixin(HubMixin):
         self.routing.set_beta(beta)
 
 
-class ScopedRoutingMixin(RoutedModelMixin):
+class ScopedRoutingMixin(ScopedCheckpointingMixin, RoutedModelMixin):
     """Routes the blocks of a model in place, through the [`scope`] of its forward calls.
 
     A subclass names the plain class beside a mixin of this kind, and its family:
@@ -180,14 +180,7 @@ class ScopedRoutingMixin(RoutedModelMixin):
             return
         cls.family = family
         cls.__init__ = _derived_constructor(cls.plain_class, family)
-        arguments = list(signature(cls.plain_class.forward).parameters)[1:]
-        if family.timestep not in arguments:
-            raise ValueError(
-                f"`timestep` of the family must be an argument of `{cls.plain_class.__name__}.forward`, "
-                f"{', '.join(arguments)}, got {family.timestep!r}."
-            )
-        timestep, sample = Argument(family.timestep, arguments.index(family.timestep)), Argument(arguments[0], 0)
-        cls.forward = _scoped_forward(cls.plain_class, timestep, sample)
+        cls.forward = _scoped_forward(cls.plain_class, family.timestep)
         ScopedRoutingMixin.routed_classes[cls.plain_class] = cls
 
     @classmethod
@@ -206,19 +199,8 @@ class ScopedRoutingMixin(RoutedModelMixin):
 
     def _unroute_modules(self) -> None:
         for module in self.modules():
-            if isinstance(module, RoutedModule):
-                change_class(module, module.plain_class)
-
-    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable | None = None) -> None:
-        """Recompute blocks during backward, with the masks of the forward call that they belong to.
-
-        Args:
-            gradient_checkpointing_func: Called as `gradient_checkpointing_func(block, *args)`. Defaults to
-                `torch.utils.checkpoint.checkpoint` without reentrant autograd.
-        """
-        if gradient_checkpointing_func is None:
-            gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-        super().enable_gradient_checkpointing(ScopedCheckpointing(gradient_checkpointing_func))
+            if isinstance(module, RoutedBlock):
+                change_class(module, module.unrouted_class)
 
     @classmethod
     def _from_plain(cls, model: ModelMixin, argument: str, routing: Mapping[str, Any]) -> ModelMixin:
@@ -238,8 +220,7 @@ class ScopedRoutingMixin(RoutedModelMixin):
         config = {name: model.config.get(name, default) for name, default in defaults.items()} | dict(routing)
         widths = cls._routed_widths_of(model)
         check = ChannelRouting(*(config[name] for name in _ROUTING_PARAMETERS), widths=widths)
-        for module in model.modules():
-            check_class_can_change(module)
+        check_class_can_change(model)
         was_routed = isinstance(model, cls)
         if not was_routed:
             change_class(model, cls)
@@ -247,21 +228,23 @@ class ScopedRoutingMixin(RoutedModelMixin):
         model.routing, model.routed_widths = check, tuple(sorted(widths))
         if not was_routed:
             model._route_modules()
-            for module, function in _checkpointing(model):
-                module._gradient_checkpointing_func = ScopedCheckpointing(function)
+            scope_checkpointing(model)
         return model
 
     def _unrouted_in_place(self) -> ModelMixin:
         """The same model, of its plain class."""
         self._unroute_modules()
-        for module, function in _checkpointing(self):
-            module._gradient_checkpointing_func = function.function
+        unscope_checkpointing(self)
+        family = self.family
         del self.routing, self.routed_widths
         # diffusers has no public way to take back a config value.
         self._internal_dict = FrozenDict(
             {name: value for name, value in self.config.items() if name not in _ROUTING_PARAMETERS}
         )
         change_class(self, self.plain_class)
+        if "routed_adapters" in vars(self):
+            scope_checkpointing(self)
+            change_class(self, scoped_class(self.plain_class, family.timestep))
         return self
 
 
@@ -373,7 +356,45 @@ def _routing_parameters(family: Family) -> dict[str, Parameter]:
     return {**_ROUTING_PARAMETERS, "routing_timestep_range": window}
 
 
-def _scoped_forward(plain_class: type[ModelMixin], timestep: Argument, sample: Argument) -> Callable:
+def _masks(model: ModelMixin, timesteps: torch.Tensor) -> dict[Hashable, torch.Tensor | None]:
+    """All masks of one forward call: of the residual stream, by width, and of adapters, by name and rank."""
+    masks = {}
+    for name, routing in vars(model).get("routed_adapters", {}).items():
+        masks |= {(name, rank): routing.mask(timesteps, rank) for rank in routing.widths}
+    if isinstance(model, ScopedRoutingMixin):
+        masks |= {width: model.routing.mask(timesteps, width) for width in model.routed_widths}
+    return masks
+
+
+class ScopedModel(ScopedCheckpointingMixin, DerivedModule):
+    """A model of a class that is not routed itself, but has routed adapters."""
+
+
+@cache
+def scoped_class(plain_class: type[ModelMixin], timestep: str) -> type[ModelMixin]:
+    """The class of a model within whose forward calls there are masks.
+
+    Args:
+        plain_class: Its own class.
+        timestep: Name of the argument of its forward method.
+    """
+    forward = _scoped_forward(plain_class, timestep)
+    return derived_class(ScopedModel, plain_class, (scoped_class, (plain_class, timestep)), forward=forward)
+
+
+def _scoped_forward(plain_class: type[ModelMixin], timestep_name: str) -> Callable:
+    """The forward method of a model, within the scope of its call's masks.
+
+    Raises:
+        ValueError: If it has no such argument as the family says.
+    """
+    arguments = list(signature(plain_class.forward).parameters)[1:]
+    if timestep_name not in arguments:
+        raise ValueError(
+            f"`timestep` of the family must be an argument of `{plain_class.__name__}.forward`, "
+            f"{', '.join(arguments)}, got {timestep_name!r}."
+        )
+    timestep, sample = Argument(timestep_name, arguments.index(timestep_name)), Argument(arguments[0], 0)
     # The function and not the class's attribute, which the compiler does not follow for every class.
     plain_forward = plain_class.forward
 
@@ -381,7 +402,7 @@ def _scoped_forward(plain_class: type[ModelMixin], timestep: Argument, sample: A
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Denoise as the base class does, with its arguments; the routing follows the timestep."""
         timesteps = timestep_batch(timestep.value(args, kwargs), sample.value(args, kwargs), per_token=True)
-        with scope({width: self.routing.mask(timesteps, width) for width in self.routed_widths}):
+        with scope(_masks(self, timesteps)):
             return plain_forward(self, *args, **kwargs)
 
     return forward
@@ -415,9 +436,3 @@ def _routed_block(plain: type[nn.Module], streams: Mapping[str, int | Stream]) -
     routed = routed_block_class(plain, stream or Stream())
     register_block(routed, metadata)
     return routed
-
-
-def _checkpointing(model: nn.Module) -> list[tuple[nn.Module, Callable]]:
-    """Where gradient checkpointing is or was on, and the function for it."""
-    functions = ((module, vars(module).get("_gradient_checkpointing_func")) for module in model.modules())
-    return [(module, function) for module, function in functions if function is not None]

@@ -9,7 +9,7 @@ from diffusers import ModelMixin
 from diffusers.utils.torch_utils import is_compiled_module
 
 from .families import TRANSFORMERS, UNETS, routed_class
-from .family import RoutedModelMixin, ScopedRoutingMixin
+from .family import Family, RoutedModelMixin, ScopedModel, ScopedRoutingMixin
 
 
 def route(model: ModelMixin, **routing: Any) -> ModelMixin:
@@ -33,8 +33,7 @@ def route(model: ModelMixin, **routing: Any) -> ModelMixin:
         raise TypeError("`model` must be a model, got what `torch.compile` made of one. Route it before compiling it.")
     if isinstance(model, RoutedModelMixin) and not isinstance(model, ScopedRoutingMixin):
         raise TypeError(f"`model` is routed by nature: make another `{type(model).__name__}` with `from_transformer`.")
-    plain = model.plain_class if isinstance(model, ScopedRoutingMixin) else type(model)
-    return _class_for(plain)._routed_in_place(model, routing)
+    return _class_for(_plain_class(model))._routed_in_place(model, routing)
 
 
 def unroute(model: ModelMixin) -> ModelMixin:
@@ -57,6 +56,22 @@ def unroute(model: ModelMixin) -> ModelMixin:
             "`set_routing_beta(1.0)` it is unrouted."
         )
     return model._unrouted_in_place()
+
+
+def family_of(model: ModelMixin) -> Family:
+    """What is special about a model.
+
+    Raises:
+        TypeError: For a model of no known family.
+    """
+    is_own = isinstance(model, RoutedModelMixin) and not isinstance(model, ScopedRoutingMixin)
+    return Family() if is_own else _class_for(_plain_class(model)).family
+
+
+def _plain_class(model: ModelMixin) -> type[ModelMixin]:
+    if isinstance(model, ScopedRoutingMixin):
+        return model.plain_class
+    return model.unrouted_class if isinstance(model, ScopedModel) else type(model)
 
 
 def _class_for(plain: type[ModelMixin]) -> type[ScopedRoutingMixin]:

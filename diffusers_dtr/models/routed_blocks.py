@@ -1,21 +1,17 @@
-"""Classes of routed blocks, made of the classes that they route.
-
-Their names are those of the plain classes, because much is looked up by the name of a block's class: what must not be
-split over devices, what is compiled by itself, what an engine shards.
-"""
+"""Classes of routed blocks, made of the classes that they route."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, wraps
 from inspect import signature
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..routing import routed_residual
+from .derived_class import DerivedModule, derived_class
 from .scope import channel_mask, token_mask
 
 
@@ -34,38 +30,8 @@ class Stream:
     batch_dim: int = 0
 
 
-class RoutedModule:
-    """A module of a class made by [`routed_block_class`] or [`masked_class`].
-
-    Attributes:
-        plain_class: The class that is routed.
-    """
-
-    plain_class: ClassVar[type[nn.Module]]
-
-    def __reduce__(self):
-        # Classes made at run time are under no name where pickle could find them.
-        return _empty_module, (*self._made_of(),), self.__dict__
-
-    @classmethod
-    def _made_of(cls) -> tuple:
-        """Function and arguments that make the class."""
-        raise NotImplementedError
-
-
-def _empty_module(make: Any, *arguments: Any) -> nn.Module:
-    cls = make(*arguments)
-    return cls.__new__(cls)
-
-
-class _RoutedBlock(RoutedModule):
-    """A block that is routed as a whole: its image stream is masked, and the other channels are carried past it."""
-
-    stream: ClassVar[Stream]
-
-    @classmethod
-    def _made_of(cls) -> tuple:
-        return routed_block_class, cls.plain_class, cls.stream
+class RoutedBlock(DerivedModule):
+    """A module whose channels are routed: a block, or the norm that a residual branch begins with."""
 
 
 @cache
@@ -108,7 +74,7 @@ def routed_block_class(plain: type[nn.Module], stream: Stream) -> type[nn.Module
         place = _place(plain, stream, output)
         return (*output[:place], image, *output[place + 1 :])
 
-    return _made(_RoutedBlock, plain, forward, stream=stream)
+    return derived_class(RoutedBlock, plain, (routed_block_class, (plain, stream)), forward=forward)
 
 
 def _place(plain: type[nn.Module], stream: Stream, output: tuple) -> int:
@@ -118,14 +84,6 @@ def _place(plain: type[nn.Module], stream: Stream, output: tuple) -> int:
             "them is the image stream."
         )
     return stream.output
-
-
-class _MaskedInput(RoutedModule):
-    """A module that sees only the active channels of `(batch, channels, ...)`."""
-
-    @classmethod
-    def _made_of(cls) -> tuple:
-        return masked_class, cls.plain_class
 
 
 @cache
@@ -146,14 +104,4 @@ def masked_class(plain: type[nn.Module]) -> type[nn.Module]:
         mask = channel_mask(hidden_states)
         return plain_forward(self, hidden_states if mask is None else hidden_states * mask)
 
-    return _made(_MaskedInput, plain, forward)
-
-
-def _made(mixin: type[RoutedModule], plain: type[nn.Module], forward: Callable, **attributes: Any) -> type[nn.Module]:
-    attributes |= {
-        "plain_class": plain,
-        "forward": forward,
-        "__module__": plain.__module__,
-        "__doc__": plain.__doc__,
-    }
-    return type(plain.__name__, (mixin, plain), attributes)
+    return derived_class(RoutedBlock, plain, (masked_class, (plain,)), forward=forward)

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 # By what is routed (a width of the residual stream), bool `(batch, width)` or `(batch, n, width)`; None where nothing
@@ -87,8 +89,15 @@ def token_mask(hidden_states: torch.Tensor | None, batch_dim: int = 0) -> torch.
     if hidden_states is None:
         return None
     mask = current_mask(hidden_states.shape[-1])
-    if mask is None:
-        return None
+    return None if mask is None else _channels_last(mask, hidden_states, batch_dim)
+
+
+def _channels_second(mask: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+    mask = _unfolded(mask.to(hidden_states.device), hidden_states.shape[0])
+    return mask.reshape(*mask.shape, *(1,) * (hidden_states.ndim - 2))
+
+
+def _channels_last(mask: torch.Tensor, hidden_states: torch.Tensor, batch_dim: int = 0) -> torch.Tensor:
     mask = _unfolded(mask.to(hidden_states.device), hidden_states.shape[batch_dim])
     if mask.ndim == 2:
         return mask.reshape([mask.shape[0] if dim == batch_dim else 1 for dim in range(hidden_states.ndim - 1)] + [-1])
@@ -109,15 +118,33 @@ def channel_mask(hidden_states: torch.Tensor) -> torch.Tensor | None:
         Bool, of a shape that broadcasts with `hidden_states`, on its device; or None.
     """
     mask = current_mask(hidden_states.shape[1])
+    return None if mask is None else _channels_second(mask, hidden_states)
+
+
+def rank_mask(output: torch.Tensor, key: Hashable, channel_dim: int = -1) -> torch.Tensor | None:
+    """This call's mask for the rank channels of an adapter.
+
+    Args:
+        output: Of the adapter's first projection, `(batch, ..., rank)`, or `(batch, rank, ...)` of a convolution.
+        key: The adapter's name and rank.
+        channel_dim: -1, or 1 for a convolution.
+
+    Returns:
+        Bool, of a shape that broadcasts with `output`, on its device; or None.
+    """
+    mask = current_mask(key)
     if mask is None:
         return None
-    mask = _unfolded(mask.to(hidden_states.device), hidden_states.shape[0])
-    return mask.reshape(*mask.shape, *(1,) * (hidden_states.ndim - 2))
+    if channel_dim == 1:
+        return _channels_second(mask, output)
+    return _channels_last(mask, output)
 
 
 def _unfolded(mask: torch.Tensor, batch: int) -> torch.Tensor:
     """The mask of every row of a batch into which each sample's frames are folded."""
     samples = mask.shape[0]
+    if batch % samples:
+        raise ValueError(f"A batch of {batch} rows cannot be routed by the timesteps of {samples} samples.")
     return mask if batch == samples or samples == 1 else mask.repeat_interleave(batch // samples, dim=0)
 
 
@@ -137,6 +164,41 @@ class ScopedCheckpointing:
         if not torch.compiler.is_compiling():
             block = partial(_run_in_scope, _running.masks, block)
         return self.function(block, *args, **kwargs)
+
+
+class ScopedCheckpointingMixin:
+    """A model that turns gradient checkpointing on with the masks of each call; to be named before its class."""
+
+    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable | None = None) -> None:
+        """Recompute blocks during backward, with the masks of the forward call that they belong to.
+
+        Args:
+            gradient_checkpointing_func: Called as `gradient_checkpointing_func(block, *args)`. Defaults to
+                `torch.utils.checkpoint.checkpoint` without reentrant autograd.
+        """
+        if gradient_checkpointing_func is None:
+            gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        super().enable_gradient_checkpointing(ScopedCheckpointing(gradient_checkpointing_func))
+
+
+def scope_checkpointing(model: nn.Module) -> None:
+    """Give each call's masks to checkpointing that is on already."""
+    for module, function in _checkpointing(model):
+        if not isinstance(function, ScopedCheckpointing):
+            module._gradient_checkpointing_func = ScopedCheckpointing(function)
+
+
+def unscope_checkpointing(model: nn.Module) -> None:
+    """Undo [`scope_checkpointing`]."""
+    for module, function in _checkpointing(model):
+        if isinstance(function, ScopedCheckpointing):
+            module._gradient_checkpointing_func = function.function
+
+
+def _checkpointing(model: nn.Module) -> list[tuple[nn.Module, Callable]]:
+    """Where gradient checkpointing is or was on, and the function for it."""
+    functions = ((module, vars(module).get("_gradient_checkpointing_func")) for module in model.modules())
+    return [(module, function) for module, function in functions if function is not None]
 
 
 def _run_in_scope(masks: Masks, block: Callable, *args, **kwargs):

@@ -1,0 +1,115 @@
+"""LoRA files that say how their adapters are routed.
+
+They are ordinary LoRA files. The routing is in the header of the safetensors file, by the name of the adapted model.
+For those who load the file without routing, one more tensor is in it, of an adapter of a layer that no model has:
+diffusers warns of that by the layer's name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from huggingface_hub import hf_hub_download
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from ..atomic_files import replacing
+from .adapters import adapter_routing, route_adapter
+
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+_HEADER_KEY = "diffusers_dtr_routing"
+_WARNING_LAYER = "this_lora_is_routed_load_it_with_diffusers_dtr.load_routed_lora"
+
+
+def mark_routed(path: str | os.PathLike, routing: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write into a LoRA file how its adapters are routed; nothing of it is lost.
+
+    Args:
+        path: A safetensors file that diffusers saved.
+        routing: The [`adapter_routing`] of each adapted model, by the prefix that its weights have in the file,
+            "transformer" or "unet", or "" for a file of `save_lora_adapter`.
+    """
+    tensors, header = _read(path)
+    for prefix in routing:
+        layer = ".".join(filter(None, (prefix, _WARNING_LAYER)))
+        tensors[f"{layer}.lora_A.weight"] = torch.zeros(1, 1)
+    with replacing(path) as partial:
+        save_file(tensors, partial, {**header, _HEADER_KEY: json.dumps(routing)})
+
+
+def file_routing(path: str | os.PathLike) -> dict[str, dict[str, Any]]:
+    """How the adapters of a LoRA file are routed, as [`mark_routed`] was told, or an empty mapping."""
+    with safe_open(path, framework="pt") as file:
+        return json.loads((file.metadata() or {}).get(_HEADER_KEY, "{}"))
+
+
+def save_routed_lora(model: ModelMixin, folder: str | os.PathLike, adapter_name: str = "default") -> Path:
+    """Save a model's adapter with its routing, if it has one, as `model.save_lora_adapter` does.
+
+    Args:
+        model: The denoiser.
+        folder: Made if need be.
+        adapter_name: The adapter.
+
+    Returns:
+        The file.
+    """
+    model.save_lora_adapter(folder, adapter_name=adapter_name, weight_name=LORA_FILE)
+    path, routing = Path(folder, LORA_FILE), adapter_routing(model, adapter_name)
+    if routing is not None:
+        mark_routed(path, {"": routing})
+    return path
+
+
+def load_routed_lora(
+    target: DiffusionPipeline | ModelMixin,
+    source: str | os.PathLike,
+    adapter_name: str = "default",
+    weight_name: str = LORA_FILE,
+    **kwargs: Any,
+) -> None:
+    """Load a LoRA file and route its adapters as it says; a file that says nothing is loaded as it is.
+
+    Args:
+        target: A pipeline, or a denoiser for a file of `save_lora_adapter`.
+        source: A file, a folder, or a repository on the Hub.
+        adapter_name: The name that the adapter gets.
+        weight_name: Name of the file in the folder or repository.
+        **kwargs: `revision`, `token`, `cache_dir`, ... of [`~huggingface_hub.hf_hub_download`].
+
+    Raises:
+        ValueError: If `target` has no such model, or a routing that does not exist is named.
+    """
+    source = Path(source) if os.path.exists(source) else Path(hf_hub_download(str(source), weight_name, **kwargs))
+    path = source / weight_name if source.is_dir() else source
+    routing = file_routing(path)
+    is_pipeline = isinstance(target, DiffusionPipeline)
+    with tempfile.TemporaryDirectory() as folder:
+        # diffusers reads the scale of the adapters from the file alone, so that it has to be one.
+        tensors, header = _read(path)
+        save_file(
+            {name: tensor for name, tensor in tensors.items() if _WARNING_LAYER not in name},
+            Path(folder, LORA_FILE),
+            header,
+        )
+        if is_pipeline:
+            target.load_lora_weights(folder, weight_name=LORA_FILE, adapter_name=adapter_name)
+        else:
+            target.load_lora_adapter(folder, weight_name=LORA_FILE, adapter_name=adapter_name, prefix=None)
+    for prefix, values in routing.items():
+        route_adapter(getattr(target, prefix) if is_pipeline else target, adapter_name, **values)
+
+
+def _read(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    with safe_open(path, framework="pt") as file:
+        header = dict(file.metadata() or {})
+    return load_file(path), header

@@ -1,0 +1,179 @@
+"""Routed LoRA: the rank channels of an adapter are routed, and the pretrained model is as it was.
+
+With ΔW = B·A of rank r, an adapter adds B·(m_t ⊙ A·x): the timestep's window of the r channels between A and B. The
+windows are those of Denoising Task Routing (arXiv 2310.07138). The nearest published method, T-LoRA (arXiv
+2507.05964), shrinks the rank as the noise grows instead: its windows differ in size, which this formula cannot hold.
+"""
+
+from __future__ import annotations
+
+from functools import cache, wraps
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from torch import nn
+
+from ..routing import ChannelRouting
+from .change_class import change_class, check_class_can_change
+from .derived_class import DerivedModule, derived_class
+from .family import ScopedModel, ScopedRoutingMixin, scoped_class
+from .route import family_of
+from .scope import rank_mask, scope_checkpointing, unscope_checkpointing
+
+
+class _RoutedProjection(DerivedModule):
+    """The first projection of an adapter, whose output is routed."""
+
+
+class _UnfusableLayer(DerivedModule):
+    """An adapted layer of which an adapter is routed."""
+
+
+def route_adapter(
+    model: ModelMixin,
+    adapter_name: str = "default",
+    *,
+    routing_alpha: float = 4.0,
+    routing_beta: float = 0.5,
+    routing_type: str = "dtr",
+    routing_seed: int = 0,
+    routing_timestep_range: tuple[float, float] | None = None,
+) -> ModelMixin:
+    """Route the rank channels of a LoRA adapter, in place.
+
+    At `routing_beta=1.0` the adapter is the plain one, to the bit. The model itself is untouched at every share, and
+    saved as what it was. An adapter that is routed is routed anew.
+
+    Args:
+        model: A denoiser with the adapter (`model.add_adapter`, `pipeline.load_lora_weights`), routed or not.
+        adapter_name: The adapter's name.
+        routing_alpha: As in [`~diffusers_dtr.routing_mask`].
+        routing_beta: Share of the rank channels that are active.
+        routing_type: "dtr", "random" or "none".
+        routing_seed: Seed of random routing.
+        routing_timestep_range: The timesteps between which the window slides. None for those of the model's family.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError: For a model of no known family.
+        ValueError: If it has no LoRA adapter of that name, the adapter is fused, or the routing does not exist. The
+            model is then as it was.
+    """
+    family = family_of(model)
+    layers = _adapted_layers(model, adapter_name)
+    if not layers:
+        known = ", ".join(getattr(model, "peft_config", {})) or "none"
+        raise ValueError(
+            f"`adapter_name` must be a LoRA adapter of the model ({known}), got {adapter_name!r}."
+        )
+    if any(stream.batch_dim for stream in family.streams.values() if not isinstance(stream, int)):
+        raise ValueError(
+            f"Adapters of a `{type(model).__name__}` cannot be routed: its first axis is not the samples'."
+        )
+    if any(adapter_name in layer.merged_adapters for layer in layers):
+        raise ValueError(f"`adapter_name`={adapter_name!r} is fused into the weights: call `unfuse_lora` first.")
+    routing = ChannelRouting(
+        routing_alpha,
+        routing_beta,
+        routing_type,
+        routing_seed,
+        routing_timestep_range or family.timestep_range,
+        widths={layer.r[adapter_name] for layer in layers},
+    )
+    check_class_can_change(model)
+    unroute_adapter(model, adapter_name)
+    if not isinstance(model, (ScopedRoutingMixin, ScopedModel)):
+        change_class(model, scoped_class(type(model), family.timestep))
+        scope_checkpointing(model)
+    model.routed_adapters = {**vars(model).get("routed_adapters", {}), adapter_name: routing}
+    for layer in layers:
+        projection = layer.lora_A[adapter_name]
+        change_class(projection, _routed_projection_class(type(projection), adapter_name, layer.r[adapter_name]))
+        if not isinstance(layer, _UnfusableLayer):
+            change_class(layer, _unfusable_class(type(layer)))
+    return model
+
+
+def unroute_adapter(model: ModelMixin, adapter_name: str = "default") -> ModelMixin:
+    """Undo [`route_adapter`]: the adapter is a plain one again.
+
+    Args:
+        model: The model.
+        adapter_name: The adapter's name. Nothing happens if it is not routed.
+
+    Returns:
+        `model`.
+    """
+    adapters = vars(model).get("routed_adapters", {})
+    if adapter_name not in adapters:
+        return model
+    remaining = {name: routing for name, routing in adapters.items() if name != adapter_name}
+    for layer in _adapted_layers(model, adapter_name):
+        projection = layer.lora_A[adapter_name]
+        if isinstance(projection, _RoutedProjection):
+            change_class(projection, projection.unrouted_class)
+        if isinstance(layer, _UnfusableLayer) and not remaining.keys() & layer.lora_A.keys():
+            change_class(layer, layer.unrouted_class)
+    model.routed_adapters = remaining
+    if not remaining:
+        del model.routed_adapters
+        if isinstance(model, ScopedModel):
+            unscope_checkpointing(model)
+            change_class(model, model.unrouted_class)
+    return model
+
+
+def adapter_routing(model: ModelMixin, adapter_name: str = "default") -> dict[str, Any] | None:
+    """The arguments with which [`route_adapter`] routed an adapter, or None for a plain one."""
+    routing = vars(model).get("routed_adapters", {}).get(adapter_name)
+    return None if routing is None else routing.config
+
+
+def _adapted_layers(model: nn.Module, adapter_name: str) -> list[nn.Module]:
+    """The layers that an adapter adapts by two projections."""
+    return [module for module in model.modules() if adapter_name in getattr(module, "lora_A", ())]
+
+
+@cache
+def _routed_projection_class(plain: type[nn.Module], adapter_name: str, rank: int) -> type[nn.Module]:
+    plain_forward, is_convolution = plain.forward, issubclass(plain, nn.modules.conv._ConvNd)
+
+    @wraps(plain_forward, assigned=())
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = plain_forward(self, *args, **kwargs)
+        mask = rank_mask(output, (adapter_name, rank), channel_dim=1 if is_convolution else -1)
+        return output if mask is None else output * mask
+
+    return derived_class(
+        _RoutedProjection, plain, (_routed_projection_class, (plain, adapter_name, rank)), forward=forward
+    )
+
+
+@cache
+def _unfusable_class(plain: type[nn.Module]) -> type[nn.Module]:
+    plain_merge, plain_delta = plain.merge, plain.get_delta_weight
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refuse to fuse a routed adapter."""
+        for name in adapter_names or self.active_adapters:
+            _refuse_routed(self, name)
+        plain_merge(self, safe_merge=safe_merge, adapter_names=adapter_names)
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """Refuse to say the one change of weights that a routed adapter does not have."""
+        _refuse_routed(self, adapter)
+        return plain_delta(self, adapter)
+
+    made_by = (_unfusable_class, (plain,))
+    return derived_class(_UnfusableLayer, plain, made_by, merge=merge, get_delta_weight=get_delta_weight)
+
+
+def _refuse_routed(layer: nn.Module, adapter_name: str) -> None:
+    if adapter_name in layer.lora_A and isinstance(layer.lora_A[adapter_name], _RoutedProjection):
+        raise ValueError(
+            f"The adapter {adapter_name!r} is routed: its weights differ between timesteps and cannot be fused. Keep it "
+            "an adapter; `unroute_adapter` makes it a plain one, which changes what it does."
+        )

@@ -1,0 +1,226 @@
+"""Routed LoRA: the rank channels follow the timestep, and the model itself is as it was."""
+
+import copy
+import logging
+import pickle
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from peft import LoraConfig
+from tiny_models import DIT, FLUX, PIXART, SD3, UNET_CONDITION, output
+from torch import nn
+
+from diffusers_dtr import DTRFluxTransformer2DModel, load_routed_lora, route, route_adapter, unroute, unroute_adapter
+from diffusers_dtr.models.adapter_files import LORA_FILE, file_routing, save_routed_lora
+from diffusers_dtr.models.adapters import adapter_routing
+from diffusers_dtr.routing import routing_mask
+
+
+FAMILIES = (FLUX, PIXART, SD3, UNET_CONDITION)
+every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.routed_class.__name__)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(one_thread):
+    """Equal to the bit."""
+
+
+def adapted(family, model=None, name="default", rank=4, seed=0):
+    model = family.plain() if model is None else model
+    torch.manual_seed(seed)
+    layers = ["to_q", "to_v", "conv1"] if family is UNET_CONDITION else ["to_q", "to_v"]
+    model.add_adapter(LoraConfig(r=rank, target_modules=layers, init_lora_weights=False), adapter_name=name)
+    return model
+
+
+@every_family
+def test_a_share_of_one_is_the_plain_adapter_to_the_bit_and_a_half_is_not(family):
+    model = adapted(family)
+    expected = output(model, family.inputs())
+    route_adapter(model, routing_beta=1.0)
+    assert torch.equal(output(model, family.inputs()), expected)
+    route_adapter(model, routing_beta=0.5)
+    assert not torch.allclose(output(model, family.inputs()), expected)
+    assert torch.equal(output(unroute_adapter(model), family.inputs()), expected)
+
+
+@every_family
+def test_the_model_itself_is_untouched_at_every_share(family):
+    plain = family.plain()
+    model = route_adapter(adapted(family, copy.deepcopy(plain)), routing_beta=0.25)
+    model.disable_adapters()
+    assert torch.equal(output(model, family.inputs()), output(plain, family.inputs()))
+
+
+def test_an_adapter_adds_the_window_of_its_rank_channels():
+    model = adapted(PIXART)
+    layer = model.transformer_blocks[0].attn1.to_q
+    route_adapter(model, routing_beta=0.5, routing_alpha=1.0)
+    calls = []
+    layer.register_forward_hook(lambda _, args, out: calls.append((args[0], out)))
+    timesteps = torch.tensor([0, 333, 999, 700])
+    output(model, PIXART.inputs(timesteps))
+    ((x, found),) = calls
+    mask = routing_mask(timesteps, 4, alpha=1.0, beta=0.5)[:, None]
+    with torch.no_grad():
+        inner = nn.functional.linear(x, layer.lora_A["default"].weight) * mask
+        expected = (
+            layer.base_layer(x)
+            + nn.functional.linear(inner, layer.lora_B["default"].weight) * layer.scaling["default"]
+        )
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_window_slides_between_the_timesteps_of_the_family():
+    model = route_adapter(adapted(FLUX))
+    assert adapter_routing(model)["routing_timestep_range"] == (0.0, 1.0)
+
+
+@every_family
+def test_routing_and_unrouting_leave_no_trace(family):
+    model = adapted(family)
+    before = {name: type(module) for name, module in model.named_modules()}, set(vars(model))
+    names = {type(module).__name__ for module in model.modules()}
+    route_adapter(model)
+    assert {type(module).__name__ for module in model.modules()} == names
+    unroute_adapter(model)
+    assert ({name: type(module) for name, module in model.named_modules()}, set(vars(model))) == before
+
+
+def test_model_and_adapter_are_routed_in_any_order():
+    results = []
+    for first, second in ((route, route_adapter), (route_adapter, route)):
+        model = second(first(adapted(FLUX)))
+        assert type(model) is DTRFluxTransformer2DModel
+        results.append(output(model, FLUX.inputs()))
+    assert torch.equal(*results)
+    unroute(model)
+    assert torch.equal(output(model, FLUX.inputs()), output(route_adapter(adapted(FLUX)), FLUX.inputs()))
+    unroute_adapter(model)
+    assert type(model) is FluxTransformer2DModel
+    assert torch.equal(output(model, FLUX.inputs()), output(adapted(FLUX), FLUX.inputs()))
+
+
+def test_one_of_two_adapters_is_routed():
+    model = adapted(FLUX, adapted(FLUX), name="second", rank=2, seed=1)
+    model.set_adapters(["default", "second"])
+    expected = output(model, FLUX.inputs())
+    route_adapter(model, "second")
+    assert not torch.equal(output(model, FLUX.inputs()), expected)
+    model.set_adapters(["default"])
+    assert torch.equal(output(model, FLUX.inputs()), output(adapted(FLUX), FLUX.inputs()))
+
+
+def test_the_transformer_of_this_library_takes_routed_adapters_too():
+    model = adapted(DIT, DIT.routed())
+    expected = output(model, DIT.inputs())
+    assert not torch.equal(output(route_adapter(model), DIT.inputs()), expected)
+    assert torch.equal(output(unroute_adapter(model), DIT.inputs()), expected)
+
+
+@every_family
+def test_checkpointing_recomputes_each_call_with_its_own_windows(family):
+    def gradients(model):
+        losses = [
+            model(**family.inputs(torch.tensor(t))).sample.square().mean()
+            for t in ([0, 500, 978, 999], [999, 1, 5, 9])
+        ]
+        parameters = [parameter for name, parameter in model.named_parameters() if "lora" in name]
+        return torch.autograd.grad(sum(losses), parameters, allow_unused=True)
+
+    expected = gradients(route_adapter(adapted(family)))
+    before, after = adapted(family), route_adapter(adapted(family))
+    before.enable_gradient_checkpointing()
+    route_adapter(before)
+    after.enable_gradient_checkpointing()
+    for model in (before, after):
+        for found, wanted in zip(gradients(model), expected, strict=True):
+            if wanted is not None:
+                torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_is_routed_as_well(duplicate):
+    model = route_adapter(adapted(FLUX))
+    assert torch.equal(output(duplicate(model), FLUX.inputs()), output(model, FLUX.inputs()))
+
+
+def test_a_routed_adapter_compiles_to_one_graph():
+    model = route_adapter(adapted(FLUX))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    output(compiled, FLUX.inputs())
+    with torch.compiler.set_stance("fail_on_recompile"):
+        found = output(compiled, FLUX.inputs(torch.tensor([5, 6, 7, 999])))
+    torch.testing.assert_close(found, output(model, FLUX.inputs(torch.tensor([5, 6, 7, 999]))), rtol=1e-4, atol=1e-5)
+
+
+# What cannot be.
+
+
+def test_fusing_is_refused_and_says_why():
+    model = route_adapter(adapted(FLUX))
+    expected = output(model, FLUX.inputs())
+    with pytest.raises(ValueError, match="routed: its weights differ between timesteps and cannot be fused"):
+        model.fuse_lora()
+    assert torch.equal(output(model, FLUX.inputs()), expected)
+    unroute_adapter(model).fuse_lora()
+    with pytest.raises(ValueError, match="is fused into the weights"):
+        route_adapter(model)
+
+
+def test_an_adapter_that_is_not_there_is_named():
+    with pytest.raises(
+        ValueError, match=r"`adapter_name` must be a LoRA adapter of the model \(default\), got 'style'"
+    ):
+        route_adapter(adapted(FLUX), "style")
+
+
+def test_a_rank_without_an_active_channel_is_refused():
+    model = adapted(FLUX, rank=1)
+    with pytest.raises(ValueError, match="leaves none of 1 channels active"):
+        route_adapter(model, routing_beta=0.5)
+    assert type(model) is FluxTransformer2DModel
+
+
+# Files.
+
+
+def test_a_file_says_how_it_is_routed(tmp_path):
+    model = route_adapter(adapted(FLUX), routing_beta=0.5, routing_alpha=2.0)
+    expected = output(model, FLUX.inputs())
+    path = save_routed_lora(model, tmp_path)
+    assert file_routing(path)[""]["routing_alpha"] == 2.0
+    loaded = FLUX.plain()
+    load_routed_lora(loaded, tmp_path)
+    torch.testing.assert_close(output(loaded, FLUX.inputs()), expected)
+    assert adapter_routing(loaded) == adapter_routing(model)
+
+
+def test_an_ordinary_file_is_loaded_as_it_is(tmp_path):
+    model = adapted(FLUX)
+    save_routed_lora(model, tmp_path)
+    loaded = FLUX.plain()
+    load_routed_lora(loaded, tmp_path)
+    torch.testing.assert_close(output(loaded, FLUX.inputs()), output(model, FLUX.inputs()))
+    assert adapter_routing(loaded) is None
+
+
+def test_loading_without_routing_is_a_warning(tmp_path, caplog):
+    model = route_adapter(adapted(FLUX))
+    save_routed_lora(model, tmp_path)
+    loaded = FLUX.plain()
+    with caplog.at_level(logging.WARNING):
+        loaded.load_lora_adapter(tmp_path, weight_name=LORA_FILE, prefix=None)
+    assert "this_lora_is_routed_load_it_with_diffusers_dtr.load_routed_lora" in caplog.text
+    torch.testing.assert_close(output(loaded, FLUX.inputs()), output(unroute_adapter(model), FLUX.inputs()))
+
+
+def test_saving_a_model_with_a_routed_adapter_records_its_plain_class(tmp_path):
+    model = route_adapter(adapted(FLUX))
+    assert (type(model).__name__, type(model).__module__) == (
+        "FluxTransformer2DModel",
+        "diffusers.models.transformers.transformer_flux",
+    )
+    assert isinstance(model, FluxTransformer2DModel)
