@@ -66,9 +66,7 @@ def route_adapter(
     layers = _adapted_layers(model, adapter_name)
     if not layers:
         known = ", ".join(getattr(model, "peft_config", {})) or "none"
-        raise ValueError(
-            f"`adapter_name` must be a LoRA adapter of the model ({known}), got {adapter_name!r}."
-        )
+        raise ValueError(f"`adapter_name` must be a LoRA adapter of the model ({known}), got {adapter_name!r}.")
     if any(stream.batch_dim for stream in family.streams.values() if not isinstance(stream, int)):
         raise ValueError(
             f"Adapters of a `{type(model).__name__}` cannot be routed: its first axis is not the samples'."
@@ -174,6 +172,6 @@ def _unfusable_class(plain: type[nn.Module]) -> type[nn.Module]:
 def _refuse_routed(layer: nn.Module, adapter_name: str) -> None:
     if adapter_name in layer.lora_A and isinstance(layer.lora_A[adapter_name], _RoutedProjection):
         raise ValueError(
-            f"The adapter {adapter_name!r} is routed: its weights differ between timesteps and cannot be fused. Keep it "
-            "an adapter; `unroute_adapter` makes it a plain one, which changes what it does."
+            f"The adapter {adapter_name!r} is routed: its weights differ between timesteps and cannot be fused. Keep "
+            "it an adapter; `unroute_adapter` makes it a plain one, which changes what it does."
         )

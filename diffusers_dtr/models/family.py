@@ -235,16 +235,16 @@ class ScopedRoutingMixin(ScopedCheckpointingMixin, RoutedModelMixin):
         """The same model, of its plain class."""
         self._unroute_modules()
         unscope_checkpointing(self)
-        family = self.family
         del self.routing, self.routed_widths
         # diffusers has no public way to take back a config value.
         self._internal_dict = FrozenDict(
             {name: value for name, value in self.config.items() if name not in _ROUTING_PARAMETERS}
         )
-        change_class(self, self.plain_class)
+        plain, timestep = self.plain_class, self.family.timestep
+        change_class(self, plain)
         if "routed_adapters" in vars(self):
             scope_checkpointing(self)
-            change_class(self, scoped_class(self.plain_class, family.timestep))
+            change_class(self, scoped_class(plain, timestep))
         return self
 
 

@@ -180,7 +180,7 @@ def test_what_torch_compile_wraps_is_refused():
     ("routing", "error", "message"),
     [
         ({"routing_gamma": 1}, TypeError, "Routing has no `routing_gamma`; it has `routing_alpha`"),
-        ({"routing_beta": 2}, ValueError, r"must be in \(0, 1\], got 2"),
+        ({"routing_beta": 2}, ValueError, r"must be a number in \(0, 1\], got 2"),
         ({"routing_beta": 0.01}, ValueError, "leaves none of 16 channels active"),
         ({"routing_timestep_range": (1, 1)}, ValueError, "two different finite timesteps"),
     ],
