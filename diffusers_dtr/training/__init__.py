@@ -1,17 +1,14 @@
 """What training scripts share: data, arguments, checkpoints, validation."""
 
-from .argument_checks import check_arguments, check_text_to_image_arguments
+from .argument_checks import check_arguments
 from .arguments import (
     add_data_arguments,
-    add_guidance_arguments,
-    add_lora_arguments,
     add_noise_arguments,
     add_objective_arguments,
     add_optimization_arguments,
     add_pretrained_arguments,
     add_routing_arguments,
     add_run_arguments,
-    add_text_arguments,
     json_config,
     routing_config,
 )
@@ -41,6 +38,12 @@ from .text_to_image import (
     sample_text_to_image,
     sampling_arguments,
     text_to_image_family,
+)
+from .text_to_image_arguments import (
+    add_guidance_arguments,
+    add_lora_arguments,
+    add_text_arguments,
+    check_text_to_image_arguments,
 )
 from .text_to_image_families import TEXT_TO_IMAGE_FAMILIES
 from .trainer import Trainer

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 from ..objective.gradient_balancing import GRADIENT_BALANCINGS
 from .arguments import TRACKERS
+from .optimizer import POLYNOMIAL_END, check_warm_ups
 
 
 _HUB_FLAGS = ("hub_revision", "hub_create_pr", "hub_strategy")
@@ -32,10 +33,30 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error("--cache_latents needs --vae_name_or_path, or a pretrained pipeline that has an autoencoder")
     if args.cache_latents and not args.center_crop:
         parser.error("--cache_latents needs --center_crop: a random crop would be encoded anew every time")
-    if args.max_train_steps is not None and args.routing_warmup_steps > args.max_train_steps:
-        parser.error("--routing_warmup_steps must not exceed --max_train_steps: the run would end before its target")
+    if args.max_train_steps is not None:
+        try:
+            check_warm_ups(args)
+        except ValueError as error:
+            parser.error(str(error))
     if args.lr_scheduler == "constant" and args.lr_warmup_steps > 0:
         parser.error("--lr_warmup_steps has no effect on --lr_scheduler constant: use constant_with_warmup")
+    for flag, schedule in (("lr_num_cycles", "cosine_with_restarts"), ("lr_power", "polynomial")):
+        if getattr(args, flag) is not None and args.lr_scheduler != schedule:
+            parser.error(f"--{flag} has an effect on --lr_scheduler {schedule} only")
+    lowest = POLYNOMIAL_END / (args.train_batch_size if args.scale_lr else 1)
+    if args.lr_scheduler == "polynomial" and args.learning_rate <= lowest:
+        parser.error(f"--learning_rate must be above {lowest:g}, where --lr_scheduler polynomial ends")
+    if args.offload_ema and not args.use_ema:
+        parser.error("--offload_ema has an effect with --use_ema only")
+    if args.tracker_project_name is not None and args.report_to == "none":
+        parser.error("--tracker_project_name has no effect on --report_to none")
+    if args.validation_epochs is not None and args.validation_steps is not None:
+        parser.error("at most one of --validation_steps and --validation_epochs can be given")
+    if args.input_perturbation and args.learn_sigma:
+        parser.error(
+            "--input_perturbation does not go with --learn_sigma: the bound of the variance is of the noise that was "
+            "added"
+        )
     if args.report_to in TRACKERS and find_spec(args.report_to) is None:
         parser.error(f"--report_to {args.report_to} needs the package {args.report_to}, which is not installed")
     if args.hub_create_pr and (args.hub_revision is not None or args.hub_strategy == "checkpoint"):
@@ -66,25 +87,6 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error("--train_cluster leaves nothing to balance: no --balancing or --timestep_sampling goes with it")
 
 
-def check_text_to_image_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Stop with a message about arguments of captions and LoRA that do not fit.
-
-    Args:
-        parser: Reports the error and exits.
-        args: What was parsed.
-    """
-    if args.rank is None:
-        if args.lora_alpha is not None or args.lora_layers is not None:
-            parser.error("--lora_alpha and --lora_layers have an effect with --rank only")
-        return
-    if args.use_ema:
-        parser.error("--rank does not go with --use_ema: the average would be of all weights, not of the adapters")
-    if args.denoiser_config is not None:
-        parser.error("--rank does not go with --denoiser_config: adapters need a denoiser that is trained already")
-    if find_spec("peft") is None:
-        parser.error('--rank needs peft: pip install "diffusers-dtr[training]"')
-
-
 def set_max_train_steps(args: argparse.Namespace, num_images: int, images_per_step: int) -> None:
     """Count the steps of the epochs where the flags do not say how many steps a run has.
 
@@ -94,12 +96,8 @@ def set_max_train_steps(args: argparse.Namespace, num_images: int, images_per_st
         images_per_step: Images of all processes and forward calls of an optimizer step.
 
     Raises:
-        ValueError: If the warm-up of the routing would not end before the run.
+        ValueError: If a warm-up would not end before the run.
     """
     if args.max_train_steps is None:
         args.max_train_steps = math.ceil(args.num_train_epochs * num_images / images_per_step)
-    if args.routing_warmup_steps > args.max_train_steps:
-        raise ValueError(
-            f"`--routing_warmup_steps` must be at most the {args.max_train_steps} steps of the run, got "
-            f"{args.routing_warmup_steps}: it would end before its target."
-        )
+    check_warm_ups(args)

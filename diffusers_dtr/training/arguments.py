@@ -102,8 +102,15 @@ def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--gradient_checkpointing", action="store_true", help="Save memory by computing activations twice.")
     add("--learning_rate", type=NON_NEGATIVE, default=1e-4, help="Peak learning rate.")
+    add(
+        "--scale_lr",
+        action="store_true",
+        help="Multiply the learning rate by the images of a step: processes, accumulation and batch size.",
+    )
     add("--lr_scheduler", choices=_LR_SCHEDULERS, default="constant", help="Course of the learning rate.")
     add("--lr_warmup_steps", type=WHOLE, default=0, help="Steps over which the learning rate rises.")
+    add("--lr_num_cycles", type=COUNT, help="Cycles of cosine_with_restarts. Default 1.")
+    add("--lr_power", type=POSITIVE, help="Power of polynomial. Default 1.")
     add("--adam_beta1", type=Range("[0, 1)"), default=0.9)
     add("--adam_beta2", type=Range("[0, 1)"), default=0.999)
     add("--adam_weight_decay", type=NON_NEGATIVE, default=0.0)
@@ -118,6 +125,7 @@ def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ema_max_decay", type=SHARE, default=0.9999, help="Largest decay of the average.")
     add("--ema_inv_gamma", type=POSITIVE, default=1.0, help="Inverse gamma of the decay's warm-up.")
     add("--ema_power", type=POSITIVE, default=0.75, help="Power of the decay's warm-up.")
+    add("--offload_ema", action="store_true", help="Keep the average in the CPU's memory between steps.")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="Defaults to accelerate's configuration.")
     add("--allow_tf32", action="store_true", help="Let Ampere and newer GPUs multiply matrices in TF32.")
     add("--compile", action="store_true", help="Compile the model with torch.compile.")
@@ -146,6 +154,18 @@ def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
         choices=WEIGHTINGS,
         default="constant",
         help="How squared errors are weighted by noise level; logit_normal is for flow matching alone.",
+    )
+    add(
+        "--noise_offset",
+        type=NON_NEGATIVE,
+        default=0.0,
+        help="Scale of what is added to the noise of a whole channel, for darker and brighter images.",
+    )
+    add(
+        "--input_perturbation",
+        type=NON_NEGATIVE,
+        default=0.0,
+        help="Scale of noise that the denoiser's input has and its target has not; 0.1 is recommended.",
     )
     add("--snr_gamma", type=POSITIVE, help="γ of min_snr and soft_min_snr. Default 5.")
     add("--num_clusters", type=COUNT, default=8, help="Number of clusters of timesteps.")
@@ -223,6 +243,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, guidance: bool = True) ->
         help="Resume although flags that define the objective or the data differ from the checkpoint's.",
     )
     add("--validation_steps", type=COUNT, help="Steps between sample grids. None without it.")
+    add("--validation_epochs", type=COUNT, help="The same in epochs.")
     add("--num_validation_images", type=COUNT, default=16, help="Images of a grid.")
     add("--max_held_out_images", type=COUNT, default=1024, help="How many images the held-out loss is of.")
     if guidance:
@@ -236,6 +257,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, guidance: bool = True) ->
     add("--logging_steps", type=COUNT, default=10, help="Steps between readings of the loss.")
     add("--logging_dir", default="logs", help="Folder of the tracker's files inside the output folder.")
     add("--report_to", choices=(*TRACKERS, "none"), default="tensorboard", help="Where losses and samples go.")
+    add("--tracker_project_name", help="The tracker's project. Default the name of the script.")
     add("--push_to_hub", action="store_true", help="Upload the result with its card, samples and logs.")
     add("--hub_model_id", help="Repository to push to. Defaults to the name of the output folder.")
     add("--hub_token", help="Token to push with. Defaults to the one of `hf auth login`.")
@@ -302,50 +324,3 @@ def warmed_up_beta(step: int, warmup_steps: int, target: float) -> float:
         1 at step 0, `target` from `warmup_steps` on.
     """
     return target if step >= warmup_steps else 1.0 - (1.0 - target) * step / warmup_steps
-
-
-def add_guidance_arguments(group: argparse._ArgumentGroup) -> None:
-    """Add the flag of denoisers that were distilled from guided predictions.
-
-    Args:
-        group: The script's group of its model.
-    """
-    group.add_argument(
-        "--guidance_scale",
-        type=NON_NEGATIVE,
-        default=3.5,
-        help="What a guidance-distilled denoiser (Flux.1 [dev], Flux.2 [dev]) is told, in training and validation.",
-    )
-
-
-def add_text_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of captions, of their embeddings, and of the prompts of validation."""
-    group = parser.add_argument_group("captions")
-    add = group.add_argument
-    add("--caption_column", default="text", help="Column with the captions: a string or a list of strings per image.")
-    add(
-        "--proportion_empty_prompts",
-        type=SHARE,
-        default=0.0,
-        help="Share of the captions that are replaced by an empty one, for classifier-free guidance.",
-    )
-    add("--max_sequence_length", type=COUNT, help="Tokens of a T5 encoder's prompt. Default the pipeline's.")
-    add(
-        "--cache_text_embeddings",
-        action="store_true",
-        help="Encode all captions once, before training, and free the memory of the text encoders.",
-    )
-    add(
-        "--validation_prompts",
-        nargs="+",
-        help="Prompts of the grid's images, in turn. Default the captions of the first images.",
-    )
-
-
-def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of LoRA adapters."""
-    group = parser.add_argument_group("LoRA")
-    add = group.add_argument
-    add("--rank", type=COUNT, help="Train LoRA adapters of this rank, and nothing else.")
-    add("--lora_alpha", type=COUNT, help="Adapters are scaled by this over the rank. Default the rank.")
-    add("--lora_layers", nargs="+", help="Names of the layers to adapt, or their ends. Default all of attention.")

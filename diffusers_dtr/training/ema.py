@@ -17,7 +17,7 @@ def build_ema(args: argparse.Namespace, model: ModelMixin, device: torch.device)
     Args:
         args: Parsed flags of [`~diffusers_dtr.training.arguments.add_optimization_arguments`].
         model: All of whose weights are averaged.
-        device: Where the average lies.
+        device: Where the average lies, unless it is offloaded.
     """
     ema = EMAModel(
         model.parameters(),
@@ -29,8 +29,24 @@ def build_ema(args: argparse.Namespace, model: ModelMixin, device: torch.device)
         model_cls=type(model),
         model_config=model.config,
     )
-    ema.to(device)
+    ema.to("cpu" if args.offload_ema else device)
     return ema
+
+
+def step_average(ema: EMAModel, model: ModelMixin, offload: bool) -> None:
+    """Let an average follow its model's weights by one step.
+
+    Args:
+        ema: The average.
+        model: The model.
+        offload: Whether the average is in the CPU's memory before and after; it is computed where the model is.
+    """
+    if offload:
+        ema.to(model.device)
+    ema.step(model.parameters())
+    if offload:
+        # Not `non_blocking`: a checkpoint may read it next.
+        ema.to("cpu")
 
 
 @contextmanager

@@ -21,7 +21,7 @@ def add_lora(model: ModelMixin, args: argparse.Namespace, layers: tuple[str, ...
 
     Args:
         model: The denoiser.
-        args: Parsed flags of [`add_lora_arguments`].
+        args: Parsed flags of [`~diffusers_dtr.training.add_lora_arguments`].
         layers: Names of the adapted layers, or their ends, unless `--lora_layers` gives others.
 
     Raises:

@@ -29,19 +29,22 @@ def _names(text: str) -> frozenset[str]:
 # Flags of outputs: another value is no other run.
 _OUTPUT_FLAGS = _names(
     """
-    output_dir cache_dir resume_from_checkpoint allow_changed_settings checkpointing_steps checkpoints_total_limit
-    validation_split validation_data_dir validation_steps num_validation_images max_held_out_images validation_prompts
-    validation_guidance_scale validation_num_inference_steps logging_steps logging_dir report_to push_to_hub
-    hub_model_id hub_token hub_private_repo hub_revision hub_create_pr hub_strategy dataloader_num_workers
+    output_dir cache_dir resume_from_checkpoint allow_changed_settings checkpointing_steps
+    checkpoints_total_limit validation_split validation_data_dir validation_steps validation_epochs
+    num_validation_images max_held_out_images validation_prompts validation_guidance_scale
+    validation_num_inference_steps logging_steps logging_dir report_to tracker_project_name offload_ema
+    push_to_hub hub_model_id hub_token hub_private_repo hub_revision hub_create_pr hub_strategy
+    dataloader_num_workers
     """
 )
 # Flags that a resumed run may change; the change is recorded. Of an affinity, the clusters are compared.
 _ADJUSTABLE_FLAGS = _names(
     """
-    learning_rate lr_scheduler lr_warmup_steps adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm
-    ema_max_decay ema_inv_gamma ema_power max_train_steps num_train_epochs seed train_batch_size
-    gradient_accumulation_steps mixed_precision allow_tf32 compile gradient_checkpointing cache_latents
-    cache_text_embeddings train_data_dir unreadable_images routing_warmup_steps balancing_update_every affinity_path
+    learning_rate scale_lr lr_scheduler lr_warmup_steps lr_num_cycles lr_power adam_beta1 adam_beta2
+    adam_weight_decay adam_epsilon max_grad_norm ema_max_decay ema_inv_gamma ema_power max_train_steps
+    num_train_epochs seed train_batch_size gradient_accumulation_steps mixed_precision allow_tf32 compile
+    gradient_checkpointing cache_latents cache_text_embeddings train_data_dir unreadable_images
+    routing_warmup_steps balancing_update_every affinity_path
     """
 )
 # Flags from which the denoiser's config is made, which is compared itself.

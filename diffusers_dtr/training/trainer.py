@@ -23,10 +23,11 @@ from .argument_checks import set_max_train_steps
 from .arguments import warmed_up_beta
 from .checkpoints import Checkpoints
 from .clean_samples import UnreadableImages, build_loader, clean_samples, held_out_samples
-from .ema import averaged_weights, build_ema
+from .ema import averaged_weights, build_ema, step_average
 from .interruption import Interruption, stopped
 from .loss_history import LossHistory
 from .loss_monitor import LossMonitor
+from .noise import draw_noise
 from .objective import build_objective
 from .optimizer import build_lr_scheduler, build_optimizer
 from .outputs import save_record
@@ -36,7 +37,7 @@ from .resuming import IMAGES_PER_STEP, NUM_IMAGES, class_settings, run_settings
 from .run_lock import unlock_run_folder
 from .sharing import push_result, rehearse_sharing, start_background_push
 from .tracking import log_image
-from .validation import HeldOutLoss, forward_once, save_sample_grid
+from .validation import HeldOutLoss, ends_epochs, forward_once, save_sample_grid
 
 
 logger = logging.getLogger(__name__)
@@ -116,7 +117,8 @@ class Trainer:
         self.num_images, self.images_per_step = len(dataset), args.train_batch_size * self.micro_batches
         set_max_train_steps(args, self.num_images, self.images_per_step)
 
-        optimizer = build_optimizer(args, model, self.objective.loss_fn)
+        scale = self.images_per_step if args.scale_lr else 1
+        optimizer = build_optimizer(args, model, self.objective.loss_fn, scale)
         self.denoiser, self.optimizer = accelerator.prepare(model, optimizer)
         self.checkpoints = Checkpoints(
             accelerator, self.output_dir, model_name, model, self.ema, args.checkpoints_total_limit, self.objective
@@ -128,7 +130,7 @@ class Trainer:
         self.lr_scheduler = build_lr_scheduler(args, self.optimizer, self.global_step)
         self.loader = build_loader(args, dataset, accelerator, self.global_step)
         if accelerator.is_main_process and args.report_to != "none":
-            accelerator.init_trackers(project_name, config=tracker_config(args))
+            accelerator.init_trackers(args.tracker_project_name or project_name, config=tracker_config(args))
         self._background_push = start_background_push(args, self.output_dir) if accelerator.is_main_process else None
         self.unreadable = UnreadableImages(self.state.unreadable_images)
         self.monitor = LossMonitor(accelerator, len(self.objective.clusters))
@@ -168,7 +170,7 @@ class Trainer:
                 self._set_routing()
                 with accelerator.accumulate(self.denoiser):
                     self._backward(batch, number)
-                    if accelerator.sync_gradients:
+                    if accelerator.sync_gradients and args.max_grad_norm:
                         accelerator.clip_grad_norm_(self.denoiser.parameters(), args.max_grad_norm)
                     self.optimizer.step()
                     self.optimizer.zero_grad()
@@ -176,7 +178,7 @@ class Trainer:
                     self.state.global_step += 1
                     self.lr_scheduler.step()
                     if self.ema is not None:
-                        self.ema.step(self.model.parameters())
+                        step_average(self.ema, self.model, args.offload_ema)
                     progress_bar.update()
                     signum = interruption.received()
                     self._after_step(progress_bar, stopping=signum is not None)
@@ -207,12 +209,13 @@ class Trainer:
         seed_model(args.seed, micro_batch)
         clean = clean_samples(batch, self.vae, args.seed, device)
         conditions = self.conditions(batch)
-        noise = torch.randn(clean.shape, generator=noise_generator(args.seed, micro_batch, device), device=device)
+        generator = noise_generator(args.seed, micro_batch, device)
+        noise, added = draw_noise(clean.shape, generator, args.noise_offset, args.input_perturbation)
         # One draw for the whole step, of which this is a part
         timesteps = objective.sample_timesteps(
             len(clean), args.seed, self.global_step, micro_batch % self.micro_batches, self.micro_batches, device
         )
-        noisy = objective.levels.add_noise(clean, noise, timesteps)
+        noisy = objective.levels.add_noise(clean, added, timesteps)
         model_input = objective.levels.model_input(noisy, timesteps)
         model_output = self.denoise(self.denoiser, model_input, timesteps, conditions)
         out = objective.loss_fn(model_output, clean, noise, timesteps, objective.sample_weights(timesteps))
@@ -233,7 +236,7 @@ class Trainer:
                 self._background_push.push_checkpoint(checkpoint, step)
             if self.accelerator.is_main_process:
                 self.history.save_picture()
-        if args.validation_steps is not None and step % args.validation_steps == 0 and not last:
+        if self._validation_due() and not last:
             with averaged_weights(self.ema, self.model):
                 self.validate()
 
@@ -252,6 +255,12 @@ class Trainer:
         self.accelerator.log(values, step=self.global_step)
         if self.accelerator.is_main_process:
             self.history.append(self.global_step, losses, weights)
+
+    def _validation_due(self) -> bool:
+        args, step = self.args, self.global_step
+        if args.validation_epochs is not None:
+            return ends_epochs(step, self.images_per_step, self.num_images * args.validation_epochs)
+        return args.validation_steps is not None and step % args.validation_steps == 0
 
     def validate(self) -> dict[str, float]:
         """Measure the held-out loss and draw a sample grid, for the tracker and as a PNG; all processes must call it.

@@ -194,6 +194,17 @@ def _select(values: torch.Tensor | list, indices: torch.Tensor) -> torch.Tensor 
     return values[indices] if isinstance(values, torch.Tensor) else [values[index] for index in indices.tolist()]
 
 
+def ends_epochs(step: int, images_per_step: int, num_images: int) -> bool:
+    """Whether a step is the one in which a number of images has been seen once more.
+
+    Args:
+        step: Optimizer steps done, this one included.
+        images_per_step: Images of a step, over all processes.
+        num_images: Those of one epoch, or of several.
+    """
+    return step * images_per_step // num_images > (step - 1) * images_per_step // num_images
+
+
 def save_sample_grid(images: list[Image.Image], columns: int, path: str | Path) -> Image.Image:
     """Write images as one picture, row by row.
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusers_dtr import training
-from diffusers_dtr.training import argument_checks, arguments
+from diffusers_dtr.training import argument_checks, arguments, text_to_image_arguments
 from diffusers_dtr.training.arguments import noise_config, routing_config, warmed_up_beta
 
 
@@ -20,14 +20,15 @@ FLAGS_OF_DIFFUSERS = re.findall(
     learning_rate lr_scheduler lr_warmup_steps adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm
     use_ema ema_max_decay ema_inv_gamma ema_power mixed_precision allow_tf32 dataloader_num_workers seed logging_dir
     checkpointing_steps checkpoints_total_limit resume_from_checkpoint validation_steps report_to output_dir
-    push_to_hub hub_model_id hub_token hub_private_repo prediction_type
+    push_to_hub hub_model_id hub_token hub_private_repo prediction_type scale_lr lr_num_cycles lr_power noise_offset
+    input_perturbation validation_epochs offload_ema tracker_project_name snr_gamma
     """,
 )
 
 
 def parse(*flags: str, data: tuple[str, ...] = ("--train_data_dir", "images")) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    for add in vars(arguments).values():
+    for add in {**vars(arguments), **vars(text_to_image_arguments)}.values():
         if getattr(add, "__name__", "").startswith("add_"):
             add(parser)
     parser.add_argument("--pretrained_model_name_or_path")
@@ -38,6 +39,9 @@ def parse(*flags: str, data: tuple[str, ...] = ("--train_data_dir", "images")) -
 
 def test_flags_have_the_names_that_users_of_diffusers_know():
     assert set(FLAGS_OF_DIFFUSERS) <= vars(parse()).keys()
+
+
+WARM_UP = ("--lr_scheduler", "constant_with_warmup")
 
 
 @pytest.mark.parametrize(
@@ -52,8 +56,31 @@ def test_flags_have_the_names_that_users_of_diffusers_know():
         (("--validation_split", "test"), "with --train_data_dir use --validation_data_dir"),
         (("--cache_latents",), "--cache_latents needs --vae_name_or_path"),
         (("--cache_latents", "--vae_name_or_path", "vae"), "--cache_latents needs --center_crop"),
-        (("--max_train_steps", "5", "--routing_warmup_steps", "6"), "must not exceed --max_train_steps"),
+        (
+            ("--max_train_steps", "5", "--routing_warmup_steps", "6"),
+            "`--routing_warmup_steps` must be at most the 5 steps of the run, got 6",
+        ),
         (("--lr_warmup_steps", "5"), "no effect on --lr_scheduler constant: use constant_with_warmup"),
+        (
+            ("--max_train_steps", "5", *WARM_UP, "--lr_warmup_steps", "5"),
+            "`--lr_warmup_steps` must be below the 5 steps",
+        ),
+        (("--lr_num_cycles", "2"), "--lr_num_cycles has an effect on --lr_scheduler cosine_with_restarts only"),
+        (
+            ("--lr_power", "2", "--lr_scheduler", "cosine"),
+            "--lr_power has an effect on --lr_scheduler polynomial only",
+        ),
+        (("--lr_scheduler", "polynomial", "--learning_rate", "1e-7"), "--learning_rate must be above 1e-07"),
+        (("--offload_ema",), "--offload_ema has an effect with --use_ema only"),
+        (
+            ("--tracker_project_name", "p", "--report_to", "none"),
+            "--tracker_project_name has no effect on --report_to",
+        ),
+        (
+            ("--validation_epochs", "1", "--validation_steps", "1"),
+            "at most one of --validation_steps and --validation_e",
+        ),
+        (("--input_perturbation", "0.1", "--learn_sigma"), "--input_perturbation does not go with --learn_sigma"),
         (("--snr_gamma", "5"), "no effect on --loss_weighting constant: use min_snr or soft_min_snr"),
         (("--balancing_update_every", "2"), "no effect on --balancing uniform: it is for aligned_mtl"),
         (("--cluster_cost", "affinity"), "--cluster_cost affinity and --affinity_path need each other"),

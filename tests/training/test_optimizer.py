@@ -3,10 +3,11 @@ import argparse
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from diffusers.optimization import get_scheduler
 
 from diffusers_dtr import cluster_timesteps
 from diffusers_dtr.objective.clustered_loss import ClusteredLoss
-from diffusers_dtr.training.optimizer import build_lr_scheduler, build_optimizer
+from diffusers_dtr.training.optimizer import build_lr_scheduler, build_optimizer, check_warm_ups
 
 
 def flags(**changes) -> argparse.Namespace:
@@ -18,15 +19,17 @@ def flags(**changes) -> argparse.Namespace:
         "adam_epsilon": 1e-6,
         "lr_scheduler": "cosine",
         "lr_warmup_steps": 3,
+        "lr_num_cycles": None,
+        "lr_power": None,
         "max_train_steps": 10,
     }
     return argparse.Namespace(**{**values, **changes})
 
 
-def make_optimizer(args: argparse.Namespace, balancing: str = "uniform") -> torch.optim.AdamW:
+def make_optimizer(args: argparse.Namespace, balancing: str = "uniform", scale: float = 1.0) -> torch.optim.AdamW:
     scheduler = DDPMScheduler()
     loss_fn = ClusteredLoss(scheduler, cluster_timesteps(scheduler, 2, "uniform"), balancing=balancing)
-    return build_optimizer(args, torch.nn.Linear(2, 2), loss_fn)
+    return build_optimizer(args, torch.nn.Linear(2, 2), loss_fn, scale)
 
 
 def run(args: argparse.Namespace, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
@@ -37,6 +40,65 @@ def run(args: argparse.Namespace, optimizer: torch.optim.Optimizer, steps: range
         optimizer.step()
         scheduler.step()
     return rates
+
+
+SCHEDULES = [
+    ("constant", {}),
+    ("constant_with_warmup", {}),
+    ("linear", {}),
+    ("cosine", {}),
+    ("cosine_with_restarts", {}),
+    ("cosine_with_restarts", {"num_cycles": 3}),
+    ("polynomial", {}),
+    ("polynomial", {"power": 2.5}),
+]
+
+
+@pytest.mark.parametrize("balancing", ["uniform", "uncertainty"])
+@pytest.mark.parametrize("learning_rate", [0.1, 2e-7])
+@pytest.mark.parametrize(("name", "options"), SCHEDULES)
+def test_every_schedule_is_that_of_diffusers_over_the_whole_run(name, options, learning_rate, balancing):
+    given = {f"lr_{option}": value for option, value in options.items()}
+    args = flags(lr_scheduler=name, learning_rate=learning_rate, max_train_steps=40, **given)
+    plain = torch.optim.AdamW(torch.nn.Linear(2, 2).parameters(), lr=learning_rate)
+    theirs = get_scheduler(name, plain, num_warmup_steps=3, num_training_steps=40, **options)
+    rates = []
+    for _ in range(41):
+        rates.append(plain.param_groups[0]["lr"])
+        plain.step()
+        theirs.step()
+    assert run(args, make_optimizer(args, balancing), range(41)) == rates
+
+
+def test_restarts_and_powers_differ_from_the_schedules_without_them():
+    def rates(**changes):
+        args = flags(max_train_steps=40, **changes)
+        return run(args, make_optimizer(args), range(41))
+
+    assert rates(lr_scheduler="cosine_with_restarts", lr_num_cycles=2) != rates(lr_scheduler="cosine")
+    assert rates(lr_scheduler="polynomial", lr_power=2.0) != rates(lr_scheduler="polynomial")
+
+
+def test_learning_rate_is_scaled_as_a_whole():
+    args = flags(lr_scheduler="polynomial", learning_rate=1e-4)
+    scaled = make_optimizer(args, scale=8)
+    assert scaled.defaults["lr"] == scaled.param_groups[0]["initial_lr"] == 8e-4
+    assert run(args, scaled, range(10)) == run(
+        flags(lr_scheduler="polynomial", learning_rate=8e-4), make_optimizer(flags(learning_rate=8e-4)), range(10)
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr_warmup_steps": 10}, "`--lr_warmup_steps` must be below the 10 steps of the run, got 10"),
+        ({"routing_warmup_steps": 11}, "`--routing_warmup_steps` must be at most the 10 steps of the run, got 11"),
+    ],
+)
+def test_warm_ups_end_within_the_run(changes, message):
+    check_warm_ups(flags(lr_warmup_steps=9, routing_warmup_steps=10))
+    with pytest.raises(ValueError, match=message):
+        check_warm_ups(flags(**{"lr_warmup_steps": 9, "routing_warmup_steps": 10, **changes}))
 
 
 @pytest.mark.parametrize("name", ["constant", "constant_with_warmup", "linear", "cosine", "polynomial"])

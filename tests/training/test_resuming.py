@@ -10,13 +10,13 @@ from diffusers import DDPMScheduler
 from tiny_dit import routed_dit
 
 from diffusers_dtr import training
-from diffusers_dtr.training import arguments, resuming
+from diffusers_dtr.training import arguments, resuming, text_to_image_arguments
 from diffusers_dtr.training.resuming import IMAGES_PER_STEP, RunState, run_settings
 
 
 def parse(*flags: object) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    for add in vars(arguments).values():
+    for add in {**vars(arguments), **vars(text_to_image_arguments)}.values():
         if getattr(add, "__name__", "").startswith("add_"):
             add(parser)
     parser.add_argument("--pretrained_model_name_or_path")

@@ -7,7 +7,7 @@ from PIL import Image
 
 from diffusers_dtr import DenoisingLoss, NoiseLevels, TaskAffinity, cluster_timesteps
 from diffusers_dtr.training import HeldOutLoss
-from diffusers_dtr.training.validation import forward_once, save_sample_grid
+from diffusers_dtr.training.validation import ends_epochs, forward_once, save_sample_grid
 
 
 LEVELS = NoiseLevels(DDPMScheduler())
@@ -198,3 +198,11 @@ def test_model_whose_forward_was_replaced_has_the_replacement_again():
     with pytest.raises(RuntimeError, match="failed"), forward_once(model):
         raise RuntimeError("failed")
     assert model.forward is replacement
+
+
+@pytest.mark.parametrize(
+    ("images_per_step", "epoch", "steps"),
+    [(4, 12, [3, 6, 9]), (4, 10, [3, 5, 8, 10]), (10, 4, [*range(1, 11)]), (4, 100, []), (3, 3, [*range(1, 11)])],
+)
+def test_an_epoch_ends_in_the_step_that_sees_its_last_image(images_per_step, epoch, steps):
+    assert [step for step in range(1, 11) if ends_epochs(step, images_per_step, epoch)] == steps
