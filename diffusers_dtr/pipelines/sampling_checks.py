@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from diffusers import DiTTransformer2DModel, ModelMixin
+from diffusers import DiTTransformer2DModel, ModelMixin, UNet2DModel
 from diffusers.utils.torch_utils import unwrap_module
 
 
@@ -67,6 +68,20 @@ def check_guidance(
         raise ValueError(f"`guidance_interval` must be (low, high) timesteps, low <= high, got {guidance_interval}.")
 
 
+def size_multiple(model_class: type[ModelMixin], config: Mapping[str, Any]) -> int:
+    """What the sides of a denoiser's input must be a multiple of.
+
+    Args:
+        model_class: The denoiser's class.
+        config: Its whole config.
+    """
+    if issubclass(model_class, UNet2DModel):
+        # It halves its input between one level and the next, and must double it again to the same size.
+        return 2 ** (len(config["block_out_channels"]) - 1)
+    patch_size = config.get("patch_size")
+    return patch_size if isinstance(patch_size, int) else 1
+
+
 def checked_size(
     denoiser: ModelMixin, vae_scale_factor: int, height: int | None, width: int | None
 ) -> tuple[int, int]:
@@ -81,19 +96,17 @@ def checked_size(
     Raises:
         ValueError: If the denoiser has no size of its own, or cannot have this one.
     """
-    config = denoiser.config
+    config, denoiser = denoiser.config, unwrap_module(denoiser)
     sample_size = config.sample_size
     sizes = list(sample_size) if isinstance(sample_size, (tuple, list)) else [sample_size, sample_size]
-    # A U-Net halves its input between one width and the next, and must be able to double it again.
-    is_unet = "block_out_channels" in config
-    multiple = vae_scale_factor * (2 ** (len(config.block_out_channels) - 1) if is_unet else config.patch_size)
+    multiple = vae_scale_factor * size_multiple(type(denoiser), config)
     for axis, (name, pixels) in enumerate((("height", height), ("width", width))):
-        if pixels is not None and (pixels < 1 or pixels % multiple):
-            raise ValueError(f"`{name}` must be a multiple of {multiple}, got {pixels}.")
         if pixels is None and sizes[axis] is None:
             raise ValueError(f"`{name}` must be given: the denoiser's config has no `sample_size`.")
-        sizes[axis] = sizes[axis] if pixels is None else pixels // vae_scale_factor
-    denoiser = unwrap_module(denoiser)
+        pixels = sizes[axis] * vae_scale_factor if pixels is None else pixels
+        if pixels < 1 or pixels % multiple:
+            raise ValueError(f"`{name}` must be a multiple of {multiple}, got {pixels}.")
+        sizes[axis] = pixels // vae_scale_factor
     knows_squares_alone = isinstance(denoiser, DiTTransformer2DModel) and not hasattr(denoiser, "routing")
     if knows_squares_alone and sizes[0] != sizes[1]:
         raise ValueError(

@@ -10,26 +10,29 @@ from .arguments import (
     add_routing_arguments,
     add_run_arguments,
     json_config,
-    routing_config,
 )
 from .captions import CaptionedDataset
 from .classes import match_classes
 from .clean_samples import build_dataset, build_loader, held_out_dataset, held_out_samples, load_images
 from .components import (
     check_pretrained_denoiser,
+    denoiser_config,
+    denoiser_routing,
     image_channels,
-    load_noise_scheduler,
     load_vae,
-    pretrained_class_names,
-    pretrained_denoiser,
-    pretrained_options,
-    pretrained_pipeline_class,
     sample_size,
-    sampling_scheduler,
 )
 from .families import DenoiserFamily
 from .lora import add_lora, save_lora
+from .noise_schedule import load_noise_scheduler, sampling_scheduler
 from .outputs import save_pipeline
+from .pretrained import (
+    pretrained_class_names,
+    pretrained_config,
+    pretrained_denoiser,
+    pretrained_options,
+    pretrained_pipeline_class,
+)
 from .run import start_run
 from .text_to_image import (
     build_text_encoder,
@@ -73,6 +76,8 @@ __all__ = [
     "check_arguments",
     "check_pretrained_denoiser",
     "check_text_to_image_arguments",
+    "denoiser_config",
+    "denoiser_routing",
     "frozen_dtype",
     "held_out_dataset",
     "held_out_samples",
@@ -84,10 +89,10 @@ __all__ = [
     "load_vae",
     "match_classes",
     "pretrained_class_names",
+    "pretrained_config",
     "pretrained_denoiser",
     "pretrained_options",
     "pretrained_pipeline_class",
-    "routing_config",
     "sample_size",
     "sample_text_to_image",
     "sampling_arguments",

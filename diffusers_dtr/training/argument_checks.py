@@ -85,6 +85,11 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error(f"--train_cluster must be below --num_clusters {args.num_clusters}, got {args.train_cluster}")
     if args.train_cluster is not None and (args.balancing != "uniform" or args.timestep_sampling is not None):
         parser.error("--train_cluster leaves nothing to balance: no --balancing or --timestep_sampling goes with it")
+    timestep_range = args.routing_timestep_range
+    if timestep_range is not None and not timestep_range[0] < timestep_range[1]:
+        parser.error(
+            f"--routing_timestep_range must be T_MIN < T_MAX, got {timestep_range[0]} and {timestep_range[1]}"
+        )
 
 
 def set_max_train_steps(args: argparse.Namespace, num_images: int, images_per_step: int) -> None:

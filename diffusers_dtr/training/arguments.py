@@ -6,8 +6,6 @@ import argparse
 import json
 from pathlib import Path
 
-from diffusers import SchedulerMixin
-
 from ..objective.balancing import BALANCINGS
 from ..objective.clustering import COSTS
 from ..objective.gradient_balancing import GRADIENT_BALANCINGS
@@ -66,7 +64,11 @@ def add_data_arguments(parser: argparse.ArgumentParser, labels: bool = True) -> 
     add("--image_column", default="image", help="Column with the images.")
     if labels:
         add("--label_column", default="label", help="Column with the class labels.")
-    add("--resolution", type=COUNT, default=32, help="Side of the training images in pixels.")
+    add(
+        "--resolution",
+        type=COUNT,
+        help="Side of the training images in pixels. Default that of the model (its `sample_size`), or 32.",
+    )
     add(
         "--image_interpolation_mode",
         choices=INTERPOLATION_MODES,
@@ -140,7 +142,12 @@ def add_noise_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"),
         help="`beta_schedule` of the DDPMScheduler. Default linear.",
     )
-    add("--num_train_timesteps", type=COUNT, help="Number of timesteps T. Default 1000.")
+    add(
+        "--num_train_timesteps",
+        type=COUNT,
+        help="Number of timesteps T. Default 1000. The betas of other schedules than squaredcos_cap_v2 are scaled by "
+        "the old number over the new one, so that the noisiest timestep stays as noisy.",
+    )
     add("--prediction_type", choices=("epsilon", "sample", "v_prediction"), help="Default epsilon.")
     add("--learn_sigma", action="store_true", help="Learn the variance too, by the variational bound.")
 
@@ -217,6 +224,14 @@ def add_routing_arguments(parser: argparse.ArgumentParser) -> None:
     add("--routing_type", choices=ROUTING_TYPES, help="Default dtr.")
     add("--routing_seed", type=SEED_RANGE, help="Seed of random routing.")
     add(
+        "--routing_timestep_range",
+        type=FINITE,
+        nargs=2,
+        metavar=("T_MIN", "T_MAX"),
+        help="Timesteps at which the channel window stands at the first and last channels. Default all of the noise "
+        "schedule.",
+    )
+    add(
         "--routing_warmup_steps",
         type=WHOLE,
         default=0,
@@ -277,39 +292,18 @@ def add_run_arguments(parser: argparse.ArgumentParser, guidance: bool = True) ->
     )
 
 
-def routing_config(args: argparse.Namespace, noise_scheduler: SchedulerMixin | None = None) -> dict:
+def routing_flags(args: argparse.Namespace) -> dict:
     """The model config values that the routing flags set.
 
     Args:
         args: What was parsed.
-        noise_scheduler: Scheduler that is trained with, or None to leave out the range of its timesteps.
 
     Returns:
-        Those of `routing_alpha`, `routing_beta`, `routing_type` and `routing_seed` that were given, and
-        `routing_timestep_range`.
+        Those of `routing_alpha`, `routing_beta`, `routing_type`, `routing_seed` and `routing_timestep_range` that were
+        given.
     """
-    names = ("routing_alpha", "routing_beta", "routing_type", "routing_seed")
-    config = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if noise_scheduler is not None:
-        config["routing_timestep_range"] = (0, noise_scheduler.config.num_train_timesteps - 1)
-    return config
-
-
-def noise_config(args: argparse.Namespace) -> dict:
-    """The config values of a DDPMScheduler that the flags of the noise schedule set.
-
-    Args:
-        args: What was parsed.
-
-    Returns:
-        Those of `beta_schedule`, `num_train_timesteps` and `prediction_type` that were given.
-    """
-    flags = {
-        "beta_schedule": args.noise_schedule,
-        "num_train_timesteps": args.num_train_timesteps,
-        "prediction_type": args.prediction_type,
-    }
-    return {name: value for name, value in flags.items() if value is not None}
+    names = ("routing_alpha", "routing_beta", "routing_type", "routing_seed", "routing_timestep_range")
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
 def warmed_up_beta(step: int, warmup_steps: int, target: float) -> float:

@@ -1,41 +1,27 @@
-"""The parts of a pipeline that a run is given: its autoencoder and its noise schedule."""
+"""The parts of a pipeline that a run is given: its autoencoder, and what its denoiser is built with."""
 
 from __future__ import annotations
 
 import argparse
-import os
+import inspect
+import logging
 from collections.abc import Mapping
 from typing import Any
 
-import diffusers
 import torch
-from diffusers import (
-    AutoModel,
-    DDPMScheduler,
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    ModelMixin,
-    SchedulerMixin,
-)
+from diffusers import AutoModel, ModelMixin, SchedulerMixin
 
 from ..latents import latent_channels, vae_scale_factor
-from ..models.family import RoutedModelMixin
-from ..noise_levels import NoiseLevels
-from ..pipelines.model_index import pipeline_class_name
-from .arguments import noise_config
+from ..pipelines.sampling_checks import size_multiple
+from ..routing import DEFAULT_TIMESTEP_RANGE
+from .arguments import routing_flags
+from .noise_schedule import pretrained_scheduler
+from .pretrained import pretrained_component, pretrained_options
 
 
-# Pipelines on the Hub have it where diffusers had one class for all of its transformers.
-_FORMER_NAMES = {"DiTTransformer2DModel": "Transformer2DModel"}
+logger = logging.getLogger(__name__)
 
-
-def pretrained_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Where and which files of `--pretrained_model_name_or_path` to load, as `from_pretrained` takes it.
-
-    Args:
-        args: Parsed flags of [`~diffusers_dtr.training.arguments.add_pretrained_arguments`].
-    """
-    return {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
+_DEFAULT_RESOLUTION = 32
 
 
 def load_vae(args: argparse.Namespace, dtype: torch.dtype = torch.float32) -> ModelMixin | None:
@@ -57,139 +43,111 @@ def load_vae(args: argparse.Namespace, dtype: torch.dtype = torch.float32) -> Mo
     return vae.requires_grad_(False).eval()
 
 
-def load_noise_scheduler(args: argparse.Namespace) -> SchedulerMixin:
-    """The scheduler to train with: a DDPMScheduler, or flow matching's where the pretrained pipeline has that.
-
-    Args:
-        args: Parsed flags. Those of the noise schedule replace what the pretrained pipeline has.
-
-    Raises:
-        ValueError: If neither has the noise levels of the pretrained pipeline's scheduler, or a flag does not go with
-            flow matching.
-        TypeError: If nothing is known about the noise levels of that scheduler.
-    """
-    config = noise_config(args)
-    if args.pretrained_model_name_or_path is None:
-        return DDPMScheduler(**config)
-    name = pretrained_component(args, "scheduler")
-    original = getattr(diffusers, name).from_pretrained(
-        args.pretrained_model_name_or_path, subfolder="scheduler", **pretrained_options(args)
-    )
-    flow = NoiseLevels(original).prediction_type == "flow"
-    if flow and config:
-        raise ValueError(f"`{'`, `'.join(config)}` must be left out: the pretrained pipeline has flow matching.")
-    if flow and args.learn_sigma:
-        raise ValueError("`--learn_sigma` must be left out: the pretrained pipeline has flow matching.")
-    scheduler_class = FlowMatchEulerDiscreteScheduler if flow else DDPMScheduler
-    # What flow matching's own scheduler calls a shift is a `flow_shift` to solvers of its equation.
-    shift = {"shift": original.config.flow_shift} if original.config.get("use_flow_sigmas") else {}
-    if not _same_noise_levels(original, scheduler_class.from_config(original.config, **shift)):
-        raise ValueError(
-            "`pretrained_model_name_or_path` must be a pipeline with the noise levels of a DDPMScheduler or a "
-            f"FlowMatchEulerDiscreteScheduler, got a {name} with others."
-        )
-    return scheduler_class.from_config(original.config, **config, **shift)
-
-
-def _same_noise_levels(one: SchedulerMixin, other: SchedulerMixin) -> bool:
-    """Whether a denoiser that was trained with one of them is told and asked the same by the other."""
-    one, other = NoiseLevels(one), NoiseLevels(other)
-    timesteps = other.timesteps
-    return (
-        one.prediction_type == other.prediction_type
-        and torch.equal(one.timesteps, timesteps)
-        and torch.allclose(one.log_snr(timesteps), other.log_snr(timesteps))
-    )
-
-
-def pretrained_pipeline_class(
-    name_or_path: str | os.PathLike, *, revision: str | None = None, cache_dir: str | os.PathLike | None = None
-) -> str | None:
-    """Name of a saved pipeline's class, without loading the pipeline.
-
-    Args:
-        name_or_path: Folder, or id on the Hub.
-        revision: Of the repository.
-        cache_dir: Where downloads are kept.
-    """
-    index = DiffusionPipeline.load_config(name_or_path, revision=revision, cache_dir=cache_dir)
-    return pipeline_class_name(index)
-
-
-def pretrained_component(args: argparse.Namespace, name: str) -> str | None:
-    """Class of a component of `--pretrained_model_name_or_path`, or None if there is none.
+def denoiser_config(
+    args: argparse.Namespace,
+    noise_scheduler: SchedulerMixin,
+    vae: ModelMixin | None,
+    model_class: type[ModelMixin],
+    config: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The config values of a denoiser that follow from the flags and the noise schedule: its size and its routing.
 
     Args:
         args: Parsed flags.
-        name: The component's name in the pipeline.
+        noise_scheduler: Scheduler that is trained with.
+        vae: The autoencoder, or None.
+        model_class: The denoiser's class.
+        config: The config that it would have without them: of the pretrained model, or of the new one.
+
+    Raises:
+        ValueError: As [`sample_size`] and [`denoiser_routing`].
     """
-    if args.pretrained_model_name_or_path is None:
-        return None
-    options = {"revision": args.revision, "cache_dir": args.cache_dir}
-    index = DiffusionPipeline.load_config(args.pretrained_model_name_or_path, **options)
-    return index.get(name, [None, None])[1]
+    size = sample_size(args, vae, model_class, config)
+    return {"sample_size": size, **denoiser_routing(args, noise_scheduler, config)}
 
 
-def pretrained_class_names(args: argparse.Namespace) -> dict[int, str] | None:
-    """Names of the classes of `--pretrained_model_name_or_path`, or None if it has none.
+def denoiser_routing(
+    args: argparse.Namespace, noise_scheduler: SchedulerMixin | None, config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The config values of a denoiser's routing that flags ask for, or that it lacks.
 
     Args:
         args: Parsed flags.
+        noise_scheduler: Scheduler that is trained with; None for a denoiser that is not called with its timesteps,
+            whose class knows the range of what it is called with.
+        config: The config that it would have without them. A range of timesteps that it says is kept, unless it is
+            all of a pretrained schedule, and flags ask for another number of timesteps.
 
     Raises:
-        ValueError: If what the pipeline has are not names by number.
+        ValueError: If flags change the number of timesteps, and the range is only a part of them.
     """
-    if args.pretrained_model_name_or_path is None:
-        return None
-    options = {"revision": args.revision, "cache_dir": args.cache_dir}
-    names = DiffusionPipeline.load_config(args.pretrained_model_name_or_path, **options).get("id2label")
-    if not names:
-        return None
-    if not isinstance(names, dict) or not all(key.isdecimal() and isinstance(names[key], str) for key in names):
-        raise ValueError(
-            f"`id2label` of {args.pretrained_model_name_or_path} must hold names of classes by their numbers."
-        )
-    return {int(label): name for label, name in names.items()}
-
-
-def pretrained_denoiser(args: argparse.Namespace, model_classes: Mapping[str, type[RoutedModelMixin]]) -> str:
-    """What `--pretrained_model_name_or_path` calls its denoiser.
-
-    Args:
-        args: Parsed flags.
-        model_classes: The names that it may have, and the class that each is loaded as.
-
-    Raises:
-        ValueError: If there is no denoiser of these names and classes, or of those that they route.
-    """
-    found = {name: pretrained_component(args, name) for name in model_classes}
-    for name, model_class in model_classes.items():
-        plain = model_class.plain_class.__name__
-        if found[name] in {model_class.__name__, plain, _FORMER_NAMES.get(plain, plain)}:
-            return name
-    allowed = " or ".join(f"a `{name}` of {cls.plain_class.__name__}" for name, cls in model_classes.items())
+    given = routing_flags(args)
+    if noise_scheduler is None or "routing_timestep_range" in given:
+        return given
+    num_timesteps = noise_scheduler.config.num_train_timesteps
+    whole = {**given, "routing_timestep_range": (0, num_timesteps - 1)}
+    known = config.get("routing_timestep_range")
+    if args.pretrained_model_name_or_path is None or "routing_timestep_range" not in config:
+        return whole if known is None else given
+    before = pretrained_scheduler(args).config.num_train_timesteps
+    if before == num_timesteps:
+        return given
+    if tuple(known or DEFAULT_TIMESTEP_RANGE) == (0, before - 1):
+        return whole
     raise ValueError(
-        f"`pretrained_model_name_or_path` must be a pipeline with {allowed}, plain or routed, got "
-        f"{args.pretrained_model_name_or_path} with {found}."
+        f"`--routing_timestep_range` must be given: the pretrained model is routed over {list(known)} of {before} "
+        f"timesteps, and `--num_train_timesteps` asks for {num_timesteps}."
     )
 
 
-def sample_size(args: argparse.Namespace, vae: ModelMixin | None) -> int:
+def sample_size(
+    args: argparse.Namespace, vae: ModelMixin | None, model_class: type[ModelMixin], config: Mapping[str, Any]
+) -> int:
     """Side of what is learned: of the images, or of an autoencoder's latents.
 
     Args:
-        args: Parsed flags.
+        args: Parsed flags. Without `--resolution`, it becomes the one that the denoiser is made for.
         vae: The autoencoder, or None.
+        model_class: The denoiser's class.
+        config: The denoiser's config, as far as it is not the default.
 
     Raises:
-        ValueError: If latents do not fill the images.
+        ValueError: If latents do not fill the images, or the denoiser cannot have latents or images of this size.
     """
     factor = 1 if vae is None else vae_scale_factor(vae)
-    if args.resolution % factor:
+    config = {**_defaults(model_class), **config}
+    if args.resolution is None:
+        args.resolution = _own_resolution(config.get("sample_size"), vae)
+        logger.info(f"Images of {args.resolution} pixels a side are trained on, for want of `--resolution`.")
+    multiple = size_multiple(model_class, config)
+    if args.resolution % (factor * multiple):
+        blocks = "pixels" if vae is None else f"latents, which span {factor} pixels each"
         raise ValueError(
-            f"`--resolution` must be a multiple of {factor}, which is what a latent spans, got {args.resolution}."
+            f"`--resolution` must be a multiple of {factor * multiple}, got {args.resolution}: {model_class.__name__} "
+            f"works on whole blocks of {multiple} {blocks}."
         )
-    return args.resolution // factor
+    size, most = args.resolution // factor, config.get("pos_embed_max_size")
+    if most is not None and size > most * multiple:
+        raise ValueError(
+            f"`--resolution` must be at most {most * multiple * factor}, got {args.resolution}: the denoiser knows "
+            f"{most} positions along a side (`pos_embed_max_size`)."
+        )
+    return size
+
+
+def _own_resolution(sample_size: int | list[int] | None, vae: ModelMixin | None) -> int:
+    if sample_size is None and vae is None:
+        return _DEFAULT_RESOLUTION
+    sides = {sample_size} if isinstance(sample_size, int) else set(sample_size or ())
+    if len(sides) != 1:
+        raise ValueError(
+            f"`--resolution` must be given: the denoiser's config has `sample_size`={sample_size}, no square's."
+        )
+    return sides.pop() * (1 if vae is None else vae_scale_factor(vae))
+
+
+def _defaults(model_class: type[ModelMixin]) -> dict[str, Any]:
+    return {name: parameter.default for name, parameter in inspect.signature(model_class).parameters.items()}
 
 
 def image_channels(model: ModelMixin, vae: ModelMixin | None) -> int:
@@ -223,24 +181,5 @@ def check_pretrained_denoiser(
             f"`in_channels`={model.config.in_channels}, of squares of {packing}×{packing}. Leave out "
             "`--vae_name_or_path` to use the pipeline's own."
         )
-    if args.learn_sigma and not _learns_variance(model):
+    if args.learn_sigma and model.config.out_channels != 2 * model.config.in_channels:
         raise ValueError("`--learn_sigma` needs a pretrained model that predicts a variance, and this one does not.")
-
-
-def sampling_scheduler(noise_scheduler: SchedulerMixin, model: ModelMixin, clip_sample: bool) -> SchedulerMixin:
-    """The scheduler of the trained pipeline, of the class that was trained with.
-
-    Args:
-        noise_scheduler: Scheduler that is trained with.
-        model: The denoiser, whose variance a DDPMScheduler takes, if it predicts one.
-        clip_sample: Whether samples of a DDPMScheduler end in [-1, 1]: pixels do, latents do not.
-    """
-    options = {}
-    if isinstance(noise_scheduler, DDPMScheduler):
-        variance_type = "learned_range" if _learns_variance(model) else "fixed_small"
-        options = {"variance_type": variance_type, "clip_sample": clip_sample}
-    return type(noise_scheduler).from_config(noise_scheduler.config, **options)
-
-
-def _learns_variance(model: ModelMixin) -> bool:
-    return model.config.out_channels == 2 * model.config.in_channels

@@ -16,9 +16,9 @@ from PIL import Image
 
 from ..latents import decode_latents, vae_scale_factor
 from ..run_folder import TEXT_EMBEDDINGS
-from .arguments import noise_config
-from .components import pretrained_options, pretrained_pipeline_class
 from .families import DenoiserFamily, TextRows
+from .noise_schedule import sampling_scheduler
+from .pretrained import pretrained_options, pretrained_pipeline_class
 from .text_embeddings import TextEncoder, cache_text_embeddings
 from .text_to_image_families import TEXT_TO_IMAGE_FAMILIES
 
@@ -73,18 +73,19 @@ def load_text_to_image_pipeline(
             cast would undo what they keep in float32 themselves: T5's `wo`, the frequencies of rotary embeddings.
 
     Raises:
-        ValueError: If the pipeline cannot sample images of `--resolution`.
+        ValueError: If the pipeline cannot sample images of `--resolution`, or in so many steps.
     """
     multiple = math.lcm(family.size_multiple, vae_scale_factor(vae) * family.token_side(model))
     if args.resolution % multiple:
         raise ValueError(f"`--resolution` must be a multiple of {multiple}, got {args.resolution}.")
+    parts = {
+        family.denoiser: model,
+        "vae": vae,
+        "scheduler": sampling_scheduler(args, latents=True),
+    }
     pipeline = DiffusionPipeline.from_pretrained(
-        args.pretrained_model_name_or_path,
-        **{family.denoiser: model, "vae": vae},
-        **pretrained_options(args),
-        torch_dtype=dtype,
+        args.pretrained_model_name_or_path, **parts, **pretrained_options(args), torch_dtype=dtype
     )
-    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **noise_config(args))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoModel, DiffusionPipeline
 from tqdm.auto import tqdm
 
 from diffusers_dtr import DenoisingLoss, DTRPipeline, TaskAffinity, cluster_timesteps, training
@@ -170,9 +170,12 @@ class Pipelines:
             images, _ = training.match_classes(images, first.config.id2label, num_classes)
         vae = first.vae
         if args.vae_name_or_path is not None:
-            vae = AutoencoderKL.from_pretrained(args.vae_name_or_path, cache_dir=args.cache_dir).to(accelerator.device)
-        training.sample_size(args, vae)  # refuses a resolution that latents do not fill
-        channels = training.image_channels(getattr(first, self.denoiser), vae)
+            vae = AutoModel.from_pretrained(args.vae_name_or_path, cache_dir=args.cache_dir).to(accelerator.device)
+        denoiser = getattr(first, self.denoiser)
+        training.sample_size(args, vae, type(denoiser), denoiser.config)  # refuses what the denoiser cannot have
+        if self.family is not None:
+            self.family.resolution = args.resolution
+        channels = training.image_channels(denoiser, vae)
         dataset = training.held_out_dataset(args, images, channels)
         if dataset is None:
             dataset = training.build_dataset(args, images, channels, vae, accelerator)

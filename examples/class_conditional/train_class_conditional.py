@@ -45,14 +45,8 @@ def parse_args(argv=None):
 
 
 def load_transformer(args, noise_scheduler, vae, images):
-    given = {
-        **training.routing_config(args, noise_scheduler),
-        "sample_size": training.sample_size(args, vae),
-    }
-    if args.class_dropout_prob is not None:
-        given["class_dropout_prob"] = args.class_dropout_prob
     if args.pretrained_model_name_or_path is not None:
-        return load_pretrained_transformer(args, given, vae, images)
+        return load_pretrained_transformer(args, noise_scheduler, vae, images)
     # The presets are made for latents; pixels have three channels.
     config = {**DIT_PRESETS[args.model_preset], "in_channels": 3} if args.model_config is None else args.model_config
     channels = config.get("in_channels", 3) if vae is None else vae.config.latent_channels
@@ -61,13 +55,15 @@ def load_transformer(args, noise_scheduler, vae, images):
         "out_channels": 2 * channels if args.learn_sigma else channels,
         "num_embeds_ada_norm": images.num_classes,
     }
-    return DTRTransformer2DModel(**{**config, **shape, **given}), images
+    return DTRTransformer2DModel(**{**config, **shape, **given_config(args, noise_scheduler, vae, config)}), images
 
 
-def load_pretrained_transformer(args, given, vae, images):
+def load_pretrained_transformer(args, noise_scheduler, vae, images):
     path, options = args.pretrained_model_name_or_path, training.pretrained_options(args)
     options["subfolder"] = training.pretrained_denoiser(args, {"transformer": DTRTransformer2DModel})
-    before = DTRTransformer2DModel.load_config(path, **options).get("class_dropout_prob", 0.1)
+    config = training.pretrained_config(args, options["subfolder"], DTRTransformer2DModel)
+    given = given_config(args, noise_scheduler, vae, config)
+    before = config.get("class_dropout_prob", 0.1)
     if (given.get("class_dropout_prob", before) > 0) != (before > 0):
         raise ValueError(
             f"`--class_dropout_prob` must be {'above 0' if before else '0'}, got {args.class_dropout_prob}: the "
@@ -82,8 +78,13 @@ def load_pretrained_transformer(args, given, vae, images):
     return model.train(), images
 
 
-def build_pipeline(args, model, noise_scheduler, vae, images):
-    scheduler = training.sampling_scheduler(noise_scheduler, model, clip_sample=vae is None)
+def given_config(args, noise_scheduler, vae, config):
+    given = training.denoiser_config(args, noise_scheduler, vae, DTRTransformer2DModel, config)
+    return given if args.class_dropout_prob is None else {**given, "class_dropout_prob": args.class_dropout_prob}
+
+
+def build_pipeline(args, model, vae, images):
+    scheduler = training.sampling_scheduler(args, latents=vae is not None)
     pipeline = DTRPipeline(scheduler=scheduler, transformer=model, vae=vae, id2label=images.id2label)
     if args.validation_guidance_scale > 1 and pipeline.null_class is None:
         raise ValueError(
@@ -107,7 +108,7 @@ def main(args):
     noise_scheduler = training.load_noise_scheduler(args)
     torch.manual_seed(args.seed)
     model, images = load_transformer(args, noise_scheduler, vae, images)
-    pipeline = build_pipeline(args, model, noise_scheduler, vae, images)
+    pipeline = build_pipeline(args, model, vae, images)
 
     # 3. What the denoiser is told, and how it is sampled
     def conditions(batch):

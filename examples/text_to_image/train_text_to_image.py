@@ -45,20 +45,25 @@ def parse_args(argv=None):
 
 
 def load_denoiser(args, family, noise_scheduler, vae, accelerator):
-    given = training.routing_config(args, noise_scheduler if family.counts_timesteps else None)
+    noise_scheduler = noise_scheduler if family.counts_timesteps else None
     if args.denoiser_config is None:
+        config = training.pretrained_config(args, family.denoiser, family.routed_class)
+        training.sample_size(args, vae, family.routed_class, config)  # refuses what the denoiser cannot have
+        family.resolution = args.resolution
         model = family.routed_class.from_pretrained(
             args.pretrained_model_name_or_path,
             subfolder=family.denoiser,
             # What is trained is in full precision, and what is frozen under adapters is not.
             torch_dtype=torch.float32 if args.rank is None else training.frozen_dtype(accelerator),
             **training.pretrained_options(args),
-            **given,
+            **training.denoiser_routing(args, noise_scheduler, config),
         )
         training.check_pretrained_denoiser(args, model, vae, family.packing)
         return model
-    shape = family.shape(vae, training.sample_size(args, vae), args.learn_sigma)
-    return family.routed_class(**{**args.denoiser_config, **shape, **given})
+    config = args.denoiser_config
+    shape = family.shape(vae, training.sample_size(args, vae, family.routed_class, config), args.learn_sigma)
+    family.resolution = args.resolution
+    return family.routed_class(**{**config, **shape, **training.denoiser_routing(args, noise_scheduler, config)})
 
 
 def main(args):

@@ -48,13 +48,11 @@ def parse_args(argv=None):
 
 
 def load_denoiser(args, noise_scheduler, vae):
-    given = {
-        **training.routing_config(args, noise_scheduler),
-        "sample_size": training.sample_size(args, vae),
-    }
     if args.pretrained_model_name_or_path is not None:
         name = training.pretrained_denoiser(args, MODELS)
         options = training.pretrained_options(args)
+        config = training.pretrained_config(args, name, MODELS[name])
+        given = training.denoiser_config(args, noise_scheduler, vae, MODELS[name], config)
         model = MODELS[name].from_pretrained(args.pretrained_model_name_or_path, subfolder=name, **options, **given)
         training.check_pretrained_denoiser(args, model, vae)
         return name, model.train()
@@ -70,6 +68,7 @@ def load_denoiser(args, noise_scheduler, vae):
     shape = {"in_channels": channels, "out_channels": 2 * channels if args.learn_sigma else channels}
     if name == "transformer":
         shape |= {"num_embeds_ada_norm": None, "class_dropout_prob": 0.0}
+    given = training.denoiser_config(args, noise_scheduler, vae, MODELS[name], config)
     return name, MODELS[name](**{**config, **shape, **given})
 
 
@@ -86,7 +85,7 @@ def main(args):
     noise_scheduler = training.load_noise_scheduler(args)
     torch.manual_seed(args.seed)
     name, model = load_denoiser(args, noise_scheduler, vae)
-    scheduler = training.sampling_scheduler(noise_scheduler, model, clip_sample=vae is None)
+    scheduler = training.sampling_scheduler(args, latents=vae is not None)
     names = training.pretrained_class_names(args)  # of a transformer that can do without labels
     pipeline = DTRPipeline(scheduler, **{name: model}, vae=vae, id2label=names)
     pipeline.set_progress_bar_config(disable=True)

@@ -12,7 +12,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 from tiny_autoencoders import tiny_vae
-from training_runs import MODEL, make_images, record, same_weights, train, weights
+from training_runs import MODEL, assert_same_configs, make_images, record, same_weights, train, weights
 
 from diffusers_dtr import DTRPipeline, DTRTransformer2DModel
 
@@ -86,9 +86,7 @@ def test_warm_up_starts_exactly_at_the_unrouted_model(pipeline, images, tmp_path
 def test_plain_dit_becomes_a_routed_pipeline_with_its_own_schedule_and_autoencoder(plain_dit, images, tmp_path):
     run = fine_tune(images, tmp_path / "run", plain_dit, "--learning_rate", 0, "--max_train_steps", 1)
     before, after = DiTPipeline.from_pretrained(plain_dit), DTRPipeline.from_pretrained(run)
-    assert after.scheduler.config.num_train_timesteps == 100
-    assert after.scheduler.config.beta_schedule == "scaled_linear"
-    assert after.scheduler.config.variance_type == "learned_range"
+    assert_same_configs(plain_dit, run, plain="transformer")
     assert tuple(after.transformer.config.routing_timestep_range) == (0, 99)
     assert after.transformer.config.routing_beta == 0.8
     one, other = before.vae.state_dict(), after.vae.state_dict()
@@ -98,6 +96,27 @@ def test_plain_dit_becomes_a_routed_pipeline_with_its_own_schedule_and_autoencod
     labels = {"class_labels": torch.tensor([0, 2]), "return_dict": False}
     with torch.no_grad():
         torch.testing.assert_close(after.transformer(*inputs, **labels), before.transformer(*inputs, **labels))
+
+
+def test_routing_of_the_pretrained_model_stays_and_so_do_its_outputs(ours, images, tmp_path):
+    pipeline = DTRPipeline.from_pretrained(ours)
+    config = {**pipeline.transformer.config, "routing_timestep_range": [10, 40], "routing_alpha": 2.0}
+    routed = DTRTransformer2DModel(**{key: value for key, value in config.items() if not key.startswith("_")})
+    routed.load_state_dict(pipeline.transformer.state_dict())
+    pipeline.transformer = routed
+    pipeline.save_pretrained(tmp_path / "routed")
+    still = ("--learning_rate", 0, "--max_train_steps", 1)
+    run = fine_tune(images, tmp_path / "run", tmp_path / "routed", *still)
+    assert_same_configs(tmp_path / "routed", run)
+    inputs = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([5, 30, 45])
+    with torch.no_grad():
+        one, other = (
+            DTRPipeline.from_pretrained(folder).transformer(*inputs, class_labels=torch.tensor([0, 1, 2])).sample
+            for folder in (tmp_path / "routed", run)
+        )
+    assert torch.equal(one, other)
+    changed = fine_tune(images, tmp_path / "changed", ours, *still, "--routing_timestep_range", 5, 45)
+    assert DTRPipeline.from_pretrained(changed).transformer.config.routing_timestep_range == [5, 45]
 
 
 def test_what_is_not_given_stays_as_it_was_pretrained(ours, images, tmp_path):

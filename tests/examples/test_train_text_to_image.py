@@ -10,7 +10,15 @@ from huggingface_hub import HfApi
 from PIL import Image
 from safetensors.torch import load_file
 from text_to_image_runs import FAMILIES, SCRIPT, every_family, make_captioned_images, train
-from training_runs import arguments, assert_equal_weights, load_script, record, same_weights, weights
+from training_runs import (
+    arguments,
+    assert_equal_weights,
+    assert_same_configs,
+    load_script,
+    record,
+    same_weights,
+    weights,
+)
 
 from diffusers_dtr.training import argument_checks
 
@@ -71,7 +79,7 @@ def test_result_is_the_familys_pipeline_with_our_denoiser_and_the_pretrained_par
     assert type(denoiser) is FAMILIES[name].family.routed_class
     assert denoiser.config.routing_beta == 0.8
     assert tuple(denoiser.config.routing_timestep_range) == (0, 999)
-    assert after.scheduler.config == before.scheduler.config
+    assert_same_configs(plain[name], run, plain=FAMILIES[name].denoiser)
     for part, component in before.components.items():
         if isinstance(component, torch.nn.Module) and part != FAMILIES[name].denoiser:
             kept = getattr(after, part).state_dict()

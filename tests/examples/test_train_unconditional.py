@@ -12,6 +12,7 @@ from training_runs import (
     MODEL,
     arguments,
     assert_equal_weights,
+    assert_same_configs,
     load_script,
     make_images,
     record,
@@ -120,7 +121,7 @@ def test_plain_pipeline_becomes_a_routed_one_with_its_own_schedule(plain_pipelin
     pipeline = DTRPipeline.from_pretrained(run)
     assert pipeline.unet.config.routing_beta == 0.7
     assert tuple(pipeline.unet.config.routing_timestep_range) == (0, 49)
-    assert pipeline.scheduler.config.beta_schedule == "scaled_linear"
+    assert_same_configs(plain_pipeline, run, plain="unet")
 
 
 def test_fine_tuned_transformer_goes_on_from_its_pipeline(images, tmp_path):
@@ -188,12 +189,26 @@ def test_variance_that_is_not_predicted_cannot_be_learned(plain_pipeline, images
         train(images, tmp_path / "run", ("--pretrained_model_name_or_path", plain_pipeline), "--learn_sigma")
 
 
+def test_u_net_of_a_size_that_its_levels_cannot_halve_is_refused_before_training(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "Trainer", None)
+    with pytest.raises(ValueError, match=r"`--resolution` must be a multiple of 2, got 9"):
+        train(images, tmp_path / "run", SOURCES["unet"], "--resolution", 9)
+
+
+def test_more_validation_steps_than_timesteps_are_refused_before_training(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "Trainer", None)
+    steps = ("--num_train_timesteps", 20, "--validation_num_inference_steps", 50)
+    with pytest.raises(ValueError, match=r"`--validation_num_inference_steps` must be at most the 20 .*, got 50"):
+        train(images, tmp_path / "run", SOURCES["unet"], *steps)
+
+
 def test_preset_is_a_transformer_of_colour_pixels():
     script = load_script(SCRIPT)
     argv = ["--model_preset", "DiT-S/8", "--train_data_dir", "d", "--output_dir", "o", "--resolution", "32"]
     args = script.parse_args(argv)
+    noise_scheduler = training.load_noise_scheduler(args)
     with torch.device("meta"):
-        name, model = script.load_denoiser(args, training.load_noise_scheduler(args), None)
+        name, model = script.load_denoiser(args, noise_scheduler, None)
     assert name == "transformer"
     assert (model.config.in_channels, model.config.out_channels, model.config.sample_size) == (3, 3, 32)
     assert model.config.num_embeds_ada_norm is None
@@ -221,8 +236,9 @@ def test_pipeline_of_another_denoiser_is_refused_by_name(images, tmp_path):
 def test_config_may_leave_everything_at_its_default(name):
     script = load_script(SCRIPT)
     args = script.parse_args([SOURCES[name][0], "{}", "--train_data_dir", "d", "--output_dir", "o"])
+    noise_scheduler = training.load_noise_scheduler(args)
     with torch.device("meta"):
-        found, model = script.load_denoiser(args, training.load_noise_scheduler(args), None)
+        found, model = script.load_denoiser(args, noise_scheduler, None)
     assert (found, model.config.in_channels, model.config.sample_size) == (name, 3, 32)
 
 

@@ -136,6 +136,25 @@ def same_weights(one: Path, other: Path, name: str = "transformer") -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 
+def configs(folder: Path) -> dict[str, dict]:
+    """The class and the settings of every component of a pipeline, but for versions and where it was loaded from."""
+    notes = ("_diffusers_version", "_name_or_path", "transformers_version", "is_local", "local_files_only")
+    files = [*folder.glob("[!c]*/*config.json")]  # not those of checkpoints
+    read = {path.parent.name: json.loads(path.read_text()) for path in files}
+    return {name: {key: value for key, value in config.items() if key not in notes} for name, config in read.items()}
+
+
+def assert_same_configs(before: Path, after: Path, plain: str | None = None) -> None:
+    """That a run changed the class and the settings of no component; a plain denoiser, which it routes, has more."""
+    one, other = configs(before), configs(after)
+    assert "scheduler" in one
+    assert one.keys() == other.keys()
+    if plain is not None:
+        del one[plain]["_class_name"]
+        other[plain] = {key: other[plain].get(key) for key in one[plain]}
+    assert one == other
+
+
 def record(output_dir: Path) -> dict:
     return json.loads((output_dir / "training_config.json").read_text())
 

@@ -610,6 +610,8 @@ def test_names_without_id2label_are_refused():
 def test_sizes_that_a_unet_cannot_halve_or_a_vae_cannot_decode_are_refused():
     assert_refused(make_pipeline(make_unet()), ValueError, "multiple of 2, got 7", class_labels=None, height=7)
     assert_refused(make_pipeline(vae=make_vae()), ValueError, "multiple of 4, got 18", width=18)
+    own_size = make_pipeline(make_unet(sample_size=7))
+    assert_refused(own_size, ValueError, "`height` must be a multiple of 2, got 7", class_labels=None)
 
 
 def test_a_scheduler_that_needs_a_variance_which_is_not_learned_is_refused():

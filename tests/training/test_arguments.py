@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from diffusers_dtr import training
 from diffusers_dtr.training import argument_checks, arguments, text_to_image_arguments
-from diffusers_dtr.training.arguments import noise_config, routing_config, warmed_up_beta
+from diffusers_dtr.training.arguments import routing_flags, warmed_up_beta
 
 
 # The names that diffusers' training scripts use.
@@ -165,15 +165,13 @@ def test_file_that_holds_no_object_is_refused(tmp_path):
         training.json_config(str(tmp_path / "list.json"))
 
 
-def test_only_given_flags_overrule_a_pretrained_pipeline():
-    assert routing_config(parse()) == noise_config(parse()) == {}
-    args = parse("--routing_beta", "0.5", "--routing_type", "random", "--noise_schedule", "sigmoid")
-    assert routing_config(args) == {"routing_beta": 0.5, "routing_type": "random"}
-    assert noise_config(args) == {"beta_schedule": "sigmoid"}
-    args = parse("--routing_alpha", "2", "--routing_seed", "0", "--num_train_timesteps", "9")
-    assert routing_config(args) == {"routing_alpha": 2.0, "routing_seed": 0}
-    assert noise_config(args) == {"num_train_timesteps": 9}
-    assert noise_config(parse("--prediction_type", "sample")) == {"prediction_type": "sample"}
+def test_only_given_flags_overrule_a_pretrained_model():
+    assert routing_flags(parse()) == {}
+    args = parse("--routing_beta", "0.5", "--routing_type", "random", "--routing_timestep_range", "200", "800")
+    expected = {"routing_beta": 0.5, "routing_type": "random", "routing_timestep_range": [200, 800]}
+    assert routing_flags(args) == expected
+    args = parse("--routing_alpha", "2", "--routing_seed", "0")
+    assert routing_flags(args) == {"routing_alpha": 2.0, "routing_seed": 0}
 
 
 @given(st.integers(1, 1000), st.floats(0.01, 1))

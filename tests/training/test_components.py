@@ -5,48 +5,29 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DDPMScheduler,
-    DiTPipeline,
-    DPMSolverMultistepScheduler,
-    EDMEulerScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    UNet2DModel,
-    UniPCMultistepScheduler,
-)
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, DDPMScheduler, DiTPipeline
 from huggingface_hub import HfApi
 from huggingface_hub.constants import HF_HUB_CACHE
+from pretrained_pipelines import flags, saved
 from tiny_dit import plain_dit
 
-from diffusers_dtr import DTRPipeline, DTRTransformer2DModel, DTRUNet2DModel, NoiseLevels
-from diffusers_dtr.training import load_noise_scheduler, load_vae, sample_size, sampling_scheduler
-from diffusers_dtr.training.components import pretrained_component, pretrained_denoiser
+from diffusers_dtr import (
+    DTRPixArtTransformer2DModel,
+    DTRSD3Transformer2DModel,
+    DTRTransformer2DModel,
+    DTRUNet2DConditionModel,
+    DTRUNet2DModel,
+)
+from diffusers_dtr.training import denoiser_routing, load_noise_scheduler, load_vae, pretrained_denoiser, sample_size
+from diffusers_dtr.training.pretrained import pretrained_component
 
 
+ROUTING = ("alpha", "beta", "type", "seed", "timestep_range")
 TWO_BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-
-
-def flags(**given) -> argparse.Namespace:
-    names = ["pretrained_model_name_or_path", "vae_name_or_path", "revision", "variant", "cache_dir"]
-    names += ["noise_schedule", "num_train_timesteps", "prediction_type"]
-    return argparse.Namespace(learn_sigma=given.pop("learn_sigma", False), **{name: given.get(name) for name in names})
 
 
 def vae(**config) -> AutoencoderKL:
     return AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, **config)
-
-
-def saved(folder, scheduler, vae=None, **options):
-    if vae is None:
-        unet = UNet2DModel(8, block_out_channels=(4, 4), norm_num_groups=2, down_block_types=("DownBlock2D",) * 2,
-                           up_block_types=("UpBlock2D",) * 2)  # fmt: skip
-        DTRPipeline(scheduler, unet=unet).save_pretrained(folder, **options)
-    else:
-        DiTPipeline(plain_dit(), vae, scheduler).save_pretrained(folder, **options)
-    return str(folder)
 
 
 def test_autoencoder_is_the_given_one_or_that_of_the_pipeline_or_none(tmp_path):
@@ -106,64 +87,6 @@ def test_all_that_is_downloaded_is_kept_in_the_folder_asked_for(hub, tmp_path):
     assert not list(Path(HF_HUB_CACHE).glob("models--*"))
 
 
-def test_training_noises_as_the_pretrained_pipeline_was_trained(tmp_path):
-    sampler = DPMSolverMultistepScheduler(beta_schedule="scaled_linear", num_train_timesteps=50)
-    args = flags(pretrained_model_name_or_path=saved(tmp_path / "ddpm", sampler), prediction_type="v_prediction")
-    scheduler = load_noise_scheduler(args)
-    assert type(scheduler) is DDPMScheduler
-    assert scheduler.config.beta_schedule == "scaled_linear"
-    assert scheduler.config.num_train_timesteps == 50
-    assert scheduler.config.prediction_type == "v_prediction"
-
-
-def test_flow_matching_stays_flow_matching(tmp_path):
-    folder = saved(tmp_path / "flow", FlowMatchEulerDiscreteScheduler(shift=3.0))
-    scheduler = load_noise_scheduler(flags(pretrained_model_name_or_path=folder))
-    assert type(scheduler) is FlowMatchEulerDiscreteScheduler
-    assert scheduler.config.shift == 3.0
-    with pytest.raises(ValueError, match=r"`prediction_type` must be left out: .* flow matching"):
-        load_noise_scheduler(flags(pretrained_model_name_or_path=folder, prediction_type="epsilon"))
-    with pytest.raises(ValueError, match=r"`--learn_sigma` must be left out: .* flow matching"):
-        load_noise_scheduler(flags(pretrained_model_name_or_path=folder, learn_sigma=True))
-    result = sampling_scheduler(scheduler, DTRPipeline.from_pretrained(folder).unet, clip_sample=True)
-    assert type(result) is FlowMatchEulerDiscreteScheduler
-    assert result.config.shift == 3.0
-
-
-def test_variance_exploding_sampler_is_of_the_same_noise_levels(tmp_path):
-    folder = saved(tmp_path / "euler", EulerDiscreteScheduler(beta_schedule="scaled_linear"))
-    scheduler = load_noise_scheduler(flags(pretrained_model_name_or_path=folder))
-    assert type(scheduler) is DDPMScheduler
-    assert scheduler.config.beta_schedule == "scaled_linear"
-
-
-@pytest.mark.parametrize(
-    "scheduler",
-    [
-        EDMEulerScheduler(),
-        EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"),
-        UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="epsilon"),
-    ],
-    ids=["EDM", "continuous", "flow of noise"],
-)
-def test_noise_levels_that_training_would_not_have_are_refused(tmp_path, scheduler):
-    folder = saved(tmp_path / "other", scheduler)
-    with pytest.raises(
-        ValueError, match=f"`pretrained_model_name_or_path` must be .*, got a {type(scheduler).__name__}"
-    ):
-        load_noise_scheduler(flags(pretrained_model_name_or_path=folder))
-
-
-@pytest.mark.parametrize("solver", [DPMSolverMultistepScheduler, UniPCMultistepScheduler])
-def test_flow_matching_is_trained_with_the_shift_that_its_solver_samples_with(tmp_path, solver):
-    original = solver(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
-    folder = saved(tmp_path / "shifted", original)
-    scheduler = load_noise_scheduler(flags(pretrained_model_name_or_path=folder))
-    assert type(scheduler) is FlowMatchEulerDiscreteScheduler
-    torch.testing.assert_close(NoiseLevels(scheduler).timesteps, NoiseLevels(original).timesteps)
-    assert scheduler.config.shift == 3.0
-
-
 def test_transformer_under_the_name_that_diffusers_gave_it_first(tmp_path):
     folder = saved(tmp_path / "dit", DDIMScheduler(), vae())
     index = Path(folder) / "model_index.json"
@@ -174,16 +97,92 @@ def test_transformer_under_the_name_that_diffusers_gave_it_first(tmp_path):
         pretrained_denoiser(args, {"unet": DTRUNet2DModel})
 
 
-def test_latents_must_fill_the_images():
-    assert sample_size(argparse.Namespace(resolution=9), None) == 9
+def test_resolution_is_a_multiple_of_what_autoencoder_and_denoiser_work_on():
+    two_levels = {"block_out_channels": (4, 4)}
+    assert sample_size(argparse.Namespace(resolution=10), None, DTRUNet2DModel, two_levels) == 10
     autoencoder = AutoencoderKL(block_out_channels=(4, 4), norm_num_groups=2, **TWO_BLOCKS)
-    assert sample_size(argparse.Namespace(resolution=10), autoencoder) == 5
-    with pytest.raises(ValueError, match=r"`--resolution` must be a multiple of 2, .*, got 9"):
-        sample_size(argparse.Namespace(resolution=9), autoencoder)
+    assert sample_size(argparse.Namespace(resolution=12), autoencoder, DTRUNet2DModel, two_levels) == 6
+    with pytest.raises(ValueError, match=r"of 4, got 10: .* blocks of 2 latents, which span 2 pixels"):
+        sample_size(argparse.Namespace(resolution=10), autoencoder, DTRUNet2DModel, two_levels)
 
 
-def test_without_a_pipeline_the_flags_decide():
-    scheduler = load_noise_scheduler(flags(noise_schedule="squaredcos_cap_v2"))
-    assert type(scheduler) is DDPMScheduler
-    assert scheduler.config.beta_schedule == "squaredcos_cap_v2"
-    assert scheduler.config.num_train_timesteps == 1000
+@pytest.mark.parametrize(
+    ("model_class", "config", "resolution", "message"),
+    [
+        (DTRUNet2DModel, {}, 28, "a multiple of 8"),  # four levels by default
+        (DTRTransformer2DModel, {"patch_size": 4}, 10, "a multiple of 4"),
+        (DTRTransformer2DModel, {}, 9, "a multiple of 2"),
+        (DTRPixArtTransformer2DModel, {}, 9, "a multiple of 2"),
+        (DTRSD3Transformer2DModel, {"pos_embed_max_size": 4}, 10, "at most 8"),
+    ],
+)
+def test_resolution_that_the_denoiser_cannot_have_is_refused(model_class, config, resolution, message):
+    with pytest.raises(ValueError, match=f"`--resolution` must be {message}, got {resolution}"):
+        sample_size(argparse.Namespace(resolution=resolution), None, model_class, config)
+
+
+@pytest.mark.parametrize("resolution", [7, 10])
+def test_conditional_u_net_takes_sizes_that_it_cannot_halve(resolution):
+    assert sample_size(argparse.Namespace(resolution=resolution), None, DTRUNet2DConditionModel, {}) == resolution
+
+
+@pytest.mark.parametrize(("size", "resolution"), [(16, 16), ((24, 24), 24), (None, 32)])
+def test_resolution_is_that_of_the_denoiser_unless_given(size, resolution):
+    args = argparse.Namespace(resolution=None)
+    assert sample_size(args, None, DTRUNet2DModel, {"sample_size": size}) == args.resolution == resolution
+    autoencoder = AutoencoderKL(block_out_channels=(4, 4), norm_num_groups=2, **TWO_BLOCKS)
+    args = argparse.Namespace(resolution=None)
+    if size is not None:
+        sample_size(args, autoencoder, DTRUNet2DModel, {"sample_size": size})
+        assert args.resolution == 2 * resolution
+
+
+@pytest.mark.parametrize("size", [[8, 16], None])
+def test_denoiser_of_latents_without_one_side_needs_a_resolution(size):
+    with pytest.raises(ValueError, match=r"`--resolution` must be given: the denoiser's config has `sample_size`="):
+        sample_size(argparse.Namespace(resolution=None), vae(), DTRUNet2DModel, {"sample_size": size})
+
+
+def test_autoencoder_keeps_its_class(tmp_path):
+    tiny = AutoencoderTiny(encoder_block_out_channels=(4, 4), decoder_block_out_channels=(4, 4),
+                           num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))  # fmt: skip
+    DiTPipeline(plain_dit(), tiny, DDIMScheduler()).save_pretrained(tmp_path)
+    for given in ({"pretrained_model_name_or_path": str(tmp_path)}, {"vae_name_or_path": str(tmp_path / "vae")}):
+        kept = load_vae(flags(**given))
+        assert type(kept) is AutoencoderTiny
+        assert all(torch.equal(tensor, tiny.state_dict()[name]) for name, tensor in kept.state_dict().items())
+
+
+ROUTED_OVER_A_PART = {"routing_timestep_range": [200, 800]}
+
+
+def routing(given, config=None, num_timesteps=1000, **of_flags):
+    args = flags(**of_flags)
+    vars(args).update({f"routing_{name}": given.get(name) for name in ROUTING})
+    return denoiser_routing(args, DDPMScheduler(num_train_timesteps=num_timesteps), config or {})
+
+
+def test_routing_of_a_new_model_covers_the_schedule_unless_said_otherwise():
+    assert routing({}, num_timesteps=50) == {"routing_timestep_range": (0, 49)}
+    assert routing({}, ROUTED_OVER_A_PART) == {}
+    given = {"timestep_range": [100.0, 900.0], "alpha": 2.0, "beta": 0.5, "type": "random", "seed": 3}
+    assert routing(given, ROUTED_OVER_A_PART) == {f"routing_{name}": value for name, value in given.items()}
+
+
+def test_routing_of_a_pretrained_model_is_kept_unless_said_otherwise(tmp_path):
+    source = {"pretrained_model_name_or_path": saved(tmp_path, DDIMScheduler())}
+    assert routing({}, ROUTED_OVER_A_PART, **source) == {}
+    assert routing({}, {"routing_timestep_range": None}, **source) == {}
+    assert routing({"beta": 0.5}, ROUTED_OVER_A_PART, **source) == {"routing_beta": 0.5}
+    assert routing({"timestep_range": [0, 9]}, ROUTED_OVER_A_PART, **source) == {"routing_timestep_range": [0, 9]}
+    plain = {"sample_size": 8}
+    assert routing({}, plain, **source) == {"routing_timestep_range": (0, 999)}
+
+
+@pytest.mark.parametrize("whole", [[0, 999], None])
+def test_routing_over_all_of_a_schedule_follows_it_to_another_number_of_timesteps(tmp_path, whole):
+    source = {"pretrained_model_name_or_path": saved(tmp_path, DDIMScheduler())}
+    over_all = {"routing_timestep_range": whole}
+    assert routing({}, over_all, num_timesteps=500, **source) == {"routing_timestep_range": (0, 499)}
+    with pytest.raises(ValueError, match=r"`--routing_timestep_range` must be given: .* over \[200, 800\] of 1000"):
+        routing({}, ROUTED_OVER_A_PART, num_timesteps=500, **source)
