@@ -28,7 +28,7 @@ def parse(*flags: object) -> argparse.Namespace:
 
 def settings(*flags: object, routing: dict | None = None, schedule: dict | None = None, **others: object) -> dict:
     model, scheduler = routed_dit(**(routing or {})), DDPMScheduler(**(schedule or {}))
-    return run_settings(parse(*flags), model, scheduler, Accelerator(cpu=True), **others)
+    return run_settings(parse("--resolution", 32, *flags), model, scheduler, Accelerator(cpu=True), **others)
 
 
 def go_on(before: dict, after: dict, allow: bool = False) -> list[dict]:
