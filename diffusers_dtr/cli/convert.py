@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from diffusers import AutoencoderKL, DDPMScheduler
 
 from ..models.convert_original_dit import convert_original_dit, original_dit_state_dict
 from ..models.dit import DTRTransformer2DModel
-from ..models.original_checkpoint import CHECKPOINT_WEIGHTS, load_original_checkpoint
+from ..models.original_checkpoint import CHECKPOINT_WEIGHTS, OriginalCheckpoint, read_original_checkpoint
+from ..models.original_masks import MASK_BUFFER
+from ..models.original_run import OriginalRun, original_run
 from ..models.per_block_embedders import PER_BLOCK_CLASS_NAMES
 from ..pipelines.pipeline_dtr import DTRPipeline
 from ..ranges import COUNT, Range
@@ -24,6 +27,8 @@ from .sources import open_source
 
 
 _VAE = "stabilityai/sd-vae-ft-ema"
+# Of all autoencoders that the authors use.
+_VAE_FACTOR = 8
 _IMAGENET_PIPELINE = "facebook/DiT-XL-2-256"
 _IMAGENET_CLASSES = 1000
 
@@ -89,17 +94,19 @@ def add_parser(subparsers) -> None:
     group.add_argument(
         "--noise_schedule",
         choices=("linear", "squaredcos_cap_v2"),
-        help="Noise schedule that the model was trained on. Default: linear.",
+        help="Noise schedule that the model was trained on. Default: that which the file says or its code always has; "
+        "linear for a state dict alone, without masks, as DiT's are published. It must be given for other files.",
     )
     group.add_argument(
         "--num_train_timesteps",
         type=COUNT,
-        help="Timesteps that it was trained on. Default: as many as the masks have, or 1000.",
+        help="Timesteps that it was trained on. Default: as many as the masks have, or the file says, or 1000.",
     )
     vae = group.add_mutually_exclusive_group()
     vae.add_argument(
         "--vae_name_or_path",
-        help=f"Autoencoder in whose latent space the model works; it is copied into the pipeline. Default: {_VAE}.",
+        help=f"Autoencoder in whose latent space the model works; it is copied into the pipeline. Default: that which "
+        f"the file says, or {_VAE}.",
     )
     vae.add_argument("--no_vae", action="store_true", help="The model works on pixels.")
     labels = group.add_mutually_exclusive_group()
@@ -155,22 +162,46 @@ def _given(args: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _from_file(args: argparse.Namespace) -> DTRPipeline:
-    timesteps = args.num_train_timesteps
-    routing = _given(args, _ROUTING)
+    checkpoint = read_original_checkpoint(args.source, args.weights)
+    run = original_run(checkpoint.settings or {})
+    schedule = _noise_schedule(args, checkpoint, run)
+    is_masked, config = _is_masked(checkpoint), _given(args, _ROUTING)
+    timesteps = args.num_train_timesteps or (None if is_masked else run.num_train_timesteps)
     if timesteps is not None:
-        routing["routing_timestep_range"] = (0, timesteps - 1)
+        config["routing_timestep_range"] = (0, timesteps - 1)
+    if "pos_embed" not in checkpoint.state_dict and run.image_size is not None:
+        config["sample_size"] = run.image_size // (1 if args.no_vae else _VAE_FACTOR)
     transformer = convert_original_dit(
-        load_original_checkpoint(args.source, args.weights),
-        args.num_attention_heads,
-        class_dropout_prob=args.class_dropout_prob,
-        **routing,
+        checkpoint.state_dict, args.num_attention_heads, class_dropout_prob=args.class_dropout_prob, **config
     )
     return DTRPipeline(
-        scheduler=_scheduler(transformer, args.noise_schedule or "linear", latents=not args.no_vae),
+        scheduler=_scheduler(transformer, schedule, latents=not args.no_vae),
         transformer=transformer,
         id2label=_labels(args, transformer.config.num_embeds_ada_norm),
-        vae=_vae(args, transformer.config.in_channels),
+        vae=_vae(args, run.vae or _VAE, transformer.config.in_channels),
     )
+
+
+def _is_masked(checkpoint: OriginalCheckpoint) -> bool:
+    return any(name.endswith(f".{MASK_BUFFER}") for name in checkpoint.state_dict)
+
+
+def _noise_schedule(args: argparse.Namespace, checkpoint: OriginalCheckpoint, run: OriginalRun) -> str:
+    """The schedule that is given or known; where it is not given, it is said."""
+    schedule, reason = run.noise_schedule, run.reason
+    if schedule is None and checkpoint.settings is None and not _is_masked(checkpoint):
+        schedule, reason = "linear", "the default of DiT's code, whose published files are such state dicts"
+    if args.noise_schedule is not None:
+        if run.noise_schedule not in (None, args.noise_schedule):
+            print(f"Noise schedule: {args.noise_schedule}, but the file says {run.noise_schedule}.", file=sys.stderr)
+        return args.noise_schedule
+    if schedule is None:
+        raise ValueError(
+            "`--noise_schedule` must be given, because the file does not say with which it was trained: "
+            "squaredcos_cap_v2 for ANT's scripts and DTR's default, linear for DTR's example and for DiT."
+        )
+    print(f"Noise schedule: {schedule} ({reason}).", file=sys.stderr)
+    return schedule
 
 
 def _scheduler(transformer: DTRTransformer2DModel, beta_schedule: str, latents: bool) -> DDPMScheduler:
@@ -184,13 +215,15 @@ def _scheduler(transformer: DTRTransformer2DModel, beta_schedule: str, latents: 
         beta_schedule=beta_schedule,
         variance_type="learned_range" if learns_variance else "fixed_large",
         clip_sample=not latents,
+        # Their fewer steps are evenly spaced from the first timestep to the last.
+        timestep_spacing="linspace",
     )
 
 
-def _vae(args: argparse.Namespace, in_channels: int) -> AutoencoderKL | None:
+def _vae(args: argparse.Namespace, default: str, in_channels: int) -> AutoencoderKL | None:
     if args.no_vae:
         return None
-    name = args.vae_name_or_path or _VAE
+    name = args.vae_name_or_path or default
     try:
         channels = AutoencoderKL.load_config(name, token=args.token).get("latent_channels")
     except OSError as error:

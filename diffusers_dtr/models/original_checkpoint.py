@@ -2,7 +2,8 @@
 
 These files are pickles that hold, beside weights, the run's arguments: objects of argparse and OmegaConf. A pickle can
 name any function to call. torch's restricted unpickler calls none but those that make tensors; for the classes of the
-arguments it is handed stand-ins, so that none of them is built, and any other name is refused.
+arguments it is handed stand-ins, which keep their state as data, so that none of them is built, and any other name is
+refused.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file
 
 from .claimed_bytes import check_archive, check_claims
+from .original_run import Recorded, Setting, read_settings
 
 
 CHECKPOINT_WEIGHTS = ("ema", "model")
@@ -22,25 +25,12 @@ CHECKPOINT_WEIGHTS = ("ema", "model")
 _ZIP_MAGIC = b"PK\x03\x04"
 
 
-class _Skipped:
-    """Stands for an object that is no tensor: takes whatever it would be built with, and keeps none of it."""
-
-    def __new__(cls, *args):
-        return super().__new__(cls)
-
-    def __init__(self, *args):
-        pass
-
-    def __setstate__(self, state):
-        pass
-
-
 def _plain_dict(*args) -> dict:
     # The restricted unpickler puts items into real dictionaries only.
     return {}
 
 
-_SKIPPED = (
+_RECORDED = (
     "argparse.Namespace",
     "omegaconf.base.ContainerMetadata",
     "omegaconf.base.Metadata",
@@ -70,7 +60,7 @@ _SKIPPED = (
     "typing.Dict",
     "typing.List",
 )
-_STAND_INS = [*((_Skipped, name) for name in _SKIPPED), (_plain_dict, "collections.defaultdict")]
+_STAND_INS = [*((Recorded, name) for name in _RECORDED), (_plain_dict, "collections.defaultdict")]
 
 
 def load_original_checkpoint(path: str | Path, weights: str | None = None) -> dict[str, torch.Tensor]:
@@ -90,6 +80,23 @@ def load_original_checkpoint(path: str | Path, weights: str | None = None) -> di
         ValueError: If it names anything that is neither a tensor nor the arguments of a run (the error tells what), is
             damaged, or does not hold these weights.
     """
+    return read_original_checkpoint(path, weights).state_dict
+
+
+class OriginalCheckpoint(NamedTuple):
+    """What a file of the authors' code holds.
+
+    Attributes:
+        state_dict: The tensors by their names in the file, on the CPU.
+        settings: Of its run, by their paths; None for a file that is a state dict and nothing else.
+    """
+
+    state_dict: dict[str, torch.Tensor]
+    settings: dict[str, Setting] | None
+
+
+def read_original_checkpoint(path: str | Path, weights: str | None = None) -> OriginalCheckpoint:
+    """Read weights and settings of a file; see [`load_original_checkpoint`] for arguments and errors."""
     if weights is not None and weights not in CHECKPOINT_WEIGHTS:
         raise ValueError(f"`weights` must be one of {', '.join(CHECKPOINT_WEIGHTS)}, got {weights!r}.")
     path = Path(path)
@@ -97,7 +104,7 @@ def load_original_checkpoint(path: str | Path, weights: str | None = None) -> di
     if _is_state_dict(checkpoint):
         if weights is not None:
             raise ValueError(f"`weights` must be left out: {path.name} is a single state dict, got {weights!r}.")
-        return dict(checkpoint)
+        return OriginalCheckpoint(dict(checkpoint), None)
     weights = "ema" if weights is None else weights
     if not isinstance(checkpoint, Mapping) or not _is_state_dict(checkpoint.get(weights)):
         held = checkpoint if isinstance(checkpoint, Mapping) else {}
@@ -105,7 +112,7 @@ def load_original_checkpoint(path: str | Path, weights: str | None = None) -> di
         raise ValueError(
             f"`weights`={weights!r} must name a state dict in {path.name}, which has {', '.join(named) or 'none'}."
         )
-    return dict(checkpoint[weights])
+    return OriginalCheckpoint(dict(checkpoint[weights]), read_settings(checkpoint))
 
 
 def _is_state_dict(value) -> bool:

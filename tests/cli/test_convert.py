@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
+from hostile_pickles import fake_omegaconf, omegaconf_of
 from huggingface_hub import HfApi
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -68,8 +69,10 @@ def checkpoint(state_dict, tmp_path):
     """A file of the authors' training script."""
     fixed = [key for key in state_dict if "_unit_mapping" in key or key == "pos_embed"]
     trained = {key: value if key in fixed else value + 1 for key, value in state_dict.items()}
-    args = argparse.Namespace(data_path="/home/somebody/imagenet")
-    torch.save({"model": trained, "ema": state_dict, "opt": {}, "args": args}, tmp_path / "0400000.pt")
+    with fake_omegaconf() as modules:
+        general = {"schedule_name": "cosine", "image_size": 256, "data_path": "/home/somebody/imagenet"}
+        config = omegaconf_of(modules, {"general": general})
+        torch.save({"model": trained, "ema": state_dict, "opt": {}, "config": config}, tmp_path / "0400000.pt")
     return tmp_path / "0400000.pt"
 
 
@@ -97,7 +100,8 @@ def test_a_checkpoint_becomes_a_pipeline_with_the_authors_outputs(reference, che
     assert pipeline.config.id2label == NAMES
     config = pipeline.scheduler.config
     assert (config._class_name, config.num_train_timesteps) == ("DDPMScheduler", 1000)
-    assert (config.beta_schedule, config.beta_start, config.beta_end) == ("linear", 1e-4, 0.02)
+    assert (config.beta_schedule, config.timestep_spacing) == ("squaredcos_cap_v2", "linspace")
+    assert pipeline.scheduler.alphas_cumprod[500].item() == pytest.approx(0.492, abs=5e-4)
     assert (config.variance_type, config.clip_sample, config.prediction_type) == ("learned_range", False, "epsilon")
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline("name 3", guidance_scale=2.0, num_inference_steps=2).images[0].size == (8, 8)
@@ -130,6 +134,61 @@ def test_a_single_state_dict_of_the_unrouted_code_is_converted(reference, state_
     assert DTRPipeline.from_pretrained(tmp_path / "routed").transformer.config.routing_beta == 0.6
 
 
+def schedule_of(pipeline):
+    return json.loads((pipeline / "scheduler" / "scheduler_config.json").read_text())["beta_schedule"]
+
+
+def test_the_noise_schedule_is_said_unless_it_is_given(state_dict, checkpoint, heads, tmp_path, capsys):
+    plain = {key: value for key, value in state_dict.items() if "_unit_mapping" not in key}
+    torch.save(plain, tmp_path / "dit.pt")
+    args = argparse.Namespace(total_clusters=5, image_size=256)
+    torch.save({"ema": plain, "args": args}, tmp_path / "ant.pt")
+    linear = ("--noise_schedule", "linear")
+    ant, dit, cosine = tmp_path / "ant.pt", tmp_path / "dit.pt", "squaredcos_cap_v2"
+    for file, flags, schedule, said in (
+        (checkpoint, (), cosine, f"{cosine} (as the file says)."),
+        (checkpoint, linear, "linear", f"linear, but the file says {cosine}."),
+        (ant, (), cosine, f"{cosine} (the file is of ANT's code, whose runs have it)."),
+        (dit, (), "linear", "linear (the default of DiT's code, whose published files are such state dicts)."),
+    ):
+        output = tmp_path / f"{file.stem}{len(flags)}"
+        assert convert(file, output, *heads, "--no_vae", *flags) == 0
+        assert schedule_of(output) == schedule
+        assert f"Noise schedule: {said}" in capsys.readouterr().err
+    assert convert(dit, tmp_path / "given", *heads, "--no_vae", *linear) == 0
+    assert "Noise schedule" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["averaged weights of an unknown run", "masks alone"])
+def test_a_file_that_does_not_say_its_noise_schedule_needs_the_flag(state_dict, heads, tmp_path, capsys, kind):
+    torch.save(state_dict if kind == "masks alone" else {"ema": state_dict, "model": state_dict}, tmp_path / "dit.pt")
+    line = refused(capsys, tmp_path / "dit.pt", tmp_path / "dit", *heads, "--no_vae")
+    assert "`--noise_schedule` must be given" in line
+    assert not (tmp_path / "dit").exists()
+    assert convert(tmp_path / "dit.pt", tmp_path / "dit", *heads, "--no_vae", "--noise_schedule", "linear") == 0
+
+
+def test_steps_and_image_size_that_nothing_else_tells_are_the_files(state_dict, heads, tmp_path):
+    plain = {key: value for key, value in state_dict.items() if "_unit" not in key and key != "pos_embed"}
+    args = argparse.Namespace(noise_schedule="linear", diffusion_steps=500, image_size=16)
+    torch.save({"ema": plain, "args": args}, tmp_path / "dit.pt")
+    assert convert(tmp_path / "dit.pt", tmp_path / "dit", *heads, "--no_vae") == 0
+    pipeline = DTRPipeline.from_pretrained(tmp_path / "dit")
+    assert pipeline.transformer.config.sample_size == 16
+    config = pipeline.scheduler.config
+    assert (config.num_train_timesteps, config.beta_start, config.beta_end) == (500, 2e-4, 0.04)
+
+
+def test_fewer_steps_are_spaced_as_the_authors_space_them(checkpoint, heads, tmp_path):
+    convert(checkpoint, tmp_path / "dit", *heads, "--no_vae")
+    scheduler = DTRPipeline.from_pretrained(tmp_path / "dit").scheduler
+    for steps in (7, 50, 250):
+        # space_timesteps of their code: strides of a real length from the first timestep to the last
+        expected = [round(step * 999 / (steps - 1)) for step in range(steps)]
+        scheduler.set_timesteps(steps)
+        assert scheduler.timesteps.tolist() == expected[::-1]
+
+
 def test_what_a_file_does_not_tell_is_taken_from_flags(tmp_path):
     model = routed_dit(norm_eps=1e-6, freq_shift=0, out_channels=4, routing_beta=1.0, num_embeds_ada_norm=6)
     torch.save(original_dit_state_dict(model), tmp_path / "dit.pt")
@@ -156,7 +215,7 @@ def test_what_a_file_does_not_tell_is_taken_from_flags(tmp_path):
 def test_half_precision_stays_so(state_dict, heads, tmp_path):
     halved = {key: value if "_unit" in key else value.half() for key, value in state_dict.items()}
     torch.save(halved, tmp_path / "dit.pt")
-    convert(tmp_path / "dit.pt", tmp_path / "dit", *heads, "--no_vae")
+    convert(tmp_path / "dit.pt", tmp_path / "dit", *heads, "--no_vae", "--noise_schedule", "linear")
     convert(tmp_path / "dit", tmp_path / "back.pt", "--to_original")
     assert same(torch.load(tmp_path / "back.pt", weights_only=True), halved)
 
@@ -181,7 +240,8 @@ def imagenet(tmp_path):
     """A checkpoint with ImageNet's number of classes."""
     model = routed_dit(norm_eps=1e-6, freq_shift=0, num_embeds_ada_norm=1000)
     torch.save(original_dit_state_dict(model), tmp_path / "imagenet.pt")
-    return [tmp_path / "imagenet.pt", tmp_path / "imagenet", "--num_attention_heads", 2]
+    told = ["--num_attention_heads", 2, "--noise_schedule", "linear"]
+    return [tmp_path / "imagenet.pt", tmp_path / "imagenet", *told]
 
 
 def publish(hub, repo_id, file, content):
@@ -258,7 +318,8 @@ def test_a_pipeline_comes_back_to_the_bit(tmp_path):
     model = routed_dit(norm_eps=1e-6, freq_shift=0, routing_beta=0.6, routing_alpha=3.0)
     DTRPipeline(DDIMScheduler(), transformer=model).save_pretrained(tmp_path / "dit")
     convert(tmp_path / "dit", tmp_path / "original.pt", "--to_original")
-    convert(tmp_path / "original.pt", tmp_path / "back", "--num_attention_heads", 2, "--no_vae")
+    told = ["--num_attention_heads", 2, "--no_vae", "--noise_schedule", "linear"]
+    convert(tmp_path / "original.pt", tmp_path / "back", *told)
     back, saved = (DTRPipeline.from_pretrained(tmp_path / name).transformer for name in ("back", "dit"))
     assert same(back.state_dict(), saved.state_dict())
     assert torch.equal(output(back), output(saved))

@@ -1,6 +1,7 @@
 import logging
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -205,7 +206,8 @@ def test_preset_trains_on_colour_pixels_without_an_autoencoder(images, tmp_path,
     script = load_script(SCRIPT)
     monkeypatch.setattr(script, "DIT_PRESETS", {"DiT-S/2": {**script.DIT_PRESETS["DiT-S/2"], **small_model()}})
     args = script.parse_args(arguments(images, tmp_path / "run", source=("--model_preset", "DiT-S/2")))
-    transformer = script.load_transformer(args, training.load_noise_scheduler(args), None, 3)
+    classes = SimpleNamespace(num_classes=3)
+    transformer, _ = script.load_transformer(args, training.load_noise_scheduler(args), None, classes)
     assert (transformer.config.in_channels, transformer.config.out_channels) == (3, 3)
     assert transformer.config.freq_shift == 0
 

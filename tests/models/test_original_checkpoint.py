@@ -87,13 +87,28 @@ def test_a_single_state_dict_is_read_from_either_format(save, tmp_path):
     assert equal(load_original_checkpoint(tmp_path / "dit.safetensors"), weights())
 
 
-def test_arguments_are_not_built_and_nothing_of_them_is_kept(save):
+def test_arguments_are_not_built_and_of_them_numbers_and_strings_alone_are_kept(save):
     with fake_omegaconf() as modules:
         path = save(authors_checkpoint(config=omegaconf_of(modules, SETTINGS)))
     read = original_checkpoint._load_restricted(path)
-    for name in ("args", "config"):
-        assert not isinstance(read[name], argparse.Namespace)
-        assert vars(read[name]) == {}
+    assert not isinstance(read["args"], argparse.Namespace)
+    assert type(read["args"]) is type(read["config"]) is original_checkpoint.Recorded
+    settings = original_checkpoint.read_original_checkpoint(path).settings
+    assert {name: value for name, value in settings.items() if name.startswith("args")} == {
+        "args.data_path": "/home/somebody/imagenet",
+        "args.iterations": 400_000,
+        "args.lr": 1e-4,
+        "args.resume": None,
+    }
+    general = {"image_size": 256, "lr": 1e-4, "mixed_precision": True, "vae": "ema"}
+    expected = {f"config.general.{name}": value for name, value in general.items()}
+    expected |= {"config.betas.0": 0.9, "config.betas.1": 0.999}
+    assert {name: value for name, value in settings.items() if name.startswith("config")} == expected
+
+
+def test_a_single_state_dict_has_no_settings(save):
+    assert original_checkpoint.read_original_checkpoint(save(weights())).settings is None
+    assert original_checkpoint.read_original_checkpoint(save({"ema": weights()})).settings == {}
 
 
 def test_reading_leaves_torchs_list_of_safe_names_as_it_was(save):
