@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from .claimed_bytes import check_archive, check_claims
+from .original_masks import MASK_BUFFER
 from .original_run import Recorded, Setting, read_settings
 
 
@@ -142,8 +143,15 @@ def _load(path: Path):
         ) from None
     for held in (checkpoint, *(checkpoint.values() if isinstance(checkpoint, Mapping) else ())):
         if _is_state_dict(held):
-            check_claims(held, path)
+            check_claims(_copied(held), path)
     return checkpoint
+
+
+def _copied(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without repeated masks: all blocks may have the same table, which is read once and never copied."""
+    masks = {name: value for name, value in state_dict.items() if name.endswith(f".{MASK_BUFFER}")}
+    distinct = {id(value): name for name, value in masks.items()}
+    return {name: value for name, value in state_dict.items() if name not in masks or distinct[id(value)] == name}
 
 
 def _load_restricted(path: Path):

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from diffusers_dtr import load_original_checkpoint
 from diffusers_dtr.models import original_checkpoint
+from diffusers_dtr.models.original_masks import MASK_BUFFER
 
 
 SETTINGS = {
@@ -253,6 +254,8 @@ CLAIMS = {
     "one number repeated": {"a": numbers(10**6, 1000)},
     "many views of one storage": {f"{index}": SHARED for index in range(1000)},
     "overlapping windows": {"a": torch.ones(2000).as_strided((1000, 1000), (1, 1))},
+    "under the name of a mask too": dict.fromkeys([*"abcdefgh", f"a.{MASK_BUFFER}"], torch.ones(10_000)),
+    "in a mask": {f"a.{MASK_BUFFER}": numbers(10**6, 1000)},
     "in averaged weights": {"ema": {"a": numbers(10**6, 1000)}, "model": {"a": torch.ones(2)}},
     "in weights that are not asked for": {"ema": {"a": torch.ones(2)}, "model": {"a": numbers(10**6, 1000)}},
 }
@@ -272,6 +275,11 @@ def test_tensors_that_claim_more_than_the_file_has_are_refused(save, claim):
 def test_tensors_without_their_data_are_refused(save, tensor):
     with pytest.raises(ValueError, match=r"`a` in 0400000\.pt must be a dense tensor with its data"):
         load_original_checkpoint(save({"a": tensor}))
+
+
+def test_masks_of_all_blocks_may_be_one_table(save):
+    masks = dict.fromkeys((f"blocks.{block}.{MASK_BUFFER}" for block in range(9)), torch.ones(10_000))
+    assert equal(load_original_checkpoint(save(masks)), masks)
 
 
 def test_a_compressed_file_is_refused(tmp_path):
