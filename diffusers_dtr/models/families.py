@@ -55,8 +55,12 @@ TRANSFORMERS = {
     "CogView3PlusTransformer2DModel": Family(**_BLOCKS, streams={"CogView3PlusTransformerBlock": 0}),
     "CogView4Transformer2DModel": Family(**_SIGMA_1000, **_BLOCKS),
     "ConsisIDTransformer3DModel": Family(**_BLOCKS, streams={"ConsisIDBlock": 0}),
-    # σ / (1 + σ) of Cosmos 2, and σ of 2.5; Cosmos 1 is told ln(σ) / 4, so that its range has to be given.
-    "CosmosTransformer3DModel": Family(**_SIGMA, **_BLOCKS, streams={"CosmosTransformerBlock": 0}),
+    # ln(σ) / 4 of Cosmos 1, for σ from 0.002 to 80; σ / (1 + σ) of Cosmos 2, and σ of 2.5, which learn no positions.
+    "CosmosTransformer3DModel": Family(
+        timestep_range=lambda config: (-1.5537, 1.0955) if config["extra_pos_embed_type"] else (0.0, 1.0),
+        **_BLOCKS,
+        streams={"CosmosTransformerBlock": 0},
+    ),
     # Its own embedders in every block, as diffusers has it. DTRTransformer2DModel embeds once.
     "DiTTransformer2DModel": Family(**_BLOCKS),
     "EasyAnimateTransformer3DModel": Family(**_SIGMA_1000, **_BLOCKS, streams={"EasyAnimateTransformerBlock": 0}),
@@ -124,7 +128,10 @@ TRANSFORMERS = {
     "QwenImage21Transformer2DModel": Family(**_SIGMA),
     "QwenImageTransformer2DModel": Family(**_SIGMA),
     "SD3Transformer2DModel": Family(**_SIGMA_1000, **_BLOCKS),
-    "SanaTransformer2DModel": Family(**_SIGMA_1000, **_BLOCKS),
+    # σ of Sana Sprint, whose scale is 0.001.
+    "SanaTransformer2DModel": Family(
+        timestep_range=lambda config: (0.0, 1000.0 * config["timestep_scale"]), **_BLOCKS
+    ),
     "SanaVideoTransformer3DModel": Family(**_SIGMA_1000, **_BLOCKS),
     "SanaWMLTX2RefinerTransformer3DModel": Family(**_SIGMA_1000),
     "SanaWMTransformer3DModel": Family(**_SIGMA_1000, width="hidden_size"),

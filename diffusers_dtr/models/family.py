@@ -38,7 +38,8 @@ class Family:
     Attributes:
         timestep: Name of the argument of the model's forward method.
         timestep_range: Its values at the cleanest and at the noisiest step, as the model's pipelines pass them. It
-            may run downwards: (1.0, 0.0) where 1 means clean.
+            may run downwards: (1.0, 0.0) where 1 means clean. A function of the config where checkpoints of one class
+            differ.
         blocks: Attributes of the model that are lists of routed blocks. None for every list of blocks whose class is
             one of the model's `_repeated_blocks`.
         streams: By class name of a block, for those of which diffusers' `TransformerBlockRegistry` does not tell it:
@@ -47,10 +48,15 @@ class Family:
     """
 
     timestep: str = "timestep"
-    timestep_range: tuple[float, float] = DEFAULT_TIMESTEP_RANGE
+    timestep_range: tuple[float, float] | Callable[[Mapping[str, Any]], tuple[float, float]] = DEFAULT_TIMESTEP_RANGE
     blocks: Sequence[str] | None = None
     streams: Mapping[str, int | Stream] = field(default_factory=dict)
     width: str = "num_attention_heads * attention_head_dim"
+
+    def range_of(self, config: Mapping[str, Any]) -> Sequence[float] | None:
+        """The range that a model's config has or, where it has none, that follows from it."""
+        given = config["routing_timestep_range"]
+        return self.timestep_range(config) if given is None and callable(self.timestep_range) else given
 
 
 def _routing_config(
@@ -218,6 +224,7 @@ class ScopedRoutingMixin(ScopedCheckpointingMixin, RoutedModelMixin):
             )
         defaults = {name: parameter.default for name, parameter in _routing_parameters(cls.family).items()}
         config = {name: model.config.get(name, default) for name, default in defaults.items()} | dict(routing)
+        config["routing_timestep_range"] = cls.family.range_of({**model.config, **config})
         widths = cls._routed_widths_of(model)
         check = ChannelRouting(*(config[name] for name in _ROUTING_PARAMETERS), widths=widths)
         check_class_can_change(model)
@@ -351,7 +358,8 @@ def _device(sample: torch.Tensor | Sequence) -> torch.device:
 
 
 def _routing_parameters(family: Family) -> dict[str, Parameter]:
-    default = None if family.timestep_range == DEFAULT_TIMESTEP_RANGE else family.timestep_range
+    known = family.timestep_range != DEFAULT_TIMESTEP_RANGE and not callable(family.timestep_range)
+    default = family.timestep_range if known else None
     window = _ROUTING_PARAMETERS["routing_timestep_range"].replace(default=default)
     return {**_ROUTING_PARAMETERS, "routing_timestep_range": window}
 
@@ -413,6 +421,7 @@ def _derived_constructor(plain_class: type[ModelMixin], family: Family) -> Calla
     plain = signature(plain_class.__init__).parameters
 
     def __init__(self, *args: Any, **kwargs: Any):
+        self.register_to_config(routing_timestep_range=family.range_of(self.config))
         self._init_routing(self._widths(self.config))
         # Through the config, which has all values by name; the plain constructor registers them again.
         plain_class.__init__(self, **{name: self.config[name] for name in plain if name in self.config})

@@ -44,14 +44,15 @@ def saved_routing(config: Mapping[str, Any]) -> tuple[ChannelRouting, tuple[int,
     parameters = signature(model_class.__init__).parameters
     defaults = {name: value.default for name, value in parameters.items() if value.default is not Parameter.empty}
     config = {**defaults, **config}
+    family = getattr(model_class, "family", Family())
     with built_from_file(f"A {model_class.__name__}"):
-        widths = _unet_widths(config) if "block_out_channels" in config else _transformer_widths(model_class, config)
+        config["routing_timestep_range"] = family.range_of(config)
+        widths = _unet_widths(config) if "block_out_channels" in config else _transformer_widths(family, config)
         names = ("routing_alpha", "routing_beta", "routing_type", "routing_seed", "routing_timestep_range")
         return ChannelRouting(*(config[name] for name in names), widths=widths), tuple(sorted(widths))
 
 
-def _transformer_widths(model_class: type[RoutedModelMixin], config: Mapping[str, Any]) -> set[int]:
-    family = getattr(model_class, "family", Family())
+def _transformer_widths(family: Family, config: Mapping[str, Any]) -> set[int]:
     return {math.prod(config[name.strip()] for name in family.width.split("*"))}
 
 

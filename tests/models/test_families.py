@@ -13,6 +13,7 @@ from torch import nn
 import diffusers_dtr
 from diffusers_dtr import Family, route, unroute
 from diffusers_dtr.models.families import TRANSFORMERS, UNETS
+from diffusers_dtr.models.without_weights import saved_routing
 from diffusers_dtr.routing import routing_mask
 
 
@@ -65,14 +66,35 @@ def test_a_share_of_one_is_the_plain_model_to_the_bit_and_a_half_is_not(name):
     assert torch.equal(output(unroute(model), name), expected)
 
 
-def masked_by_hand(model: nn.Module, family: Family, timestep: torch.Tensor) -> None:
+@pytest.mark.parametrize(
+    ("name", "config", "timestep_range"),
+    [
+        ("SanaTransformer2DModel", {"timestep_scale": 1.0}, (0.0, 1000.0)),
+        ("SanaTransformer2DModel", {"timestep_scale": 0.001}, (0.0, 1.0)),
+        ("CosmosTransformer3DModel", {"extra_pos_embed_type": "learnable"}, (-1.5537, 1.0955)),
+        ("CosmosTransformer3DModel", {"extra_pos_embed_type": None}, (0.0, 1.0)),
+    ],
+)
+def test_the_range_follows_the_config_where_checkpoints_of_one_class_differ(name, config, timestep_range):
+    routed = getattr(diffusers_dtr, f"DTR{name}")(**{**DENOISERS[name].config, **config})
+    assert (routed.routing.timestep_range, routed.config.routing_timestep_range) == (timestep_range, timestep_range)
+    routed = route(build(name, **config))
+    assert (routed.routing.timestep_range, routed.config.routing_timestep_range) == (timestep_range, timestep_range)
+    assert (
+        saved_routing({**build(name, **config).config, "_class_name": f"DTR{name}"})[0].timestep_range
+        == timestep_range
+    )
+    assert route(routed, routing_timestep_range=(1, 2)).routing.timestep_range == (1, 2)
+
+
+def masked_by_hand(model: nn.Module, family: Family, timestep: torch.Tensor, timestep_range: tuple) -> None:
     """Route a plain model with hooks alone. The image stream is told from others by its number of tokens."""
 
     def window(hidden_states):
         width, axis = hidden_states.shape[-1], (family.streams.get("ErnieImageSharedAdaLNBlock") and 1) or 0
         per_sample = timestep.reshape(timestep.shape[0], -1)
         mask = torch.stack(
-            [routing_mask(t, width, alpha=1.0, beta=0.5, timestep_range=family.timestep_range) for t in per_sample]
+            [routing_mask(t, width, alpha=1.0, beta=0.5, timestep_range=timestep_range) for t in per_sample]
         ).to(hidden_states.dtype)
         if mask.shape[1] == 1:
             rows = hidden_states.shape[axis] // len(mask)
@@ -114,7 +136,7 @@ def test_blocks_see_the_window_and_the_other_channels_go_past_them(name):
     model = build(name)
     found = output(route(model, routing_beta=0.5, routing_alpha=1.0), name)
     plain, family = build(name), TRANSFORMERS[name]
-    masked_by_hand(plain, family, arguments[family.timestep])
+    masked_by_hand(plain, family, arguments[family.timestep], model.routing.timestep_range)
     torch.testing.assert_close(found, output(plain, name), rtol=1e-4, atol=1e-4)
 
 

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import wraps
 from inspect import signature
+from types import MethodType
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin, SCMScheduler
 
 
 @dataclass(frozen=True)
@@ -62,16 +63,20 @@ class TimedPipeline:
 
 def ends_only(scheduler: SchedulerMixin) -> SchedulerMixin:
     """Of the steps that a scheduler is set to, only the first and the last are taken."""
-    plain = scheduler.set_timesteps
+    plain = type(scheduler)
 
-    @wraps(plain)
-    def set_timesteps(*args, **kwargs):
-        plain(*args, **kwargs)
-        scheduler.timesteps = scheduler.timesteps[[0, -1]]
-        if getattr(scheduler, "sigmas", None) is not None:
-            scheduler.sigmas = scheduler.sigmas[[0, -2, -1]]
+    @wraps(plain.set_timesteps)
+    def set_timesteps(self, *args, **kwargs):
+        plain.set_timesteps(self, *args, **kwargs)
+        for name in ("timesteps", "sigmas"):
+            values = getattr(self, name, None)
+            if values is not None:
+                # Where there is one more than there are steps, it is the end of the last step.
+                ends_clean = name == "sigmas" or plain is SCMScheduler
+                setattr(self, name, values[[0, -2, -1] if ends_clean else [0, -1]])
 
-    scheduler.set_timesteps = set_timesteps
+    # A bound method is copied with the scheduler, which some pipelines do.
+    scheduler.set_timesteps = MethodType(set_timesteps, scheduler)
     return scheduler
 
 
