@@ -45,6 +45,7 @@ class ForwardProcess(ABC):
     """A forward process: its training grid, and α and σ at any timestep."""
 
     scales_input: ClassVar[bool] = False
+    shift: float = 1.0
     # The scheduler's `config.prediction_type` -> our name, for the types that are defined in this process.
     prediction_types: ClassVar[Mapping[str, str]] = {name: name for name in ("epsilon", "sample", "v_prediction")}
 
@@ -138,6 +139,7 @@ class Flow(ForwardProcess):
     }
 
     def __init__(self, num_train_timesteps: int, shift: float):
+        self.shift = shift
         sigmas = torch.arange(1, num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
         super().__init__(shift * sigmas / (1 + (shift - 1) * sigmas) * num_train_timesteps)
 

@@ -45,6 +45,7 @@ class NoiseLevels:
         prediction_type: What the denoiser predicts: "epsilon", "sample", "v_prediction" (Salimans and Ho, arXiv
             2202.00512), "flow" (noise − clean), or "edm" (the network F of Karras et al., arXiv 2206.00364, Eq. 7).
         sigma_data: Standard deviation of the clean data that the parametrisation assumes; 1 but for EDM.
+        shift: Shift of the training grid of flow matching (SD3, arXiv 2403.03206, Eq. 23); 1 where there is none.
 
     Raises:
         TypeError: If the scheduler cannot be served; the message names its class and what is missing.
@@ -67,6 +68,7 @@ class NoiseLevels:
         self.num_train_timesteps = len(self.timesteps)
         self.timestep_range = (self.timesteps[0].item(), self.timesteps[-1].item())
         self.sigma_data = self._process.sigma_data
+        self.shift = self._process.shift
         self._scheduler_name = type(scheduler).__name__
         self._variance_type = scheduler.config.get("variance_type")
         alphas_cumprod = self._process.alphas_cumprod

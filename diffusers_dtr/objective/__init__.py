@@ -1,1 +1,36 @@
-"""Training objectives over noise levels: weighting, clusters of timesteps, balancing."""
+"""Training objectives over noise levels: weighting, clusters of timesteps, balancing.
+
+To extend them, write a function of `(levels, timesteps)` for `weighting`, of two timesteps for the `cost` of
+clusters, or a subclass of [`Balancing`].
+"""
+
+from .adaptive_sampling import AdaptiveTimestepSampler
+from .balancing import Balancing, ClusterLosses, ContinuousUncertainty, UncertaintyWeighting, UniformBalancing
+from .clustered_loss import ClusteredLoss
+from .clustering import cluster_timesteps
+from .clusters import TimestepClusters
+from .denoising_loss import DenoisingLoss
+from .gradient_balancing import GradientBalancer
+from .weighting import EDM, P2, Constant, Debiased, LogitNormal, MinSNR, SoftMinSNR
+
+
+__all__ = [
+    "EDM",
+    "P2",
+    "AdaptiveTimestepSampler",
+    "Balancing",
+    "ClusterLosses",
+    "ClusteredLoss",
+    "Constant",
+    "ContinuousUncertainty",
+    "Debiased",
+    "DenoisingLoss",
+    "GradientBalancer",
+    "LogitNormal",
+    "MinSNR",
+    "SoftMinSNR",
+    "TimestepClusters",
+    "UncertaintyWeighting",
+    "UniformBalancing",
+    "cluster_timesteps",
+]

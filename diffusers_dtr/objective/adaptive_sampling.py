@@ -49,8 +49,7 @@ class AdaptiveTimestepSampler:
 
     Example:
         >>> import torch
-        >>> from diffusers_dtr.objective.adaptive_sampling import AdaptiveTimestepSampler
-        >>> from diffusers_dtr.objective.clusters import TimestepClusters
+        >>> from diffusers_dtr.objective import AdaptiveTimestepSampler, TimestepClusters
         >>> clusters = TimestepClusters([0, 500, 1000])
         >>> sampler = AdaptiveTimestepSampler(clusters, statistic="mean", floor=0.2, interval=1)
         >>> sampler.update(torch.tensor([100, 900]), torch.tensor([1.0, 3.0]))

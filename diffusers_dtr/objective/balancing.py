@@ -69,6 +69,11 @@ class ClusterLosses:
 class Balancing(nn.Module, ABC):
     """Base of all balancings: a module from the losses of a batch to the scalar to minimise.
 
+    A subclass defines `forward`, and `cluster_weights` if it has any to show. It may have parameters, which
+    [`ClusteredLoss.parameter_groups`] gives to the optimizer: with several processes [`ClusteredLoss`] averages their
+    gradients over them in the backward pass, so that they stay the same everywhere without `DistributedDataParallel`;
+    inside it they are averaged twice, to the same result.
+
     Attributes:
         num_clusters: The number of clusters it is made for; None if any.
     """
@@ -114,9 +119,6 @@ class UncertaintyWeighting(Balancing):
     code of ANT (arXiv 2306.00354). For unequal ones $s_i$ settles at $\log E[c_i]$, and every cluster's samples
     together count as much as any other's.
 
-    With several processes the gradient of the log variances is averaged over them in the backward pass, so that they
-    stay the same everywhere without `DistributedDataParallel`; inside it they are averaged twice, to the same result.
-
     Args:
         num_clusters: k.
 
@@ -131,8 +133,7 @@ class UncertaintyWeighting(Balancing):
 
     def forward(self, losses: ClusterLosses) -> Tensor:
         """The weighted losses and their regulariser; see [`Balancing`]."""
-        log_variance = _with_averaged_gradient(self.log_variance)
-        return 0.5 * ((-log_variance).exp() * losses.contributions + log_variance).sum()
+        return 0.5 * ((-self.log_variance).exp() * losses.contributions + self.log_variance).sum()
 
     def cluster_weights(self, log_snr: Tensor) -> Tensor:
         """Half the inverse variances; see [`Balancing`]."""
@@ -149,7 +150,7 @@ class ContinuousUncertainty(Balancing):
     plain mean, and is the mean over the features instead of their sum over the root of their number: an Adam step of
     some learning rate then moves u about as far as it moves a cluster's log variance.
 
-    Log SNRs are clamped to [−20, 20]. Gradients are averaged over processes as in [`UncertaintyWeighting`].
+    Log SNRs are clamped to [−20, 20].
 
     Args:
         num_features: Number of Fourier features, >= 1.
@@ -175,7 +176,7 @@ class ContinuousUncertainty(Balancing):
 
     def forward(self, losses: ClusterLosses) -> Tensor:
         """The weighted losses and their regulariser; see [`Balancing`]."""
-        u = self._uncertainty(losses.log_snr, _with_averaged_gradient(self.weight))
+        u = self.log_uncertainty(losses.log_snr)
         return (losses.per_sample * (-u).exp() + u).mean()
 
     def cluster_weights(self, log_snr: Tensor) -> Tensor:
@@ -191,12 +192,9 @@ class ContinuousUncertainty(Balancing):
         Returns:
             Tensor of the same shape.
         """
-        return self._uncertainty(log_snr, self.weight)
-
-    def _uncertainty(self, log_snr: Tensor, weight: Tensor) -> Tensor:
-        noise_level = -log_snr.clamp(-_MAX_LOG_SNR, _MAX_LOG_SNR).to(weight.dtype) / 8
+        noise_level = -log_snr.clamp(-_MAX_LOG_SNR, _MAX_LOG_SNR).to(self.weight.dtype) / 8
         angles = 2 * math.pi * (noise_level[..., None] * self.frequencies + self.phases)
-        return (math.sqrt(2) * angles.cos() * weight).mean(-1)
+        return (math.sqrt(2) * angles.cos() * self.weight).mean(-1)
 
 
 def make_balancing(name: str, num_clusters: int) -> Balancing:
@@ -228,9 +226,20 @@ def num_processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _with_averaged_gradient(parameter: Tensor) -> Tensor:
-    """The parameter itself, whose gradient will be the mean over processes of what they computed."""
-    return _AverageGradient.apply(parameter) if num_processes() > 1 else parameter
+def balance(balancing: Balancing, losses: ClusterLosses) -> Tensor:
+    """The scalar to minimise, with the gradients of the balancing's parameters averaged over processes.
+
+    Args:
+        balancing: The balancing.
+        losses: The losses of this process's batch.
+
+    Returns:
+        Scalar tensor.
+    """
+    if num_processes() == 1:
+        return balancing(losses)
+    averaged = {name: _AverageGradient.apply(parameter) for name, parameter in balancing.named_parameters()}
+    return torch.func.functional_call(balancing, averaged, (losses,))
 
 
 class _AverageGradient(torch.autograd.Function):

@@ -11,7 +11,7 @@ from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
 from ..noise_levels import NoiseLevels
-from .balancing import Balancing, ClusterLosses, make_balancing
+from .balancing import Balancing, ClusterLosses, balance, make_balancing
 from .clusters import TimestepClusters
 from .denoising_loss import DenoisingLoss
 
@@ -59,7 +59,6 @@ class ClusteredLoss(nn.Module):
         weighting: How squared errors are weighted by noise level, see [`DenoisingLoss`].
         balancing: "uniform" (the plain mean), "uncertainty" ([`UncertaintyWeighting`]), "continuous_uncertainty"
             ([`ContinuousUncertainty`]), or a [`Balancing`], such as a [`GradientBalancer`] of the denoiser.
-        **weighting_settings: `snr_gamma` and other numbers of the weighting, as [`DenoisingLoss`] has them.
 
     Attributes:
         levels: The [`NoiseLevels`] of the scheduler, for noisy samples and model inputs.
@@ -74,8 +73,7 @@ class ClusteredLoss(nn.Module):
     Example:
         >>> import torch
         >>> from diffusers import DDPMScheduler
-        >>> from diffusers_dtr.objective.clustered_loss import ClusteredLoss
-        >>> from diffusers_dtr.objective.clustering import cluster_timesteps
+        >>> from diffusers_dtr.objective import ClusteredLoss, cluster_timesteps
         >>> scheduler = DDPMScheduler()
         >>> clusters = cluster_timesteps(scheduler, num_clusters=2)
         >>> loss_fn = ClusteredLoss(scheduler, clusters, weighting="min_snr", balancing="uncertainty")
@@ -96,10 +94,9 @@ class ClusteredLoss(nn.Module):
         clusters: TimestepClusters,
         weighting: str | Callable[[NoiseLevels, Tensor], Tensor] = "constant",
         balancing: str | Balancing = "uniform",
-        **weighting_settings: float,
     ):
         super().__init__()
-        self._denoising_loss = DenoisingLoss(noise_scheduler, weighting, **weighting_settings)
+        self._denoising_loss = DenoisingLoss(noise_scheduler, weighting)
         self.levels = self._denoising_loss.levels
         self.clusters = clusters
         self._check_clusters()
@@ -160,7 +157,7 @@ class ClusteredLoss(nn.Module):
             )
         balanced = losses.per_sample if sample_weights is None else losses.per_sample * sample_weights
         return ClusteredLossOutput(
-            loss=self.balancing(ClusterLosses(balanced, *assignment)),
+            loss=balance(self.balancing, ClusterLosses(balanced, *assignment)),
             per_sample=losses.per_sample,
             per_cluster=observed.means,
             counts=observed.counts,

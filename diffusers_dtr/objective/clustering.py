@@ -5,7 +5,7 @@ This is Section 4.2 of ANT (Addressing Negative Transfer in Diffusion Models, ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,12 @@ COSTS = ("uniform", "timestep", "snr")
 
 
 def cluster_timesteps(
-    noise_scheduler: Any, num_clusters: int = 8, cost: str | torch.Tensor | Sequence[Sequence[float]] = "snr"
+    noise_scheduler: Any,
+    num_clusters: int = 8,
+    cost: str
+    | Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    | torch.Tensor
+    | Sequence[Sequence[float]] = "snr",
 ) -> TimestepClusters:
     r"""Cut the timesteps into contiguous clusters of the smallest total cost (ANT, arXiv 2306.00354, Section 4.2).
 
@@ -27,6 +32,7 @@ def cluster_timesteps(
 
     * `"timestep"`: $\sum_t (t - c)^2$
     * `"snr"`: $\sum_t |\log \mathrm{SNR}(t) - \log \mathrm{SNR}(c)|$
+    * a function d of two timesteps: $\sum_t d(c, t)$
     * a task affinity matrix A: $-\sum_t A_{c,t}$
     * `"uniform"`: nothing; the clusters are as equal in width as can be, with edges $\lfloor iT/k \rfloor$.
 
@@ -46,22 +52,25 @@ def cluster_timesteps(
         noise_scheduler: diffusers scheduler whose training timesteps are clustered, or their number T >= 1 where the
             cost needs no more.
         num_clusters: k, in [1, T].
-        cost: One of the names above, or a finite `(T, T)` matrix.
+        cost: One of the names above; a function, called with the float64 timesteps `(n,)` of n pairs, that returns
+            their n finite costs; or a finite `(T, T)` matrix of affinities, which are maximised.
 
     Returns:
         The clusters.
 
     Raises:
         ValueError: For `num_clusters` outside [1, T], T < 1, an unknown cost, `"snr"` without a scheduler, or a matrix
-            that is not finite or not T × T.
+            or a function's result that is not finite or of another shape.
         TypeError: For a scheduler whose noise levels are unknown.
 
     Example:
         >>> from diffusers import DDPMScheduler
-        >>> from diffusers_dtr.objective.clustering import cluster_timesteps
+        >>> from diffusers_dtr.objective import cluster_timesteps
         >>> clusters = cluster_timesteps(DDPMScheduler(), num_clusters=4)
         >>> clusters.boundaries
         (0, 221, 522, 779, 1000)
+        >>> cluster_timesteps(DDPMScheduler(), num_clusters=4, cost=lambda c, t: (c - t).abs()).boundaries
+        (0, 250, 500, 750, 1000)
     """
     levels = None if isinstance(noise_scheduler, int) else NoiseLevels(noise_scheduler)
     num_timesteps = noise_scheduler if levels is None else len(levels.timesteps)
@@ -69,18 +78,23 @@ def cluster_timesteps(
         raise ValueError(f"`noise_scheduler` must be a scheduler or a number of timesteps >= 1, got {num_timesteps}.")
     _check_num_clusters(num_clusters, num_timesteps)
 
-    if isinstance(cost, str):
-        if cost == "uniform":
-            boundaries = [i * num_timesteps // num_clusters for i in range(num_clusters + 1)]
-        elif cost == "timestep":
-            index = torch.arange(num_timesteps, dtype=torch.float64, device="cpu")
-            boundaries = _cheapest_boundaries((index[:, None] - index).square_(), num_clusters)
-        elif cost == "snr":
-            boundaries = _log_snr_boundaries(levels, num_clusters)
-        else:
-            raise ValueError(f"`cost` must be one of {', '.join(COSTS)} or an affinity matrix, got {cost!r}.")
+    index = torch.arange(num_timesteps, dtype=torch.float64, device="cpu")
+    if callable(cost):
+        grid = index if levels is None else levels.timesteps
+        pairs = cost(grid.repeat_interleave(num_timesteps), grid.repeat(num_timesteps))
+        distance = _checked_matrix(pairs, "a function's result", (num_timesteps**2,)).view(num_timesteps, -1)
+        boundaries = _cheapest_boundaries(distance, num_clusters)
+    elif not isinstance(cost, str):
+        affinity = _checked_matrix(cost, "an affinity matrix", (num_timesteps, num_timesteps))
+        boundaries = _cheapest_boundaries(-affinity, num_clusters)
+    elif cost == "uniform":
+        boundaries = [i * num_timesteps // num_clusters for i in range(num_clusters + 1)]
+    elif cost == "timestep":
+        boundaries = _cheapest_boundaries((index[:, None] - index).square_(), num_clusters)
+    elif cost == "snr":
+        boundaries = _log_snr_boundaries(levels, num_clusters)
     else:
-        boundaries = _cheapest_boundaries(-_checked_affinity(cost, num_timesteps), num_clusters)
+        raise ValueError(f"`cost` must be one of {', '.join(COSTS)}, a function or an affinity matrix, got {cost!r}.")
     return TimestepClusters(boundaries, timesteps=None if levels is None else levels.timesteps)
 
 
@@ -134,20 +148,16 @@ def _interval_costs(distance: torch.Tensor) -> torch.Tensor:
     return cost.masked_fill_(torch.ones_like(cost, dtype=torch.bool).tril_(-1), torch.inf)
 
 
-def _checked_affinity(affinity: torch.Tensor | Sequence[Sequence[float]], num_timesteps: int) -> torch.Tensor:
-    affinity = torch.as_tensor(affinity, dtype=torch.float64, device="cpu")
-    if affinity.shape != (num_timesteps, num_timesteps):
-        raise ValueError(
-            f"`cost`, an affinity matrix, must have the shape ({num_timesteps}, {num_timesteps}), "
-            f"got {tuple(affinity.shape)}."
-        )
-    lowest, highest = affinity.aminmax()
-    if not (lowest.isfinite() and highest.isfinite()):
-        row, column = (~affinity.isfinite()).nonzero()[0].tolist()
-        raise ValueError(
-            f"`cost`, an affinity matrix, must be finite, got {float(affinity[row, column])} at ({row}, {column})."
-        )
-    return affinity
+def _checked_matrix(
+    values: torch.Tensor | Sequence[Sequence[float]], kind: str, shape: tuple[int, ...]
+) -> torch.Tensor:
+    values = torch.as_tensor(values, dtype=torch.float64, device="cpu")
+    if values.shape != shape:
+        raise ValueError(f"`cost`, {kind}, must have the shape {shape}, got {tuple(values.shape)}.")
+    if not values.isfinite().all():
+        place = tuple((~values.isfinite()).nonzero()[0].tolist())
+        raise ValueError(f"`cost`, {kind}, must be finite, got {float(values[place])} at {place}.")
+    return values
 
 
 def _check_num_clusters(num_clusters: int, num_timesteps: int, kind: str = "") -> None:

@@ -43,7 +43,7 @@ class TimestepClusters:
 
     Example:
         >>> import torch
-        >>> from diffusers_dtr.objective.clusters import TimestepClusters
+        >>> from diffusers_dtr.objective import TimestepClusters
         >>> clusters = TimestepClusters([0, 250, 1000])
         >>> list(clusters)
         [range(0, 250), range(250, 1000)]

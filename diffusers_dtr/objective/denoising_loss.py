@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from diffusers import SchedulerMixin
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from ..noise_levels import NoiseLevels
 from ..precision import sample_dtype
-from .weighting import sample_weights
+from .weighting import WEIGHTINGS, make_weighting
 
 
 @dataclass(frozen=True)
@@ -41,25 +40,23 @@ class DenoisingLoss:
 
     Args:
         noise_scheduler: The scheduler whose `add_noise` or `scale_noise` the training uses.
-        weighting: How squared errors are weighted by noise level, see
-            [`~diffusers_dtr.objective.weighting.sample_weights`]: a name, or a function of `(levels, timesteps)`.
-        snr_gamma: γ of "min_snr" and "soft_min_snr".
-        p2_k: k of "p2".
-        p2_gamma: γ of "p2".
-        logit_mean: Location of "logit_normal".
-        logit_std: Scale of "logit_normal".
+        weighting: How squared errors are weighted by noise level: a name ("constant", "min_snr", "soft_min_snr",
+            "p2", "debiased", "edm", "logit_normal"), an object such as
+            [`MinSNR(gamma=5.0)`][diffusers_dtr.objective.MinSNR], or any function of `(levels, timesteps)` that
+            returns `(B,)` weights.
 
     Attributes:
         levels: The [`~diffusers_dtr.noise_levels.NoiseLevels`] of the scheduler, for noisy samples and model inputs.
+        weighting: The function that weights.
 
     Raises:
         TypeError: If the scheduler cannot be trained with.
-        ValueError: If `weighting` or one of its numbers is not allowed.
+        ValueError: If `weighting` is an unknown name, or not defined for the scheduler.
 
     Example:
         >>> import torch
         >>> from diffusers import DDPMScheduler
-        >>> from diffusers_dtr.objective.denoising_loss import DenoisingLoss
+        >>> from diffusers_dtr.objective import DenoisingLoss
         >>> loss_fn = DenoisingLoss(DDPMScheduler(), weighting="min_snr")
         >>> clean, noise, timesteps = torch.zeros(2, 3, 8, 8), torch.ones(2, 3, 8, 8), torch.tensor([10, 900])
         >>> noisy = loss_fn.levels.add_noise(clean, noise, timesteps)
@@ -72,26 +69,11 @@ class DenoisingLoss:
         self,
         noise_scheduler: SchedulerMixin,
         weighting: str | Callable[[NoiseLevels, Tensor], Tensor] = "constant",
-        snr_gamma: float = 5.0,
-        *,
-        p2_k: float = 1.0,
-        p2_gamma: float = 1.0,
-        logit_mean: float = 0.0,
-        logit_std: float = 1.0,
     ):
         self.levels = NoiseLevels(noise_scheduler)
-        self._weights = partial(
-            sample_weights,
-            self.levels,
-            weighting=weighting,
-            snr_gamma=snr_gamma,
-            p2_k=p2_k,
-            p2_gamma=p2_gamma,
-            logit_mean=logit_mean,
-            logit_std=logit_std,
-        )
-        if not callable(weighting):
-            self._weights(self.levels.timesteps[:1])  # a wrong name or number shows before training starts
+        self.weighting = make_weighting(weighting)
+        if isinstance(self.weighting, tuple(WEIGHTINGS.values())):
+            self._weights(self.levels.timesteps[:1])  # one that is not for this scheduler shows before training starts
 
     def __call__(self, model_output: Tensor, clean: Tensor, noise: Tensor, timesteps: Tensor) -> DenoisingLossOutput:
         """Loss of a batch.
@@ -123,6 +105,14 @@ class DenoisingLoss:
         noisy = self.levels.add_noise(clean, noise, timesteps)
         bound = self.levels.variational_bound(model_output, clean, noisy, timesteps)
         return DenoisingLossOutput((mse + bound).mean(), mse + bound, mse, bound)
+
+    def _weights(self, timesteps: Tensor) -> Tensor:
+        weights = self.weighting(self.levels, timesteps)
+        if weights.shape != timesteps.shape:
+            raise ValueError(
+                f"`weighting` must return weights of shape {tuple(timesteps.shape)}, got {tuple(weights.shape)}."
+            )
+        return weights
 
     def of_model(
         self,

@@ -86,9 +86,7 @@ class GradientBalancer(Balancing):
     Example:
         >>> import torch
         >>> from diffusers import DDPMScheduler
-        >>> from diffusers_dtr.objective.clustered_loss import ClusteredLoss
-        >>> from diffusers_dtr.objective.clustering import cluster_timesteps
-        >>> from diffusers_dtr.objective.gradient_balancing import GradientBalancer
+        >>> from diffusers_dtr.objective import ClusteredLoss, GradientBalancer, cluster_timesteps
         >>> scheduler, denoiser = DDPMScheduler(), torch.nn.Conv2d(3, 3, 1)
         >>> clusters = cluster_timesteps(scheduler, num_clusters=4)
         >>> balancer = GradientBalancer(denoiser, "pcgrad", num_clusters=4)

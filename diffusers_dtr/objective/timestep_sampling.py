@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..ranges import COUNT, FINITE, POSITIVE
+from ..ranges import COUNT
 
 
 # Random fractions have this many bits: adding one to an integer below 2**21 is then exact in float64, so that rounding
@@ -93,36 +93,6 @@ def stratified_density(
     shares = _checked_shares(shares, len(edges) - 1)
     within = _distribution_within_clusters(importance, edges)
     return len(within) * (shares / shares.sum()).repeat_interleave(edges.diff()) * within
-
-
-def logit_normal_probabilities(num_timesteps: int, logit_mean: float = 0.0, logit_std: float = 1.0) -> torch.Tensor:
-    r"""Probability of each training timestep under the logit-normal distribution (SD3, arXiv 2403.03206, Eq. 19).
-
-    With u logit-normal, the timestep is the $\lfloor uT \rfloor$-th of the training grid in ascending noise level: a
-    grid with a shift is sampled by its places, as the paper and diffusers' scripts do. (Those count the places from
-    the other end: their `logit_mean` is the negative of this one, which is the paper's.)
-
-    Args:
-        num_timesteps: T, >= 1.
-        logit_mean: Location of logit(u), finite; positive values favour noisy timesteps.
-        logit_std: Scale of logit(u), > 0 and finite.
-
-    Returns:
-        float64 tensor `(T,)` on the CPU, positive, of sum 1.
-
-    Raises:
-        ValueError: For an argument outside these ranges.
-    """
-    COUNT.check(num_timesteps=num_timesteps)
-    FINITE.check(logit_mean=logit_mean)
-    POSITIVE.check(logit_std=logit_std)
-    edges = torch.arange(num_timesteps + 1, dtype=torch.float64, device="cpu") / num_timesteps
-    quantiles = (edges.logit() - logit_mean) / logit_std
-    below, above = torch.special.ndtr(quantiles), torch.special.ndtr(-quantiles)
-    # Each tail from its own end, where 1 - Φ would have no digits left.
-    probabilities = torch.where(quantiles[1:] > 0, above[:-1] - above[1:], below.diff())
-    # Beyond float64's range a timestep is as good as never drawn, but can be divided by.
-    return probabilities.clamp(min=torch.finfo(torch.float64).tiny)
 
 
 def _allot(shares: torch.Tensor, num_samples: int, generator: torch.Generator | None) -> torch.Tensor:

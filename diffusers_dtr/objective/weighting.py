@@ -1,112 +1,181 @@
-"""Weighting: how much one sample's squared error counts, given its noise level."""
+"""Weighting: how much one sample's squared error counts, given its noise level.
+
+A weighting is a function of `(levels, timesteps)` that returns `(B,)` weights: one of the classes below, or your own.
+
+Papers state a weight for one prediction type. It is converted to the scheduler's: a squared error of the output is,
+for instance, one of the clean sample that is 1/SNR (epsilon) or 1/(SNR + 1) times (v_prediction) as large. Where SNR 0
+would make a weight infinite ([`Debiased`] and [`EDM`] for predicted noise), it counts as 2⁻²⁴, the value with which
+diffusers solves for the clean sample. Weights are finite at every noise level, non-negative, and float64.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..noise_levels import NoiseLevels
-from ..ranges import NON_NEGATIVE, POSITIVE
+from ..ranges import COUNT, FINITE, NON_NEGATIVE, POSITIVE
 
 
-WEIGHTINGS = ("constant", "min_snr", "soft_min_snr", "p2", "debiased", "edm", "logit_normal")
+# In the formulas, a weight w on the clean sample's error is w·clean_gain on the output's, one on the noise's is
+# w·noise_gain; noise_gain = SNR·clean_gain.
 
 
-def sample_weights(
-    levels: NoiseLevels,
-    timesteps: Tensor,
-    weighting: str | Callable[[NoiseLevels, Tensor], Tensor] = "constant",
-    *,
-    snr_gamma: float = 5.0,
-    p2_k: float = 1.0,
-    p2_gamma: float = 1.0,
-    logit_mean: float = 0.0,
-    logit_std: float = 1.0,
-) -> Tensor:
-    """Weight of each sample's mean squared error in the denoiser's prediction space.
+@dataclass(frozen=True)
+class Constant:
+    """1 on the error of the output (Ho et al., arXiv 2006.11239, Eq. 14)."""
 
-    Papers state a weight for one prediction type. It is converted to the scheduler's: a squared error of the output
-    is, for instance, one of the clean sample that is 1/SNR (epsilon) or 1/(SNR + 1) times (v_prediction) as large.
+    def __call__(self, levels: NoiseLevels, timesteps: Tensor) -> Tensor:
+        return torch.ones_like(levels.clean_gain(timesteps))
 
-    | `weighting` | weight | on the error of | source |
-    | --- | --- | --- | --- |
-    | "constant" | 1 | the output | Ho et al., arXiv 2006.11239, Eq. 14 |
-    | "min_snr" | min(SNR, γ) | the clean sample | Hang et al., arXiv 2303.09556, Section 3.4 |
-    | "soft_min_snr" | 1/(1/SNR + 1/γ) | the clean sample | Crowson et al., arXiv 2401.11605, soft-min-SNR |
-    | "p2" | 1/(k + SNR)^γ | the noise | Choi et al., arXiv 2204.00227, Eq. 8 |
-    | "debiased" | 1/√SNR | the noise | Yu et al., arXiv 2310.08442, the proposed weight |
-    | "edm" | SNR + 1/σ_data² | the clean sample | Karras et al., arXiv 2206.00364, Table 1, λ(σ) |
-    | "logit_normal" | logit-normal density of σ | the flow | Esser et al., arXiv 2403.03206, Eq. 19 |
 
-    All are finite at every noise level. Where SNR 0 would make a weight infinite ("debiased" and "edm" for predicted
-    noise), it counts as 2⁻²⁴, the value with which diffusers solves for the clean sample.
+@dataclass(frozen=True)
+class MinSNR:
+    """min(SNR, γ) on the error of the clean sample (Hang et al., arXiv 2303.09556, Section 3.4); γ > 0."""
+
+    gamma: float = 5.0
+
+    def __post_init__(self):
+        POSITIVE.check(gamma=self.gamma)
+
+    def __call__(self, levels: NoiseLevels, timesteps: Tensor) -> Tensor:
+        return torch.minimum(levels.noise_gain(timesteps), self.gamma * levels.clean_gain(timesteps))
+
+
+@dataclass(frozen=True)
+class SoftMinSNR(MinSNR):
+    """1/(1/SNR + 1/γ) on the error of the clean sample (Crowson et al., arXiv 2401.11605, soft-min-SNR); γ > 0."""
+
+    def __call__(self, levels: NoiseLevels, timesteps: Tensor) -> Tensor:
+        return 1 / (1 / levels.noise_gain(timesteps) + 1 / (self.gamma * levels.clean_gain(timesteps)))
+
+
+@dataclass(frozen=True)
+class P2:
+    """1/(k + SNR)^γ on the error of the noise (Choi et al., arXiv 2204.00227, Eq. 8); k > 0 and γ >= 0."""
+
+    k: float = 1.0
+    gamma: float = 1.0
+
+    def __post_init__(self):
+        POSITIVE.check(k=self.k)
+        NON_NEGATIVE.check(gamma=self.gamma)
+
+    def __call__(self, levels: NoiseLevels, timesteps: Tensor) -> Tensor:
+        clean, noise = levels.clean_gain(timesteps), levels.noise_gain(timesteps)
+        return noise / (self.k + noise / clean) ** self.gamma
+
+
+@dataclass(frozen=True)
+class Debiased:
+    """1/√SNR on the error of the noise (Yu et al., arXiv 2310.08442, the proposed weight)."""
+
+    def __call__(self, levels: NoiseLevels, timesteps: Tensor) -> Tensor:
+        return (levels.noise_gain(timesteps) * levels.clean_gain(timesteps)).sqrt()
+
+
+@dataclass(frozen=True)
+class EDM:
+    """SNR + 1/σ_data² on the error of the clean sample (Karras et al., arXiv 2206.00364, Table 1, λ(σ))."""
+
+    def __call__(self, levels: NoiseLevels, timesteps: Tensor) -> Tensor:
+        return levels.noise_gain(timesteps) + levels.clean_gain(timesteps) / levels.sigma_data**2
+
+
+@dataclass(frozen=True)
+class LogitNormal:
+    r"""The logit-normal distribution of timesteps (SD3, arXiv 2403.03206, Eq. 19), to weight by or to draw from.
+
+    As in the paper, u in (0, 1) is the time before the schedule's shift (Eq. 23), which is σ where there is none, and
+    logit(u) is normal: a positive mean favours noisy timesteps. Uniformly drawn timesteps that are weighted by its
+    density give the loss the expectation it has for timesteps drawn from it, whatever the shift. (diffusers' scripts
+    count u from the other end: their `logit_mean` is the negative of this mean.)
 
     Args:
-        levels: Noise levels of the training scheduler.
-        timesteps: `(B,)`, as the denoiser is called with.
-        weighting: A name from the table, or a function of `(levels, timesteps)` that returns `(B,)` weights.
-        snr_gamma: γ > 0 of "min_snr" and "soft_min_snr".
-        p2_k: k > 0 of "p2".
-        p2_gamma: γ ≥ 0 of "p2".
-        logit_mean: Location of "logit_normal"; positive values favour noisy samples.
-        logit_std: Scale > 0 of "logit_normal".
+        mean: Location of logit(u), finite.
+        std: Scale of logit(u), > 0.
+    """
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __post_init__(self):
+        FINITE.check(mean=self.mean)
+        POSITIVE.check(std=self.std)
+
+    def __call__(self, levels: NoiseLevels, timesteps: Tensor) -> Tensor:
+        """Density of u, `(B,)`.
+
+        Raises:
+            ValueError: For a prediction type other than flow.
+        """
+        if levels.prediction_type != "flow":
+            raise ValueError(
+                f'`weighting="logit_normal"` is defined for flow prediction, got "{levels.prediction_type}": '
+                'use a flow matching scheduler, or another weighting such as "min_snr".'
+            )
+        # logit(σ) = log(σ/(1 − σ)) = −½·log SNR, from which a shift is a constant away.
+        logit = -levels.log_snr(timesteps) / 2 - math.log(levels.shift)
+        logit = logit.clamp(-1e6, 1e6)  # the density is 0 there already, and ∞ − ∞ beyond
+        # In logarithms: 1/(u·(1 − u)) = e^|x|·(1 + e^−|x|)² for x = logit(u).
+        size = logit.abs()
+        log_density = size + 2 * torch.log1p((-size).exp()) - 0.5 * ((logit - self.mean) / self.std) ** 2
+        return log_density.exp() / (self.std * math.sqrt(2 * math.pi))
+
+    def probabilities(self, num_timesteps: int) -> Tensor:
+        r"""Probability of each training timestep: the $\lfloor uT \rfloor$-th of the grid in ascending noise level.
+
+        Args:
+            num_timesteps: T, >= 1.
+
+        Returns:
+            float64 tensor `(T,)` on the CPU, positive, of sum 1.
+
+        Raises:
+            ValueError: For a T out of range.
+        """
+        COUNT.check(num_timesteps=num_timesteps)
+        edges = torch.arange(num_timesteps + 1, dtype=torch.float64, device="cpu") / num_timesteps
+        quantiles = (edges.logit() - self.mean) / self.std
+        below, above = torch.special.ndtr(quantiles), torch.special.ndtr(-quantiles)
+        # Each tail from its own end, where 1 - Φ would have no digits left.
+        probabilities = torch.where(quantiles[1:] > 0, above[:-1] - above[1:], below.diff())
+        # Beyond float64's range a timestep is as good as never drawn, but can be divided by.
+        return probabilities.clamp(min=torch.finfo(torch.float64).tiny)
+
+
+WEIGHTINGS: Mapping[str, type] = {
+    "constant": Constant,
+    "min_snr": MinSNR,
+    "soft_min_snr": SoftMinSNR,
+    "p2": P2,
+    "debiased": Debiased,
+    "edm": EDM,
+    "logit_normal": LogitNormal,
+}
+
+
+def make_weighting(
+    weighting: str | Callable[[NoiseLevels, Tensor], Tensor],
+) -> Callable[[NoiseLevels, Tensor], Tensor]:
+    """The weighting of a name, with its default numbers; a weighting or function as it is.
+
+    Args:
+        weighting: A key of `WEIGHTINGS`, or a function of `(levels, timesteps)`.
 
     Returns:
-        Weights `(B,)` on the device of `timesteps`, non-negative and in float64 for the names above.
+        The function.
 
     Raises:
-        ValueError: If `weighting` is unknown, a number is out of its range, "logit_normal" meets a prediction other
-            than flow, or a function's result is not `(B,)`.
-
-    Example:
-        >>> import torch
-        >>> from diffusers import DDPMScheduler
-        >>> from diffusers_dtr.noise_levels import NoiseLevels
-        >>> from diffusers_dtr.objective.weighting import sample_weights
-        >>> levels = NoiseLevels(DDPMScheduler())
-        >>> sample_weights(levels, torch.tensor([0, 500, 999]), "min_snr", snr_gamma=5.0)
-        tensor([5.0005e-04, 1.0000e+00, 1.0000e+00], dtype=torch.float64)
+        ValueError: For another name.
     """
     if callable(weighting):
-        weights = weighting(levels, timesteps)
-        if weights.shape != timesteps.shape:
-            raise ValueError(
-                f"`weighting` must return weights of shape {tuple(timesteps.shape)}, got {tuple(weights.shape)}."
-            )
-        return weights
+        return weighting
     if weighting not in WEIGHTINGS:
         allowed = ", ".join(f'"{name}"' for name in WEIGHTINGS)
         raise ValueError(f"`weighting` must be one of {allowed}, or a function, got {weighting!r}.")
-    if weighting == "logit_normal" and levels.prediction_type != "flow":
-        raise ValueError(
-            f'`weighting="logit_normal"` is defined for flow prediction, got "{levels.prediction_type}": '
-            'use a flow matching scheduler, or another weighting such as "min_snr".'
-        )
-    POSITIVE.check(snr_gamma=snr_gamma, p2_k=p2_k, logit_std=logit_std)
-    NON_NEGATIVE.check(p2_gamma=p2_gamma)
-
-    # A weight w on the clean sample's error is w·clean on the output's, one on the noise's is w·noise;
-    # noise = SNR·clean.
-    clean, noise = levels.clean_gain(timesteps), levels.noise_gain(timesteps)
-    formulas: dict[str, Callable[[], Tensor]] = {
-        "constant": lambda: torch.ones_like(clean),
-        "min_snr": lambda: torch.minimum(noise, snr_gamma * clean),
-        "soft_min_snr": lambda: 1 / (1 / noise + 1 / (snr_gamma * clean)),
-        "p2": lambda: noise / (p2_k + noise / clean) ** p2_gamma,
-        "debiased": lambda: (noise * clean).sqrt(),
-        "edm": lambda: noise + clean / levels.sigma_data**2,
-        "logit_normal": lambda: _logit_normal_density(-levels.log_snr(timesteps) / 2, logit_mean, logit_std),
-    }
-    return formulas[weighting]()
-
-
-def _logit_normal_density(logit: Tensor, mean: float, std: float) -> Tensor:
-    """Density at σ of a variable whose logit is normal, from logit(σ), which is log(σ/(1 − σ)) = −½·log SNR."""
-    logit = logit.clamp(-1e6, 1e6)  # the density is 0 there already, and ∞ − ∞ beyond
-    # In logarithms: 1/(σ·(1 − σ)) = e^|x|·(1 + e^−|x|)² for x = logit(σ).
-    size = logit.abs()
-    log_density = size + 2 * torch.log1p((-size).exp()) - 0.5 * ((logit - mean) / std) ** 2
-    return log_density.exp() / (std * math.sqrt(2 * math.pi))
+    return WEIGHTINGS[weighting]()

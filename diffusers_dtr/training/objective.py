@@ -19,7 +19,7 @@ from ..objective.clustered_loss import ClusteredLoss, ClusteredLossOutput
 from ..objective.clustering import cluster_timesteps
 from ..objective.clusters import TimestepClusters
 from ..objective.gradient_balancing import GradientBalancer
-from ..objective.timestep_sampling import logit_normal_probabilities
+from ..objective.weighting import WEIGHTINGS, LogitNormal
 from .randomness import timestep_generator
 
 
@@ -152,9 +152,8 @@ def build_objective(
     loss_fn = ClusteredLoss(
         noise_scheduler,
         clusters,
-        args.loss_weighting,
+        WEIGHTINGS[args.loss_weighting](**({} if args.snr_gamma is None else {"gamma": args.snr_gamma})),
         _balancing(args, model, accelerator),
-        **({} if args.snr_gamma is None else {"snr_gamma": args.snr_gamma}),
     ).to(accelerator.device)
     sampling = args.timestep_sampling or ("uniform" if args.balancing == "uniform" else "clusters")
     sampler = None
@@ -189,8 +188,9 @@ def _distribution(
     if sampling == "uniform":
         return widths, None
     if sampling == "logit_normal":
-        given = {name: getattr(args, name) for name in ("logit_mean", "logit_std") if getattr(args, name) is not None}
-        probabilities = logit_normal_probabilities(clusters.num_train_timesteps, **given)
+        given = {"mean": args.logit_mean, "std": args.logit_std}
+        distribution = LogitNormal(**{name: value for name, value in given.items() if value is not None})
+        probabilities = distribution.probabilities(clusters.num_train_timesteps)
         return torch.stack([part.sum() for part in probabilities.split(widths)]), probabilities
     return None, None
 

@@ -7,11 +7,15 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 from torch import nn
 
-from diffusers_dtr.objective.balancing import UncertaintyWeighting
-from diffusers_dtr.objective.clustered_loss import ClusteredLoss
-from diffusers_dtr.objective.clustering import cluster_timesteps
-from diffusers_dtr.objective.clusters import TimestepClusters
-from diffusers_dtr.objective.denoising_loss import DenoisingLoss
+from diffusers_dtr.objective import (
+    Balancing,
+    ClusteredLoss,
+    DenoisingLoss,
+    MinSNR,
+    TimestepClusters,
+    UncertaintyWeighting,
+    cluster_timesteps,
+)
 
 
 REFERENCE = load_file(Path(__file__).parents[1] / "fixtures" / "losses.safetensors")
@@ -43,10 +47,10 @@ def test_uncertainty_weighted_loss_equals_that_of_the_authors(schedule):
 
 
 def test_uniform_balancing_of_stratified_timesteps_is_the_plain_mean():
-    loss_fn = clustered_loss(weighting="min_snr", snr_gamma=2.0)
+    loss_fn = clustered_loss(weighting=MinSNR(2.0))
     timesteps = loss_fn.clusters.sample(16, generator=torch.Generator().manual_seed(0))
     out = loss_fn(*batch(timesteps))
-    plain = DenoisingLoss(DDPMScheduler(), "min_snr", snr_gamma=2.0)(*batch(timesteps))
+    plain = DenoisingLoss(DDPMScheduler(), MinSNR(2.0))(*batch(timesteps))
     assert out.counts.tolist() == [4] * 4
     torch.testing.assert_close(out.loss, plain.loss)
     torch.testing.assert_close(out.loss, out.per_cluster.mean())
@@ -102,6 +106,29 @@ def test_learned_balancing_has_its_own_optimizer_group(balancing, name):
     assert (group["lr"], group["weight_decay"]) == (0.025, 0.0)
     assert [id(parameter) for parameter in group["params"]] == [id(getattr(loss_fn.balancing, name))]
     torch.optim.AdamW([{"params": [nn.Parameter(torch.ones(1))]}, group], lr=1e-4)
+
+
+class WorstCluster(Balancing):
+    """A balancing as a user would write it: a smooth maximum over the clusters, of a learned sharpness."""
+
+    def __init__(self):
+        super().__init__()
+        self.sharpness = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, losses):
+        return (losses.means * (losses.means * self.sharpness).softmax(0)).sum()
+
+
+def test_a_users_own_balancing_is_trained_and_saved():
+    loss_fn = clustered_loss(balancing=WorstCluster())
+    out = loss_fn(*batch([10, 300, 700, 990]))
+    out.loss.backward()
+    assert out.per_cluster.mean() < out.loss < out.per_cluster.max()
+    (group,) = loss_fn.parameter_groups()
+    assert group["params"] == [loss_fn.balancing.sharpness]
+    assert loss_fn.balancing.sharpness.grad != 0
+    assert loss_fn.cluster_weights().tolist() == [1] * 4
+    clustered_loss(balancing=WorstCluster()).load_state_dict(loss_fn.state_dict())
 
 
 def test_uniform_balancing_has_no_optimizer_group_and_no_log_variance():

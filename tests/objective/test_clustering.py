@@ -88,6 +88,20 @@ def test_planted_clusters_are_found():
     assert cluster_timesteps(24, 3, cost=affinity).boundaries == (0, 8, 16, 24)
 
 
+def test_cost_may_be_a_function_of_two_timesteps():
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=12, shift=3.0)
+    grid = NoiseLevels(scheduler).timesteps.tolist()
+    clusters = cluster_timesteps(scheduler, 4, cost=lambda center, timestep: (center - 2 * timestep).abs())
+    assert clusters.boundaries == brute_force(12, 4, lambda c, t: abs(grid[c] - 2 * grid[t]))
+
+
+def test_functions_reach_the_costs_that_have_names():
+    levels = NoiseLevels(DDPMScheduler())
+    named = cluster_timesteps(DDPMScheduler(), 8, "snr")
+    assert cluster_timesteps(DDPMScheduler(), 8, lambda c, t: (levels.log_snr(c) - levels.log_snr(t)).abs()) == named
+    assert cluster_timesteps(50, 4, lambda c, t: (c - t) ** 2) == cluster_timesteps(50, 4, "timestep")
+
+
 def test_affinity_may_come_as_array_or_lists():
     affinity = torch.rand(6, 6, generator=torch.Generator().manual_seed(0))
     expected = cluster_timesteps(6, 3, cost=affinity)
@@ -135,12 +149,14 @@ def test_a_cluster_of_pure_noise_alone_is_refused():
 @pytest.mark.parametrize(
     ("cost", "message"),
     [
-        ("entropy", "uniform, timestep, snr or an affinity matrix, got 'entropy'"),
+        ("entropy", "uniform, timestep, snr, a function or an affinity matrix, got 'entropy'"),
         ("snr", "pass the scheduler"),
         (torch.zeros(4, 3), r"\(4, 4\), got \(4, 3\)"),
         (torch.zeros(5, 5), r"\(4, 4\), got \(5, 5\)"),
         (torch.eye(4).index_fill(0, torch.tensor([2]), torch.nan), r"nan at \(2, 0\)"),
         (torch.full((4, 4), torch.inf), r"inf at \(0, 0\)"),
+        (lambda center, timestep: timestep[:3], r"a function's result, must have the shape \(16,\), got \(3,\)"),
+        (lambda center, timestep: 1 / timestep, r"a function's result, must be finite, got inf at \(0,\)"),
     ],
 )
 def test_costs_that_define_no_clustering_are_refused(cost, message):

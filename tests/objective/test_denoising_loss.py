@@ -7,8 +7,7 @@ import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 
-from diffusers_dtr.objective.denoising_loss import DenoisingLoss
-from diffusers_dtr.objective.weighting import sample_weights
+from diffusers_dtr.objective import P2, DenoisingLoss, LogitNormal, MinSNR
 
 
 REFERENCE = load_file(Path(__file__).parents[1] / "fixtures" / "losses.safetensors")
@@ -29,7 +28,7 @@ def batch(size=3, shape=(3, 4, 4), dtype=torch.float32):
 @pytest.mark.parametrize("schedule", BETA_SCHEDULES)
 def test_losses_equal_those_of_the_authors(schedule, weighting):
     values = reference(schedule)
-    loss_fn = DenoisingLoss(DDPMScheduler(beta_schedule=BETA_SCHEDULES[schedule]), weighting, snr_gamma=5.0)
+    loss_fn = DenoisingLoss(DDPMScheduler(beta_schedule=BETA_SCHEDULES[schedule]), weighting)
     output = loss_fn(values["model_output"], values["clean"], values["noise"], values["timesteps"])
     key = {"constant": "constant", "min_snr": "min_snr_5"}[weighting]
     # Both are float32 sums; bounds reach 1175 bits in the cosine schedule's last timestep.
@@ -78,23 +77,21 @@ def test_loss_is_the_mean_squared_error_to_the_target_in_any_layout(scheduler, t
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"weighting": "min_snr", "snr_gamma": 2.0},
-        {"weighting": "p2", "p2_k": 2.0, "p2_gamma": 0.5},
-        {"weighting": "logit_normal", "logit_mean": 0.4, "logit_std": 0.6},
-        {"weighting": lambda levels, timesteps: levels.sigma(timesteps)},
-    ],
-    ids=lambda options: str(options["weighting"])[:12],
+    "weighting", [MinSNR(2.0), P2(2.0, 0.5), LogitNormal(0.4, 0.6), lambda levels, timesteps: levels.sigma(timesteps)]
 )
-def test_every_option_reaches_the_weights(options):
-    loss_fn = DenoisingLoss(FlowMatchEulerDiscreteScheduler(), **options)
+def test_squared_errors_are_weighted_by_objects_and_functions(weighting):
+    loss_fn = DenoisingLoss(FlowMatchEulerDiscreteScheduler(), weighting)
     samples, timesteps = batch(), torch.tensor([10.0, 400.0, 900.0])
     plain = DenoisingLoss(FlowMatchEulerDiscreteScheduler())(*samples, timesteps)
     weighted = loss_fn(*samples, timesteps)
-    weights = sample_weights(loss_fn.levels, timesteps, **options)
-    torch.testing.assert_close(weighted.mse, plain.mse * weights.float())
+    torch.testing.assert_close(weighted.mse, plain.mse * weighting(loss_fn.levels, timesteps).float())
     assert torch.equal(weighted.per_sample, weighted.mse)
+
+
+def test_a_function_must_return_one_weight_per_sample():
+    loss_fn = DenoisingLoss(DDPMScheduler(), lambda levels, timesteps: torch.ones(3, 1))
+    with pytest.raises(ValueError, match=r"`weighting` must return weights of shape \(3,\), got \(3, 1\)"):
+        loss_fn(*batch(), torch.tensor([1, 2, 3]))
 
 
 def test_weights_leave_the_variational_bound_alone():
@@ -170,10 +167,10 @@ def test_loss_can_be_sent_to_another_process():
     assert torch.equal(copy(*samples, timesteps).loss, loss_fn(*samples, timesteps).loss)
 
 
-@pytest.mark.parametrize("options", [{"weighting": "min_snr_5"}, {"weighting": "p2", "p2_k": 0.0}])
-def test_wrong_options_show_before_training(options):
-    with pytest.raises(ValueError, match="must be"):
-        DenoisingLoss(DDPMScheduler(), **options)
+@pytest.mark.parametrize("weighting", ["min_snr_5", "logit_normal", LogitNormal()])
+def test_weightings_that_are_unknown_or_not_for_the_scheduler_show_before_training(weighting):
+    with pytest.raises(ValueError, match="`weighting"):
+        DenoisingLoss(DDPMScheduler(), weighting)
 
 
 def test_shapes_must_fit_together():

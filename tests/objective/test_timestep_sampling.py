@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from diffusers_dtr.objective import timestep_sampling
 from diffusers_dtr.objective.clusters import TimestepClusters
-from diffusers_dtr.objective.timestep_sampling import draw_stratified, logit_normal_probabilities, stratified_density
+from diffusers_dtr.objective.timestep_sampling import draw_stratified, stratified_density
 
 
 # A frequency further than this many standard deviations from its probability has a chance below 1e-6 under a right
@@ -229,30 +229,3 @@ def test_tiny_importances_stay_in_their_cluster():
     assert (drawn >= 2).sum() == 10_000
     assert (drawn == 3).sum() / 10_000 == pytest.approx(0.75, abs=DEVIATIONS * (0.75 * 0.25 / 10_000) ** 0.5)
     assert stratified_density((0, 2, 4), importance=importance).tolist() == pytest.approx([1, 1, 0.5, 1.5])
-
-
-@given(st.integers(1, 300), st.floats(-30, 30), st.floats(0.01, 30))
-def test_logit_normal_is_a_distribution_that_mirrors_with_its_mean(num_timesteps, mean, std):
-    probabilities = logit_normal_probabilities(num_timesteps, mean, std)
-    assert (probabilities > 0).all()
-    assert probabilities.sum().item() == pytest.approx(1)
-    torch.testing.assert_close(logit_normal_probabilities(num_timesteps, -mean, std).flip(0), probabilities)
-
-
-def test_logit_normal_draws_the_places_that_a_logit_normal_variable_falls_on():
-    u = torch.sigmoid(0.5 + 0.8 * torch.randn(10**6, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
-    observed = (u * 20).long().bincount(minlength=20) / 10**6
-    torch.testing.assert_close(logit_normal_probabilities(20, 0.5, 0.8), observed.double(), rtol=0, atol=2e-3)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((0,), "`num_timesteps` must be an integer >= 1"),
-        ((10, math.nan), r"`logit_mean` must be a number in \(-inf, inf\), got nan"),
-        ((10, 0.0, 0.0), "`logit_std` must be a number > 0, got 0.0"),
-    ],
-)
-def test_logit_normal_arguments_are_checked(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        logit_normal_probabilities(*arguments)

@@ -24,6 +24,7 @@ def pair():
         {"balancing": "uncertainty", "micro_batches": 2},
         {"balancing": "uncertainty", "prepare_loss": True},
         {"balancing": "continuous_uncertainty"},
+        {"balancing": "own"},
         {"balancing": "pcgrad"},
         {"balancing": "nash_mtl"},
         {"balancing": "pcgrad", "micro_batches": 2, "update_every": 2},
@@ -40,7 +41,7 @@ def test_two_processes_train_what_one_does(pair, settings):
     torch.testing.assert_close(mean_losses, torch.tensor(alone["losses"]), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{"balancing": "uncertainty"}, {"balancing": "pcgrad"}])
+@pytest.mark.parametrize("settings", [{"balancing": name} for name in ("uncertainty", "own", "pcgrad")])
 def test_processes_stay_alike_to_the_bit(pair, settings):
     first, second = pair.run(train, *settings_in_order(**settings))
     torch.testing.assert_close(first["denoiser"], second["denoiser"], rtol=0, atol=0)

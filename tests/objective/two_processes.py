@@ -11,9 +11,18 @@ from diffusers import DDPMScheduler
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from diffusers_dtr.objective.clustered_loss import ClusteredLoss
-from diffusers_dtr.objective.clustering import cluster_timesteps
-from diffusers_dtr.objective.gradient_balancing import GradientBalancer
+from diffusers_dtr.objective import Balancing, ClusteredLoss, GradientBalancer, cluster_timesteps
+
+
+class LearnedScale(Balancing):
+    """A balancing as a user would write it: one uncertainty for all clusters."""
+
+    def __init__(self):
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.zeros(()))
+
+    def forward(self, losses):
+        return (-self.log_scale).exp() * losses.contributions.sum() + self.log_scale
 
 
 def train(balancing: str, update_every: int = 1, micro_batches: int = 1, prepare_loss: bool = False) -> dict[str, Any]:
@@ -29,7 +38,9 @@ def train(balancing: str, update_every: int = 1, micro_batches: int = 1, prepare
     wrapped = DistributedDataParallel(denoiser) if world > 1 else denoiser
     scheduler = DDPMScheduler()
     clusters = cluster_timesteps(scheduler, num_clusters=4)
-    if balancing in ("pcgrad", "nash_mtl"):
+    if balancing == "own":
+        balancing = LearnedScale()
+    elif balancing in ("pcgrad", "nash_mtl"):
         balancing = GradientBalancer(wrapped, balancing, num_clusters=4, update_every=update_every)
     loss_fn = ClusteredLoss(scheduler, clusters, balancing=balancing)
     optimizer = torch.optim.SGD([{"params": denoiser.parameters(), "lr": 0.1}, *loss_fn.parameter_groups()])
