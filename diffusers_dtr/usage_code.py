@@ -9,6 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from .models.adapter_files import file_routing
 from .models.family import RoutedModelMixin
 from .publishing import LOCAL_PREFIX
 from .run_folder import LORA_FILE, RECORD_FILE
@@ -51,20 +52,24 @@ def _load_adapter(model: TrainedModel, source: str) -> list[str]:
         for key in sorted(CONFIG_TYPES)
         if key.startswith("routing_") and key in model.config
     ]
-    lines = [
-        "from diffusers import DiffusionPipeline",
-        "from diffusers_dtr import route",
-        "",
-        f"pipe = DiffusionPipeline.from_pretrained({_python(base)})",
-        f"pipe.{component} = route(pipe.{component}, {', '.join(routing)})",
-    ]
-    if model.scheduler:  # with the prediction and the noise levels that were trained
-        lines.append(f'pipe.scheduler = type(pipe.scheduler).from_pretrained({source}, subfolder="scheduler")')
     try:
+        adapter_is_routed = bool(file_routing(model.folder / LORA_FILE))
         with safe_open(model.folder / LORA_FILE, framework="numpy") as weights:
             of_pipeline = any(key.startswith(f"{component}.") for key in weights.keys())  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{LORA_FILE} must be safetensors: {error}") from error
+    lines = [
+        "from diffusers import DiffusionPipeline",
+        f"from diffusers_dtr import {'load_routed_lora' if adapter_is_routed else 'route'}",
+        "",
+        f"pipe = DiffusionPipeline.from_pretrained({_python(base)})",
+    ]
+    if not adapter_is_routed:
+        lines.append(f"pipe.{component} = route(pipe.{component}, {', '.join(routing)})")
+    if model.scheduler:  # with the prediction and the noise levels that were trained
+        lines.append(f'pipe.scheduler = type(pipe.scheduler).from_pretrained({source}, subfolder="scheduler")')
+    if adapter_is_routed:
+        return [*lines, f"load_routed_lora({'pipe' if of_pipeline else f'pipe.{component}'}, {source})"]
     if of_pipeline:
         return [*lines, f"pipe.load_lora_weights({source})"]
     # What a pipeline without `load_lora_weights` has, such as PixArt's.

@@ -131,12 +131,22 @@ def adapters() -> dict:
     base = stable_diffusion(UNET_CONDITION.plain())
     base.save_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
     unet = UNET_CONDITION.conversion(base.unet, routing_beta=0.5)
-    add_lora(unet, Namespace(rank=2, lora_alpha=None, lora_layers=None), ("to_q",))
+    add_lora(unet, Namespace(rank=2, lora_alpha=None, lora_layers=None, route_lora=False), ("to_q",))
     base.unet = unet
     base.scheduler = type(base.scheduler).from_config(base.scheduler.config, prediction_type="v_prediction")
     save_lora(base, "unet", "sd-dtr-lora")
     config = {name: value for name, value in unet.config.items() if name.startswith("routing_")}
     Path("sd-dtr-lora/training_config.json").write_text(json.dumps({"model": {"config": config}}))
+    return {}
+
+
+def routed_adapters() -> dict:
+    pipeline = stable_diffusion(UNET_CONDITION.plain())
+    pipeline.save_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
+    routing = {"routing_alpha": 2.0, "routing_beta": 0.5, "routing_type": None, "routing_seed": None}
+    flags = Namespace(rank=2, lora_alpha=None, lora_layers=None, route_lora=True, **routing)
+    add_lora(pipeline.unet, flags, ("to_q",))
+    save_lora(pipeline, "unet", "sd-routed-lora")
     return {}
 
 
@@ -162,7 +172,8 @@ PREPARE: dict[tuple[str, int], Callable[[], dict]] = {
     ("analysis", 1): negative_transfer,
     ("text_to_image", 0): fine_tuned,
     ("text_to_image", 1): adapters,
-    ("text_to_image", 2): text_to_image_digits,
+    ("text_to_image", 2): routed_adapters,
+    ("text_to_image", 3): text_to_image_digits,
     ("unconditional", 0): unconditional_digits,
 }
 # The same in less time.
@@ -181,6 +192,8 @@ def test_python_of_the_readmes_runs(place, code, tmp_path, monkeypatch):
         assert names["pipe"].scheduler.config.prediction_type == "v_prediction"
         assert names["pipe"].unet.config.routing_beta == 0.5
         assert names["pipe"].get_active_adapters()
+    if place == ("text_to_image", 2):
+        assert names["pipe"].unet.routed_adapters
 
 
 # ---- commands

@@ -16,15 +16,16 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.loaders import PeftAdapterMixin
 from huggingface_hub import hf_hub_download
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ..atomic_files import replacing
+from ..run_folder import LORA_FILE
 from .adapters import adapter_routing, route_adapter
+from .route import route
 
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
 
 _HEADER_KEY = "diffusers_dtr_routing"
 _WARNING_LAYER = "this_lora_is_routed_load_it_with_diffusers_dtr.load_routed_lora"
@@ -80,7 +81,8 @@ def load_routed_lora(
     """Load a LoRA file and route its adapters as it says; a file that says nothing is loaded as it is.
 
     Args:
-        target: A pipeline, or a denoiser for a file of `save_lora_adapter`.
+        target: A pipeline, or a denoiser for a file of `save_lora_adapter`. One whose class in diffusers takes no
+            adapters, as PixArt's, becomes one of its routed class, unrouted.
         source: A file, a folder, or a repository on the Hub.
         adapter_name: The name that the adapter gets.
         weight_name: Name of the file in the folder or repository.
@@ -104,6 +106,9 @@ def load_routed_lora(
         if is_pipeline:
             target.load_lora_weights(folder, weight_name=LORA_FILE, adapter_name=adapter_name)
         else:
+            if not isinstance(target, PeftAdapterMixin):
+                # As its routed class, the model takes adapters.
+                route(target, routing_type="none")
             target.load_lora_adapter(folder, weight_name=LORA_FILE, adapter_name=adapter_name, prefix=None)
     for prefix, values in routing.items():
         route_adapter(getattr(target, prefix) if is_pipeline else target, adapter_name, **values)

@@ -78,7 +78,9 @@ def route_adapter(
         routing_beta,
         routing_type,
         routing_seed,
-        routing_timestep_range or family.timestep_range,
+        routing_timestep_range
+        or family.range_of({"routing_timestep_range": None, **model.config})
+        or family.timestep_range,
         widths={layer.r[adapter_name] for layer in layers},
     )
     check_class_can_change(model)

@@ -10,7 +10,10 @@ from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.training_utils import cast_training_params
 from safetensors.torch import load_file
 
+from ..models.adapter_files import mark_routed, save_routed_lora
+from ..models.adapters import adapter_routing, route_adapter
 from ..run_folder import LORA_FILE
+from .arguments import routing_flags
 
 
 _ADAPTER = "default"
@@ -25,7 +28,7 @@ def add_lora(model: ModelMixin, args: argparse.Namespace, layers: tuple[str, ...
         layers: Names of the adapted layers, or their ends, unless `--lora_layers` gives others.
 
     Raises:
-        ValueError: If the denoiser has no such layers.
+        ValueError: If the denoiser has no such layers, or the rank no such routing.
     """
     from peft import LoraConfig  # an extra: `diffusers-dtr[training]`
 
@@ -38,6 +41,8 @@ def add_lora(model: ModelMixin, args: argparse.Namespace, layers: tuple[str, ...
     )
     model.add_adapter(config, adapter_name=_ADAPTER)
     cast_training_params(model, torch.float32)
+    if args.route_lora:
+        route_adapter(model, _ADAPTER, **routing_flags(args))
 
 
 def has_lora(model: ModelMixin) -> bool:
@@ -88,7 +93,7 @@ def save_lora(pipeline: DiffusionPipeline, model_name: str, folder: str | Path) 
     model = getattr(pipeline, model_name)
     pipeline.scheduler.save_pretrained(Path(folder) / "scheduler")
     if not hasattr(pipeline, "save_lora_weights"):
-        save_adapter(model, folder)
+        save_routed_lora(model, folder, _ADAPTER)
         return
     config = model.peft_config[_ADAPTER].to_dict()
     # Without the config the scale of the adapters would be lost. The order of a set differs between runs.
@@ -99,3 +104,6 @@ def save_lora(pipeline: DiffusionPipeline, model_name: str, folder: str | Path) 
         weight_name=LORA_FILE,
         **{f"{model_name}_lora_layers": layers, f"{model_name}_lora_adapter_metadata": metadata},
     )
+    routing = adapter_routing(model, _ADAPTER)
+    if routing is not None:
+        mark_routed(Path(folder, LORA_FILE), {model_name: routing})

@@ -52,6 +52,11 @@ def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--rank", type=COUNT, help="Train LoRA adapters of this rank, and nothing else.")
     add("--lora_alpha", type=COUNT, help="Adapters are scaled by this over the rank. Default the rank.")
+    add(
+        "--route_lora",
+        action="store_true",
+        help="Route the rank channels of the adapters, by the flags of routing, and leave the denoiser unrouted.",
+    )
     add("--lora_layers", nargs="+", help="Names of the layers to adapt, or their ends. Default all of attention.")
 
 
@@ -65,7 +70,11 @@ def check_text_to_image_arguments(parser: argparse.ArgumentParser, args: argpars
     if args.rank is None:
         if args.lora_alpha is not None or args.lora_layers is not None:
             parser.error("--lora_alpha and --lora_layers have an effect with --rank only")
+        if args.route_lora:
+            parser.error("--route_lora has an effect with --rank only")
         return
+    if args.route_lora and args.routing_warmup_steps:
+        parser.error("--routing_warmup_steps is of the denoiser, which --route_lora leaves unrouted")
     if args.use_ema:
         parser.error("--rank does not go with --use_ema: the average would be of all weights, not of the adapters")
     if args.denoiser_config is not None:

@@ -50,13 +50,15 @@ def load_denoiser(args, family, noise_scheduler, vae, accelerator):
         config = training.pretrained_config(args, family.denoiser, family.routed_class)
         training.sample_size(args, vae, family.routed_class, config)  # refuses what the denoiser cannot have
         family.resolution = args.resolution
+        # By the flags of routing, `--route_lora` routes the adapters.
+        unrouted = {"routing_type": "none"} if args.route_lora else None
         model = family.routed_class.from_pretrained(
             args.pretrained_model_name_or_path,
             subfolder=family.denoiser,
             # What is trained is in full precision, and what is frozen under adapters is not.
             torch_dtype=torch.float32 if args.rank is None else training.frozen_dtype(accelerator),
             **training.pretrained_options(args),
-            **training.denoiser_routing(args, noise_scheduler, config),
+            **(unrouted or training.denoiser_routing(args, noise_scheduler, config)),
         )
         training.check_pretrained_denoiser(args, model, vae, family.packing)
         return model

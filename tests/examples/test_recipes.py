@@ -13,6 +13,7 @@ from training_runs import EXAMPLES, arguments, load_script, make_images, run_mai
 
 
 SIZE = 8
+LORA = ("--rank", 2, "--learning_rate", 0.1)
 
 
 def run_code_of_card(run: Path, base: Path | None = None) -> list[Image.Image]:
@@ -37,7 +38,7 @@ def assert_same_samples(images: list[Image.Image], run: Path) -> None:
 
 
 @every_family
-@pytest.mark.parametrize("flags", [(), ("--rank", 2, "--learning_rate", 0.1)], ids=["full", "lora"])
+@pytest.mark.parametrize("flags", [(), LORA, (*LORA, "--route_lora")], ids=["full", "lora", "routed lora"])
 def test_text_to_image_models_are_loaded_and_sampled_as_trained(name, flags, tmp_path):
     base = FAMILIES[name].save_plain(tmp_path / "base")
     images = make_captioned_images(tmp_path / "images")

@@ -28,7 +28,7 @@ every_family = pytest.mark.parametrize(("family", "build_pipeline"), FAMILIES)
 
 
 def flags(**given) -> Namespace:
-    return Namespace(**{"rank": 2, "lora_alpha": None, "lora_layers": None} | given)
+    return Namespace(**{"rank": 2, "lora_alpha": None, "lora_layers": None, "route_lora": False} | given)
 
 
 def with_lora(model, layers=("to_q", "to_v"), **given):
