@@ -49,12 +49,15 @@ from .text_to_image_arguments import (
     check_text_to_image_arguments,
 )
 from .text_to_image_families import TEXT_TO_IMAGE_FAMILIES
+from .text_to_video import add_video_arguments, text_to_video_family, video_dataset
+from .text_to_video_families import TEXT_TO_VIDEO_FAMILIES
 from .trainer import Trainer
 from .validation import HeldOutLoss
 
 
 __all__ = [
     "TEXT_TO_IMAGE_FAMILIES",
+    "TEXT_TO_VIDEO_FAMILIES",
     "CaptionedDataset",
     "DenoiserFamily",
     "HeldOutLoss",
@@ -70,6 +73,7 @@ __all__ = [
     "add_routing_arguments",
     "add_run_arguments",
     "add_text_arguments",
+    "add_video_arguments",
     "build_dataset",
     "build_loader",
     "build_text_encoder",
@@ -101,4 +105,6 @@ __all__ = [
     "save_pipeline",
     "start_run",
     "text_to_image_family",
+    "text_to_video_family",
+    "video_dataset",
 ]

@@ -7,6 +7,7 @@ different about it, in the words of its diffusers pipeline, whose own methods en
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 
 import diffusers_dtr
 
-from ..latents import latent_channels
+from ..latents import latent_channels, vae_scale_factor
 
 
 # From texts to what a pipeline makes of them, by its arguments: one row per text, in a list if rows differ in length.
@@ -105,6 +106,23 @@ class DenoiserFamily:
     def out_channels(self, channels: int) -> int:
         """The config value `out_channels` of a denoiser of latents with so many channels."""
         return channels * self.packing**2
+
+    def latent_size(self, vae: ModelMixin) -> tuple[int, ...]:
+        """Height and width in latents, of videos frames first."""
+        return (self.resolution // vae_scale_factor(vae),) * 2
+
+    def check_size(self, model: ModelMixin, vae: ModelMixin) -> None:
+        """Refuse a size that the pipeline cannot sample.
+
+        Raises:
+            ValueError: If it is no multiple of what a token spans, or of what the pipeline takes.
+        """
+        multiple = math.lcm(self.size_multiple, vae_scale_factor(vae) * self.token_side(model))
+        if self.resolution % multiple:
+            raise ValueError(f"`--resolution` must be a multiple of {multiple}, got {self.resolution}.")
+
+    def check_pipeline(self, pipeline: DiffusionPipeline) -> None:
+        """Refuse a pipeline of the family that cannot be trained; a `ValueError` says why."""
 
     # Texts
 

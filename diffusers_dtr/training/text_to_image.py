@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.utils import make_image_grid
 from PIL import Image
 
-from ..latents import decode_latents, vae_scale_factor
+from ..latents import decode_latents
 from ..run_folder import TEXT_EMBEDDINGS
 from .families import DenoiserFamily, TextRows
 from .noise_schedule import sampling_scheduler
@@ -38,7 +38,8 @@ def denoiser_family(args: argparse.Namespace, families: Mapping[str, type[Denois
     )
     if name not in families:
         raise ValueError(f"`pretrained_model_name_or_path` must be a pipeline of {', '.join(families)}, got {name}.")
-    family = families[name](args.resolution, args.guidance_scale)
+    numbers = inspect.signature(families[name]).parameters
+    family = families[name](**{number: getattr(args, number) for number in numbers})
     family.check_max_sequence_length(args.max_sequence_length)
     if args.learn_sigma and not family.takes_variance:
         raise ValueError(f"`--learn_sigma` must be left out: a {name} cannot sample with a predicted variance.")
@@ -73,19 +74,16 @@ def load_text_to_image_pipeline(
             cast would undo what they keep in float32 themselves: T5's `wo`, the frequencies of rotary embeddings.
 
     Raises:
-        ValueError: If the pipeline cannot sample images of `--resolution`, or in so many steps.
+        ValueError: If the pipeline cannot sample images of `--resolution`, or in so many steps, or cannot be trained.
     """
-    multiple = math.lcm(family.size_multiple, vae_scale_factor(vae) * family.token_side(model))
-    if args.resolution % multiple:
-        raise ValueError(f"`--resolution` must be a multiple of {multiple}, got {args.resolution}.")
-    parts = {
-        family.denoiser: model,
-        "vae": vae,
-        "scheduler": sampling_scheduler(args, latents=True),
-    }
+    family.check_size(model, vae)
+    parts = {family.denoiser: model, "vae": vae, "scheduler": sampling_scheduler(args, latents=True)}
     pipeline = DiffusionPipeline.from_pretrained(
         args.pretrained_model_name_or_path, **parts, **pretrained_options(args), torch_dtype=dtype
     )
+    # Components that a pipeline can do without (the denoiser, in Wan's) are loaded all the same, and not those given.
+    pipeline.register_modules(**parts)
+    family.check_pipeline(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -168,7 +166,7 @@ def sample_text_to_image(
     prompts: list[str],
     generator: torch.Generator,
 ) -> list[Image.Image]:
-    """Images of prompts, at the flags' resolution, guidance and number of steps.
+    """Images of prompts, at the flags' resolution, guidance and number of steps; of videos, strips of their frames.
 
     Args:
         args: Parsed flags.
@@ -179,7 +177,6 @@ def sample_text_to_image(
         generator: Draws the noise.
     """
     vae = pipeline.vae
-    latent_size = (args.resolution // vae_scale_factor(vae),) * 2
     images = []
     for start in range(0, len(prompts), args.train_batch_size):
         some = prompts[start : start + args.train_batch_size]
@@ -189,16 +186,19 @@ def sample_text_to_image(
             given |= {f"negative_{name}": embeddings for name, embeddings in negative.items()}
         if "negative_prompt" in inspect.signature(type(pipeline).__call__).parameters:
             given["negative_prompt"] = None  # else some would encode their default beside the embeddings
-        latents = pipeline(
-            **given,
-            generator=generator,
-            output_type="latent",
-        ).images
+        latents = pipeline(**given, generator=generator, output_type="latent", return_dict=False)[0]
         # Not by the pipeline, which may have an autoencoder in another precision than its latents.
         with torch.no_grad():
-            latents = family.sampled(pipeline, latents, latent_size)
-            images += pipeline.image_processor.postprocess(decode_latents(vae, latents))
+            decoded = decode_latents(vae, family.sampled(pipeline, latents, family.latent_size(vae)))
+        images += _images(pipeline, decoded)
     return images
+
+
+def _images(pipeline: DiffusionPipeline, decoded: torch.Tensor) -> list[Image.Image]:
+    if decoded.ndim == 4:
+        return pipeline.image_processor.postprocess(decoded)
+    videos = pipeline.video_processor.postprocess_video(decoded, "pil")
+    return [make_image_grid(frames, rows=1, cols=len(frames)) for frames in videos]
 
 
 def _settings(pipeline: DiffusionPipeline) -> dict[str, Any]:

@@ -9,23 +9,29 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from diffusers.utils import make_image_grid
 
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))
 
 from tiny_pipelines import PIPELINES
 
-from diffusers_dtr.latents import vae_scale_factor
-from diffusers_dtr.training import TEXT_TO_IMAGE_FAMILIES, build_text_encoder, sample_text_to_image
+from diffusers_dtr.training import (
+    TEXT_TO_IMAGE_FAMILIES,
+    TEXT_TO_VIDEO_FAMILIES,
+    build_text_encoder,
+    sample_text_to_image,
+)
 
 
 PROMPTS = ["a one", "two", "number three"]
-NAMES = [name for name, tiny in PIPELINES.items() if tiny.pipeline_class in TEXT_TO_IMAGE_FAMILIES]
-every_family = pytest.mark.parametrize("name", NAMES)
+FAMILIES = {**TEXT_TO_IMAGE_FAMILIES, **TEXT_TO_VIDEO_FAMILIES}
+every_family = pytest.mark.parametrize("name", PIPELINES)
 
 
 def family_of(tiny, **numbers):
-    return TEXT_TO_IMAGE_FAMILIES[tiny.pipeline_class](tiny.size, **numbers)
+    clips = {"num_frames": 5, "frame_rate": 25.0} if tiny.pipeline_class in TEXT_TO_VIDEO_FAMILIES else {}
+    return FAMILIES[tiny.pipeline_class](tiny.size, **clips, **numbers)
 
 
 def encode(family, pipeline, tiny, texts):
@@ -60,9 +66,9 @@ def test_denoiser_answers_in_training_what_its_pipeline_makes_of_it(name, monkey
     model = getattr(pipeline, family.denoiser)
     rows = encode(family, pipeline, tiny, PROMPTS)
     conditions = family.conditions(pipeline, rows, batch_of(PROMPTS, tiny.size))
-    side = (tiny.size // vae_scale_factor(pipeline.vae),) * 2
+    size = family.latent_size(pipeline.vae)
     for output, timestep, noisy in steps(pipeline, monkeypatch, prompt=[*PROMPTS], **tiny.call, **guidance):
-        noisy, expected = (family.unpack(pipeline, latents, side) for latents in (noisy, output))
+        noisy, expected = (family.unpack(pipeline, latents, size) for latents in (noisy, output))
         with torch.no_grad():
             answer = family.denoise(pipeline, model, noisy, timestep.expand(len(PROMPTS)).float(), conditions)
         assert answer.shape == noisy.shape == (3, *noisy.shape[1:])
@@ -89,7 +95,10 @@ def test_validation_images_are_those_of_the_pipeline(name, cached, accelerator, 
     call = {**tiny.call, **family.guidance(scale)}
     if "negative_prompt" in call:
         call["negative_prompt"] = [""] * len(PROMPTS)
-    expected = pipeline(prompt=[*PROMPTS], **call, generator=torch.Generator().manual_seed(0)).images
+    call |= {"output_type": "pil", "return_dict": False}
+    (expected,) = pipeline(prompt=[*PROMPTS], **call, generator=torch.Generator().manual_seed(0))
+    if isinstance(expected[0], list):  # of frames
+        expected = [make_image_grid(frames, rows=1, cols=5) for frames in expected]
     encode = build_text_encoder(args, family, pipeline, {"", *PROMPTS}, accelerator)
     images = sample_text_to_image(args, family, pipeline, encode, PROMPTS, torch.Generator().manual_seed(0))
     assert len(images) == len(expected) == 3
