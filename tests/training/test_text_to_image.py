@@ -237,8 +237,8 @@ def test_pipeline_of_another_kind_is_refused(args):
 def test_resolution_that_the_pipeline_cannot_sample_is_refused(name, args):
     base = PIPELINES[name]()
     base.save_pretrained(args.pretrained_model_name_or_path)
-    family = text_to_image_family(args)
     args.resolution = 15
+    family = text_to_image_family(args)
     with pytest.raises(ValueError, match=r"`--resolution` must be a multiple of \d+, got 15"):
         load_text_to_image_pipeline(args, family, getattr(base, family.denoiser), base.vae)
 
