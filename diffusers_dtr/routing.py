@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from .precision import scalar_dtype
+from .noise_levels import scalar_dtype
 from .ranges import FINITE, POSITIVE, Range
 
 

@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from .analysis import TaskAffinity, noise_distance_correlation, noise_distances
+from .extras import require
 from .noise_levels import NoiseLevels
 from .objective.clusters import TimestepClusters
-from .plotting import axes_or_new, check_matplotlib
 from .routing import DEFAULT_TIMESTEP_RANGE, check_routing, routing_mask
 
 
@@ -50,7 +50,7 @@ def plot_routing_masks(
     check_routing(timestep_range=timestep_range)
     timesteps = torch.linspace(*map(float, timestep_range), 500, dtype=torch.float64)
     masks = routing_mask(timesteps, num_channels, alpha=alpha, beta=beta, timestep_range=timestep_range)
-    ax = axes_or_new(ax)
+    ax = _axes(ax)
     extent = (timestep_range[0], timestep_range[1], 0, num_channels)
     ax.imshow(masks.T.numpy(), aspect="auto", origin="lower", extent=extent, cmap="Blues", interpolation="nearest")
     ax.set_xlabel("timestep")
@@ -80,7 +80,7 @@ def draw_routing_masks(
         ImportError: Without matplotlib.
         ValueError: As [`routing_mask`].
     """
-    check_matplotlib()
+    require("matplotlib", "training", "Pictures")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1 + 5 * len(widths), 3), layout="constrained")
@@ -106,7 +106,7 @@ def plot_cluster_losses(history: Sequence[dict], ax: Axes | None = None) -> Axes
     """
     if not history:
         raise ValueError("`history` must have at least one entry, got none.")
-    ax = axes_or_new(ax)
+    ax = _axes(ax)
     num_clusters = len(history[0]["clusters"])
     for cluster in range(num_clusters):
         # Left out rather than NaN: a line has no point between two gaps.
@@ -138,7 +138,7 @@ def plot_task_affinity(affinity: TaskAffinity, ax: Axes | None = None) -> Axes:
     Raises:
         ImportError: Without matplotlib.
     """
-    ax = axes_or_new(ax)
+    ax = _axes(ax)
     full = affinity.full_matrix().numpy()
     # Colours are the same in every picture of this kind; noise can lead beyond them.
     image = ax.imshow(full, origin="lower", cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
@@ -175,7 +175,7 @@ def plot_affinity_by_noise_distance(affinity: TaskAffinity, ax: Axes | None = No
         ValueError: For fewer timesteps.
     """
     correlation = noise_distance_correlation(affinity)
-    ax = axes_or_new(ax)
+    ax = _axes(ax)
     distances, affinities = noise_distances(affinity)
     order = distances.argsort()
     distances, affinities = distances[order], affinities[order]
@@ -192,6 +192,28 @@ def plot_affinity_by_noise_distance(affinity: TaskAffinity, ax: Axes | None = No
     ax.set_ylabel("task affinity")
     ax.set_title(f"Spearman rank correlation {correlation:.2f}", fontsize="medium")
     ax.legend(fontsize="small")
+    return ax
+
+
+def plot_clusters(clusters: TimestepClusters, ax: Axes | None = None) -> Axes:
+    """Shade clusters along the timestep axis, for instance behind a curve of loss by timestep.
+
+    Args:
+        clusters: The clusters.
+        ax: Axes to draw on; those of a new figure by default.
+
+    Returns:
+        The Axes, where every cluster is a labelled span.
+
+    Raises:
+        ImportError: Without matplotlib.
+    """
+    ax = _axes(ax)
+    grid = clusters.timesteps or range(clusters.num_train_timesteps)
+    halfway = ((grid[edge - 1] + grid[edge]) / 2 for edge in clusters.boundaries[1:-1])
+    for cluster, (left, right) in enumerate(pairwise([grid[0], *halfway, grid[-1]])):
+        ax.axvspan(left, right, color=f"C{cluster % 10}", alpha=0.2, linewidth=0, label=f"cluster {cluster}")
+    ax.set_xlabel("timestep")
     return ax
 
 
@@ -224,7 +246,7 @@ def plot_cluster_boundaries(
     finite = log_snr[log_snr.isfinite()]
     # Halfway between neighbouring timesteps, as clusters divide the timesteps themselves.
     edges = torch.cat([log_snr[:1], (log_snr[1:] + log_snr[:-1]) / 2, log_snr[-1:]]).clamp(finite[-1], finite[0])
-    ax = axes_or_new(ax)
+    ax = _axes(ax)
     for row, clusters in enumerate(clusterings.values()):
         for number, (start, stop) in enumerate(pairwise(clusters.boundaries)):
             left, right = float(edges[start]), float(edges[stop])
@@ -259,7 +281,7 @@ def plot_cluster_gaps(gaps: Mapping[str, tuple[Tensor, Tensor, Tensor]], ax: Axe
     sizes = {len(values) for triple in gaps.values() for values in triple}
     if len(sizes) != 1:
         raise ValueError(f"`gaps` must have the same number of clusters for at least one model, got {sorted(sizes)}.")
-    ax = axes_or_new(ax)
+    ax = _axes(ax)
     (num_clusters,) = sizes
     width = 0.8 / len(gaps)
     for number, (name, (mean, low, high)) in enumerate(gaps.items()):
@@ -273,6 +295,16 @@ def plot_cluster_gaps(gaps: Mapping[str, tuple[Tensor, Tensor, Tensor]], ax: Axe
     ax.set_ylabel("gap")
     ax.legend(fontsize="small")
     return ax
+
+
+def _axes(ax: Axes | None) -> Axes:
+    """The Axes that are given, or those of a new figure."""
+    if ax is not None:
+        return ax
+    require("matplotlib", "training", "Pictures")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(layout="constrained")[1]
 
 
 def _color(cluster: int, num_clusters: int):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..extras import require
 from ..models.evaluating import evaluating
 from ..objective.clusters import TimestepClusters
 from ..objective.denoising_loss import DenoisingLoss
@@ -156,8 +157,12 @@ def confidence_interval(values: Tensor, confidence: float = 0.95) -> tuple[Tenso
         Mean, lower and upper end, float64 `(...)`.
 
     Raises:
+        ImportError: Without SciPy.
         ValueError: For fewer than two values or a share out of range.
     """
+    require("scipy", "analysis", "Confidence intervals")
+    from scipy import stats
+
     if values.ndim == 0 or len(values) < 2:
         raise ValueError(
             f"`values` must have at least two entries, of which a spread can be told, got shape {tuple(values.shape)}."
@@ -165,24 +170,5 @@ def confidence_interval(values: Tensor, confidence: float = 0.95) -> tuple[Tenso
     Range("(0, 1)").check(confidence=confidence)
     values = values.double()
     mean = values.mean(0)
-    half = _student_t_quantile(confidence, len(values) - 1) * values.std(0) / math.sqrt(len(values))
+    half = stats.t.ppf((1 + confidence) / 2, len(values) - 1) * values.std(0) / math.sqrt(len(values))
     return mean, mean - half, mean + half
-
-
-def _student_t_quantile(confidence: float, degrees: int) -> float:
-    """The t for which a variable with Student's t distribution lies in [−t, t] with this probability."""
-    low, high = 0.0, math.pi / 2
-    while (middle := (low + high) / 2) not in (low, high):
-        low, high = (middle, high) if _share_within(middle, degrees) < confidence else (low, middle)
-    return math.sqrt(degrees) * math.tan(middle)
-
-
-def _share_within(theta: float, degrees: int) -> float:
-    """Probability of [−t, t] for θ = arctan(t / √ν) (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
-    odd = degrees % 2
-    cosine, sine = math.cos(theta), math.sin(theta)
-    term, total = (cosine if odd else 1.0), 0.0
-    for number in range(odd, degrees - 1, 2):
-        total += term
-        term *= cosine**2 * (number + 1) / (number + 2)
-    return 2 / math.pi * (theta + sine * total) if odd else sine * total

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..extras import require
 from .task_affinity import TaskAffinity
 
 
@@ -33,16 +34,13 @@ def noise_distance_correlation(affinity: TaskAffinity) -> float:
         A number in [-1, 1]: -1 if affinity falls with every step apart, about 0 if distance says nothing.
 
     Raises:
+        ImportError: Without SciPy.
         ValueError: For fewer timesteps.
     """
+    require("scipy", "analysis", "Rank correlations")
+    from scipy import stats
+
     distances, affinities = noise_distances(affinity)
     if len(distances) < 2:
         raise ValueError("`affinity` must be of at least three timesteps of finite log SNR.")
-    return float(torch.corrcoef(torch.stack([_ranks(distances), _ranks(affinities)]))[0, 1])
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """Ranks of values, equal ones sharing the mean of theirs."""
-    _, place, counts = values.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts - 1) / 2)[place]
+    return float(stats.spearmanr(distances.numpy(), affinities.numpy()).statistic)

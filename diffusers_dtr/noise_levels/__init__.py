@@ -2,7 +2,7 @@
 
 from .forward_processes import uses_learned_variance
 from .levels import NoiseLevels
-from .timestep_table import is_discrete
+from .timestep_table import is_discrete, sample_dtype, scalar_dtype
 
 
-__all__ = ["NoiseLevels", "is_discrete", "uses_learned_variance"]
+__all__ = ["NoiseLevels", "is_discrete", "sample_dtype", "scalar_dtype", "uses_learned_variance"]

@@ -12,8 +12,7 @@ import torch
 from diffusers import DDPMParallelScheduler, DDPMScheduler, SchedulerMixin, UnCLIPScheduler
 from torch import Tensor
 
-from ..precision import scalar_dtype
-from .timestep_table import TimestepTable, is_discrete
+from .timestep_table import TimestepTable, is_discrete, scalar_dtype
 
 
 # The variance types with which a scheduler's `step` samples from the predicted variance. DPM-Solver and SASolver also

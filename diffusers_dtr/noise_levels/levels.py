@@ -12,10 +12,9 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from ..precision import sample_dtype
 from .forward_processes import prediction_type_of, process_of
 from .posterior import Posterior
-from .timestep_table import is_discrete, per_sample
+from .timestep_table import is_discrete, per_sample, sample_dtype
 
 
 # What diffusers puts in place of √ᾱ = 0 where it has to divide by it (ᾱ = 2⁻²⁴, in its Euler, DPM-Solver and UniPC).

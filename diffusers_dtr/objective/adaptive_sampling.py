@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..precision import scalar_dtype
+from ..noise_levels import scalar_dtype
 from ..ranges import COUNT, Range
 from .clusters import TimestepClusters
 

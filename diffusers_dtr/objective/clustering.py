@@ -70,7 +70,7 @@ def cluster_timesteps(
         >>> clusters.boundaries
         (0, 221, 522, 779, 1000)
         >>> cluster_timesteps(DDPMScheduler(), num_clusters=4, cost=lambda c, t: (c - t) ** 2).boundaries
-        (0, 250, 500, 750, 1000)
+        (0, 249, 498, 749, 1000)
     """
     levels = None if isinstance(noise_scheduler, int) else NoiseLevels(noise_scheduler)
     num_timesteps = noise_scheduler if levels is None else len(levels.timesteps)

@@ -10,18 +10,11 @@ import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 
-from ..noise_levels import is_discrete
-from ..plotting import axes_or_new
-from ..precision import scalar_dtype
+from ..noise_levels import is_discrete, scalar_dtype
 from .timestep_sampling import draw_stratified, stratified_density
-
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True, repr=False)
@@ -203,27 +196,6 @@ class TimestepClusters:
                 f"`config` must have the key 'boundaries' and may have 'timesteps', got {sorted(config)}."
             )
         return cls(**config)
-
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """Shade the clusters along the timestep axis, for instance behind a curve of loss by timestep.
-
-        Args:
-            ax: matplotlib Axes to draw on; those of a new figure by default.
-
-        Returns:
-            The Axes, where every cluster is a labelled span.
-
-        Raises:
-            ImportError: Without matplotlib.
-        """
-        ax = axes_or_new(ax)
-        grid = self._grid()
-        _, cluster_edges = self._midpoints(grid.device)
-        edges = [float(grid[0]), *cluster_edges.tolist(), float(grid[-1])]
-        for cluster, (left, right) in enumerate(pairwise(edges)):
-            ax.axvspan(left, right, color=f"C{cluster % 10}", alpha=0.2, linewidth=0, label=f"cluster {cluster}")
-        ax.set_xlabel("timestep")
-        return ax
 
     def _grid(self) -> torch.Tensor:
         """The training timesteps, float32 `(T,)` on the CPU."""

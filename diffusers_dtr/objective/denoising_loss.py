@@ -9,8 +9,7 @@ from typing import Any
 from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
-from ..noise_levels import NoiseLevels
-from ..precision import sample_dtype
+from ..noise_levels import NoiseLevels, sample_dtype
 from .weighting import WEIGHTINGS, make_weighting
 
 

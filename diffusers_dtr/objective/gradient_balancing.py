@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..extras import require
 from ..ranges import COUNT
 from .balancing import Balancing, ClusterLosses, num_processes
 
@@ -218,10 +219,9 @@ def _check_not_sharded(module: nn.Module, parameters: list[nn.Parameter]) -> Non
 
 
 def _torchjd() -> ModuleType:
-    try:
-        from torchjd import aggregation
-    except ImportError as error:
-        raise ImportError('Gradient balancing needs torchjd: pip install "diffusers-dtr[balancing]".') from error
+    require("torchjd", "balancing", "Gradient balancings")
+    from torchjd import aggregation
+
     return aggregation
 
 

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 from ..atomic_files import replace_text
-from ..plotting import check_matplotlib
+from ..extras import require
 from ..run_folder import HISTORY_FILE, LOSSES_PICTURE
 from .loss_monitor import ObservedLosses
 
@@ -24,7 +24,7 @@ class LossHistory:
     """
 
     def __init__(self, output_dir: str | Path, global_step: int = 0):
-        check_matplotlib()
+        require("matplotlib", "training", "Pictures")
         self.path = Path(output_dir) / HISTORY_FILE
         self.entries: list[dict] = []
         if global_step > 0 and self.path.exists():

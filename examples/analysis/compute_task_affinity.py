@@ -118,8 +118,8 @@ def check(parser, args):
         parser.error("--checkpoints are those of one --pretrained_model_name_or_path")
     if args.cache_latents or args.dataloader_num_workers:
         parser.error("--cache_latents and --dataloader_num_workers are of no use for the few images that are needed")
-    if find_spec("matplotlib") is None:
-        parser.error('the picture needs matplotlib: pip install "diffusers-dtr[training]"')
+    if missing := [package for package in ("matplotlib", "scipy") if find_spec(package) is None]:
+        parser.error(f'{" and ".join(missing)} are missing: pip install "diffusers-dtr[analysis,training]"')
     if (Path(args.output_dir) / RESULT).exists():
         parser.error(f"--output_dir already holds {RESULT}: choose another folder, or remove it")
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import linalg
 
 from diffusers_dtr.analysis import frechet_distance
 
@@ -51,7 +52,6 @@ def test_trace_of_the_root_is_that_of_the_product_of_covariances(seed, size):
 
 
 def test_distance_is_that_of_scipys_matrix_root():
-    linalg = pytest.importorskip("scipy.linalg", reason="scipy is not installed")
     one, other = gaussian(200, 16) @ covariance(16, 3), gaussian(150, 16, seed=1) + 0.3
     root = linalg.sqrtm((one.T.cov() @ other.T.cov()).numpy()).real.trace()
     mean = (one.mean(0) - other.mean(0)).square().sum()

@@ -1,9 +1,11 @@
+import sys
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusers_dtr.analysis import TaskAffinity, noise_distance_correlation, noise_distances
+from diffusers_dtr.analysis import TaskAffinity, confidence_interval, noise_distance_correlation, noise_distances
 
 
 def affinity(log_snr, function):
@@ -41,6 +43,14 @@ def test_levels_of_infinite_log_snr_are_left_out():
     found = affinity([3.0, 2.0, 0.0, float("-inf")], lambda distance: -distance)
     assert len(noise_distances(found)[0]) == 3
     assert noise_distance_correlation(found) == pytest.approx(-1.0)
+
+
+def test_missing_scipy_is_an_error_that_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    found = affinity([3.0, 2.0, 0.0], lambda distance: -distance)
+    for compute in (lambda: noise_distance_correlation(found), lambda: confidence_interval(torch.ones(3))):
+        with pytest.raises(ImportError, match=r'need scipy: pip install "diffusers-dtr\[analysis\]"'):
+            compute()
 
 
 def test_two_timesteps_are_too_few():

@@ -2,7 +2,6 @@ import copy
 import itertools
 import json
 import pickle
-import sys
 
 import pytest
 import torch
@@ -285,29 +284,6 @@ def test_clustering_and_sampling_ignore_the_default_device():
     assert clusters.boundaries == cluster_timesteps(9, 2, cost="timestep").boundaries
     assert drawn.device.type == "cpu"
     assert torch.equal(drawn, expected)
-
-
-def test_plot_draws_on_the_axes_it_is_given():
-    figure = pytest.importorskip("matplotlib.figure")
-    ax = figure.Figure().subplots()
-    assert TimestepClusters([0, 10, 20, 41]).plot(ax) is ax
-    assert [span.get_x() for span in ax.patches] == [0, 9.5, 19.5]
-    assert [span.get_label() for span in ax.patches] == ["cluster 0", "cluster 1", "cluster 2"]
-    assert ax.get_xlabel() == "timestep"
-
-
-def test_plot_makes_axes_of_its_own():
-    pyplot = pytest.importorskip("matplotlib.pyplot")
-    pyplot.switch_backend("Agg")
-    ax = TimestepClusters([0, 10, 20]).plot()
-    assert len(ax.patches) == 2
-    pyplot.close(ax.figure)
-
-
-def test_plot_without_matplotlib_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"diffusers-dtr\[training\]"):
-        TimestepClusters([0, 10]).plot()
 
 
 @pytest.mark.gpu

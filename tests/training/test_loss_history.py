@@ -113,5 +113,5 @@ def test_picture_shows_a_line_per_cluster_since_the_beginning(tmp_path, monkeypa
 
 def test_missing_matplotlib_is_said_before_training(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"need matplotlib: pip install 'diffusers-dtr\[training\]'"):
+    with pytest.raises(ImportError, match=r'need matplotlib: pip install "diffusers-dtr\[training\]"'):
         LossHistory(tmp_path)
