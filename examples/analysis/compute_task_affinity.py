@@ -12,7 +12,6 @@ import shutil
 import sys
 from functools import partial
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -22,6 +21,7 @@ from tqdm.auto import tqdm
 
 from diffusers_dtr import DenoisingLoss, DTRPipeline, TaskAffinity, cluster_timesteps, training
 from diffusers_dtr.analysis import Workspace, noise_distance_correlation
+from diffusers_dtr.extras import require
 from diffusers_dtr.publishing import public_arguments, public_command
 from diffusers_dtr.ranges import COUNT, FINITE, SEED, WHOLE, Range
 
@@ -118,8 +118,8 @@ def check(parser, args):
         parser.error("--checkpoints are those of one --pretrained_model_name_or_path")
     if args.cache_latents or args.dataloader_num_workers:
         parser.error("--cache_latents and --dataloader_num_workers are of no use for the few images that are needed")
-    if missing := [package for package in ("matplotlib", "scipy") if find_spec(package) is None]:
-        parser.error(f'{" and ".join(missing)} are missing: pip install "diffusers-dtr[analysis,training]"')
+    require("matplotlib", "training", "Pictures")
+    require("scipy", "analysis", "Rank correlations")
     if (Path(args.output_dir) / RESULT).exists():
         parser.error(f"--output_dir already holds {RESULT}: choose another folder, or remove it")
 

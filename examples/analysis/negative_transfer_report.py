@@ -7,6 +7,7 @@ import torch
 
 from diffusers_dtr.analysis import confidence_interval, negative_transfer_gap
 from diffusers_dtr.atomic_files import replace_text
+from diffusers_dtr.extras import require
 from diffusers_dtr.visualization import plot_cluster_gaps
 
 
@@ -17,6 +18,9 @@ class Report:
     """Begins with what the file holds already, and saves whatever is added."""
 
     def __init__(self, path, settings):
+        # What the report needs in the end, said before anything is measured
+        require("matplotlib", "training", "Pictures")
+        require("scipy", "analysis", "Confidence intervals")
         self.path = path
         begun = {"settings": settings, "entries": []}
         self.content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else begun

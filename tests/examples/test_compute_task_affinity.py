@@ -1,5 +1,6 @@
 """Task affinity measured as users measure it: of a saved pipeline, interrupted, by several processes."""
 
+import importlib
 import json
 import os
 import shutil
@@ -199,6 +200,16 @@ def test_flags_that_do_not_fit_are_refused(inputs, tmp_path, capsys, flags, mess
     with pytest.raises(SystemExit):
         load_script(SCRIPT).parse_args(arguments(inputs, tmp_path / "out", *flags))
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "scipy"])
+def test_packages_that_the_end_needs_are_asked_for_at_the_beginning(inputs, tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    with pytest.raises(ImportError, match=f"need {package}: pip install"):
+        load_script(SCRIPT).parse_args(arguments(inputs, tmp_path / "out"))
+    with pytest.raises(ImportError, match=f"need {package}: pip install"):
+        importlib.import_module("negative_transfer_report").Report(tmp_path / "report.json", {})
 
 
 def test_result_is_never_written_over(inputs, tmp_path, capsys):
