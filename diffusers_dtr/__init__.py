@@ -11,11 +11,12 @@ from .models.adapters import route_adapter, unroute_adapter
 from .models.convert_original_dit import convert_original_dit, original_dit_state_dict
 from .models.dit import DTRTransformer2DModel
 from .models.families import TRANSFORMERS, UNETS, routed_class
-from .models.family import Family, RoutedTransformerMixin
+from .models.family import Family
 from .models.original_checkpoint import load_original_checkpoint
 from .models.presets import DIT_PRESETS
 from .models.route import route, unroute
 from .models.routed_blocks import Stream
+from .models.transformer import RoutedTransformerMixin
 from .models.unet import DTRUNet2DConditionModel, DTRUNet2DModel
 from .noise_levels import NoiseLevels
 from .objective.adaptive_sampling import AdaptiveTimestepSampler

@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from .models.adapter_files import file_routing
-from .models.family import RoutedModelMixin
+from .models.routed_model import RoutedModelMixin
 from .publishing import LOCAL_PREFIX
 from .run_folder import LORA_FILE, RECORD_FILE
 from .trained_model import CONFIG_TYPES, TrainedModel, is_class

@@ -17,9 +17,9 @@ from torch import nn
 from ..routing import ChannelRouting
 from .change_class import change_class, check_class_can_change
 from .derived_class import DerivedModule, derived_class
-from .family import ScopedModel, ScopedRoutingMixin, scoped_class
 from .route import family_of
 from .scope import rank_mask, scope_checkpointing, unscope_checkpointing
+from .scoped_model import ScopedModel, ScopedRoutingMixin, scoped_class
 
 
 class _RoutedProjection(DerivedModule):

@@ -18,11 +18,12 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
 from ..config_types import built_from_file
+from .call_timesteps import timestep_batch
 from .dit_block import DTRTransformerBlock, TimestepLabelEmbedding, unpatchify
 from .dit_initialization import initialize_dit
-from .family import RoutedModelMixin, timestep_batch
 from .per_block_embedders import PER_BLOCK_CLASS_NAMES, share_embedders
 from .presets import DIT_PRESETS
+from .routed_model import RoutedModelMixin
 
 
 class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMixin, PeftAdapterMixin):

@@ -20,8 +20,10 @@ from types import new_class
 import diffusers
 from diffusers.loaders import PeftAdapterMixin
 
-from .family import Family, RoutedTransformerMixin, ScopedRoutingMixin
+from .family import Family
 from .routed_blocks import Stream
+from .scoped_model import ScopedRoutingMixin
+from .transformer import RoutedTransformerMixin
 from .unet import RoutedUNetMixin
 
 

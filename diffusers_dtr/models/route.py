@@ -9,7 +9,9 @@ from diffusers import ModelMixin
 from diffusers.utils.torch_utils import is_compiled_module
 
 from .families import TRANSFORMERS, UNETS, routed_class
-from .family import Family, RoutedModelMixin, ScopedModel, ScopedRoutingMixin
+from .family import Family
+from .routed_model import RoutedModelMixin
+from .scoped_model import ScopedModel, ScopedRoutingMixin
 
 
 def route(model: ModelMixin, **routing: Any) -> ModelMixin:

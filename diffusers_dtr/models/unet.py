@@ -17,8 +17,9 @@ from diffusers.loaders import PeftAdapterMixin
 from torch import nn
 
 from .change_class import change_class
-from .family import Family, ScopedRoutingMixin
+from .family import Family
 from .routed_blocks import masked_class
+from .scoped_model import ScopedRoutingMixin
 
 
 # Attributes of a block that are lists of its residual units.
@@ -53,17 +54,20 @@ class RoutedUNetMixin(ScopedRoutingMixin):
     def _routed_widths_of(cls, model: nn.Module) -> set[int]:
         return {width for *_, width in _first_norms(model)}
 
-    def _route_modules(self) -> None:
-        norms = list(_first_norms(self))
-        self.routed_widths = tuple(sorted({width for *_, width in norms}))
-        for parent, name, _ in norms:
+    @classmethod
+    def _units(cls, model: nn.Module) -> list[tuple[nn.Module, str, int]]:
+        return list(_first_norms(model))
+
+    def _route_units(self, units: list[tuple[nn.Module, str, int]]) -> None:
+        self.routed_widths = tuple(sorted({width for *_, width in units}))
+        for parent, name, _ in units:
             if getattr(parent, name) is None:
                 setattr(parent, name, NoNorm())
             norm = getattr(parent, name)
             change_class(norm, masked_class(type(norm)))
 
-    def _unroute_modules(self) -> None:
-        super()._unroute_modules()
+    def _unroute_units(self) -> None:
+        super()._unroute_units()
         for module in list(self.modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, NoNorm):

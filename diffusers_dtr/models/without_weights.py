@@ -11,7 +11,8 @@ import diffusers_dtr
 
 from ..config_types import built_from_file, check_types
 from ..routing import ChannelRouting
-from .family import Family, RoutedModelMixin, config_types
+from .family import Family
+from .routed_model import RoutedModelMixin, config_types
 
 
 def routed_model_class(config: Mapping[str, Any]) -> type[RoutedModelMixin] | None:

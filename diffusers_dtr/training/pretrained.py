@@ -9,7 +9,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline, ModelMixin
 
-from ..models.family import RoutedModelMixin
+from ..models.routed_model import RoutedModelMixin
 from ..pipelines.model_index import pipeline_class_name
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ..models.family import RoutedModelMixin
+from ..models.routed_model import RoutedModelMixin
 from ..publishing import public_arguments, public_command, publishable
 
 

@@ -14,7 +14,7 @@ from tiny_models import DIT, FLUX, PIXART, SCOPED_FAMILIES, UNET, output
 from torch import nn
 
 import diffusers_dtr
-from diffusers_dtr import Family, RoutedTransformerMixin, route, unroute
+from diffusers_dtr import Family, RoutedTransformerMixin, Stream, route, unroute
 
 
 every_family = pytest.mark.parametrize("family", SCOPED_FAMILIES, ids=lambda family: family.routed_class.__name__)
@@ -198,6 +198,25 @@ def test_a_transformer_with_other_weights_than_diffusers_is_named():
         unroute(DIT.routed())
     with pytest.raises(TypeError, match="`from_transformer`"):
         route(DIT.routed())
+
+
+def test_a_declaration_that_names_no_argument_of_its_blocks_changes_nothing():
+    class Misdeclared(PaintModel):
+        pass
+
+    class DTRMisdeclared(
+        RoutedTransformerMixin,
+        Misdeclared,
+        family=Family("t", blocks=["layers"], streams={"PaintBlock": Stream("image")}, width="hidden_size"),
+    ):
+        pass
+
+    model = Misdeclared()
+    modules = classes(model)
+    with pytest.raises(ValueError, match="must be one of `PaintBlock`: x, got 'image'"):
+        route(model)
+    assert classes(model) == modules
+    assert "routing_beta" not in model.config
 
 
 def test_unrouting_a_plain_model_changes_nothing():

@@ -1,0 +1,68 @@
+"""The timesteps that a forward call is made with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument of a function.
+
+    Attributes:
+        name: Its name.
+        position: Its place, counted from 0.
+    """
+
+    name: str
+    position: int
+
+    def value(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What a call gives it, or None."""
+        if self.name in kwargs:
+            return kwargs[self.name]
+        return args[self.position] if self.position < len(args) else None
+
+
+def timestep_batch(
+    timestep: torch.Tensor | float | None,
+    sample: torch.Tensor | Sequence[torch.Tensor],
+    *,
+    per_token: bool = False,
+) -> torch.Tensor:
+    """The timesteps of a forward call, one per sample or one per frame or token, on the sample's device.
+
+    Args:
+        timestep: Scalar, `(batch,)`, or `(batch, ...)` with n per sample, one per frame or token.
+        sample: `(batch, ...)`, or a list with a tensor for each sample.
+        per_token: Whether `(batch, n)` is allowed.
+
+    Returns:
+        `(batch,)` or `(batch, n)`.
+
+    Raises:
+        ValueError: If `timestep` is None, or of another shape.
+    """
+    if timestep is None:  # as it is by default in some of diffusers' models
+        raise ValueError("`timestep` must be given: the conditioning and the routing depend on it.")
+    batch, device = len(sample), _device(sample)
+    if not torch.is_tensor(timestep):
+        timestep = torch.tensor(timestep, device=device)
+    timestep = timestep.to(device)
+    if per_token and timestep.ndim > 1 and timestep.shape[0] == batch:
+        timestep = timestep.reshape(batch, -1)
+        return timestep if timestep.shape[1] > 1 else timestep[:, 0]
+    if timestep.ndim > 1 or timestep.numel() not in (1, batch):
+        raise ValueError(
+            f"`timestep` must be a scalar or of shape (batch,){' or (batch, n)' if per_token else ''} with batch = "
+            f"{batch}, got {tuple(timestep.shape)}."
+        )
+    return timestep.reshape(-1).expand(batch)
+
+
+def _device(sample: torch.Tensor | Sequence) -> torch.device:
+    return sample.device if torch.is_tensor(sample) else _device(sample[0])

@@ -1,0 +1,107 @@
+"""What all routed models have: their routing, and configs that are checked."""
+
+from __future__ import annotations
+
+from functools import cache, wraps
+from typing import Any, ClassVar
+
+from diffusers import ModelMixin
+
+from ..config_types import built_from_file, check_types, constructor_types
+from ..diffusers_registration import register_lora_scales
+from ..hub.commit import check_token
+from ..hub.shared import HubMixin
+from ..routing import ChannelRouting
+from .family import ROUTING_PARAMETERS, ROUTING_TYPES
+
+
+@cache
+def config_types(model_class: type[RoutedModelMixin]) -> dict[str, Any]:
+    """What a routed model's config may hold, for [`~diffusers_dtr.config_types.check_types`].
+
+    Args:
+        model_class: The routed class.
+
+    Returns:
+        Type hints by name.
+    """
+    routing = {name: ROUTING_TYPES[name] for name in ROUTING_PARAMETERS}
+    # A derived constructor has no annotations of its own.
+    derived = hasattr(model_class.__init__, "__signature__")
+    return {**constructor_types(model_class.plain_class if derived else model_class), **routing}
+
+
+class RoutedModelMixin(HubMixin):
+    """Gives a diffusers model the routing that its config describes, and what [`HubMixin`] does with the Hub.
+
+    Attributes:
+        plain_class: The diffusers class that is routed.
+        routing: Computes the masks of a forward call.
+        routed_widths: Channels of the routed blocks, each width once, in ascending order.
+    """
+
+    plain_class: ClassVar[type[ModelMixin]]
+    routing: ChannelRouting
+    routed_widths: tuple[int, ...]
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        plain = [
+            base for base in cls.__mro__ if issubclass(base, ModelMixin) and not issubclass(base, RoutedModelMixin)
+        ]
+        if plain:
+            cls.plain_class = plain[0]
+            register_lora_scales(cls, cls.plain_class)
+
+    def register_to_config(self, **config: Any) -> None:
+        """Set config values, as diffusers' constructors do before anything is built.
+
+        Raises:
+            ValueError: For values of the wrong type, see [`~diffusers_dtr.config_types.check_types`].
+        """
+        check_types(config_types(type(self)), config, f"the config of {type(self).__name__}")
+        super().register_to_config(**config)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any] | None = None, return_unused_kwargs: bool = False, **kwargs) -> Any:
+        """Make a model of a config, as diffusers does.
+
+        Raises:
+            ValueError: For values of the wrong type, and for a config of which no model can be made.
+        """
+        with built_from_file(f"A {cls.__name__}"):
+            return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    # Wrapped, because pipelines look at the arguments.
+    @wraps(ModelMixin.save_pretrained)
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102
+        check_token(kwargs.get("token"))
+        super().save_pretrained(*args, **kwargs)
+
+    def _init_routing(self, widths: set[int]) -> None:
+        """Read the routing from the config; call it before any layer is built, so that a bad value costs nothing."""
+        config = self.config
+        self.routed_widths = tuple(sorted(widths))
+        self.routing = ChannelRouting(
+            alpha=config.routing_alpha,
+            beta=config.routing_beta,
+            routing_type=config.routing_type,
+            seed=config.routing_seed,
+            timestep_range=config.routing_timestep_range,
+            widths=widths,
+        )
+
+    def set_routing_beta(self, beta: float | None) -> None:
+        """Route with another share of active channels from now on; None returns to `config.routing_beta`.
+
+        For warming up from the unrouted model: a fine-tuning run that starts at 1 starts exactly at the pretrained
+        model. The config, and so what is saved, does not change. A compiled model has one graph for all shares set
+        here, and another for the configured one.
+
+        Args:
+            beta: Share of active channels, in (0, 1], or None.
+
+        Raises:
+            ValueError: For a `beta` outside (0, 1], or one that leaves a block no active channel.
+        """
+        self.routing.set_beta(beta)

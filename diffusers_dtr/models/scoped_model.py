@@ -1,0 +1,189 @@
+"""Models within whose forward calls there are masks: routed ones, and plain ones with routed adapters.
+
+A routed class is a subclass of a diffusers model that says, as a [`Family`], which of its blocks are routed and how it
+is told the timestep. Its constructor and its config are derived from the plain class's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable, Mapping
+from functools import cache, wraps
+from inspect import Signature, signature
+from typing import Any, ClassVar
+
+import torch
+from diffusers import ModelMixin
+from diffusers.configuration_utils import FrozenDict, register_to_config
+from torch import nn
+
+from ..routing import ChannelRouting
+from .call_timesteps import Argument, timestep_batch
+from .change_class import change_class, check_class_can_change
+from .derived_class import DerivedModule, derived_class
+from .family import ROUTING_PARAMETERS, Family, routing_parameters
+from .routed_blocks import RoutedBlock
+from .routed_model import RoutedModelMixin
+from .scope import ScopedCheckpointingMixin, scope, scope_checkpointing, unscope_checkpointing
+
+
+class ScopedRoutingMixin(ScopedCheckpointingMixin, RoutedModelMixin):
+    """Routes the blocks of a model in place, through the [`scope`] of its forward calls.
+
+    A subclass names the plain class beside a mixin of this kind, and its family:
+    `class DTRMyModel(RoutedTransformerMixin, MyModel, family=Family(blocks=["layers"])): ...`.
+
+    Attributes:
+        family: What is special about the model.
+    """
+
+    family: ClassVar[Family]
+    # By plain class; see `diffusers_dtr.route`.
+    routed_classes: ClassVar[dict[type[ModelMixin], type[ScopedRoutingMixin]]] = {}
+
+    def __init_subclass__(cls, family: Family | None = None, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if family is None:
+            return
+        cls.family = family
+        cls.__init__ = _derived_constructor(cls.plain_class, family)
+        cls.forward = _scoped_forward(cls.plain_class, family.timestep)
+        ScopedRoutingMixin.routed_classes[cls.plain_class] = cls
+
+    @classmethod
+    def _widths(cls, config: Mapping[str, Any]) -> set[int]:
+        """What a config tells of the routed widths before a model is built."""
+        raise NotImplementedError
+
+    @classmethod
+    def _routed_widths_of(cls, model: nn.Module) -> set[int]:
+        """The routed widths of a model that is built."""
+        return cls._widths(model.config)
+
+    @classmethod
+    def _units(cls, model: nn.Module) -> list[tuple]:
+        """What is to be routed of a model, with all that can be wrong of it found."""
+        raise NotImplementedError
+
+    def _route_units(self, units: list[tuple]) -> None:
+        """Change the classes of what is routed, and not the instances: state dicts, copies and pickles stay."""
+        raise NotImplementedError
+
+    def _unroute_units(self) -> None:
+        for module in self.modules():
+            if isinstance(module, RoutedBlock):
+                change_class(module, module.unrouted_class)
+
+    @classmethod
+    def _from_plain(cls, model: ModelMixin, argument: str, routing: Mapping[str, Any]) -> ModelMixin:
+        if not isinstance(model, cls.plain_class):
+            raise TypeError(f"`{argument}` must be a `{cls.plain_class.__name__}`, got a `{type(model).__name__}`.")
+        return cls._routed_in_place(copy.deepcopy(model), routing)
+
+    @classmethod
+    def _routed_in_place(cls, model: ModelMixin, routing: Mapping[str, Any]) -> ModelMixin:
+        """The same model, routed. Everything that can be wrong is found before anything is changed."""
+        unknown = routing.keys() - ROUTING_PARAMETERS.keys()
+        if unknown:
+            raise TypeError(
+                f"Routing has no `{min(unknown)}`; it has {', '.join(f'`{name}`' for name in ROUTING_PARAMETERS)}."
+            )
+        defaults = {name: parameter.default for name, parameter in routing_parameters(cls.family).items()}
+        config = {name: model.config.get(name, default) for name, default in defaults.items()} | dict(routing)
+        config["routing_timestep_range"] = cls.family.range_of({**model.config, **config})
+        widths = cls._routed_widths_of(model)
+        check = ChannelRouting(*(config[name] for name in ROUTING_PARAMETERS), widths=widths)
+        check_class_can_change(model)
+        was_routed = isinstance(model, cls)
+        units = [] if was_routed else cls._units(model)
+        if not was_routed:
+            change_class(model, cls)
+        model.register_to_config(**config)
+        model.routing, model.routed_widths = check, tuple(sorted(widths))
+        if not was_routed:
+            model._route_units(units)
+            scope_checkpointing(model)
+        return model
+
+    def _unrouted_in_place(self) -> ModelMixin:
+        """The same model, of its plain class."""
+        self._unroute_units()
+        unscope_checkpointing(self)
+        del self.routing, self.routed_widths
+        # diffusers has no public way to take back a config value.
+        self._internal_dict = FrozenDict(
+            {name: value for name, value in self.config.items() if name not in ROUTING_PARAMETERS}
+        )
+        plain, timestep = self.plain_class, self.family.timestep
+        change_class(self, plain)
+        if "routed_adapters" in vars(self):
+            scope_checkpointing(self)
+            change_class(self, scoped_class(plain, timestep))
+        return self
+
+
+def _derived_constructor(plain_class: type[ModelMixin], family: Family) -> Callable[..., None]:
+    """A constructor with the arguments of the plain one and the routing's, all of which become the config."""
+    plain = signature(plain_class.__init__).parameters
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.register_to_config(routing_timestep_range=family.range_of(self.config))
+        self._init_routing(self._widths(self.config))
+        # Through the config, which has all values by name; the plain constructor registers them again.
+        plain_class.__init__(self, **{name: self.config[name] for name in plain if name in self.config})
+        self._route_units(self._units(self))
+
+    __init__.__signature__ = Signature([*plain.values(), *routing_parameters(family).values()])
+    return register_to_config(__init__)
+
+
+def _masks(model: ModelMixin, timesteps: torch.Tensor) -> dict[Hashable, torch.Tensor | None]:
+    """All masks of one forward call: of the residual stream, by width, and of adapters, by name and rank."""
+    masks = {}
+    for name, routing in vars(model).get("routed_adapters", {}).items():
+        masks |= {(name, rank): routing.mask(timesteps, rank) for rank in routing.widths}
+    if isinstance(model, ScopedRoutingMixin):
+        masks |= {width: model.routing.mask(timesteps, width) for width in model.routed_widths}
+    return masks
+
+
+class ScopedModel(ScopedCheckpointingMixin, DerivedModule):
+    """A model of a class that is not routed itself, but has routed adapters."""
+
+
+@cache
+def scoped_class(plain_class: type[ModelMixin], timestep: str) -> type[ModelMixin]:
+    """The class of a model within whose forward calls there are masks.
+
+    Args:
+        plain_class: Its own class.
+        timestep: Name of the argument of its forward method.
+    """
+    forward = _scoped_forward(plain_class, timestep)
+    return derived_class(ScopedModel, plain_class, (scoped_class, (plain_class, timestep)), forward=forward)
+
+
+def _scoped_forward(plain_class: type[ModelMixin], timestep_name: str) -> Callable:
+    """The forward method of a model, within the scope of its call's masks.
+
+    Raises:
+        ValueError: If it has no such argument as the family says.
+    """
+    arguments = list(signature(plain_class.forward).parameters)[1:]
+    if timestep_name not in arguments:
+        raise ValueError(
+            f"`timestep` of the family must be an argument of `{plain_class.__name__}.forward`, "
+            f"{', '.join(arguments)}, got {timestep_name!r}."
+        )
+    timestep, sample = Argument(timestep_name, arguments.index(timestep_name)), Argument(arguments[0], 0)
+    # The function and not the class's attribute, which the compiler does not follow for every class.
+    plain_forward = plain_class.forward
+
+    @wraps(plain_forward, assigned=())
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Denoise as the base class does, with its arguments; the routing follows the timestep."""
+        timesteps = timestep_batch(timestep.value(args, kwargs), sample.value(args, kwargs), per_token=True)
+        with scope(_masks(self, timesteps)):
+            return plain_forward(self, *args, **kwargs)
+
+    return forward
