@@ -52,13 +52,15 @@ def main(args):
     # 2. Denoiser and noise schedule
     noise_scheduler = training.load_noise_scheduler(args)
     torch.manual_seed(args.seed)
+    # By the flags of routing, `--route_lora` routes the adapters.
+    unrouted = {"routing_type": "none"} if args.route_lora else None
     model = family.routed_class.from_pretrained(
         args.pretrained_model_name_or_path,
         subfolder=family.denoiser,
         # What is trained is in full precision, and what is frozen under adapters is not.
         torch_dtype=torch.float32 if args.rank is None else frozen_dtype,
         **training.pretrained_options(args),
-        **training.denoiser_routing(args, None, {}),
+        **(unrouted or training.denoiser_routing(args, None, {})),
     )
     training.check_pretrained_denoiser(args, model, vae, family.packing)
     if args.rank is not None:

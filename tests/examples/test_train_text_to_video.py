@@ -98,6 +98,14 @@ def test_run_resumes_to_the_bit_and_its_result_samples_in_its_own_pipeline(name,
     assert not torch.equal(sample(trained, tiny), before)
 
 
+def test_routed_adapters_leave_the_denoiser_unrouted(tmp_path):
+    PIPELINES["wan"].pipeline().save_pretrained(tmp_path / "base")
+    videos = make_videos(tmp_path / "videos")
+    flags = ("--rank", 2, "--route_lora", "--max_train_steps", 1)
+    run = train("wan", videos, tmp_path / "run", tmp_path / "base", *flags)
+    assert record(run)["model"]["config"]["routing_type"] == "none"
+
+
 def test_numbers_of_frames_that_latents_do_not_fill_are_refused(tmp_path):
     PIPELINES["wan"].pipeline().save_pretrained(tmp_path / "base")
     videos = make_videos(tmp_path / "videos")
