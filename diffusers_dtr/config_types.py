@@ -169,7 +169,10 @@ def _is(value: Any, hint: Any) -> bool:
         kinds = [argument for argument in arguments if argument is not Ellipsis] or [Any]
         return isinstance(value, (list, tuple)) and all(any(_is(item, kind) for kind in kinds) for item in value)
     if origin in _OBJECTS:
-        return isinstance(value, Mapping)
+        key_hint, value_hint = arguments or (Any, Any)
+        return isinstance(value, Mapping) and all(
+            _is(key, key_hint) and _is(item, value_hint) for key, item in value.items()
+        )
     if isinstance(value, bool) or origin is bool:
         return isinstance(value, bool) and origin is bool
     if isinstance(value, Integral):
@@ -213,7 +216,8 @@ def _described(hint: Any, plural: int = 0) -> str:
         of = f" of {_described(Union[tuple(arguments)], 1)}" if arguments else ""  # noqa: UP007 - of a variable number
         return f"{('a list', 'lists')[plural]}{of}"
     if origin in _OBJECTS:
-        return ("an object", "objects")[plural]
+        of = f" of {_described(arguments[1], 1)}" if arguments else ""
+        return f"{('an object', 'objects')[plural]}{of}"
     return (
         _NAMES[origin or NoneType][plural] if origin in (*_NAMES, None) else getattr(origin, "__name__", str(origin))
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .analysis import TaskAffinity, noise_distance_correlation, noise_distances
@@ -21,6 +22,10 @@ from .routing import DEFAULT_TIMESTEP_RANGE, check_routing, routing_mask
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+# Letters of a name before a row of images.
+_ROW_NAME = 24
 
 
 def plot_routing_masks(
@@ -314,27 +319,51 @@ def _color(cluster: int, num_clusters: int):
 
 
 def spaced_grid(path: Path, side: int | None) -> Image.Image:
-    """The images of a grid with gaps between them, enlarged to about 400 pixels if they are small, not smoothed.
+    """The images of a grid as [`image_grid`] shows them.
 
     Args:
         path: The grid.
         side: Side of its images in pixels. A grid that is not made of such images stays as it is.
     """
-    gap, width = 6, 400
     with Image.open(path) as file:
         grid = file.convert("RGB")
     if side is None or side < 1 or grid.width % side or grid.height % side:
         return grid
-    scale = max(1, round(width / grid.width))
-    step = side * scale + gap
-    columns, rows = grid.width // side, grid.height // side
-    spaced = Image.new("RGB", (columns * step - gap, rows * step - gap), "white")
-    for row in range(rows):
-        for column in range(columns):
-            sample = grid.crop((column * side, row * side, (column + 1) * side, (row + 1) * side))
-            enlarged = sample.resize((side * scale, side * scale), Image.Resampling.NEAREST)
-            spaced.paste(enlarged, (column * step, row * step))
-    return spaced
+    corners = [(left, top) for top in range(0, grid.height, side) for left in range(0, grid.width, side)]
+    return image_grid(
+        [grid.crop((left, top, left + side, top + side)) for left, top in corners], columns=grid.width // side
+    )
+
+
+def image_grid(images: Sequence[Image.Image], columns: int, row_names: Sequence[str] | None = None) -> Image.Image:
+    """Images in rows with gaps between them, enlarged to about 400 pixels if they are small, not smoothed.
+
+    Args:
+        images: Of equal size, row by row.
+        columns: Images per row.
+        row_names: Stand before the rows.
+
+    Returns:
+        The picture. Where the last row has no images it is white.
+    """
+    gap, about = 6, 400
+    width, height = images[0].size
+    columns = min(columns, len(images))
+    scale = max(1, round(about / (columns * width)))
+    width, height = width * scale, height * scale
+    font = ImageFont.load_default(size=14)
+    names = [name if len(name) <= _ROW_NAME else f"{name[: _ROW_NAME - 1]}…" for name in row_names or ()]
+    margin = math.ceil(max((font.getlength(name) for name in names), default=0)) + (gap if names else 0)
+    rows = math.ceil(len(images) / columns)
+    picture = Image.new("RGB", (margin + columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for number, image in enumerate(images):
+        row, column = divmod(number, columns)
+        enlarged = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+        picture.paste(enlarged, (margin + column * (width + gap), row * (height + gap)))
+    for row, name in enumerate(names):
+        middle = (0, row * (height + gap) + height / 2)
+        ImageDraw.Draw(picture).text(middle, name, fill="black", font=font, anchor="lm")
+    return picture
 
 
 def copy_drawing(source: Path, target: Path) -> None:

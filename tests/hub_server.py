@@ -235,6 +235,16 @@ class LoseAnswer(Fault):
         exchange.cut()
 
 
+@dataclass(kw_only=True)
+class NeverAnswer(Fault):
+    """The request is read, and nothing comes back until the client gives up."""
+
+    def play(self, exchange: Exchange) -> None:
+        exchange.read()
+        exchange.rfile.read(1)
+        exchange.cut()
+
+
 class Exchange(BaseHTTPRequestHandler):
     """One request and its answer, in the three steps that faults can interfere with: read, answer, send."""
 

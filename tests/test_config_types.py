@@ -49,6 +49,7 @@ def is_right(value, hint):
         (list, [[], [1, "a", [None]]], ["a", {}, 1]),
         (dict | None, [{}, {"a": [1]}, None], [[], "a"]),
         (Mapping[str, Any], [{"a": 1}], [1]),
+        (dict[str, str], [{}, {"0": "cat"}], [{"0": 1}, {"0": None}, ["cat"]]),
         (Literal["a", "b"], ["a", "another, which its class refuses"], [1, None, ["a"]]),
         (np.ndarray | list[float], [np.ones(2), [0.1]], ["0.1", {}, 1]),
         (Any, [None, 1, NESTED], []),
@@ -68,6 +69,7 @@ def test_a_value_is_of_its_type_or_refused(hint, right, wrong):
         (list[tuple[int, ...]], "a list of lists of integers"),
         (Literal["a", "b"] | None, "a string or null"),
         (dict, "an object"),
+        (dict[str, str] | None, "an object of strings or null"),
         (list, "a list"),
     ],
 )

@@ -28,7 +28,6 @@ def add_parser(subparsers) -> None:
     parser = new_parser(
         subparsers,
         "card",
-        "Write the model card of a pipeline or training run, or renew it.",
         "The card is README.md, with pictures in figures/. It is written from the training record, the configs, the\n"
         "losses and samples of the run, and metrics.json. Renewing it renews its metadata and the section between\n"
         "its two comments; the text around them, and keys of the metadata that are yours, stay as they are.",

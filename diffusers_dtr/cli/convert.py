@@ -63,7 +63,6 @@ def add_parser(subparsers) -> None:
     parser = new_parser(
         subparsers,
         "convert",
-        "Convert checkpoints of the original DiT, DTR and ANT code to pipelines, and back.",
         "SOURCE is a file of the authors' code (.pt or .safetensors), which becomes a pipeline, or a pipeline with a\n"
         "DiT, in a folder or on the Hub, which becomes a routed one or, with --to_original, a state dict of the\n"
         "authors' code. Nothing in a file is executed: one that asks for it is refused. Nothing is written over.",

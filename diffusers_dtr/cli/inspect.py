@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..config_types import check_types
 from ..models.without_weights import saved_routing
 from ..pipelines.model_index import pipeline_class_name
-from ..run_folder import PIPELINE_INDEX, RECORD_FILE
+from ..run_folder import LORA_FILE, PIPELINE_INDEX, RECORD_FILE
 from ..training.checkpoints import STATE_FILE
 from ..visualization import draw_routing_masks
 from .options import add_hub_arguments, new_parser
-from .outputs import new_output
+from .outputs import new_output, printable
 from .sources import Source, open_source
 
 
@@ -23,7 +25,16 @@ _EXAMPLE = """\
 
 # As torch calls them.
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_SCHEDULER_KEYS = ("num_train_timesteps", "beta_schedule", "prediction_type", "variance_type")
+# What is shown of a scheduler's config, and what else is read.
+_SCHEDULER_TYPES = {
+    "num_train_timesteps": int,
+    **dict.fromkeys(("beta_schedule", "prediction_type", "variance_type"), str | None),
+}
+_DENOISER_TYPES = {"_class_name": str, "num_embeds_ada_norm": int | None, "num_class_embeds": int | None}
+_RECORD_TYPES = dict.fromkeys(("arguments", "clusters", "model"), dict | None)
+_CLUSTER_TYPES = {"num_clusters": int, "boundaries": list[float]}
+# How the first of an adapter's two layers is called, whose outputs are as many as its rank.
+_FIRST_LAYERS = ("lora_A.weight", "lora.down.weight", "lora_down.weight")
 
 
 def add_parser(subparsers) -> None:
@@ -31,13 +42,14 @@ def add_parser(subparsers) -> None:
     parser = new_parser(
         subparsers,
         "inspect",
-        "Say what a saved model is: routing, clusters, parameters, scheduler.",
         "Reads configs and the headers of safetensors files, so that the size of the weights does not matter,\n"
         "here or on the Hub.",
         _EXAMPLE,
     )
     parser.add_argument(
-        "model", metavar="MODEL", help="A pipeline, a model or a checkpoint of a run: its folder, or a repository."
+        "model",
+        metavar="MODEL",
+        help="A pipeline, a model, LoRA adapters or a checkpoint of a run: the folder, or a repository.",
     )
     parser.add_argument("--json", action="store_true", help="Print one JSON object.")
     parser.add_argument(
@@ -56,59 +68,100 @@ def run(args: argparse.Namespace) -> None:
 
 
 def describe(source: Source) -> dict[str, Any]:
-    """What a saved pipeline, model or checkpoint is, of JSON types.
+    """What a saved pipeline, model, checkpoint or adapter is, of JSON types.
 
     Args:
         source: Where it is.
 
     Returns:
         `pipeline`, `step` (of a checkpoint), `denoiser` (class, folder, number of parameters, dtypes, classes),
-        `routing`, `clusters`, `scheduler` and `vae`; None where there is no such thing.
+        `adapters` (what LoRA adapters are for, their ranks and sizes), `routing`, `clusters`, `scheduler` and `vae`;
+        None where there is no such thing.
 
     Raises:
-        ValueError: If there is no denoiser.
+        ValueError: If there is neither a denoiser nor adapters, or a file is not what it should be.
     """
     index = source.read_json(PIPELINE_INDEX) or {}
-    state = source.read_json(STATE_FILE) or {}
-    record = source.read_json(RECORD_FILE) or {}
+    state = source.read_json(STATE_FILE, {"global_step": int}) or {}
+    record = source.read_json(RECORD_FILE, _RECORD_TYPES) or {}
+    check_types(_CLUSTER_TYPES, record.get("clusters") or {}, f"the clusters of `{RECORD_FILE}`")
     folder, config = _denoiser(source)
-    counts = source.parameter_counts(folder)
-    scheduler = source.read_json("scheduler/scheduler_config.json")
-    vae = source.read_json("vae/config.json") if index else None
+    adapters = None if config else _adapters(source, record)
+    if not config and adapters is None:
+        raise ValueError(
+            "There is no diffusers model: no config.json with a `_class_name`, here or in `transformer` or `unet`, "
+            f"and no {LORA_FILE}."
+        )
+    scheduler = source.read_json("scheduler/scheduler_config.json", {"_class_name": str, **_SCHEDULER_TYPES})
+    vae = source.read_json("vae/config.json", {"_class_name": str}) if index else None
     return {
         "pipeline": pipeline_class_name(index),
         "step": state.get("global_step"),
-        "denoiser": {
-            "class": config["_class_name"],
-            "folder": folder.rstrip("/") or None,
-            "parameters": sum(counts.values()) or None,
-            "dtypes": [_DTYPES.get(name, name) for name in sorted(counts)],
-            "classes": config.get("num_embeds_ada_norm") or config.get("num_class_embeds"),
-            "averaged_beside_it": source.read_json(f"{folder.rstrip('/')}_ema/config.json") is not None,
-        },
-        "routing": _routing(config),
+        "denoiser": _described(source, folder, config) if config else None,
+        "adapters": adapters,
+        "routing": _routing(config) if config else _recorded_routing(record),
         "clusters": record.get("clusters"),
-        "scheduler": scheduler and {"class": scheduler.get("_class_name"), **_part(scheduler, _SCHEDULER_KEYS)},
+        "scheduler": scheduler and {"class": scheduler.get("_class_name"), **_part(scheduler, _SCHEDULER_TYPES)},
         "vae": vae and vae.get("_class_name"),
     }
 
 
-def _denoiser(source: Source) -> tuple[str, dict[str, Any]]:
-    """Its folder, with a `/` behind, and its config."""
+def _denoiser(source: Source) -> tuple[str, dict[str, Any] | None]:
+    """Its folder, with a `/` behind, and its config, or None."""
     for folder in ("transformer/", "unet/", ""):
-        config = source.read_json(f"{folder}config.json")
+        config = source.read_json(f"{folder}config.json", _DENOISER_TYPES)
         if config is not None and "_class_name" in config:
             return folder, config
-    raise ValueError(
-        "There is no diffusers model: no config.json with a `_class_name`, here or in `transformer` or `unet`."
-    )
+    return "", None
 
 
-def _part(config: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+def _described(source: Source, folder: str, config: dict[str, Any]) -> dict[str, Any]:
+    counts = source.parameter_counts(folder)
+    return {
+        "class": config["_class_name"],
+        "folder": folder.rstrip("/") or None,
+        "parameters": sum(counts.values()) or None,
+        "dtypes": _dtypes(counts),
+        "classes": config.get("num_embeds_ada_norm") or config.get("num_class_embeds"),
+        "averaged_beside_it": source.read_json(f"{folder.rstrip('/')}_ema/config.json") is not None,
+    }
+
+
+def _adapters(source: Source, record: dict[str, Any]) -> dict[str, Any] | None:
+    """LoRA adapters, as pipelines load them or in a checkpoint of a run."""
+    for folder in ("", "transformer_lora/", "unet_lora/"):
+        header = source.header(folder + LORA_FILE)
+        if header is None:
+            continue
+        shapes = [shape for name, (_, shape) in header.tensors.items() if name.endswith(_FIRST_LAYERS) and shape]
+        return {
+            "of": (record.get("model") or {}).get("class"),
+            "for": (record.get("arguments") or {}).get("pretrained_model_name_or_path"),
+            "ranks": sorted({shape[0] for shape in shapes}),
+            "layers": len(shapes),
+            "parameters": sum(header.counts.values()),
+            "dtypes": _dtypes(header.counts),
+        }
+    return None
+
+
+def _recorded_routing(record: dict[str, Any]) -> dict[str, Any] | None:
+    """As [`_routing`], of what a run's record has of its denoiser's config."""
+    model = record.get("model") or {}
+    types = {"class": str, "config": dict | None, "routed_widths": list[int]}
+    check_types(types, model, f"the model of `{RECORD_FILE}`")
+    return _routing({**(model.get("config") or {}), "_class_name": model.get("class")}, model.get("routed_widths"))
+
+
+def _dtypes(counts: Mapping[str, int]) -> list[str]:
+    return [_DTYPES.get(name, name) for name in sorted(counts)]
+
+
+def _part(config: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
     return {key: config[key] for key in keys if config.get(key) is not None}
 
 
-def _routing(config: dict[str, Any]) -> dict[str, Any] | None:
+def _routing(config: dict[str, Any], known_widths: list[int] | None = None) -> dict[str, Any] | None:
     """The routing of a routed model's config, with the number of active channels of every width."""
     saved = saved_routing(config)
     if saved is None:
@@ -121,7 +174,7 @@ def _routing(config: dict[str, Any]) -> dict[str, Any] | None:
         "beta": routing.beta,
         "seed": routing.seed,
         "timestep_range": list(routing.timestep_range),
-        "widths": [{"channels": width, "active": int(share * width)} for width in widths],
+        "widths": [{"channels": width, "active": int(share * width)} for width in known_widths or widths],
     }
 
 
@@ -136,22 +189,38 @@ def _draw_masks(routing: dict[str, Any] | None, path: str) -> None:
 
 
 def _as_text(description: dict[str, Any]) -> str:
-    denoiser, routing, clusters = (description[name] for name in ("denoiser", "routing", "clusters"))
+    routing, clusters, adapters = (description[name] for name in ("routing", "clusters", "adapters"))
     rows = [("pipeline", description["pipeline"]), ("step", description["step"])]
-    rows.append(("denoiser", denoiser["class"] + (f" in {denoiser['folder']}/" if denoiser["folder"] else "")))
-    parameters = "no safetensors weights" if denoiser["parameters"] is None else f"{denoiser['parameters']:,}"
-    rows.append(("parameters", " ".join([parameters, *denoiser["dtypes"]])))
-    rows.append(("averaged", f"{denoiser['folder']}_ema/" if denoiser["averaged_beside_it"] else None))
-    rows.append(("classes", denoiser["classes"]))
+    rows += _denoiser_rows(description["denoiser"]) if adapters is None else _adapter_rows(adapters)
     rows += [("routing", "none, not a routed model")] if routing is None else _routing_rows(routing)
     if clusters is not None:
-        edges = ", ".join(f"{edge:g}" for edge in clusters["boundaries"])
-        rows.append(("clusters", f"{clusters['num_clusters']} of timesteps, bounded by {edges}"))
+        edges = ", ".join(f"{edge:g}" for edge in clusters.get("boundaries", ()))
+        rows.append(("clusters", f"{clusters.get('num_clusters')} of timesteps, bounded by {edges}"))
     if description["scheduler"]:
         values = dict(description["scheduler"])
-        rows.append(("scheduler", ", ".join([values.pop("class"), *(f"{key}={values[key]}" for key in values)])))
+        rows.append(("scheduler", ", ".join([str(values.pop("class")), *(f"{key}={values[key]}" for key in values)])))
     rows.append(("vae", description["vae"]))
-    return "\n".join(f"{name:<11} {value}" for name, value in rows if value is not None)
+    return "\n".join(printable(f"{name:<11} {value}") for name, value in rows if value is not None)
+
+
+def _denoiser_rows(denoiser: dict[str, Any]) -> list[tuple[str, Any]]:
+    parameters = "no safetensors weights" if denoiser["parameters"] is None else f"{denoiser['parameters']:,}"
+    return [
+        ("denoiser", denoiser["class"] + (f" in {denoiser['folder']}/" if denoiser["folder"] else "")),
+        ("parameters", " ".join([parameters, *denoiser["dtypes"]])),
+        ("averaged", f"{denoiser['folder']}_ema/" if denoiser["averaged_beside_it"] else None),
+        ("classes", denoiser["classes"]),
+    ]
+
+
+def _adapter_rows(adapters: dict[str, Any]) -> list[tuple[str, Any]]:
+    ranks = ", ".join(map(str, adapters["ranks"]))
+    return [
+        ("adapters", f"LoRA of rank {ranks} for {adapters['layers']} layers"),
+        ("of", adapters["of"]),
+        ("for", adapters["for"]),
+        ("parameters", " ".join([f"{adapters['parameters']:,}", *adapters["dtypes"]])),
+    ]
 
 
 def _routing_rows(routing: dict[str, Any]) -> list[tuple[str, str]]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 
+from diffusers_dtr_command import COMMANDS
 
-def new_parser(subparsers, name: str, summary: str, description: str, example: str) -> argparse.ArgumentParser:
+from ..hub.commit import check_token
+from ..ranges import POSITIVE
+
+
+def new_parser(subparsers, name: str, description: str, example: str) -> argparse.ArgumentParser:
     """Add the parser of a command.
 
     Args:
         subparsers: What `ArgumentParser.add_subparsers` returned.
         name: The command.
-        summary: One line for the list of commands.
         description: What it does, for its own help.
         example: Command lines that show it, for the end of its help.
 
@@ -20,8 +24,8 @@ def new_parser(subparsers, name: str, summary: str, description: str, example: s
     """
     return subparsers.add_parser(
         name,
-        help=summary,
-        description=f"{summary}\n\n{description}",
+        help=COMMANDS[name],
+        description=f"{COMMANDS[name]}\n\n{description}",
         epilog=f"examples:\n{example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -33,6 +37,22 @@ def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--revision", help="Branch, tag or commit of a repository. Its main branch by default.")
     group.add_argument(
         "--token",
+        type=token,
         help="Access token. Better leave it out of the command line: `hf auth login` or the variable HF_TOKEN "
         "serve all commands.",
     )
+    group.add_argument(
+        "--timeout",
+        type=POSITIVE,
+        default=60.0,
+        metavar="SECONDS",
+        help="Give up when the Hub has not answered for this long. Default: %(default)g.",
+    )
+
+
+def token(text: str) -> str:
+    """Parse an access token for argparse, which repeats what a ValueError was raised for."""
+    try:
+        return check_token(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

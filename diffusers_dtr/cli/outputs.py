@@ -1,4 +1,4 @@
-"""What commands write: never over what is there, and never a part of it under its final name."""
+"""What commands say and write: never over what is there, and never a part of it under its final name."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from tempfile import TemporaryDirectory
 from diffusers import ConfigMixin, DiffusionPipeline
 
 from ..publishing import publishable
+
+
+def printable(text: str) -> str:
+    """A text without what a terminal would take for commands: files may hold anything."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
 
 
 @contextmanager

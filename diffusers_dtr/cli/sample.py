@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import math
+from typing import Any
 
 import diffusers
 import torch
 from diffusers import SchedulerMixin
 
+from ..config_types import built_from_file
+from ..pipelines.class_labels import class_named, classes_by_name
+from ..pipelines.model_index import pipeline_class_name
 from ..pipelines.pipeline_dtr import DTRPipeline
-from ..ranges import COUNT, NON_NEGATIVE, SEED
-from ..training.validation import save_sample_grid
+from ..ranges import COUNT, FINITE, NON_NEGATIVE, SEED
+from ..run_folder import LORA_FILE, PIPELINE_INDEX
+from ..visualization import image_grid
 from .options import add_hub_arguments, new_parser
 from .outputs import new_output
+from .sources import Source, open_source
 
 
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -45,7 +52,6 @@ def add_parser(subparsers) -> None:
     parser = new_parser(
         subparsers,
         "sample",
-        "Draw a grid of images from a class-conditional or unconditional pipeline.",
         "The n-th image of a label is drawn from the seed plus n: asking for more labels or images keeps the others,\n"
         "up to rounding, and the images of a column begin with the same noise.",
         _EXAMPLE,
@@ -56,7 +62,7 @@ def add_parser(subparsers) -> None:
         nargs="+",
         action="extend",
         metavar="LABEL",
-        help="Classes, one row of the grid each: names that the pipeline knows, or numbers. None by default.",
+        help="Classes, one row of the grid each: names that the pipeline knows, or else numbers. None by default.",
     )
     parser.add_argument(
         "--num_images",
@@ -70,6 +76,15 @@ def add_parser(subparsers) -> None:
         default=1.0,
         help="Classifier-free guidance, off at 1 or below. Default: %(default)s.",
     )
+    parser.add_argument(
+        "--guidance_interval",
+        type=FINITE,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="Guide at these timesteps and those between them only. Everywhere by default.",
+    )
+    parser.add_argument("--height", type=COUNT, help="Height of the images in pixels. The model's by default.")
+    parser.add_argument("--width", type=COUNT, help="Width of the images in pixels. The model's by default.")
     parser.add_argument("--num_inference_steps", type=COUNT, default=50, help="Denoising steps. Default: %(default)s.")
     parser.add_argument(
         "--scheduler",
@@ -102,34 +117,79 @@ def add_parser(subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the grid."""
+    source = open_source(args.pipeline, args.revision, args.token)
+    labels = _labels(args, _checked_index(source, args.pipeline), source)
     with new_output(args.output, suffix=".png") as path:
         pipeline = DTRPipeline.from_pretrained(
             args.pipeline, revision=args.revision, token=args.token, torch_dtype=getattr(torch, args.dtype)
         )
         if args.scheduler is not None:
-            pipeline.scheduler = args.scheduler.from_config(pipeline.scheduler.config)
+            with built_from_file(f"A {args.scheduler.__name__}"):
+                pipeline.scheduler = args.scheduler.from_config(pipeline.scheduler.config)
         seeds = range(args.seed, args.seed + args.num_images)
-        if args.labels is None:
+        if labels is None:
             wanted, columns = {"num_images": len(seeds)}, math.ceil(math.sqrt(len(seeds)))
         else:
-            labels = [_label(pipeline, text) for text in args.labels]
             wanted, columns = {"class_labels": [label for label in labels for _ in seeds]}, len(seeds)
             seeds = [*seeds] * len(labels)
         pipeline.to(args.device or _default_device())
         images = pipeline(
             **wanted,
             guidance_scale=args.guidance_scale,
+            guidance_interval=args.guidance_interval,
+            height=args.height,
+            width=args.width,
             num_inference_steps=args.num_inference_steps,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             max_batch_size=args.max_batch_size,
         ).images
-        save_sample_grid(images, columns, path)
+        image_grid(images, columns, args.labels).save(path)
     print(args.output)
 
 
-def _label(pipeline: DTRPipeline, text: str) -> int | str:
+def _checked_index(source: Source, name: str) -> dict[str, Any]:
+    """The `model_index.json` of a pipeline that can be sampled here; for others, the error says what serves them."""
+    index = source.read_json(PIPELINE_INDEX, {"_class_name": str | list[str], "id2label": dict[str, str] | None})
+    if index is None:
+        adapters = source.header(LORA_FILE) is not None
+        what = (
+            "LoRA adapters: load them into their pipeline in Python, with `load_lora_weights`, as their card shows"
+            if adapters
+            else f"no pipeline, which has a {PIPELINE_INDEX}: `diffusers-dtr inspect` says what it is"
+        )
+        raise ValueError(f"{name!r} holds {what}.")
+    parameters = inspect.signature(DTRPipeline.__init__).parameters
+    if any(not component.startswith("_") and component not in parameters for component in index):
+        kind = pipeline_class_name(index)
+        raise ValueError(
+            f"{name!r} must be a class-conditional or unconditional pipeline, such as a DTRPipeline, DiTPipeline or "
+            f"DDPMPipeline, got a {kind}. Sample it in Python: "
+            f"`import diffusers_dtr, diffusers; pipe = diffusers.{kind}.from_pretrained({name!r})`."
+        )
+    return index
+
+
+def _labels(args: argparse.Namespace, index: dict[str, Any], source: Source) -> list[int] | None:
+    """The classes that are asked for, which must be there before anything large is loaded."""
+    if args.labels is None:
+        return None
+    component = "transformer" if (index.get("transformer") or [None])[0] else "unet"
+    types = {"num_embeds_ada_norm": int | None, "num_class_embeds": int | None}
+    config = source.read_json(f"{component}/config.json", types) or {}
+    number = config.get("num_embeds_ada_norm" if component == "transformer" else "num_class_embeds")
+    if number is None:
+        raise ValueError(f"`--labels` must be left out: {args.pipeline!r} is unconditional.")
+    classes = classes_by_name(index.get("id2label"))
+    return [_label(text, classes, number) for text in args.labels]
+
+
+def _label(text: str, classes: dict[str, list[int]], number: int) -> int:
     # Names first: a pipeline may call its class 0 "1".
-    return int(text) if text.isdecimal() and text not in pipeline.labels else text
+    if text in classes or not text.isdecimal():
+        return class_named(text, classes)
+    if int(text) >= number:
+        raise ValueError(f"`--labels` must be names of classes or numbers in [0, {number - 1}], got {text}.")
+    return int(text)
 
 
 def _default_device() -> torch.device:

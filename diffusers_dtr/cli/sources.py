@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,32 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import safe_open
 
+from ..config_types import built_from_file, read_object
+from ..hub.commit import check_token
+
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says of its content.
+
+    Attributes:
+        tensors: dtype, such as "F32", and shape, by name.
+        metadata: Texts by name.
+    """
+
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> Counter[str]:
+        """How many numbers there are of each dtype."""
+        counts: Counter[str] = Counter()
+        for dtype, shape in self.tensors.values():
+            counts[dtype] += math.prod(shape)
+        return counts
 
 
 class Source(ABC):
@@ -26,25 +50,21 @@ class Source(ABC):
         """A small file on this machine, or None if there is none of this path."""
 
     @abstractmethod
-    def sizes(self, path: str) -> dict[str, int] | None:
-        """How many numbers a safetensors file has of each dtype, such as `{"F32": 100}`, or None if there is none."""
+    def header(self, path: str) -> Header | None:
+        """The header of a safetensors file, or None if there is none of this path."""
 
-    def read_json(self, path: str) -> dict[str, Any] | None:
+    def read_json(self, path: str, types: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
         """The JSON object in a file, or None if there is none of this path.
 
+        Args:
+            path: The file.
+            types: Of its values, see [`~diffusers_dtr.config_types.check_types`].
+
         Raises:
-            ValueError: If the file holds anything else.
+            ValueError: If the file holds anything else, or a value is of another type.
         """
         file = self.local_file(path)
-        if file is None:
-            return None
-        try:
-            value = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"`{path}` is no JSON: {error}") from error
-        if not isinstance(value, dict):
-            raise ValueError(f"`{path}` must hold a JSON object, got {type(value).__name__}.")
-        return value
+        return None if file is None else read_object(file, path, types)
 
     def parameter_counts(self, folder: str) -> dict[str, int]:
         """How many parameters a saved model has of each dtype, in one file or several.
@@ -53,20 +73,23 @@ class Source(ABC):
             folder: The model's folder, ending in `/`, or "" for the whole source.
 
         Returns:
-            As [`sizes`]; empty if there are no safetensors weights of the usual name.
+            Numbers by dtype; empty if there are no safetensors weights of the usual name.
 
         Raises:
             ValueError: If the index of the files names one elsewhere, or one that is not there.
         """
-        index = self.read_json(f"{folder}{_WEIGHTS}.index.json")
+        name = f"{_WEIGHTS}.index.json"
+        index = self.read_json(folder + name, {"weight_map": dict})
         if index is None:
-            return self.sizes(folder + _WEIGHTS) or {}
+            header = self.header(folder + _WEIGHTS)
+            return {} if header is None else dict(header.counts)
+        files = set(map(str, index.get("weight_map", {}).values()))
         counts: Counter[str] = Counter()
-        for name in sorted(set(index["weight_map"].values())):
-            sizes = None if "/" in name or "\\" in name else self.sizes(folder + name)
-            if sizes is None:
-                raise ValueError(f"`{_WEIGHTS}.index.json` must name files beside it, got {name!r}.")
-            counts.update(sizes)
+        for file in sorted(files):
+            header = None if "/" in file or "\\" in file else self.header(folder + file)
+            if header is None:
+                raise ValueError(f"`{name}` must name files beside it, got {file!r}.")
+            counts.update(header.counts)
         return dict(counts)
 
 
@@ -80,16 +103,14 @@ class Folder(Source):
         """See [`Source`]."""
         return self.path / path if (self.path / path).is_file() else None
 
-    def sizes(self, path: str) -> dict[str, int] | None:
+    def header(self, path: str) -> Header | None:
         """See [`Source`]."""
         if not (self.path / path).is_file():
             return None
-        counts: Counter[str] = Counter()
         with safe_open(self.path / path, "pt") as file:
-            for key in file.keys():  # noqa: SIM118 - not a dictionary
-                tensor = file.get_slice(key)
-                counts[tensor.get_dtype()] += math.prod(tensor.get_shape())
-        return dict(counts)
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - not a dictionary
+            tensors = {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
+            return Header(tensors, file.metadata() or {})
 
 
 @dataclass(frozen=True)
@@ -110,13 +131,16 @@ class Repository(Source):
         except EntryNotFoundError:
             return None
 
-    def sizes(self, path: str) -> dict[str, int] | None:
+    def header(self, path: str) -> Header | None:
         """See [`Source`]."""
         api = HfApi(token=self.token)
         try:
-            return api.parse_safetensors_file_metadata(self.repo_id, path, revision=self.revision).parameter_count
+            with built_from_file(f"The header of `{path}`"):
+                file = api.parse_safetensors_file_metadata(self.repo_id, path, revision=self.revision)
         except EntryNotFoundError:
             return None
+        tensors = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in file.tensors.items()}
+        return Header(tensors, file.metadata)
 
 
 def open_source(name: str, revision: str | None = None, token: str | None = None) -> Source:
@@ -128,10 +152,10 @@ def open_source(name: str, revision: str | None = None, token: str | None = None
         token: Access token, or None for the one that is logged in.
 
     Raises:
-        ValueError: If `revision` is given for a folder.
+        ValueError: If `revision` is given for a folder, or for a `token` that is none.
     """
     if not Path(name).is_dir():
-        return Repository(name, revision, token)
+        return Repository(name, revision, check_token(token))
     if revision is not None:
         raise ValueError(f"`revision` is one of a repository, but {name!r} is a folder.")
     return Folder(Path(name))

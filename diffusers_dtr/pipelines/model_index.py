@@ -29,7 +29,7 @@ def check_model_index(index: dict[str, Any], folder: Path, pipeline_class: type[
     """
     known = constructor_types(pipeline_class)
     values = {name: hint for name, hint in known.items() if not _is_component(hint)}
-    check_types(values, index, "`model_index.json`")
+    check_types({**values, "id2label": dict[str, str] | None}, index, "`model_index.json`")
     for name, value in index.items():
         # A custom pipeline's `_class_name` has the form of a component; other such names are diffusers' own notes.
         if name != "_class_name" and name.startswith("_"):

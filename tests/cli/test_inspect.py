@@ -7,9 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DModel
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 from PIL import Image
+from safetensors.torch import save_file
 from tiny_dit import plain_dit, routed_dit
 
 from diffusers_dtr import DTRPipeline, DTRUNet2DModel
@@ -55,6 +57,7 @@ def test_a_pipeline_is_described(folder, dit, capsys):
             "classes": 5,
             "averaged_beside_it": False,
         },
+        "adapters": None,
         "routing": {
             "type": "dtr",
             "alpha": 2.0,
@@ -164,6 +167,35 @@ def test_only_headers_of_weights_are_read(folder, dit, capsys):
     assert described(folder, capsys)["denoiser"]["parameters"] == num_parameters(dit)
     path.unlink()
     assert shown(folder, capsys)["parameters"] == "no safetensors weights"
+
+
+def test_adapters_are_described(tmp_path, capsys):
+    layers = {"a.lora_A.weight": torch.ones(4, 16), "a.lora_B.weight": torch.ones(8, 4)}
+    layers |= {"b.lora.down.weight": torch.ones(2, 16), "b.lora.up.weight": torch.ones(8, 2)}
+    save_file(layers, tmp_path / "pytorch_lora_weights.safetensors")
+    assert shown(tmp_path, capsys) == {
+        "adapters": "LoRA of rank 2, 4 for 2 layers",
+        "parameters": "144 float32",
+        "routing": "none, not a routed model",
+    }
+    config = {"routing_beta": 0.5, "block_out_channels": [8, 16]}
+    model = {"class": "DTRUNet2DConditionModel", "config": config, "routed_widths": [8, 16, 24]}
+    record = {"model": model, "arguments": {"pretrained_model_name_or_path": "owner/base"}}
+    (tmp_path / "training_config.json").write_text(json.dumps(record))
+    lines = shown(tmp_path, capsys)
+    assert (lines["of"], lines["for"]) == ("DTRUNet2DConditionModel", "owner/base")
+    assert lines["active"] == "4 of 8, 8 of 16, 12 of 24 channels"
+    assert described(tmp_path, capsys)["adapters"]["ranks"] == [2, 4]
+
+
+def test_adapters_of_a_repository_and_of_a_checkpoint_are_described(hub, tmp_path, capsys):
+    (tmp_path / "unet_lora").mkdir()
+    save_file({"a.lora_A.weight": torch.ones(4, 16)}, tmp_path / "unet_lora" / "pytorch_lora_weights.safetensors")
+    expected = described(tmp_path, capsys)
+    assert (expected["denoiser"], expected["adapters"]["layers"]) == (None, 1)
+    HfApi().create_repo("owner/lora")
+    HfApi().upload_folder(repo_id="owner/lora", folder_path=tmp_path)
+    assert described("owner/lora", capsys) == expected
 
 
 # ---- pictures

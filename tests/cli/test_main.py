@@ -5,11 +5,16 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from hub_server import NeverAnswer
+from huggingface_hub import HfApi, get_session
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+import diffusers_dtr
+import diffusers_dtr_command
 from diffusers_dtr import cli
 
 
@@ -72,7 +77,85 @@ def test_the_package_installs_the_command():
     pyproject = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     (line,) = (line for line in pyproject.splitlines() if line.startswith("diffusers-dtr = "))
     module, function = line.split("=")[1].strip().strip('"').split(":")
-    assert getattr(importlib.import_module(module), function) is cli.main
+    assert getattr(importlib.import_module(module), function) is diffusers_dtr_command.main
+
+
+def test_version_and_help_import_nothing_large(tmp_path):
+    code = "import sys, diffusers_dtr_command as c\ntry: c.main(sys.argv[1:])\n"
+    code += (
+        "finally: print({'torch', 'diffusers', 'diffusers_dtr', 'huggingface_hub'} & {*sys.modules}, file=sys.stderr)"
+    )
+    for arguments in (["--version"], ["--help"], [], ["unknown"]):
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+        assert done.stderr.endswith("set()\n"), done.stderr
+        assert done.returncode == (0 if arguments and arguments[0].startswith("--") else 2)
+
+
+def test_the_version_is_the_packages(capsys):
+    for main in (diffusers_dtr_command.main, cli.main):
+        with pytest.raises(SystemExit, match="0"):
+            main(["--version"])
+        assert capsys.readouterr().out == f"diffusers-dtr {diffusers_dtr.__version__}\n"
+
+
+def test_help_is_the_same_before_and_after_the_package_is_imported(capsys):
+    shown = []
+    for main in (diffusers_dtr_command.main, cli.main):
+        with pytest.raises(SystemExit, match="0"):
+            main(["--help"])
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+
+
+def test_a_command_runs_through_the_entry_point(tmp_path, capsys):
+    assert diffusers_dtr_command.main(["inspect", str(tmp_path)]) == 2
+    assert "There is no diffusers model" in capsys.readouterr().err
+
+
+def test_a_terminals_commands_are_not_repeated(monkeypatch, capsys):
+    fail(monkeypatch, ValueError("red \x1b[31m and\x07 a bell"))
+    assert cli.main(["inspect", "model"]) == 2
+    assert capsys.readouterr().err == "diffusers-dtr inspect: red \ufffd[31m and\ufffd a bell\n"
+
+
+# ---- the Hub
+
+COMMAND_LINES = [
+    ["inspect", "owner/tiny"],
+    ["card", "owner/tiny", "--output", "card"],
+    ["card", "owner/tiny", "--push"],
+    ["sample", "owner/tiny", "--output", "grid.png"],
+    ["convert", "owner/tiny", "new"],
+]
+
+
+@pytest.mark.parametrize("arguments", COMMAND_LINES, ids=lambda arguments: " ".join(arguments[::2]))
+def test_a_hub_that_never_answers_is_given_up(hub, tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.chdir(tmp_path)
+    HfApi().create_repo("owner/tiny")
+    hub.faults.append(NeverAnswer(method=".*", path=".", times=100))
+    start = time.monotonic()
+    assert cli.main([*arguments, "--timeout", "0.5"]) == 2
+    assert time.monotonic() - start < 10
+    assert "answer" in capsys.readouterr().err
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_the_limit_holds_for_the_command_alone(hub, tmp_path):
+    before = get_session().timeout
+    cli.main(["inspect", str(tmp_path), "--timeout", "0.001"])
+    assert (get_session().timeout, len(get_session().event_hooks["request"])) == (before, 1)
+
+
+@pytest.mark.parametrize("token", ["hf_secret\n", "hf_\rsecret", "hf_secret\x7f", ""])
+@pytest.mark.parametrize("arguments", COMMAND_LINES, ids=lambda arguments: " ".join(arguments[::2]))
+def test_a_token_that_is_none_is_refused_and_not_repeated(hub, capsys, arguments, token):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([*arguments, f"--token={token}"])
+    error = capsys.readouterr().err
+    assert "argument --token: `token` must be printable ASCII" in error
+    assert "secret" not in error
+    assert hub.requests == []
 
 
 def test_the_module_runs_as_the_command_does(tmp_path):

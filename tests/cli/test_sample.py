@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import math
+
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
-from tiny_dit import routed_dit
+from safetensors.torch import save_file
+from tiny_dit import plain_dit, routed_dit
 
 from diffusers_dtr import DTRPipeline
 from diffusers_dtr.cli import main
 
 
 SIZE = 8
+GAP = 6
 
 
 @pytest.fixture
@@ -32,14 +37,21 @@ def folder(pipeline, tmp_path):
 def sample(folder, output, *arguments):
     code = main(["sample", str(folder), "--num_inference_steps", "2", "--output", str(output), *arguments])
     assert code == 0
-    return tiles(output)
+    number = int(arguments[arguments.index("--num_images") + 1]) if "--num_images" in arguments else 4
+    return tiles(output, number if "--labels" in arguments else math.ceil(math.sqrt(number)))
 
 
-def tiles(path):
-    """The grid's images, `(rows, columns, height, width, channels)`."""
+def tiles(path, columns):
+    """The grid's images before they were enlarged, `(rows, columns, height, width, channels)`."""
     grid = np.asarray(Image.open(path)).astype(int)
-    rows, columns = (length // SIZE for length in grid.shape[:2])
-    return grid.reshape(rows, SIZE, columns, SIZE, 3).swapaxes(1, 2)
+    scale = max(1, round(400 / (columns * SIZE)))
+    step = SIZE * scale + GAP
+    names = grid.shape[1] - columns * step + GAP
+    rows = range(0, grid.shape[0], step)
+    lefts = range(names, grid.shape[1], step)
+    return np.stack(
+        [[grid[top : top + step - GAP : scale, left : left + step - GAP : scale] for left in lefts] for top in rows]
+    )
 
 
 def expected(pipeline, label, seed, **arguments):
@@ -74,7 +86,7 @@ def test_images_without_labels_fill_a_square(folder, pipeline, tmp_path):
     grid = sample(folder, tmp_path / "grid.png", "--num_images", "3", "--max_batch_size", "2")
     assert grid.shape[:2] == (2, 2)
     assert same(grid[1, 0], expected(pipeline, None, 2))
-    assert not grid[1, 1].any()
+    assert (grid[1, 1] == 255).all()
 
 
 def test_the_same_command_writes_the_same_file(folder, tmp_path):
@@ -126,7 +138,10 @@ def test_nothing_is_written_over(folder, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--labels", "dog"], "`class_labels` has no class named 'dog'. Known names: 1, cat"),
-        (["--labels", "6"], "`class_labels` must be in [0, 5], got 6."),
+        (["--labels", "6"], "`--labels` must be names of classes or numbers in [0, 4], got 6."),
+        (["--labels", "5"], "`--labels` must be names of classes or numbers in [0, 4], got 5."),
+        (["--guidance_interval", "9", "1"], "`guidance_interval` must be (low, high)"),
+        (["--height", "9"], "`height` must be a multiple of"),
         (["--guidance_scale", "2"], "`guidance_scale`=2.0, which is above 1, needs `class_labels`"),
         (["--output", "grid.jpeg"], "The output must end in `.png`, got 'grid.jpeg'."),
     ],
@@ -161,3 +176,72 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(folder,
             main(["sample", "owner/none", "--device", name])
         assert f"must be a device of this machine, such as cpu, got '{name}'" in capsys.readouterr().err
     sample(folder, tmp_path / "grid.png", "--device", "cpu")
+
+
+def test_size_and_guidance_interval_are_used(folder, pipeline, tmp_path):
+    asked = {"guidance_scale": 4.0, "guidance_interval": (0, 100), "height": 8, "width": 8}
+    flags = [part for name, value in asked.items() for part in (f"--{name}", *map(str, np.ravel(value)))]
+    grid = sample(folder, tmp_path / "grid.png", "--labels", "3", "--num_images", "1", *flags)
+    assert same(grid[0, 0], expected(pipeline, 3, 0, **asked))
+    assert not same(grid[0, 0], expected(pipeline, 3, 0, guidance_scale=4.0))
+    assert main(["sample", str(folder), "--height", "8", "--width", "16", "--output", str(tmp_path / "wide.png")]) == 0
+
+
+def test_rows_have_the_names_of_their_classes(folder, tmp_path):
+    sample(folder, tmp_path / "short.png", "--labels", "3", "--num_images", "1")
+    sample(folder, tmp_path / "long.png", "--labels", "golden retriever", "--num_images", "1")
+    short, long = (Image.open(tmp_path / name) for name in ("short.png", "long.png"))
+    assert short.width < long.width
+    assert np.asarray(long)[:, :50].min() == 0, "black on white"
+
+
+# ---- what is refused before weights are loaded
+
+
+@pytest.fixture
+def without_weights(folder):
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    return folder
+
+
+def refused(folder, capsys, *arguments):
+    assert main(["sample", str(folder), *arguments, "--output", str(folder.parent / "grid.png")]) == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("label", "message"), [("12", "numbers in [0, 4], got 12"), ("dog", "no class named 'dog'"), ("-1", "'-1'")]
+)
+def test_a_class_that_is_not_there_is_refused(without_weights, capsys, label, message):
+    assert message in refused(without_weights, capsys, f"--labels={label}")
+
+
+def test_labels_of_an_unconditional_pipeline_are_refused(tmp_path, capsys):
+    model = routed_dit(in_channels=3, num_embeds_ada_norm=None)
+    DTRPipeline(DDIMScheduler(), transformer=model).save_pretrained(tmp_path / "p")
+    assert "`--labels` must be left out" in refused(tmp_path / "p", capsys, "--labels", "1")
+
+
+def test_pipelines_of_other_kinds_are_told_what_serves_them(tmp_path, capsys):
+    folder = tmp_path / "p"
+    folder.mkdir()
+    index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
+    (folder / "model_index.json").write_text(json.dumps({**index, "tokenizer": ["transformers", "CLIPTokenizer"]}))
+    message = refused(folder, capsys)
+    assert "got a StableDiffusionPipeline" in message
+    assert f"diffusers.StableDiffusionPipeline.from_pretrained('{folder}')" in message
+
+
+def test_what_is_no_pipeline_is_told_what_it_is(tmp_path, capsys):
+    plain_dit().save_pretrained(tmp_path / "model")
+    assert "`diffusers-dtr inspect` says what it is" in refused(tmp_path / "model", capsys)
+    (tmp_path / "lora").mkdir()
+    save_file({"a.lora_A.weight": torch.ones(2, 2)}, tmp_path / "lora" / "pytorch_lora_weights.safetensors")
+    assert "`load_lora_weights`" in refused(tmp_path / "lora", capsys)
+
+
+def test_pipelines_of_diffusers_are_sampled(tmp_path):
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
+    unet = UNet2DModel(8, **blocks, layers_per_block=1, norm_num_groups=4)
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "p")
+    assert sample(tmp_path / "p", tmp_path / "grid.png", "--num_images", "2").shape == (1, 2, 8, 8, 3)

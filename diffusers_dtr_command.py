@@ -1,0 +1,43 @@
+"""The command `diffusers-dtr`: what can be said of it without importing anything large.
+
+It is no part of the package, whose import takes seconds: diffusers has to know the package's models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+
+COMMANDS = {
+    "card": "Write the model card of a pipeline or training run, or renew it.",
+    "convert": "Convert checkpoints of the original DiT, DTR and ANT code to pipelines, and back.",
+    "inspect": "Say what a saved model is: routing, clusters, parameters, scheduler.",
+    "sample": "Draw a grid of images from a class-conditional or unconditional pipeline.",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command, as [`diffusers_dtr.cli.main`] does."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] not in COMMANDS:
+        parser, subparsers = command_parser()
+        for command, summary in COMMANDS.items():
+            subparsers.add_parser(command, help=summary)
+        parser.parse_args(argv)
+    from diffusers_dtr import cli
+
+    return cli.main(argv)
+
+
+def command_parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
+    """The parser of the command, and where those of its commands are added."""
+    parser = argparse.ArgumentParser(
+        prog="diffusers-dtr",
+        description="Denoising Task Routing for diffusers: convert, sample and look at routed models.",
+        epilog="`diffusers-dtr COMMAND --help` explains a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"diffusers-dtr {version('diffusers-dtr')}")
+    return parser, parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

@@ -1,0 +1,227 @@
+"""Files that anybody may have written: whatever they hold, a command ends soon, small, and with one line."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import random
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler
+from safetensors.torch import save_file
+from tiny_dit import routed_dit
+
+from diffusers_dtr import DTRPipeline, original_dit_state_dict
+from diffusers_dtr.cli import main
+
+
+WRONG = [None, True, 0, -1, 2.5, "", "many", [], [[]], {}, {"a": 1}, [None], 10**400, 2**63, float("nan"), "\x1b[2J\n"]
+SECONDS, BYTES = 10, 2**30
+
+
+# ---- what wants time and memory
+
+
+def pipeline_with(folder: Path, **config) -> Path:
+    """A saved pipeline whose denoiser's config says something else."""
+    DTRPipeline(DDPMScheduler(), transformer=routed_dit()).save_pretrained(folder)
+    path = folder / "transformer" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    return folder
+
+
+def endless_unet(folder: Path) -> Path:
+    levels = {"block_out_channels": [32] * 100, "down_block_types": ["DownBlock2D"] * 100, "layers_per_block": 10**9}
+    (folder / "unet").mkdir(parents=True)
+    config = {"_class_name": "DTRUNet2DModel", "up_block_types": ["UpBlock2D"] * 100, **levels}
+    (folder / "unet" / "config.json").write_text(json.dumps(config))
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "DTRPipeline"}))
+    return folder
+
+
+def nested(folder: Path, name: str = "model_index.json") -> Path:
+    pipeline_with(folder)
+    (folder / name).write_text('{"a": ' + "[" * 10**6 + "]" * 10**6 + "}")
+    return folder
+
+
+def long_number(folder: Path) -> Path:
+    path = pipeline_with(folder) / "transformer" / "config.json"
+    path.write_text('{"_class_name": "DTRTransformer2DModel", "a": ' + "9" * 10**6 + "}")
+    return folder
+
+
+def endless_header(folder: Path) -> Path:
+    pipeline_with(folder)
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes((2**62).to_bytes(8, "little") + b"{}")
+    return folder
+
+
+def repeated_number(folder: Path, device: str = "cpu") -> Path:
+    state = original_dit_state_dict(routed_dit(norm_eps=1e-6, freq_shift=0))
+    shape = (4 * 1024, 256 * 1024)
+    name = next(name for name in state if name.endswith("mlp.fc1.weight"))
+    state[name] = torch.empty(shape, device="meta") if device == "meta" else torch.ones(1).expand(shape)
+    folder.mkdir()
+    torch.save({"ema": state}, folder / "dit.pt")
+    return folder / "dit.pt"
+
+
+def compressed(folder: Path) -> Path:
+    folder.mkdir()
+    with zipfile.ZipFile(folder / "dit.pt", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("archive/data.pkl", b"\x80\x02" + b"N" * 10**8 + b".")
+        file.writestr("archive/version", "3\n")
+    return folder / "dit.pt"
+
+
+HOSTILE = {
+    "endless U-Net": (endless_unet, "inspect", 0),
+    "absurd sizes": (lambda f: pipeline_with(f, num_layers=10**12, sample_size=10**9), "inspect", 0),
+    "nested index": (nested, "inspect", 2),
+    "nested config": (lambda f: nested(f, "transformer/config.json"), "inspect", 2),
+    "nested scheduler": (lambda f: nested(f, "scheduler/scheduler_config.json"), "sample", 2),
+    "long number": (long_number, "inspect", 2),
+    "long number to sample": (long_number, "sample", 2),
+    "endless header": (endless_header, "inspect", 2),
+    "endless header to sample": (endless_header, "sample", 2),
+    "repeated number": (repeated_number, "convert", 2),
+    "meta tensor": (lambda f: repeated_number(f, "meta"), "convert", 2),
+    "compressed": (compressed, "convert", 2),
+}
+
+# Imports first, which need more than a gigabyte of addresses; what comes after has one.
+_LIMITED = f"""
+import contextlib, io, json, resource, sys, time
+from diffusers_dtr.cli import main
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + {BYTES}
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+with contextlib.suppress(MemoryError):
+    bytearray(2 * {BYTES})
+    sys.exit("There is no limit")
+results = []
+for arguments in json.loads(sys.argv[1]):
+    error, start = io.StringIO(), time.process_time()
+    with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
+        code = main(arguments)
+    results.append([code, time.process_time() - start, error.getvalue()])
+print(json.dumps(results))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="/proc is not there to read the size of a process")
+def test_hostile_files_end_soon_and_small(tmp_path):
+    written = {"sample": ["--output", str(tmp_path / "grid.png")], "convert": [str(tmp_path / "new"), "--no_vae"]}
+    lines = []
+    for number, (make, command, _) in enumerate(HOSTILE.values()):
+        lines.append([command, str(make(tmp_path / str(number))), *written.get(command, [])])
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*.pt")) < 10**6
+    run = [sys.executable, "-c", _LIMITED, json.dumps(lines)]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, (code, seconds, error) in zip(HOSTILE, json.loads(done.stdout), strict=True):
+        assert (code, seconds < SECONDS) == (HOSTILE[name][2], True), (name, code, seconds, error)
+        if code:
+            assert error.splitlines()[-1].startswith(f"diffusers-dtr {HOSTILE[name][1]}: "), name
+            assert len(error.splitlines()[-1]) < 1000, name
+    assert not (tmp_path / "new").exists()
+    assert not (tmp_path / "grid.png").exists()
+
+
+# ---- what has other types
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A run's folder, with every JSON file that a command reads."""
+    vae = AutoencoderKL(latent_channels=4, block_out_channels=(4,), norm_num_groups=2)
+    pipeline = DTRPipeline(DDPMScheduler(), transformer=routed_dit(), vae=vae, id2label={0: "cat", 1: "dog"})
+    pipeline.save_pretrained(tmp_path / "run")
+    run = tmp_path / "run"
+    (run / "training_state.json").write_text(json.dumps({"global_step": 20, "settings": {}}))
+    clusters = {"num_clusters": 3, "boundaries": [0, 100, 400, 1000]}
+    model = {"class": "DTRTransformer2DModel", "config": {"routing_beta": 0.8}, "routed_widths": [16]}
+    record = {"clusters": clusters, "arguments": {"seed": 0}, "model": model, "command": "python train.py"}
+    (run / "training_config.json").write_text(json.dumps(record))
+    return run
+
+
+def places(value, path=()):
+    """Where values are in a JSON object, at any depth."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield (*path, key)
+        yield from places(item, (*path, key))
+
+
+def mutated(content, draw):
+    content = copy.deepcopy(content)
+    *path, last = draw.choice([*places(content)])
+    parent = content
+    for key in path:
+        parent = parent[key]
+    match draw.randrange(5):
+        case 0 if isinstance(parent, dict):
+            del parent[last]
+        case 1:
+            parent[last] = [parent[last]]
+        case 2 if isinstance(parent, dict):
+            parent[draw.choice(["", "\x1b[2J", "_module", "1" * 100])] = draw.choice(WRONG)
+        case _:
+            parent[last] = draw.choice(WRONG)
+    return content if draw.random() > 0.05 else draw.choice(WRONG)
+
+
+def sweep(folder, capsys, arguments, times, seed):
+    """Run a command on mutated files; returns how often it succeeded."""
+    draw, succeeded = random.Random(seed), 0
+    files = sorted(path for path in folder.rglob("*.json"))
+    for number in range(times):
+        path = draw.choice(files)
+        original = path.read_text()
+        path.write_text(json.dumps(mutated(json.loads(original), draw)))
+        try:
+            code = main([part.format(number=number) for part in arguments])
+        except Exception as error:
+            raise AssertionError(f"{path.relative_to(folder)}: {path.read_text()[:2000]}") from error
+        last = capsys.readouterr().err.splitlines()[-1:]
+        assert code == 0 or (code == 2 and last[0].startswith(f"diffusers-dtr {arguments[0]}: ")), last
+        succeeded += code == 0
+        path.write_text(original)
+    return succeeded
+
+
+def test_a_mutated_folder_is_inspected_or_one_line(folder, capsys):
+    assert 10 < sweep(folder, capsys, ["inspect", str(folder)], 80, seed=0) < 79
+
+
+def test_a_mutated_folder_is_sampled_or_one_line(folder, capsys):
+    output = str(folder.parent / "{number}.png")
+    arguments = ["sample", str(folder), "--labels", "dog", "--num_images", "1", "--num_inference_steps", "1"]
+    assert 5 < sweep(folder, capsys, [*arguments, "--output", output], 30, seed=1) < 29
+
+
+def test_a_mutated_folder_is_converted_or_one_line(folder, capsys):
+    output = str(folder.parent / "{number}")
+    assert 5 < sweep(folder, capsys, ["convert", str(folder), output], 30, seed=2) < 29
+
+
+def test_a_mutated_folder_gets_its_card_or_one_line(folder, capsys):
+    output = str(folder.parent / "card{number}")
+    assert 5 < sweep(folder, capsys, ["card", str(folder), "--output", output], 30, seed=3) <= 30
+
+
+def test_mutated_adapters_are_inspected_or_one_line(folder, capsys):
+    adapters = folder.parent / "lora"
+    adapters.mkdir()
+    save_file({"a.lora_A.weight": torch.ones(2, 2)}, adapters / "pytorch_lora_weights.safetensors")
+    (folder / "training_config.json").rename(adapters / "training_config.json")
+    assert sweep(adapters, capsys, ["inspect", str(adapters)], 30, seed=4) > 5
