@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: written beside their place, which they take once they are complete."""
+"""Atomic writes: a file is written beside its place, and renamed when it is complete."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """A place to write a file, which then replaces the one that there may be.
+    """Write a file atomically, over one that may exist.
 
     Args:
         path: The file, in a folder that exists.
@@ -30,11 +30,11 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def replace_text(path: str | os.PathLike, text: str) -> None:
-    """Write a file of UTF-8 whatever the locale, as [`replacing`] does.
+    """Write a text file in UTF-8 atomically.
 
     Args:
         path: The file, in a folder that exists.
-        text: All that it is to hold.
+        text: Its contents.
     """
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")

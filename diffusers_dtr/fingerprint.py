@@ -1,4 +1,4 @@
-"""Hashes by which tensors are known again."""
+"""Hashes of tensors, for cache keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranges of numbers: what an argument may be, said once, checked in one way, and refused with one form of error."""
+"""Ranges of numbers: one declaration serves an argument's check, its error message and its command-line flag."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Range:
         return f"{noun} {'>=' if opening == '[' else '>'} {low:g}"
 
     def check(self, **values: object) -> None:
-        """Refuse arguments outside this range.
+        """Raise an error for arguments outside this range.
 
         Args:
             **values: By the names of the arguments.
@@ -62,7 +62,7 @@ class Range:
         """Parse a number; `type=` of an argument of argparse.
 
         Raises:
-            argparse.ArgumentTypeError: If it is none of this range.
+            argparse.ArgumentTypeError: If it is not in this range.
         """
         try:
             value = self.kind(text)

@@ -153,7 +153,7 @@ class ChannelRouting:
         self._beta_override: torch.Tensor | None = None
 
     def set_beta(self, beta: float | None) -> None:
-        """Use another share of active channels from now on, or the configured one again for None.
+        """Change the share of active channels; None restores the configured one.
 
         Meant for a warm-up from 1 to the configured share: in a compiled model the value may change without a new
         graph.
@@ -173,7 +173,7 @@ class ChannelRouting:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The values that it was made with, under the names that they have in a model's config."""
+        """The settings, by their names in a model's config."""
         names = ("alpha", "beta", "routing_type", "seed", "timestep_range")
         return {f"routing_{name.removeprefix('routing_')}": getattr(self, name) for name in names}
 
@@ -223,7 +223,7 @@ def check_routing(
     timestep_range: Sequence[float] = DEFAULT_TIMESTEP_RANGE,
     num_channels: int | None = None,
 ) -> None:
-    """Refuse settings that name no routing.
+    """Check the settings of a routing.
 
     Args:
         alpha: Must be a finite number > 0.

@@ -1,4 +1,4 @@
-"""Pictures for understanding. The `plot_` functions take and return a matplotlib Axes, as notebooks like it."""
+"""Plots of masks, clusters, losses and affinities. The `plot_` functions take and return a matplotlib Axes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def plot_routing_masks(
     timestep_range: Sequence[float] = DEFAULT_TIMESTEP_RANGE,
     ax: Axes | None = None,
 ) -> Axes:
-    """Which channels are active at which timestep.
+    """Plot which channels are active at which timestep.
 
     Args:
         num_channels: Width of the blocks.
@@ -70,7 +70,7 @@ def draw_routing_masks(
     beta: float = 0.8,
     timestep_range: Sequence[float] = DEFAULT_TIMESTEP_RANGE,
 ) -> Figure:
-    """The masks of a model on a figure for a file, which no notebook shows: one picture for each width of its blocks.
+    """Figure of a model's masks, to save to a file: one plot for each width of its blocks.
 
     Args:
         widths: Widths of the blocks, side by side.
@@ -95,7 +95,7 @@ def draw_routing_masks(
 
 
 def plot_cluster_losses(history: Sequence[dict], ax: Axes | None = None) -> Axes:
-    """The loss of every cluster over training.
+    """Plot the loss of every cluster over training.
 
     Args:
         history: Entries with `step` and `clusters`, the loss of each cluster or None where it had no samples; the
@@ -131,7 +131,7 @@ def plot_cluster_losses(history: Sequence[dict], ax: Axes | None = None) -> Axes
 
 
 def plot_task_affinity(affinity: TaskAffinity, ax: Axes | None = None) -> Axes:
-    """Task affinity of all pairs of training timesteps, with timesteps at the left and below, log SNR above.
+    """Plot the task affinity of all pairs of training timesteps, with timesteps at the left and below, log SNR above.
 
     Args:
         affinity: What [`~diffusers_dtr.TaskAffinity.measure`] or `load` returned.
@@ -165,7 +165,7 @@ def plot_task_affinity(affinity: TaskAffinity, ax: Axes | None = None) -> Axes:
 
 
 def plot_affinity_by_noise_distance(affinity: TaskAffinity, ax: Axes | None = None) -> Axes:
-    """Task affinity of every pair of timesteps against the distance of their noise levels, and its running median.
+    """Plot the task affinity of pairs of timesteps against their distance in log SNR, with a running median.
 
     Args:
         affinity: Of at least three timesteps of finite log SNR.
@@ -225,7 +225,7 @@ def plot_clusters(clusters: TimestepClusters, ax: Axes | None = None) -> Axes:
 def plot_cluster_boundaries(
     clusterings: Mapping[str, TimestepClusters], levels: NoiseLevels, ax: Axes | None = None
 ) -> Axes:
-    """Where clusterings cut the noise levels: one row of bars for each, over log SNR, from clean to noisy.
+    """Plot clusterings over log SNR, from clean to noisy: one row of bars for each.
 
     Args:
         clusterings: By name; all of the timesteps of `levels`.
@@ -270,7 +270,7 @@ def plot_cluster_boundaries(
 
 
 def plot_cluster_gaps(gaps: Mapping[str, tuple[Tensor, Tensor, Tensor]], ax: Axes | None = None) -> Axes:
-    """A value per cluster with its interval, for several models side by side, such as gaps of negative transfer.
+    """Plot a value per cluster with its interval, for several models side by side, such as negative transfer gaps.
 
     Args:
         gaps: For each model name: mean, lower and upper end of the interval, `(k,)` each.
@@ -367,6 +367,6 @@ def image_grid(images: Sequence[Image.Image], columns: int, row_names: Sequence[
 
 
 def copy_drawing(source: Path, target: Path) -> None:
-    """Copy a drawing of few colours, as a file of half the size."""
+    """Copy a drawing with a palette of 64 colours, which halves its file."""
     with Image.open(source) as drawing:
         drawing.convert("RGB").quantize(64).save(target, optimize=True)

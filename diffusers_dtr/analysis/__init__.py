@@ -1,4 +1,4 @@
-"""Whether timesteps get along: the affinity of their gradients, and what training on all of them costs some."""
+"""Task affinity between timesteps, and negative transfer from training on all of them."""
 
 from .frechet import frechet_distance
 from .measurement import Workspace

@@ -1,4 +1,4 @@
-"""What a denoiser is called with beside noisy samples and timesteps: tensors by argument name, some in mappings.
+"""Conditioning of a denoiser: tensors by argument name, some of them in mappings.
 
 A class-conditional model takes `{"class_labels": labels}`, PixArt `{"encoder_hidden_states": texts,
 "added_cond_kwargs": {"resolution": sizes, "aspect_ratio": ratios}}`.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def checked_conditions(conditions: Mapping[str, Any] | None, num_images: int) -> dict[str, Any]:
-    """Conditions as they are, or none.
+    """Check that there is one condition for each image.
 
     Args:
         conditions: Tensors `(num_images, ...)` by name, or mappings of these, or None.
@@ -32,7 +32,7 @@ def checked_conditions(conditions: Mapping[str, Any] | None, num_images: int) ->
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], conditions: Mapping[str, Any]) -> dict[str, Any]:
-    """The same conditions with something done to every tensor.
+    """Apply a function to every tensor of the conditions.
 
     Args:
         function: From a tensor to another.
@@ -45,7 +45,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], conditions: Mapping[str, A
 
 
 def named_tensors(conditions: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
-    """All tensors; the name of one in a mapping is `mapping.name`.
+    """All tensors by name, which is `mapping.name` for one in a mapping.
 
     Args:
         conditions: Tensors by name, or mappings of these.

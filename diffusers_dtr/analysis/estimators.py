@@ -1,4 +1,4 @@
-"""From inner products of gradients, by parts of the images, to their cosines, and how far to trust these."""
+"""Cosines of gradients, and their reliability, from inner products between parts of the images."""
 
 from __future__ import annotations
 

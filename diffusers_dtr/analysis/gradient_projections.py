@@ -1,4 +1,4 @@
-"""From a gradient to the numbers that inner products are computed of: a random sketch of it, or a block of it."""
+"""Projections of gradients that preserve inner products: random sketches, or exact blocks of coordinates."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _COLUMNS = 2**17
 
 
 class Projection(Protocol):
-    """A linear map of gradients, which preserves inner products: on its own, or summed over several of them.
+    """A linear map of gradients that preserves inner products, alone or summed over several maps.
 
     Attributes:
         names: The parameters whose gradients it takes.

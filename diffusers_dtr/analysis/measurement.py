@@ -1,4 +1,4 @@
-"""Measuring inner products of gradients: shared by several processes, and gone on with where it was interrupted.
+"""Measurement of inner products of gradients, shared by several processes, and resumed after an interruption.
 
 Everything that is measured lies in a folder, one file per timestep, under a name that tells what it is of: processes
 share the work by sharing the folder, and work that is there is not done again, whoever did it.
@@ -30,7 +30,7 @@ SETTINGS_FILE = "settings.json"
 
 @dataclass(frozen=True)
 class Workspace:
-    """Where a measurement lies, and which of its processes this one is.
+    """The folder of a measurement, and the number of this process.
 
     Args:
         folder: The folder, which all processes see.
@@ -47,7 +47,7 @@ class Workspace:
     progress: Callable[[Sequence[int]], Iterable[int]] = iter
 
     def claim(self, settings: dict) -> None:
-        """Begin a measurement here, or go on with one of the same settings; all processes must call this.
+        """Start a measurement in this folder, or resume one of the same settings; all processes must call this.
 
         Args:
             settings: JSON-serialisable: all that results depend on, apart from the model.
@@ -65,7 +65,7 @@ class Workspace:
             if changed:
                 raise ValueError(
                     f"{self.folder} has a measurement of other settings: {', '.join(f'`{key}`' for key in changed)} "
-                    "changed. Choose another folder, or remove this one to begin anew."
+                    "changed. Choose another folder, or remove this one to start again."
                 )
         self.wait_for_everyone()
         if self.process_index == 0:
@@ -116,7 +116,7 @@ class Workspace:
 
 
 def _key(gradients: TimestepGradients) -> str:
-    """What a model's gradients depend on, as the beginning of file names: its class and config too, not weights alone.
+    """Cache key of a model's gradients: a hash of its class, config and weights.
 
     A plain model and a routed one that was made of it have the same weights.
     """

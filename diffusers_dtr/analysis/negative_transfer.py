@@ -125,7 +125,7 @@ def _rows(values: Tensor, rows: Tensor, device: torch.device) -> Tensor:
 
 
 def negative_transfer_gap(specialist: Tensor, joint: Tensor, *, relative: bool = False) -> Tensor:
-    """The negative transfer gap of ANT: a metric with the specialist in its cluster, less that of the joint model.
+    """The negative transfer gap of ANT: a metric of the specialist in its cluster, minus that of the joint model.
 
     The metric is one of which less is better, as a held-out loss or a Fréchet distance. Below zero there is negative
     transfer: training on the other timesteps too made the joint model worse in this cluster. Above zero, it gained.
@@ -165,7 +165,7 @@ def confidence_interval(values: Tensor, confidence: float = 0.95) -> tuple[Tenso
 
     if values.ndim == 0 or len(values) < 2:
         raise ValueError(
-            f"`values` must have at least two entries, of which a spread can be told, got shape {tuple(values.shape)}."
+            f"`values` must have at least two entries, to estimate a spread, got shape {tuple(values.shape)}."
         )
     Range("(0, 1)").check(confidence=confidence)
     values = values.double()

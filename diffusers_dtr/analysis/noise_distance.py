@@ -1,4 +1,4 @@
-"""Whether affinity falls as noise levels part: the first observation of ANT (arXiv 2306.00354)."""
+"""Task affinity by the distance of noise levels: the first observation of ANT (arXiv 2306.00354)."""
 
 from __future__ import annotations
 

@@ -200,7 +200,7 @@ class TaskAffinity:
         return torch.where(lower[:, None] == lower, ridge, (full + full.T) / 2)
 
     def with_provenance(self, **provenance: Any) -> TaskAffinity:
-        """The same affinity, about which more is known.
+        """A copy with more provenance.
 
         Args:
             **provenance: Of JSON types, added to what is known already.
@@ -208,7 +208,7 @@ class TaskAffinity:
         return replace(self, provenance={**self.provenance, **provenance})
 
     def save(self, path: str | PathLike) -> None:
-        """Write one safetensors file, with everything but the tensors in its metadata.
+        """Save as one safetensors file, with everything but the tensors in its metadata.
 
         Args:
             path: The file; it is replaced once the new one is complete.
@@ -226,7 +226,7 @@ class TaskAffinity:
 
     @classmethod
     def load(cls, path: str | PathLike) -> TaskAffinity:
-        """Read what [`save`] wrote.
+        """Load a file of [`save`].
 
         Args:
             path: The file.
@@ -252,7 +252,7 @@ class TaskAffinity:
 
 
 def load_task_affinity(path: str | PathLike, levels: NoiseLevels | None = None) -> Tensor:
-    """The full affinity matrix that a file holds, for `cluster_timesteps(scheduler, k, cost=...)`.
+    """Load the full affinity matrix of a file, for `cluster_timesteps(scheduler, k, cost=...)`.
 
     Args:
         path: File of [`TaskAffinity.save`].
@@ -262,7 +262,7 @@ def load_task_affinity(path: str | PathLike, levels: NoiseLevels | None = None) 
         float64 `(T, T)`, interpolated where fewer timesteps were measured.
 
     Raises:
-        ValueError: If the file is none of a task affinity, or of one at other noise levels.
+        ValueError: If the file holds no task affinity, or one of other noise levels.
     """
     affinity = TaskAffinity.load(path)
     difference = None if levels is None else _difference(affinity, levels)
@@ -306,7 +306,7 @@ def _measured_timesteps(levels: NoiseLevels, timesteps: int | Sequence[float] | 
         return grid.clone()
     if isinstance(timesteps, int):
         if not 2 <= timesteps <= len(grid):
-            raise ValueError(f"`timesteps`, a number of them, must be in [2, {len(grid)}], got {timesteps}.")
+            raise ValueError(f"`timesteps`, as a number of timesteps, must be in [2, {len(grid)}], got {timesteps}.")
         return grid[torch.linspace(0, len(grid) - 1, timesteps, dtype=torch.float64).round().long()]
     given = torch.as_tensor(timesteps, dtype=torch.float64, device="cpu")
     low, high = levels.timestep_range

@@ -1,4 +1,4 @@
-"""Puts models into eval mode for a while."""
+"""Eval mode for the duration of a context."""
 
 from __future__ import annotations
 

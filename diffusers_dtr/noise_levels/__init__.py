@@ -1,4 +1,4 @@
-"""Noise levels: the forward process a diffusers scheduler trains with. The only place that knows scheduler classes."""
+"""Noise levels: the forward process a diffusers scheduler trains with. Only this part knows scheduler classes."""
 
 from .forward_processes import uses_learned_variance
 from .levels import NoiseLevels

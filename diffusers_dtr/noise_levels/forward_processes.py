@@ -1,4 +1,4 @@
-"""The forward process of a diffusers scheduler. With `uses_learned_variance`, all there is that knows schedulers."""
+"""The forward process of a diffusers scheduler. Only this module knows scheduler classes."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class ForwardProcess(ABC):
         return self.timesteps[0].item(), self.timesteps[-1].item()
 
     def check_range(self, timesteps: Tensor) -> None:
-        """Refuse timesteps outside the schedule where they lie on the CPU: looking at them elsewhere would wait.
+        """Check that timesteps on the CPU lie in the schedule. Those on a device are not read, to avoid a wait.
 
         Raises:
             ValueError: Naming the range, and what came.
@@ -223,7 +223,7 @@ def _flow_of(scheduler: SchedulerMixin, shift_key: str) -> ForwardProcess:
 
 
 def prediction_type_of(scheduler: SchedulerMixin, process: ForwardProcess) -> str:
-    """What a scheduler's denoiser predicts, by the names of [`NoiseLevels`].
+    """The prediction type of a scheduler, by the names of [`NoiseLevels`].
 
     Raises:
         TypeError: If the scheduler's `prediction_type` is not defined in its process.

@@ -74,7 +74,7 @@ class NoiseLevels:
         self._posterior = None if alphas_cumprod is None else Posterior(alphas_cumprod)
 
     def as_called(self, timesteps: Tensor) -> Tensor:
-        """Timesteps in the type that the denoiser is called with, the same in training, validation and analysis.
+        """Convert timesteps to the type that the denoiser is called with in training, validation and analysis.
 
         Args:
             timesteps: Of any real type, on the CPU.
@@ -130,7 +130,7 @@ class NoiseLevels:
         return _mix(alpha, clean, sigma, noise)
 
     def model_input(self, noisy: Tensor, timesteps: Tensor) -> Tensor:
-        """What the denoiser is fed: noisy samples `(B, ...)`, scaled to unit variance in variance exploding processes.
+        """Input of the denoiser: noisy samples `(B, ...)`, scaled to unit variance in variance exploding processes.
 
         Raises:
             ValueError: As `add_noise`.
@@ -144,13 +144,13 @@ class NoiseLevels:
         return (noisy / per_sample(deviation, noisy)).to(noisy.dtype)
 
     def target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the denoiser should return for these samples; arguments, result and errors as in `add_noise`."""
+        """Training target of the denoiser; arguments, result and errors as in `add_noise`."""
         _check_batch(timesteps, clean=clean, noise=noise)
         clean_share, noise_share = self._target_shares(timesteps)
         return _mix(clean_share, clean, noise_share, noise)
 
     def predict_clean(self, model_output: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
-        """Clean sample that a prediction amounts to: `target` and `add_noise` solved for it.
+        """Predicted clean sample: `target` and `add_noise` solved for it.
 
         At SNR 0 predicted noise determines no clean sample: α is then taken for 2⁻¹², as diffusers does (ᾱ = 2⁻²⁴).
 
@@ -171,7 +171,7 @@ class NoiseLevels:
         return _mix(noise_share / determinant, noisy, -sigma / determinant, model_output)
 
     def variational_bound(self, model_output: Tensor, clean: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
-        """Term of the variational bound that trains a learned-range variance, the predicted mean being frozen.
+        """Term of the variational bound that trains a learned-range variance, with the predicted mean frozen.
 
         KL(q(x_{t−1} | x_t, x_0) ‖ p(x_{t−1} | x_t)) for t > 0 and the discretised decoder's −log p(x_0 | x_1) at
         t = 0, not rescaled by T (Nichol and Dhariwal, arXiv 2102.09672, Eq. 4 to 6 and 15, and their L_hybrid). No

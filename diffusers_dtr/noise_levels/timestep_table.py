@@ -1,4 +1,4 @@
-"""Values by timestep, and how they meet samples: devices, number types and shapes."""
+"""Tables of values by timestep, and the devices, number types and shapes for computing with samples."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def scalar_dtype(device: torch.device) -> torch.dtype:
-    """The widest float type of a device, for what there is one of per timestep, sample or cluster."""
+    """The widest float type of a device, for scalars per timestep, sample or cluster."""
     return torch.float32 if device.type == "mps" else torch.float64  # Apple GPUs have no float64
 
 
 def sample_dtype(sample: Tensor) -> torch.dtype:
-    """The type that a sample is computed in: float32 at least, because half precision rounds sums and squares away."""
+    """The type to compute a sample in: float32 at least, because half precision rounds sums and squares away."""
     return torch.promote_types(sample.dtype, torch.float32)
 
 
@@ -39,5 +39,5 @@ def is_discrete(grid: Tensor) -> bool:
 
 
 def per_sample(values: Tensor, sample: Tensor) -> Tensor:
-    """Scalars `(B,)` made to broadcast over `sample` `(B, ...)`, on its device and in at least float32."""
+    """Reshape scalars `(B,)` to broadcast over `sample` `(B, ...)`, on its device and in at least float32."""
     return values.to(sample.device, sample_dtype(sample)).view(-1, *[1] * (sample.ndim - 1))

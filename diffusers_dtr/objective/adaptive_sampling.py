@@ -1,4 +1,4 @@
-"""Timesteps fitted to the data: clusters are drawn as often as a running estimate of their loss asks for.
+"""Adaptive timestep sampling: each cluster is drawn as often as a running estimate of its loss demands.
 
 The idea is that of the loss-second-moment resampler of Improved DDPM (arXiv 2102.09672, Section 3.3), on clusters
 instead of single timesteps, so that the estimate settles within a few hundred steps, and with stratified draws.
@@ -19,7 +19,7 @@ STATISTICS = ("mean", "second_moment", "variance")
 
 
 class AdaptiveTimestepSampler:
-    r"""Draws timesteps with a density, relative to uniform ones, that follows the loss of their cluster.
+    r"""Draws timesteps with a density that follows the loss of their cluster.
 
     With the statistic $s_i$ of cluster i of width $w_i$, every timestep of that cluster has the density
     $d_i = f + (1 - f) s_i T / \sum_j w_j s_j$, where f is the floor: no timestep is ever drawn less than f times as
@@ -103,7 +103,7 @@ class AdaptiveTimestepSampler:
         process_index: int = 0,
         num_processes: int = 1,
     ) -> torch.Tensor:
-        """Draw timesteps with the current density, stratified over the clusters.
+        """Draw timesteps of the current density, stratified over the clusters.
 
         Arguments, result and errors are those of [`TimestepClusters.sample`]. Processes draw one global batch together
         if they were updated alike.
@@ -118,11 +118,11 @@ class AdaptiveTimestepSampler:
         )
 
     def density(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """How much more often than uniformly these timesteps are drawn at present, as [`TimestepClusters.density`]."""
+        """Current density of these timesteps relative to uniform ones, as [`TimestepClusters.density`]."""
         return self.clusters.density(timesteps, shares=self.shares)
 
     def weights(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """What to multiply the losses of drawn timesteps with. To be asked for before the next [`update`].
+        """Importance weights for the losses of drawn timesteps. Call this before the next [`update`].
 
         Args:
             timesteps: `(batch,)`.
@@ -136,7 +136,7 @@ class AdaptiveTimestepSampler:
         return torch.ones(timesteps.shape, dtype=torch.float32, device=timesteps.device)
 
     def update(self, timesteps: torch.Tensor, losses: torch.Tensor) -> None:
-        """Observe losses. With several processes, those of the global batch: pass what `accelerator.gather` returns.
+        """Update the estimate with the losses of the global batch, which `accelerator.gather` returns.
 
         Losses that are infinite or NaN, from a step that mixed precision is going to skip, are not observed.
 
@@ -168,7 +168,7 @@ class AdaptiveTimestepSampler:
             self._num_pending = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """All that decides the draws to come, for an exact resume; tensors on the CPU."""
+        """State for an exact resume, with tensors on the CPU."""
         return {
             "boundaries": list(self.clusters.boundaries),
             "moments": self._moments,

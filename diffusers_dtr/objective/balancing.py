@@ -1,4 +1,4 @@
-"""Balancing: how clusters are weighed against each other. Here is what needs no gradients of single clusters.
+"""Balancing: how clusters are weighed against each other. These balancings need no gradients of single clusters.
 
 A balancing maps the losses of a batch to the scalar to minimise. Every formula here is affine in the samples' losses,
 each of which counts 1/B: the mean over processes is the value for the global batch, however its samples are spread
@@ -82,7 +82,7 @@ class Balancing(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, losses: ClusterLosses) -> Tensor:
-        """The loss to minimise, a scalar, of which the mean over processes is meant.
+        """The loss of this process's batch, a scalar; its mean over processes is minimised.
 
         Args:
             losses: The losses of this process's batch.
@@ -92,7 +92,7 @@ class Balancing(nn.Module, ABC):
         """
 
     def cluster_weights(self, log_snr: Tensor) -> Tensor:
-        """What each cluster's losses count at present, to look at; 1 in the plain mean.
+        """Current weight of each cluster's losses, for logging; 1 in the plain mean.
 
         Args:
             log_snr: Natural logarithm of the SNR in the middle of each cluster, `(k,)`.
@@ -198,7 +198,7 @@ class ContinuousUncertainty(Balancing):
 
 
 def make_balancing(name: str, num_clusters: int) -> Balancing:
-    """The balancing of this name.
+    """Make the balancing of this name.
 
     Args:
         name: "uniform", "uncertainty" or "continuous_uncertainty".

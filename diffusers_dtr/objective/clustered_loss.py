@@ -138,8 +138,8 @@ class ClusteredLoss(nn.Module):
             clean: Clean samples `(B, C, ...)`.
             noise: The noise that was added to them, in the same shape.
             timesteps: `(B,)`, as the denoiser was called with.
-            sample_weights: `(B,)`, what each sample's loss counts besides, such as [`AdaptiveTimestepSampler.weights`]
-                for timesteps that are not drawn uniformly. It enters `loss` only.
+            sample_weights: `(B,)`, importance weights, such as [`AdaptiveTimestepSampler.weights`] for timesteps
+                that are not drawn uniformly. They enter `loss` only.
 
         Returns:
             The loss, and what it is made of.
@@ -166,14 +166,14 @@ class ClusteredLoss(nn.Module):
         )
 
     def cluster_weights(self) -> Tensor:
-        """What each cluster's losses count at present in the balancing, `(k,)`; 1 in the plain mean."""
+        """Current weight of each cluster's losses, `(k,)`, for logging; 1 in the plain mean."""
         middles = torch.tensor([(cluster.start + cluster.stop - 1) // 2 for cluster in self.clusters])
         log_snr = self.levels.log_snr(self.levels.timesteps[middles]).float()
         device = next((tensor.device for tensor in [*self.parameters(), *self.buffers()]), log_snr.device)
         return self.balancing.cluster_weights(log_snr.to(device))
 
     def get_extra_state(self) -> Tensor:
-        """The clusters' boundaries, saved so that a state is only ever loaded for the same clusters."""
+        """The clusters' boundaries, by which a state of other clusters is recognised."""
         return torch.tensor(self.clusters.boundaries, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:

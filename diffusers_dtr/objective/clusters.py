@@ -82,7 +82,7 @@ class TimestepClusters:
         return f"{type(self).__name__}({self.boundaries}{grid})"
 
     def assign(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """The cluster of each timestep, without waiting for the device.
+        """Assign timesteps to clusters, without waiting for the device.
 
         A timestep that is not in the training grid belongs with the grid's nearest one; halfway between two, with the
         noisier.
@@ -110,7 +110,7 @@ class TimestepClusters:
         process_index: int = 0,
         num_processes: int = 1,
     ) -> torch.Tensor:
-        """Draw timesteps of which every cluster gets its share, in random order.
+        """Draw timesteps stratified over the clusters, in random order.
 
         With the default equal shares, each cluster gets ⌊B/k⌋ or ⌈B/k⌉ of the B timesteps, and is as likely as any
         other to get one of the remainder. Where clusters differ in width this is not the uniform distribution: a loss
@@ -154,7 +154,7 @@ class TimestepClusters:
         shares: torch.Tensor | Sequence[float] | None = None,
         importance: torch.Tensor | Sequence[float] | None = None,
     ) -> torch.Tensor:
-        """How much more often than uniformly [`sample`] draws these timesteps; 1 everywhere for equal clusters.
+        """Density of [`sample`] at these timesteps, relative to uniform ones; 1 everywhere for equal clusters.
 
         A loss divided by it has the expectation it would have under uniform timesteps.
 
@@ -174,7 +174,7 @@ class TimestepClusters:
         return _to_device(density, timesteps.device)[_count_reached(midpoints, timesteps)]
 
     def to_dict(self) -> dict[str, list]:
-        """What [`from_dict`] restores the clusters from, of JSON types only."""
+        """The clusters as a dictionary of JSON types, for [`from_dict`]."""
         grid = {} if self.timesteps is None else {"timesteps": list(self.timesteps)}
         return {"boundaries": list(self.boundaries), **grid}
 

@@ -145,7 +145,7 @@ class GradientBalancer(Balancing):
         without_gradient = (gramian.diagonal() == 0).nonzero()[:, 0].tolist()
         if without_gradient:
             warnings.warn(
-                f"The clusters {without_gradient} had no samples with a gradient: the weights stay as they were. "
+                f"The clusters {without_gradient} had no samples with a gradient: the weights are not updated. "
                 f"Draw timesteps with TimestepClusters.sample, in global batches of at least {self.num_clusters}.",
                 stacklevel=2,
             )
@@ -243,8 +243,8 @@ def _weighting_of_gramian(weighting: str | Weighting | WeightedAggregator, num_c
     for part in weighting.modules():
         if _is_stateful(part) and type(part).__name__ not in _MEMORY:
             raise TypeError(
-                "`weighting` must depend on the Gramian only, and on earlier ones in a way that can be saved, got "
-                f"{type(part).__name__}, which wants more or keeps other state."
+                "`weighting` must be a function of the Gramian, without state that cannot be saved, got "
+                f"{type(part).__name__}."
             )
     return weighting
 

@@ -74,7 +74,7 @@ def stratified_density(
     shares: torch.Tensor | Sequence[float] | None = None,
     importance: torch.Tensor | Sequence[float] | None = None,
 ) -> torch.Tensor:
-    r"""How much more often than uniformly [`draw_stratified`] draws each timestep.
+    r"""Density of [`draw_stratified`] at each timestep, relative to uniform ones.
 
     With share $q_i$ and importance a, a timestep of cluster i has the density $T q_i a_t / \sum_{s \in i} a_s$.
 

@@ -162,7 +162,7 @@ WEIGHTINGS: Mapping[str, type] = {
 def make_weighting(
     weighting: str | Callable[[NoiseLevels, Tensor], Tensor],
 ) -> Callable[[NoiseLevels, Tensor], Tensor]:
-    """The weighting of a name, with its default numbers; a weighting or function as it is.
+    """Look up a weighting by its name; a function is returned as it is.
 
     Args:
         weighting: A key of `WEIGHTINGS`, or a function of `(levels, timesteps)`.

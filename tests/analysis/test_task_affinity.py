@@ -166,7 +166,7 @@ def test_gradients_that_are_all_noise_are_an_error_that_says_what_to_do():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"timesteps": 1}, r"`timesteps`, a number of them, must be in \[2, 1000\], got 1"),
+        ({"timesteps": 1}, r"`timesteps`, as a number of timesteps, must be in \[2, 1000\], got 1"),
         ({"timesteps": [5]}, "at least two increasing numbers"),
         ({"timesteps": [5, 5]}, "at least two increasing numbers"),
         ({"timesteps": [5, 1000]}, r"numbers in \[0, 999\]"),
