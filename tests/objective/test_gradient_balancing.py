@@ -347,8 +347,8 @@ def test_torchjd_keeps_state_in_no_other_weightings():
 @pytest.mark.parametrize(
     ("weighting", "message"),
     [
-        (aggregation.ExcessMTL(), "depend on the Gramian only.*got ExcessMTLWeighting"),
-        (aggregation.MoDoWeighting(), "depend on the Gramian only.*got MoDoWeighting"),
+        (aggregation.ExcessMTL(), "a function of the Gramian.*got ExcessMTLWeighting"),
+        (aggregation.MoDoWeighting(), "a function of the Gramian.*got MoDoWeighting"),
         (aggregation.CRMOGMWeighting(aggregation.SDMGradWeighting()), "got SDMGradWeighting"),
         (aggregation.GradDrop(), "must be a name, or a weighting.*got GradDrop"),
         (torch.nn.Identity(), "must be a name, or a weighting.*got Identity"),
