@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> None:
     labels = _labels(args, _checked_index(source, args.pipeline), source)
     with new_output(args.output, suffix=".png") as path:
         pipeline = DTRPipeline.from_pretrained(
-            args.pipeline, revision=args.revision, token=args.token, torch_dtype=getattr(torch, args.dtype)
+            args.pipeline, revision=args.revision, token=args.token, dtype=getattr(torch, args.dtype)
         )
         if args.scheduler is not None:
             with built_from_file(f"A {args.scheduler.__name__}"):

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from huggingface_hub import hf_hub_download
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -53,6 +54,35 @@ def file_routing(path: str | os.PathLike) -> dict[str, dict[str, Any]]:
         return json.loads((file.metadata() or {}).get(_HEADER_KEY, "{}"))
 
 
+def adapter_state(model: ModelMixin, adapter_name: str = "default") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors of a model's adapter, and its config, without which its scale would be lost."""
+    from peft import get_peft_model_state_dict  # an extra: `diffusers-dtr[training]`
+
+    config = model.peft_config[adapter_name].to_dict()
+    # The order of a set differs between runs.
+    config = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+    return get_peft_model_state_dict(model, adapter_name=adapter_name), config
+
+
+def save_unrouted_lora(model: ModelMixin, folder: str | os.PathLike, adapter_name: str = "default") -> Path:
+    """Write what `model.save_lora_adapter` writes, without its warning of a cast that it does not make.
+
+    Args:
+        model: The denoiser.
+        folder: Made if need be.
+        adapter_name: The adapter.
+
+    Returns:
+        The file.
+    """
+    layers, config = adapter_state(model, adapter_name)
+    path = Path(folder, LORA_FILE)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(config, indent=2, sort_keys=True)}
+    save_file(layers, path, metadata)
+    return path
+
+
 def save_routed_lora(model: ModelMixin, folder: str | os.PathLike, adapter_name: str = "default") -> Path:
     """Save a model's adapter with its routing, if it has one, as `model.save_lora_adapter` does.
 
@@ -64,8 +94,7 @@ def save_routed_lora(model: ModelMixin, folder: str | os.PathLike, adapter_name:
     Returns:
         The file.
     """
-    model.save_lora_adapter(folder, adapter_name=adapter_name, weight_name=LORA_FILE)
-    path, routing = Path(folder, LORA_FILE), adapter_routing(model, adapter_name)
+    path, routing = save_unrouted_lora(model, folder, adapter_name), adapter_routing(model, adapter_name)
     if routing is not None:
         mark_routed(path, {"": routing})
     return path

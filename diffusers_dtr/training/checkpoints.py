@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..run_folder import CHECKPOINT_PREFIX
-from .ema import load_average
+from .ema import averaged_weights, load_average
 from .lora import has_lora, load_adapter, save_adapter
 from .loss_monitor import not_finite
 from .objective import Objective
@@ -206,7 +206,9 @@ class Checkpoints:
             save = save_adapter if has_lora(self.model) else type(self.model).save_pretrained
             save(self.model, Path(output_dir) / self._model_folder)
             if self.ema is not None:
-                self.ema.save_pretrained(str(Path(output_dir) / self._ema_name))
+                # Not `EMAModel.save_pretrained`, whose config has values that no model takes.
+                with averaged_weights(self.ema, self.model):
+                    self.model.save_pretrained(Path(output_dir) / self._ema_name)
             if self.objective is not None:
                 save_file(self.objective.state_dict(), Path(output_dir) / _OBJECTIVE_FILE)
         # What is popped here accelerate does not save a second time.

@@ -37,9 +37,9 @@ def load_vae(args: argparse.Namespace, dtype: torch.dtype = torch.float32) -> Mo
         source, options = args.pretrained_model_name_or_path, {"subfolder": "vae", **pretrained_options(args)}
     else:
         return None
-    vae = AutoModel.from_pretrained(source, **options, torch_dtype=dtype)
+    vae = AutoModel.from_pretrained(source, **options, dtype=dtype)
     if vae.config.get("force_upcast") and dtype != torch.float32:
-        vae = AutoModel.from_pretrained(source, **options, torch_dtype=torch.float32)
+        vae = AutoModel.from_pretrained(source, **options, dtype=torch.float32)
     return vae.requires_grad_(False).eval()
 
 

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.training_utils import cast_training_params
 from safetensors.torch import load_file
 
-from ..models.adapter_files import mark_routed, save_routed_lora
+from ..models.adapter_files import adapter_state, mark_routed, save_routed_lora, save_unrouted_lora
 from ..models.adapters import adapter_routing, route_adapter
 from ..run_folder import LORA_FILE
 from .arguments import routing_flags
@@ -57,7 +57,7 @@ def save_adapter(model: ModelMixin, folder: str | Path) -> None:
         model: The denoiser.
         folder: Is made if it does not exist.
     """
-    model.save_lora_adapter(folder, adapter_name=_ADAPTER, weight_name=LORA_FILE)
+    save_unrouted_lora(model, folder, _ADAPTER)
 
 
 def load_adapter(model: ModelMixin, folder: str | Path) -> None:
@@ -88,21 +88,16 @@ def save_lora(pipeline: DiffusionPipeline, model_name: str, folder: str | Path) 
         model_name: What it calls the denoiser: "unet" or "transformer".
         folder: Gets `pytorch_lora_weights.safetensors` and `scheduler/scheduler_config.json`.
     """
-    from peft import get_peft_model_state_dict
-
     model = getattr(pipeline, model_name)
     pipeline.scheduler.save_pretrained(Path(folder) / "scheduler")
     if not hasattr(pipeline, "save_lora_weights"):
         save_routed_lora(model, folder, _ADAPTER)
         return
-    config = model.peft_config[_ADAPTER].to_dict()
-    # Without the config the scale of the adapters would be lost. The order of a set differs between runs.
-    metadata = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
-    layers = get_peft_model_state_dict(model, adapter_name=_ADAPTER)
+    layers, config = adapter_state(model, _ADAPTER)
     pipeline.save_lora_weights(
         folder,
         weight_name=LORA_FILE,
-        **{f"{model_name}_lora_layers": layers, f"{model_name}_lora_adapter_metadata": metadata},
+        **{f"{model_name}_lora_layers": layers, f"{model_name}_lora_adapter_metadata": config},
     )
     routing = adapter_routing(model, _ADAPTER)
     if routing is not None:

@@ -79,7 +79,7 @@ def load_text_to_image_pipeline(
     family.check_size(model, vae)
     parts = {family.denoiser: model, "vae": vae, "scheduler": sampling_scheduler(args, latents=True)}
     pipeline = DiffusionPipeline.from_pretrained(
-        args.pretrained_model_name_or_path, **parts, **pretrained_options(args), torch_dtype=dtype
+        args.pretrained_model_name_or_path, **parts, **pretrained_options(args), dtype=dtype
     )
     # Components that a pipeline can do without (the denoiser, in Wan's) are loaded all the same, and not those given.
     pipeline.register_modules(**parts)

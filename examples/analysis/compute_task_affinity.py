@@ -219,7 +219,7 @@ class Pipelines:
     def _load(self, name, **parts):
         pipeline_class = DTRPipeline if self.family is None else DiffusionPipeline
         # Text encoders would otherwise come in the precision that they were saved in.
-        return pipeline_class.from_pretrained(name, cache_dir=self.args.cache_dir, torch_dtype=torch.float32, **parts)
+        return pipeline_class.from_pretrained(name, cache_dir=self.args.cache_dir, dtype=torch.float32, **parts)
 
     def _checkpoint_folders(self):
         run = Path(self.args.pretrained_model_name_or_path[0])

@@ -56,7 +56,7 @@ def load_denoiser(args, family, noise_scheduler, vae, accelerator):
             args.pretrained_model_name_or_path,
             subfolder=family.denoiser,
             # What is trained is in full precision, and what is frozen under adapters is not.
-            torch_dtype=torch.float32 if args.rank is None else training.frozen_dtype(accelerator),
+            dtype=torch.float32 if args.rank is None else training.frozen_dtype(accelerator),
             **training.pretrained_options(args),
             **(unrouted or training.denoiser_routing(args, noise_scheduler, config)),
         )

@@ -244,7 +244,7 @@ class AdaptedRun(Run):
     def __init__(self, folder: Path, *, seed: int = 0, rank: int = 2):
         super().__init__(folder, use_ema=False)
         torch.manual_seed(seed)
-        add_lora(self.model, Namespace(rank=rank, lora_alpha=None, lora_layers=None), ("to_q",))
+        add_lora(self.model, Namespace(rank=rank, lora_alpha=None, lora_layers=None, route_lora=False), ("to_q",))
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.accelerator.free_memory()
         self.optimizer = self.accelerator.prepare(torch.optim.AdamW(trained, lr=0.1))
