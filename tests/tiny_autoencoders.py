@@ -69,19 +69,19 @@ def tiny_qwen_image_vae() -> AutoencoderKLQwenImage:
     ).eval()
 
 
-def tiny_wan_vae() -> AutoencoderKLWan:
-    """Whose latents span two frames and two pixels."""
+def tiny_wan_vae(halvings: int = 1) -> AutoencoderKLWan:
+    """Whose latents span two frames and two pixels, or the next power of two."""
     torch.manual_seed(0)
     return AutoencoderKLWan(
         base_dim=4,
         z_dim=4,
-        dim_mult=[1, 1],
+        dim_mult=[1] * (halvings + 1),
         num_res_blocks=1,
-        temperal_downsample=[True],
+        temperal_downsample=[True] * halvings,
         latents_mean=MEAN,
         latents_std=STD,
-        scale_factor_temporal=2,
-        scale_factor_spatial=2,
+        scale_factor_temporal=2**halvings,
+        scale_factor_spatial=2**halvings,
     ).eval()
 
 

@@ -115,7 +115,7 @@ TRANSFORMERS = {
     ),
     "Lumina2Transformer2DModel": Family(**_ONE_MINUS_SIGMA, blocks=["noise_refiner", "layers"], width="hidden_size"),
     "LuminaNextDiT2DModel": Family(**_ONE_MINUS_SIGMA, blocks=["layers"], width="hidden_size"),
-    "MiniMaxMusic3Transformer1DModel": Family(**_SIGMA),
+    "MiniMaxMusic3Transformer1DModel": Family(**_ONE_MINUS_SIGMA),
     # Its scheduler inverts σ before it is multiplied by 1000.
     "MochiTransformer3DModel": Family(timestep_range=(1000.0, 0.0), **_BLOCKS),
     "MotifVideoTransformer3DModel": Family(**_SIGMA_1000),

@@ -6,14 +6,16 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import torch
-from timed_pipeline import TimedPipeline, caption, flow, flow_multistep, guided, whole
+from diffusers import ClassifierFreeGuidance
+from diffusers.modular_pipelines.flux3.before_denoise import Flux3SetTimestepsStep
+from diffusers.modular_pipelines.flux3.denoise import Flux3DenoiseStep
+from timed_pipeline import TimedBlocks, TimedPipeline, caption, flow, flow_multistep, guided, whole
 from tiny_denoisers import build, inputs
 from tiny_text_encoders import tiny_vae
 
 
 SIZE = dict(height=64, width=64)
 DPM_SOLVER = ("DPMSolverMultistepScheduler", {})
-STABLE_DIFFUSION = dict(timestep_spacing="leading", steps_offset=1)
 
 
 def masked_caption() -> dict:
@@ -23,6 +25,26 @@ def masked_caption() -> dict:
 def packed_layout() -> tuple[torch.Tensor, ...]:
     arguments = inputs("Ideogram4Transformer2DModel", batch=1)
     return tuple(arguments[n] for n in ("encoder_hidden_states", "position_ids", "segment_ids", "indicator"))
+
+
+def flux_3_call(hidden_states, encoder_hidden_states, timestep, **ids) -> dict:
+    return dict(latents=hidden_states, denoiser_input_fields=dict(prompt_embeds=encoder_hidden_states, **ids))
+
+
+class OmniGenProcessor:
+    """Stands where OmniGen's needs torchvision."""
+
+    max_image_size = 1024
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __call__(self, *_, **__) -> dict:
+        arguments = inputs("OmniGenTransformer2DModel", batch=2)
+        return {name: arguments[name] for name in ("input_ids", "attention_mask", "position_ids")} | {
+            "input_pixel_values": [],
+            "input_image_sizes": {},
+        }
 
 
 class NoProcessor:
@@ -38,78 +60,6 @@ IMAGE_PIPELINES = {
     "AuraFlowPipeline": TimedPipeline(
         "AuraFlowTransformer2DModel", flow(shift=1.73), lambda: dict(**masked_caption(), **SIZE)
     ),
-    "ChromaPipeline": TimedPipeline(
-        "ChromaTransformer2DModel",
-        flow(use_beta_sigmas=True),
-        lambda: dict(**guided(prompt_embeds=caption(), prompt_attention_mask=whole().float()), **SIZE),
-    ),
-    "DDPMPipeline": TimedPipeline("UNet2DModel", ("DDPMScheduler", {}), lambda: dict(output_type="np"), name="unet"),
-    "DiTPipeline": TimedPipeline(
-        "DiTTransformer2DModel",
-        DPM_SOLVER,
-        lambda: dict(class_labels=[1], guidance_scale=1.0, output_type="np"),
-        components=lambda: dict(vae=tiny_vae()),
-    ),
-    "Flux2Pipeline": TimedPipeline(
-        "Flux2Transformer2DModel",
-        flow(shift=3.0, use_dynamic_shifting=True),
-        lambda: dict(prompt_embeds=caption(), **SIZE),
-    ),
-    "FluxPipeline": TimedPipeline(
-        "FluxTransformer2DModel",
-        flow(shift=3.0, use_dynamic_shifting=True),
-        lambda: dict(prompt_embeds=caption(), pooled_prompt_embeds=caption(10), **SIZE),
-    ),
-    "Lumina2Pipeline": TimedPipeline(
-        "Lumina2Transformer2DModel", flow(shift=6.0), lambda: dict(**masked_caption(), **SIZE)
-    ),
-    "PixArtAlphaPipeline": TimedPipeline(
-        "PixArtTransformer2DModel",
-        DPM_SOLVER,
-        lambda: dict(**masked_caption(), negative_prompt=None, use_resolution_binning=False, **SIZE),
-    ),
-    "PixArtSigmaPipeline": TimedPipeline(
-        "PixArtTransformer2DModel",
-        DPM_SOLVER,
-        lambda: dict(**masked_caption(), negative_prompt=None, use_resolution_binning=False, **SIZE),
-    ),
-    "QwenImagePipeline": TimedPipeline(
-        "QwenImageTransformer2DModel",
-        flow(use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, shift_terminal=0.02),
-        lambda: dict(**guided(prompt_embeds=caption(), prompt_embeds_mask=whole()), **SIZE),
-    ),
-    "SanaPipeline": TimedPipeline(
-        "SanaTransformer2DModel",
-        flow_multistep(3.0, "DPMSolverMultistepScheduler"),
-        lambda: dict(**masked_caption(), negative_prompt=None, use_resolution_binning=False, **SIZE),
-    ),
-    "StableDiffusion3Pipeline": TimedPipeline(
-        "SD3Transformer2DModel",
-        flow(shift=3.0),
-        lambda: dict(**guided(prompt_embeds=caption(), pooled_prompt_embeds=caption(10)), **SIZE),
-    ),
-    "StableDiffusionPipeline": TimedPipeline(
-        "UNet2DConditionModel",
-        ("PNDMScheduler", dict(**STABLE_DIFFUSION, skip_prk_steps=True)),
-        lambda: dict(**guided(prompt_embeds=caption()), **SIZE),
-        components=lambda: dict(vae=None, requires_safety_checker=False),
-        name="unet",
-    ),
-    "StableDiffusionXLPipeline": TimedPipeline(
-        "UNet2DConditionModel",
-        ("EulerDiscreteScheduler", STABLE_DIFFUSION),
-        lambda: dict(
-            **guided(prompt_embeds=caption(), pooled_prompt_embeds=caption(10)),
-            original_size=(64, 64), target_size=(64, 64), **SIZE,
-        ),
-        config=dict(
-            addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=34
-        ),
-        name="unet",
-    ),
-    "ZImagePipeline": TimedPipeline(
-        "ZImageTransformer2DModel", flow(shift=3.0), lambda: dict(**guided(prompt_embeds=[caption()[0]]), **SIZE)
-    ),
     "BriaFibo2Pipeline": TimedPipeline(
         "BriaFibo2Transformer2DModel",
         flow(use_dynamic_shifting=True),
@@ -121,7 +71,7 @@ IMAGE_PIPELINES = {
         "BriaFiboTransformer2DModel",
         flow(use_dynamic_shifting=True),
         lambda: dict(prompt="a", guidance_scale=1.0, **SIZE),
-        encoders=dict(
+        stand_ins=dict(
             encode_prompt=lambda **_: (
                 caption(), None, torch.zeros(5, 3), whole(), None, [caption(5, 10)] * 4, None
             )
@@ -132,6 +82,11 @@ IMAGE_PIPELINES = {
         flow(use_dynamic_shifting=True),
         lambda: dict(**guided(prompt_embeds=caption()), height=16, width=16),
         components=lambda: dict(vae=tiny_vae()),
+    ),
+    "ChromaPipeline": TimedPipeline(
+        "ChromaTransformer2DModel",
+        flow(use_beta_sigmas=True),
+        lambda: dict(**guided(prompt_embeds=caption(), prompt_attention_mask=whole().float()), **SIZE),
     ),
     "CogView3PlusPipeline": TimedPipeline(
         "CogView3PlusTransformer2DModel",
@@ -146,8 +101,31 @@ IMAGE_PIPELINES = {
         flow(use_dynamic_shifting=True, base_shift=0.25, max_shift=0.75, time_shift_type="linear"),
         lambda: dict(**guided(prompt_embeds=caption()), original_size=(64, 64), **SIZE),
     ),
+    "DiTPipeline": TimedPipeline(
+        "DiTTransformer2DModel",
+        DPM_SOLVER,
+        lambda: dict(class_labels=[1], guidance_scale=1.0, output_type="np"),
+        components=lambda: dict(vae=tiny_vae()),
+    ),
     "ErnieImagePipeline": TimedPipeline(
         "ErnieImageTransformer2DModel", flow(shift=3.0), lambda: dict(**guided(prompt_embeds=[caption()[0]]), **SIZE)
+    ),
+    "Flux2Pipeline": TimedPipeline(
+        "Flux2Transformer2DModel",
+        flow(shift=3.0, use_dynamic_shifting=True),
+        lambda: dict(prompt_embeds=caption(), **SIZE),
+    ),
+    "Flux3Blocks": TimedBlocks(
+        "Flux3Transformer2DModel",
+        flow(shift=6.93),
+        lambda: flux_3_call(**inputs("Flux3Transformer2DModel", batch=1)),
+        components=lambda: dict(guider=ClassifierFreeGuidance(guidance_scale=1.0)),
+        blocks=lambda: {"set_timesteps": Flux3SetTimestepsStep(), "denoise": Flux3DenoiseStep()},
+    ),
+    "FluxPipeline": TimedPipeline(
+        "FluxTransformer2DModel",
+        flow(shift=3.0, use_dynamic_shifting=True),
+        lambda: dict(prompt_embeds=caption(), pooled_prompt_embeds=caption(10), **SIZE),
     ),
     "GlmImagePipeline": TimedPipeline(
         "GlmImageTransformer2DModel",
@@ -166,6 +144,7 @@ IMAGE_PIPELINES = {
             ),
             **SIZE,
         ),
+        stand_ins=dict(default_sample_size=8),
     ),
     "HunyuanImagePipeline": TimedPipeline(
         "HunyuanImageTransformer2DModel",
@@ -185,7 +164,7 @@ IMAGE_PIPELINES = {
             prompt="a", guidance_scale=1.0, guidance_schedule=None, max_sequence_length=5, height=64, width=48
         ),
         components=lambda: dict(unconditional_transformer=build("Ideogram4Transformer2DModel")),
-        encoders=dict(encode_prompt=lambda **_: packed_layout()),
+        stand_ins=dict(encode_prompt=lambda **_: packed_layout()),
     ),
     "JoyImageEditPipeline": TimedPipeline(
         "JoyImageEditTransformer3DModel",
@@ -196,13 +175,13 @@ IMAGE_PIPELINES = {
         "JoyImageEditPlusTransformer3DModel",
         flow(shift=1.5),
         lambda: dict(prompt="a", **SIZE),
-        encoders=dict(encode_prompt_multiple_images=lambda **_: (caption(), whole())),
+        stand_ins=dict(encode_prompt_multiple_images=lambda **_: (caption(), whole())),
     ),
     "KandinskyV22PriorPipeline": TimedPipeline(
         "PriorTransformer",
         ("UnCLIPScheduler", dict(prediction_type="sample", clip_sample_range=5.0)),
         lambda: dict(prompt="a", guidance_scale=1.0, output_type="pt"),
-        encoders=dict(
+        stand_ins=dict(
             _encode_prompt=lambda *_, **__: (caption(12), caption(), whole().bool()),
             get_zero_embed=lambda *_, **__: None,
         ),
@@ -218,7 +197,10 @@ IMAGE_PIPELINES = {
         flow(use_dynamic_shifting=True),
         lambda: dict(**guided(prompt_embeds=caption()), enable_prompt_rewrite=False, **SIZE),
         config=dict(in_channels=64),
-        encoders=dict(encode_prompt=lambda **_: (caption(), torch.zeros(5, 3))),
+        stand_ins=dict(encode_prompt=lambda **_: (caption(), torch.zeros(5, 3))),
+    ),
+    "Lumina2Pipeline": TimedPipeline(
+        "Lumina2Transformer2DModel", flow(shift=6.0), lambda: dict(**masked_caption(), **SIZE)
     ),
     "LuminaPipeline": TimedPipeline(
         "LuminaNextDiT2DModel", flow(), lambda: dict(**masked_caption(), **SIZE)
@@ -228,10 +210,26 @@ IMAGE_PIPELINES = {
         flow(use_dynamic_shifting=True),
         lambda: dict(**guided(prompt_embeds=caption(), prompt_embeds_mask=whole()), **SIZE),
     ),
+    "OmniGenPipeline": TimedPipeline(
+        "OmniGenTransformer2DModel",
+        flow(invert_sigmas=True, num_train_timesteps=1),
+        lambda: dict(prompt="a", height=8, width=6),
+        components=lambda: dict(vae=tiny_vae()),
+    ),
     "OvisImagePipeline": TimedPipeline(
         "OvisImageTransformer2DModel",
         flow(use_dynamic_shifting=True),
         lambda: dict(**guided(prompt_embeds=caption()), negative_prompt=None, **SIZE),
+    ),
+    "PixArtAlphaPipeline": TimedPipeline(
+        "PixArtTransformer2DModel",
+        DPM_SOLVER,
+        lambda: dict(**masked_caption(), negative_prompt=None, use_resolution_binning=False, **SIZE),
+    ),
+    "PixArtSigmaPipeline": TimedPipeline(
+        "PixArtTransformer2DModel",
+        DPM_SOLVER,
+        lambda: dict(**masked_caption(), negative_prompt=None, use_resolution_binning=False, **SIZE),
     ),
     "PRXPipeline": TimedPipeline(
         "PRXTransformer2DModel",
@@ -244,6 +242,16 @@ IMAGE_PIPELINES = {
         lambda: dict(**guided(prompt_embeds=caption(), prompt_embeds_mask=whole()), true_cfg_scale=4.0, **SIZE),
         components=lambda: dict(processor=NoProcessor()),
     ),
+    "QwenImagePipeline": TimedPipeline(
+        "QwenImageTransformer2DModel",
+        flow(use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, shift_terminal=0.02),
+        lambda: dict(**guided(prompt_embeds=caption(), prompt_embeds_mask=whole()), **SIZE),
+    ),
+    "SanaPipeline": TimedPipeline(
+        "SanaTransformer2DModel",
+        flow_multistep(3.0, "DPMSolverMultistepScheduler"),
+        lambda: dict(**masked_caption(), negative_prompt=None, use_resolution_binning=False, **SIZE),
+    ),
     "SanaSprintPipeline": TimedPipeline(
         "SanaTransformer2DModel",
         ("SCMScheduler", dict(prediction_type="trigflow", sigma_data=0.5)),
@@ -252,5 +260,13 @@ IMAGE_PIPELINES = {
             intermediate_timesteps=None, **SIZE,
         ),
         config=dict(guidance_embeds=True, timestep_scale=0.001),
+    ),
+    "StableDiffusion3Pipeline": TimedPipeline(
+        "SD3Transformer2DModel",
+        flow(shift=3.0),
+        lambda: dict(**guided(prompt_embeds=caption(), pooled_prompt_embeds=caption(10)), **SIZE),
+    ),
+    "ZImagePipeline": TimedPipeline(
+        "ZImageTransformer2DModel", flow(shift=3.0), lambda: dict(**guided(prompt_embeds=[caption()[0]]), **SIZE)
     ),
 }  # fmt: skip

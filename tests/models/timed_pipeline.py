@@ -12,6 +12,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin, SCMScheduler
+from diffusers.modular_pipelines import SequentialPipelineBlocks
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,12 @@ class TimedPipeline:
         call: Makes the arguments of a call beside the number of steps.
         components: Makes what the pipeline does not do without. Everything else is None.
         config: Of the denoiser, where it is not that of the tiny one.
-        encoders: Methods of the pipeline that stand in for encoders, where it takes no embeddings.
+        stand_ins: Attributes of the pipeline that stand in for its own: methods that encode, where it takes no
+            embeddings, and sizes that it does not take.
         name: Of the component that is the denoiser.
         last: Share of the window's way at which it stands in the last step: some schedules end before clean.
+        requires: A module that the pipeline imports and tests do not need otherwise.
+        starts_known: Whether a part of the stream is clean from the first step on, such as the first frame.
     """
 
     denoiser: str
@@ -34,9 +38,11 @@ class TimedPipeline:
     call: Callable[[], dict]
     components: Callable[[], dict] = dict
     config: Mapping[str, Any] = field(default_factory=dict)
-    encoders: Mapping[str, Callable] = field(default_factory=dict)
+    stand_ins: Mapping[str, Any] = field(default_factory=dict)
     name: str = "transformer"
     last: float = 0.0
+    requires: str | None = None
+    starts_known: bool = False
 
     def run(self, pipeline: str, denoiser: ModelMixin) -> None:
         """Sample by the noisiest and the cleanest of five hundred steps."""
@@ -56,9 +62,27 @@ class TimedPipeline:
         }
         pipe = pipeline(**parts)
         pipe.set_progress_bar_config(disable=True)
-        for name, method in self.encoders.items():
-            setattr(pipe, name, method)
+        for name, value in self.stand_ins.items():
+            setattr(pipe, name, value)
         return pipe
+
+
+@dataclass(frozen=True)
+class TimedBlocks(TimedPipeline):
+    """A pipeline that diffusers has in modular blocks only.
+
+    Attributes:
+        blocks: Makes those that denoise and what they need before, by name.
+    """
+
+    blocks: Callable[[], dict] = dict
+
+    def run(self, pipeline: str, denoiser: ModelMixin) -> None:
+        pipe = SequentialPipelineBlocks.from_blocks_dict(self.blocks()).init_pipeline()
+        scheduler, settings = self.scheduler
+        scheduler = ends_only(getattr(diffusers, scheduler)(**settings))
+        pipe.update_components(**{self.name: denoiser}, scheduler=scheduler, **self.components())
+        pipe(num_inference_steps=500, **self.call())
 
 
 def ends_only(scheduler: SchedulerMixin) -> SchedulerMixin:
@@ -84,8 +108,13 @@ def flow(**settings) -> tuple[str, dict]:
     return "FlowMatchEulerDiscreteScheduler", settings
 
 
-def flow_multistep(shift: float, scheduler: str = "UniPCMultistepScheduler") -> tuple[str, dict]:
-    return scheduler, {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
+def flow_multistep(shift: float, scheduler: str = "UniPCMultistepScheduler", **settings) -> tuple[str, dict]:
+    return scheduler, {
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": shift,
+        **settings,
+    }
 
 
 def caption(*shape: int) -> torch.Tensor:
