@@ -20,13 +20,14 @@ _MASK_AND_NEGATIVE = TextEmbedding(1, "prompt_attention_mask", "encoder_attentio
 # All of attention, where text has projections of its own.
 _JOINT_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
+# The single blocks' `to_out` is a layer, that of the others a list of layers.
+_FLUX_2_LAYERS = (
+    *(*_JOINT_ATTENTION, "to_qkv_mlp_proj"),
+    *(f"single_transformer_blocks.{number}.attn.to_out" for number in range(48)),
+)
+
 # Flow matching denoisers are told σ where pipelines count timesteps σ · 1000.
 _SIGMA_1000 = 1000
-
-
-def _true_guidance(scale: float) -> dict[str, float | str]:
-    """Arguments of pipelines that are guided only if they are given a negative prompt."""
-    return {"true_cfg_scale": scale, **({"negative_prompt": ""} if scale > 1 else {})}
 
 
 class StableDiffusion(DenoiserFamily):
@@ -103,53 +104,69 @@ class StableDiffusion3(DenoiserFamily):
     lora_layers = tuple(f"attn.{layer}" for layer in _JOINT_ATTENTION)
 
 
-class Flux(DenoiserFamily):
+class TokenFamily(DenoiserFamily):
+    """A family whose denoiser is told σ, and where every token of an image and a text lies."""
+
+    counts_timesteps = False
+
+    def denoise(self, pipeline, model, noisy, timesteps, conditions):
+        places = self.places(pipeline, noisy, conditions)
+        told = {**conditions, **self.embedded_guidance(pipeline, noisy), **places}
+        output = model(self.pack(pipeline, noisy), timestep=timesteps / _SIGMA_1000, **told, return_dict=False)[0]
+        return self.unpack(pipeline, output, noisy.shape[2:])
+
+    def places(self, pipeline, noisy, conditions):
+        """The denoiser's arguments that tell where tokens lie."""
+        raise NotImplementedError
+
+    def pack(self, pipeline, noisy):
+        """Tokens `(batch, tokens, channels)` of latents."""
+        return pipeline._pack_latents(noisy, *noisy.shape)
+
+    def unpack(self, pipeline, latents, size):
+        unpacked = pipeline._unpack_latents(latents, *size, vae_scale_factor=1)
+        return unpacked.reshape(len(latents), -1, *size)  # without the one frame that some have
+
+    def guidance(self, scale):  # of pipelines that are guided only if they are given a negative prompt
+        return {"true_cfg_scale": scale, **({"negative_prompt": ""} if scale > 1 else {})}
+
+
+class Flux(TokenFamily):
     """Flux.1: tokens of 2×2 latents and their places."""
 
     pipelines = ("FluxPipeline",)
     denoiser_class = "FluxTransformer2DModel"
-    counts_timesteps = False
     embeddings = (_PROMPT, TextEmbedding(1, "pooled_prompt_embeds", "pooled_projections"))
     lora_layers = _JOINT_ATTENTION
     packing = 2
 
-    def denoise(self, pipeline, model, noisy, timesteps, conditions):
+    def places(self, pipeline, noisy, conditions):
         batch, _, height, width = noisy.shape
         places = pipeline._prepare_latent_image_ids(batch, height // 2, width // 2, noisy.device, noisy.dtype)
-        text_places = noisy.new_zeros(conditions["encoder_hidden_states"].shape[1], 3)
-        told = {**conditions, **self.embedded_guidance(pipeline, noisy), "img_ids": places, "txt_ids": text_places}
-        tokens = pipeline._pack_latents(noisy, *noisy.shape)
-        output = model(tokens, timestep=timesteps / _SIGMA_1000, **told, return_dict=False)[0]
-        return self.unpack(pipeline, output, (height, width))
+        return {"img_ids": places, "txt_ids": noisy.new_zeros(conditions["encoder_hidden_states"].shape[1], 3)}
 
     def guidance(self, scale):
-        return {**_true_guidance(scale), "guidance_scale": self.guidance_scale}
-
-    def unpack(self, pipeline, latents, size):
-        return pipeline._unpack_latents(latents, *size, vae_scale_factor=1)
+        return {**super().guidance(scale), "guidance_scale": self.guidance_scale}
 
 
-class Flux2(DenoiserFamily):
+class Flux2(TokenFamily):
     """Flux.2 [dev], which cannot be guided by a negative prompt: tokens are what its autoencoder normalises."""
 
     pipelines = ("Flux2Pipeline",)
     denoiser_class = "Flux2Transformer2DModel"
-    counts_timesteps = False
     embeddings = (_PROMPT,)
-    # The single blocks' `to_out` is a layer, that of the others a list of layers.
-    lora_layers = (
-        *(*_JOINT_ATTENTION, "to_qkv_mlp_proj"),
-        *(f"single_transformer_blocks.{number}.attn.to_out" for number in range(48)),
-    )
+    lora_layers = _FLUX_2_LAYERS
     guided = False
 
-    def denoise(self, pipeline, model, noisy, timesteps, conditions):
-        places = pipeline._prepare_latent_ids(noisy).to(noisy.device)
-        text_places = pipeline._prepare_text_ids(conditions["encoder_hidden_states"]).to(noisy.device)
-        told = {**conditions, **self.embedded_guidance(pipeline, noisy), "img_ids": places, "txt_ids": text_places}
-        tokens = pipeline._pack_latents(noisy)
-        output = model(tokens, timestep=timesteps / _SIGMA_1000, **told, return_dict=False)[0]
-        return self.unpack(pipeline, output, noisy.shape[2:])
+    def places(self, pipeline, noisy, conditions):
+        text_places = pipeline._prepare_text_ids(conditions["encoder_hidden_states"])
+        return {
+            "img_ids": pipeline._prepare_latent_ids(noisy).to(noisy.device),
+            "txt_ids": text_places.to(noisy.device),
+        }
+
+    def pack(self, pipeline, noisy):
+        return pipeline._pack_latents(noisy)
 
     def guidance(self, scale):
         return {"guidance_scale": self.guidance_scale}
@@ -171,44 +188,30 @@ class Flux2Klein(Flux2):
         return LatentNormalization.from_vae(pipeline.vae).normalize(pipeline._patchify_latents(latents))
 
 
-class QwenImage(DenoiserFamily):
+class QwenImage(TokenFamily):
     """Qwen-Image: tokens of 2×2 latents, and texts of their own lengths."""
 
     pipelines = ("QwenImagePipeline",)
     denoiser_class = "QwenImageTransformer2DModel"
-    counts_timesteps = False
     embeddings = (_PROMPT, TextEmbedding(1, "prompt_embeds_mask", "encoder_hidden_states_mask"))
     lora_layers = _JOINT_ATTENTION
     packing = 2
 
     def encode(self, pipeline, texts, device, options):
         rows, mask = super().encode(pipeline, texts, device, options).values()
-        return {
-            "prompt_embeds": [*rows] if mask is None else [row[:n] for row, n in zip(rows, mask.sum(1), strict=True)]
-        }
+        lengths = [rows.shape[1]] * len(rows) if mask is None else mask.sum(1)
+        return {"prompt_embeds": [row[:length] for row, length in zip(rows, lengths, strict=True)]}
 
     def batch(self, rows):
         rows = rows["prompt_embeds"]
-        mask = pad_sequence([torch.ones(len(row), dtype=torch.long, device=row.device) for row in rows], True)
-        some_padded = len({len(row) for row in rows}) > 1
-        return {"prompt_embeds": pad_sequence(rows, True), "prompt_embeds_mask": mask if some_padded else None}
+        mask = pad_sequence([row.new_ones(len(row), dtype=torch.long) for row in rows], True)
+        return {"prompt_embeds": pad_sequence(rows, True), "prompt_embeds_mask": None if mask.all() else mask}
 
-    def denoise(self, pipeline, model, noisy, timesteps, conditions):
-        batch, _, height, width = noisy.shape
-        shapes = [[(1, height // 2, width // 2)]] * batch
-        told = {**conditions, **self.embedded_guidance(pipeline, noisy), "img_shapes": shapes}
-        tokens = pipeline._pack_latents(noisy, *noisy.shape)
-        output = model(tokens, timestep=timesteps / _SIGMA_1000, **told, return_dict=False)[0]
-        return self.unpack(pipeline, output, (height, width))
+    def places(self, pipeline, noisy, conditions):
+        return {"img_shapes": [[(1, noisy.shape[2] // 2, noisy.shape[3] // 2)]] * len(noisy)}
 
     def out_channels(self, channels):
         return channels
-
-    def guidance(self, scale):
-        return _true_guidance(scale)
-
-    def unpack(self, pipeline, latents, size):
-        return pipeline._unpack_latents(latents, *size, vae_scale_factor=1).squeeze(2)
 
 
 class ZImage(DenoiserFamily):
