@@ -110,9 +110,22 @@ def read_object(path: Path, name: str | None = None, hints: Mapping[str, Any] | 
         OSError: If the file cannot be read.
         ValueError: If it holds anything else, or a value is of another type.
     """
-    name = name or path.name
+    return parse_object(path.read_bytes(), name or path.name, hints)
+
+
+def parse_object(text: str | bytes, name: str, hints: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Read one JSON object.
+
+    Args:
+        text: The JSON, in UTF-8.
+        name: What it is called in errors.
+        hints: Types of the values, see [`check_types`].
+
+    Raises:
+        ValueError: If it is anything else, or a value is of another type.
+    """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"`{name}` is no JSON: {_quoted(error)}") from error
     if not isinstance(value, dict):

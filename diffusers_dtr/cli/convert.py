@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler
 
+from ..config_types import built_from_file, read_object
 from ..models.convert_original_dit import convert_original_dit, original_dit_state_dict
 from ..models.dit import DTRTransformer2DModel
 from ..models.original_checkpoint import CHECKPOINT_WEIGHTS, OriginalCheckpoint, read_original_checkpoint
@@ -170,9 +170,10 @@ def _from_file(args: argparse.Namespace) -> DTRPipeline:
         config["routing_timestep_range"] = (0, timesteps - 1)
     if "pos_embed" not in checkpoint.state_dict and run.image_size is not None:
         config["sample_size"] = run.image_size // (1 if args.no_vae else _VAE_FACTOR)
-    transformer = convert_original_dit(
-        checkpoint.state_dict, args.num_attention_heads, class_dropout_prob=args.class_dropout_prob, **config
-    )
+    with built_from_file("A DTRTransformer2DModel"):
+        transformer = convert_original_dit(
+            checkpoint.state_dict, args.num_attention_heads, class_dropout_prob=args.class_dropout_prob, **config
+        )
     return DTRPipeline(
         scheduler=_scheduler(transformer, schedule, latents=not args.no_vae),
         transformer=transformer,
@@ -224,7 +225,8 @@ def _vae(args: argparse.Namespace, default: str, in_channels: int) -> Autoencode
         return None
     name = args.vae_name_or_path or default
     try:
-        channels = AutoencoderKL.load_config(name, token=args.token).get("latent_channels")
+        with built_from_file("An autoencoder"):
+            channels = AutoencoderKL.load_config(name, token=args.token).get("latent_channels")
     except OSError as error:
         raise ValueError(
             f"The autoencoder {name} could not be had ({type(error).__name__}). Give `--vae_name_or_path` its folder "
@@ -235,14 +237,15 @@ def _vae(args: argparse.Namespace, default: str, in_channels: int) -> Autoencode
             f"`--vae_name_or_path` must be an autoencoder with {in_channels} latent channels, as the model has, but "
             f"{name} has {channels}. For a model of pixels give `--no_vae`."
         )
-    return AutoencoderKL.from_pretrained(name, token=args.token)
+    with built_from_file("An autoencoder"):
+        return AutoencoderKL.from_pretrained(name, token=args.token)
 
 
 def _labels(args: argparse.Namespace, num_classes: int) -> dict[str, str] | None:
     if args.no_labels or (args.labels is None and num_classes != _IMAGENET_CLASSES):
         return None
     if args.labels is not None and Path(args.labels).is_file():
-        labels = json.loads(Path(args.labels).read_text(encoding="utf-8"))
+        labels = read_object(Path(args.labels), f"--labels {args.labels}")
     else:
         labels = _labels_of_pipeline(args.labels or _IMAGENET_PIPELINE, args.token)
     known = {str(label) for label in range(num_classes)}
@@ -283,7 +286,8 @@ def _load_transformer(args: argparse.Namespace) -> DTRTransformer2DModel:
     if name not in ("DTRTransformer2DModel", *PER_BLOCK_CLASS_NAMES):
         raise ValueError(
             f"{args.source!r} must be a checkpoint file, or a pipeline whose `transformer` is a DiT of diffusers or "
-            f"ours, got {'none' if name is None else name}."
+            f"ours, got {'none' if name is None else name}. Other denoisers are routed in Python: "
+            "`pipe.transformer = diffusers_dtr.route(pipe.transformer)`, or `pipe.unet`."
         )
     routing = _given(args, _ROUTING)
     if name in PER_BLOCK_CLASS_NAMES:

@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ..atomic_files import replacing
+from ..config_types import check_types, parse_object
 from ..run_folder import LORA_FILE
 from .adapters import adapter_routing, route_adapter
 from .route import route
@@ -49,9 +50,16 @@ def mark_routed(path: str | os.PathLike, routing: Mapping[str, Mapping[str, Any]
 
 
 def file_routing(path: str | os.PathLike) -> dict[str, dict[str, Any]]:
-    """How the adapters of a LoRA file are routed, as [`mark_routed`] was told, or an empty mapping."""
+    """How the adapters of a LoRA file are routed, as [`mark_routed`] was told, or an empty mapping.
+
+    Raises:
+        ValueError: If the file's header says something else.
+    """
     with safe_open(path, framework="pt") as file:
-        return json.loads((file.metadata() or {}).get(_HEADER_KEY, "{}"))
+        text = (file.metadata() or {}).get(_HEADER_KEY, "{}")
+    routing = parse_object(text, _HEADER_KEY)
+    check_types(dict.fromkeys(routing, dict), routing, f"`{_HEADER_KEY}`")
+    return routing
 
 
 def adapter_state(model: ModelMixin, adapter_name: str = "default") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, get_args
 
 import diffusers
 from diffusers import ConfigMixin, DiffusionPipeline
 
-from ..config_types import check_types, constructor_types, read_object, shortened
+from ..config_types import (
+    COMMON_TYPES,
+    built_from_file,
+    check_types,
+    constructor_types,
+    read_object,
+    shortened,
+)
 
 
 # Whose classes the components of our pipelines are.
@@ -68,6 +76,43 @@ def _check_class(name: str, value: Any, folder: Path) -> None:
             f"`model_index.json` must name a class of {', '.join(LIBRARIES)} for `{name}`, got {value}: nothing of it "
             "was imported."
         )
+
+
+def load_model_index(name_or_path: str | os.PathLike, **options: Any) -> dict[str, Any]:
+    """The `model_index.json` of any pipeline of diffusers.
+
+    Args:
+        name_or_path: Folder, or id on the Hub.
+        **options: What `load_config` of diffusers takes, such as `revision`.
+
+    Raises:
+        OSError: If there is none.
+        ValueError: If it is no such index.
+    """
+    with built_from_file("A pipeline"):
+        index = DiffusionPipeline.load_config(name_or_path, **options)
+    if not isinstance(index, dict):
+        raise ValueError(f"`model_index.json` must hold a JSON object, got {type(index).__name__}.")
+    check_types({**COMMON_TYPES, "id2label": dict[str, str] | None}, index, "`model_index.json`")
+    return index
+
+
+def component_class_name(index: dict[str, Any], name: str) -> str | None:
+    """The class of a pipeline's component, or None if it has none of that name.
+
+    Args:
+        index: Content of a `model_index.json`.
+        name: The component.
+
+    Raises:
+        ValueError: If the index has something else of that name.
+    """
+    value = index.get(name) or [None, None]
+    if value == [None, None]:
+        return None
+    if not (isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)):
+        raise ValueError(f"`model_index.json` must give `{name}` as [library, class], got {shortened(value)}.")
+    return value[1]
 
 
 def pipeline_class_name(index: dict[str, Any]) -> str | None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
+from ..config_types import parse_object, read_object
 from ..objective.balancing import BALANCINGS
 from ..objective.clustering import COSTS
 from ..objective.gradient_balancing import GRADIENT_BALANCINGS
@@ -24,11 +24,9 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 def json_config(text: str) -> dict:
     """Parse a JSON object, or the path of a file that holds one, for argparse."""
     try:
-        config = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        config = parse_object(text, "text") if text.lstrip().startswith("{") else read_object(Path(text))
+    except (OSError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"must be a JSON object or a file that holds one: {error}") from error
-    if not isinstance(config, dict):
-        raise argparse.ArgumentTypeError(f"must be a JSON object, got {type(config).__name__}")
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 

@@ -7,10 +7,10 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import ModelMixin
 
 from ..models.routed_model import RoutedModelMixin
-from ..pipelines.model_index import pipeline_class_name
+from ..pipelines.model_index import component_class_name, load_model_index, pipeline_class_name
 
 
 # Pipelines on the Hub have it where diffusers had one class for all of its transformers.
@@ -36,8 +36,7 @@ def pretrained_pipeline_class(
         revision: Of the repository.
         cache_dir: Where downloads are kept.
     """
-    index = DiffusionPipeline.load_config(name_or_path, revision=revision, cache_dir=cache_dir)
-    return pipeline_class_name(index)
+    return pipeline_class_name(load_model_index(name_or_path, revision=revision, cache_dir=cache_dir))
 
 
 def pretrained_component(args: argparse.Namespace, name: str) -> str | None:
@@ -50,8 +49,7 @@ def pretrained_component(args: argparse.Namespace, name: str) -> str | None:
     if args.pretrained_model_name_or_path is None:
         return None
     options = {"revision": args.revision, "cache_dir": args.cache_dir}
-    index = DiffusionPipeline.load_config(args.pretrained_model_name_or_path, **options)
-    return index.get(name, [None, None])[1]
+    return component_class_name(load_model_index(args.pretrained_model_name_or_path, **options), name)
 
 
 def pretrained_class_names(args: argparse.Namespace) -> dict[int, str] | None:
@@ -66,10 +64,10 @@ def pretrained_class_names(args: argparse.Namespace) -> dict[int, str] | None:
     if args.pretrained_model_name_or_path is None:
         return None
     options = {"revision": args.revision, "cache_dir": args.cache_dir}
-    names = DiffusionPipeline.load_config(args.pretrained_model_name_or_path, **options).get("id2label")
+    names = load_model_index(args.pretrained_model_name_or_path, **options).get("id2label")
     if not names:
         return None
-    if not isinstance(names, dict) or not all(key.isdecimal() and isinstance(names[key], str) for key in names):
+    if not all(key.isdecimal() for key in names):
         raise ValueError(
             f"`id2label` of {args.pretrained_model_name_or_path} must hold names of classes by their numbers."
         )

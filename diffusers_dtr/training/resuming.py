@@ -14,6 +14,7 @@ from typing import Any
 from accelerate import Accelerator
 from diffusers import ModelMixin, SchedulerMixin
 
+from ..config_types import constructor_types, read_object, shortened
 from ..publishing import publishable
 
 
@@ -85,16 +86,12 @@ class RunState:
         Raises:
             ValueError: If the file is not that.
         """
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            state = cls(**values)
-        except (ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"{path} must be the state of a training run, got something else: {error}") from error
-        types = {"global_step": int, "settings": dict, "changes": list, "seconds": (int, float)}
-        for name, allowed in {**types, "unreadable_images": list}.items():
-            value = getattr(state, name)
-            if not isinstance(value, allowed) or isinstance(value, bool):
-                raise ValueError(f"`{name}` in {path} is of the wrong type, {type(value).__name__}.")
+        types = constructor_types(cls)
+        values = read_object(path, str(path), types)
+        unknown = values.keys() - types.keys()
+        if unknown:
+            raise ValueError(f"{path} must be the state of a training run, got {shortened(sorted(unknown))} in it.")
+        state = cls(**values)
         if not 0 <= state.global_step < 2**53:
             raise ValueError(f"`global_step` in {path} must be at least 0, got {state.global_step}.")
         return state

@@ -161,7 +161,7 @@ def test_config_that_is_none_is_refused(text, message):
 
 def test_file_that_holds_no_object_is_refused(tmp_path):
     (tmp_path / "list.json").write_text("[1]")
-    with pytest.raises(argparse.ArgumentTypeError, match="must be a JSON object, got list"):
+    with pytest.raises(argparse.ArgumentTypeError, match="must hold a JSON object, got list"):
         training.json_config(str(tmp_path / "list.json"))
 
 
