@@ -8,11 +8,9 @@ from .diffusers_registration import register_library, register_pipeline
 from .latents import decode_latents, encode_images, vae_scale_factor
 from .models.adapter_files import load_routed_lora, mark_routed, save_routed_lora
 from .models.adapters import route_adapter, unroute_adapter
-from .models.convert_original_dit import convert_original_dit, original_dit_state_dict
 from .models.dit import DTRTransformer2DModel
 from .models.families import TRANSFORMERS, UNETS, routed_class
 from .models.family import Family
-from .models.original_checkpoint import load_original_checkpoint
 from .models.presets import DIT_PRESETS
 from .models.route import route, unroute
 from .models.routed_blocks import Stream
@@ -51,13 +49,10 @@ __all__ = [
     "TaskAffinity",
     "TimestepClusters",
     "cluster_timesteps",
-    "convert_original_dit",
     "decode_latents",
     "encode_images",
-    "load_original_checkpoint",
     "load_routed_lora",
     "mark_routed",
-    "original_dit_state_dict",
     "random_routing_mask",
     "route",
     "route_adapter",

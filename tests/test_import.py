@@ -29,6 +29,7 @@ LAYERS = [
     "analysis",
     "visualization",
     "pipelines",
+    "conversion",
     "checked_json",
     "trained_model",
     "usage_code",

@@ -11,11 +11,11 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler
 
 from ..config_types import built_from_file, read_object
-from ..models.convert_original_dit import convert_original_dit, original_dit_state_dict
+from ..conversion import convert_original_dit, original_dit_state_dict
+from ..conversion.checkpoint_file import CHECKPOINT_WEIGHTS, OriginalCheckpoint, read_original_checkpoint
+from ..conversion.masks import MASK_BUFFER
+from ..conversion.run_settings import OriginalRun, original_run
 from ..models.dit import DTRTransformer2DModel
-from ..models.original_checkpoint import CHECKPOINT_WEIGHTS, OriginalCheckpoint, read_original_checkpoint
-from ..models.original_masks import MASK_BUFFER
-from ..models.original_run import OriginalRun, original_run
 from ..models.per_block_embedders import PER_BLOCK_CLASS_NAMES
 from ..pipelines.pipeline_dtr import DTRPipeline
 from ..ranges import COUNT, Range

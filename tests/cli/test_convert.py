@@ -15,9 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_dit import CONFIG, output, plain_dit, routed_dit
 
-from diffusers_dtr import DTRPipeline, DTRTransformer2DModel, original_dit_state_dict
+from diffusers_dtr import DTRPipeline, DTRTransformer2DModel
 from diffusers_dtr.cli import main
-from diffusers_dtr.models.original_masks import mask_table
+from diffusers_dtr.conversion import original_dit_state_dict
+from diffusers_dtr.conversion.masks import mask_table
 
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "dtr_dit_tiny.safetensors"

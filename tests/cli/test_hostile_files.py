@@ -17,8 +17,9 @@ from diffusers import AutoencoderKL, DDPMScheduler
 from safetensors.torch import save_file
 from tiny_dit import routed_dit
 
-from diffusers_dtr import DTRPipeline, original_dit_state_dict
+from diffusers_dtr import DTRPipeline
 from diffusers_dtr.cli import main
+from diffusers_dtr.conversion import original_dit_state_dict
 
 
 WRONG = [None, True, 0, -1, 2.5, "", "many", [], [[]], {}, {"a": 1}, [None], 10**400, 2**63, float("nan"), "\x1b[2J\n"]

@@ -28,7 +28,8 @@ from diffusers import (
 from PIL import Image
 from safetensors import safe_open
 
-from diffusers_dtr import DTRPipeline, DTRTransformer2DModel, convert_original_dit
+from diffusers_dtr import DTRPipeline, DTRTransformer2DModel
+from diffusers_dtr.conversion import convert_original_dit
 
 
 REFERENCE = Path(__file__).parents[1] / "fixtures" / "dtr_dit_tiny.safetensors"

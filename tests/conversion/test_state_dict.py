@@ -6,8 +6,9 @@ from peft import LoraConfig
 from safetensors import safe_open
 from tiny_dit import CONFIG, output, routed_dit
 
-from diffusers_dtr import DTRTransformer2DModel, convert_original_dit, original_dit_state_dict
-from diffusers_dtr.models.original_masks import mask_table
+from diffusers_dtr import DTRTransformer2DModel
+from diffusers_dtr.conversion import convert_original_dit, original_dit_state_dict
+from diffusers_dtr.conversion.masks import mask_table
 
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

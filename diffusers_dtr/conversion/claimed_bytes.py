@@ -1,4 +1,4 @@
-"""What tensors of a file claim to hold, compared with what the file has: a few bytes can describe gigabytes."""
+"""Checks of the sizes of tensors in a file against its bytes: a few bytes can describe gigabytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def check_archive(path: Path) -> None:
-    """Refuse a zip file with compressed members, which `torch.save` never writes and which can grow a thousandfold.
+    """Raise an error for a compressed zip file: `torch.save` writes none, and it can grow a thousandfold.
 
     Args:
         path: A file. One that is no zip file, or a damaged one, is left to whoever reads it.
@@ -32,7 +32,7 @@ def check_archive(path: Path) -> None:
 
 
 def check_claims(state_dict: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Refuse tensors that are not all there: copied, they would take more memory than the file has bytes.
+    """Raise an error for tensors that would take more memory, if copied, than the file has bytes.
 
     Args:
         state_dict: Tensors of the file.

@@ -1,4 +1,4 @@
-"""What the files of the original DiT, DTR and ANT code say of their run beside weights, and what follows from it.
+"""Settings of the run in checkpoint files of the original DiT, DTR and ANT code.
 
 DTR's files hold all of its configuration under "config", ANT's the flags under "args" and the model under "config",
 DiT's the flags alone. They are OmegaConf's and argparse's objects; here they are data, and only numbers, strings and
@@ -26,7 +26,7 @@ Setting = str | int | float | bool | None
 
 
 class Recorded:
-    """Stands for an object that is no tensor: keeps the state that it would be given as data, and does nothing."""
+    """Stand-in for an object that is no tensor: it keeps the object's state as data, and executes nothing."""
 
     state: Any = None
 
@@ -72,7 +72,7 @@ def _leaves(path: str, value: Any, depth: int) -> Iterator[tuple[str, Any]]:
 
 @dataclass(frozen=True)
 class OriginalRun:
-    """What a file's settings tell of its model; None where they do not.
+    """What a file's settings say about its model; None where they do not.
 
     Attributes:
         noise_schedule: `beta_schedule` of diffusers' schedulers.
@@ -90,7 +90,7 @@ class OriginalRun:
 
 
 def original_run(settings: Mapping[str, Setting]) -> OriginalRun:
-    """Read what a file's settings tell.
+    """Interpret the settings of a file.
 
     Args:
         settings: Of [`read_settings`].
@@ -129,7 +129,7 @@ def _noise_schedule(settings: Mapping[str, Setting]) -> tuple[str | None, str | 
 
 
 def _named(settings: Mapping[str, Setting], *names: str) -> Setting:
-    """The value of the first setting that is called so, wherever it is."""
+    """The value of the first setting of one of these names, at any level."""
     found = [settings[path] for name in names for path in settings if path.rpartition(".")[2] == name]
     return next((value for value in found if value is not None), None)
 

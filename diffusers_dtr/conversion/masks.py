@@ -1,4 +1,4 @@
-"""The tables of channel masks that checkpoints of DTR's code hold, and the routing that they stand for.
+"""Mask tables in checkpoints of DTR's code, and the routing settings that produce them.
 
 Every block's router keeps its masks of all timesteps as a float32 buffer `(timesteps, channels)`: 129 MB in DiT-XL. In
 ours they follow from three numbers.
@@ -41,7 +41,7 @@ def mask_table(num_timesteps: int, num_channels: int, alpha: float, beta: float)
 
 
 def read_mask_tables(tables: Iterable[torch.Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The routing of a checkpoint, from the masks of its blocks.
+    """Infer the routing of a checkpoint from the masks of its blocks.
 
     The share of active channels and the exponent are the shortest decimals that give exactly these masks.
 

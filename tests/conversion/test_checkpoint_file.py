@@ -16,9 +16,8 @@ import torch
 from hostile_pickles import Evaluates, Executes, Imports, fake_omegaconf, omegaconf_of
 from safetensors.torch import save_file
 
-from diffusers_dtr import load_original_checkpoint
-from diffusers_dtr.models import original_checkpoint
-from diffusers_dtr.models.original_masks import MASK_BUFFER
+from diffusers_dtr.conversion import checkpoint_file, load_original_checkpoint
+from diffusers_dtr.conversion.masks import MASK_BUFFER
 
 
 SETTINGS = {
@@ -91,10 +90,10 @@ def test_a_single_state_dict_is_read_from_either_format(save, tmp_path):
 def test_arguments_are_not_built_and_of_them_numbers_and_strings_alone_are_kept(save):
     with fake_omegaconf() as modules:
         path = save(authors_checkpoint(config=omegaconf_of(modules, SETTINGS)))
-    read = original_checkpoint._load_restricted(path)
+    read = checkpoint_file._load_restricted(path)
     assert not isinstance(read["args"], argparse.Namespace)
-    assert type(read["args"]) is type(read["config"]) is original_checkpoint.Recorded
-    settings = original_checkpoint.read_original_checkpoint(path).settings
+    assert type(read["args"]) is type(read["config"]) is checkpoint_file.Recorded
+    settings = checkpoint_file.read_original_checkpoint(path).settings
     assert {name: value for name, value in settings.items() if name.startswith("args")} == {
         "args.data_path": "/home/somebody/imagenet",
         "args.iterations": 400_000,
@@ -108,8 +107,8 @@ def test_arguments_are_not_built_and_of_them_numbers_and_strings_alone_are_kept(
 
 
 def test_a_single_state_dict_has_no_settings(save):
-    assert original_checkpoint.read_original_checkpoint(save(weights())).settings is None
-    assert original_checkpoint.read_original_checkpoint(save({"ema": weights()})).settings == {}
+    assert checkpoint_file.read_original_checkpoint(save(weights())).settings is None
+    assert checkpoint_file.read_original_checkpoint(save({"ema": weights()})).settings == {}
 
 
 def test_reading_leaves_torchs_list_of_safe_names_as_it_was(save):
@@ -229,14 +228,14 @@ def test_weights_that_are_not_there_are_an_error(save, checkpoint, arguments, me
 def test_a_truncated_file_is_an_error(save, kept):
     path = save(authors_checkpoint())
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(ValueError, match=r"0400000\.pt is no checkpoint of tensors, or damaged"):
+    with pytest.raises(ValueError, match=r"0400000\.pt is not a checkpoint of tensors, or is damaged"):
         load_original_checkpoint(path)
 
 
 def test_another_file_is_an_error(tmp_path):
     for name in ("notes.pt", "notes.safetensors"):
         (tmp_path / name).write_text("These are notes.")
-        with pytest.raises(ValueError, match=rf"{name} is no checkpoint of tensors, or damaged"):
+        with pytest.raises(ValueError, match=rf"{name} is not a checkpoint of tensors, or is damaged"):
             load_original_checkpoint(tmp_path / name)
     with pytest.raises(FileNotFoundError, match=r"none\.pt"):
         load_original_checkpoint(tmp_path / "none.pt")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from hostile_pickles import fake_omegaconf, omegaconf_of
 
-from diffusers_dtr.models.original_checkpoint import read_original_checkpoint
-from diffusers_dtr.models.original_run import OriginalRun, Recorded, original_run, read_settings
+from diffusers_dtr.conversion.checkpoint_file import read_original_checkpoint
+from diffusers_dtr.conversion.run_settings import OriginalRun, Recorded, original_run, read_settings
 
 
 DTR_CONFIG = {

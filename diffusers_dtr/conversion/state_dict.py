@@ -1,4 +1,4 @@
-"""Between the state dicts of the original DiT, DTR and ANT code and [`DTRTransformer2DModel`], the names as data."""
+"""Conversion of state dicts of the original DiT, DTR and ANT code to [`DTRTransformer2DModel`], and back."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 import accelerate
 import torch
 
-from .dit import DTRTransformer2DModel
-from .original_masks import MASK_BUFFER, mask_table, read_mask_tables
-from .presets import DIT_PRESETS
+from ..models.dit import DTRTransformer2DModel
+from ..models.presets import DIT_PRESETS
+from .masks import MASK_BUFFER, mask_table, read_mask_tables
 
 
 _BLOCK_NAMES = {
@@ -52,7 +52,7 @@ def convert_original_dit(
     class_dropout_prob: float | None = None,
     **config,
 ) -> DTRTransformer2DModel:
-    """Build the model of an original DiT, DTR or ANT state dict.
+    """Convert a state dict of the original DiT, DTR or ANT code to a model.
 
     Depth, widths, patch size, input size, channels, learned variance, classes and null class come from the shapes, the
     routing from the mask buffers of DTR checkpoints. A checkpoint without any is taken for one of the unrouted code.
@@ -186,7 +186,7 @@ def _check_fixed_positions(table, expected) -> None:
 
 
 def original_dit_state_dict(model: DTRTransformer2DModel) -> dict[str, torch.Tensor]:
-    """The state dict of a model under the original's names: the inverse of [`convert_original_dit`].
+    """Convert a model to a state dict of the original code: the inverse of [`convert_original_dit`].
 
     A routed model's has the mask buffers of DTR's code and loads there; an unrouted one's loads in that of DiT and
     ANT. Converting it again gives the same weights, to the bit. What a state dict does not hold has to be known to
@@ -219,7 +219,7 @@ def original_dit_state_dict(model: DTRTransformer2DModel) -> dict[str, torch.Ten
 
 
 def _original_modules(num_layers) -> Iterator[tuple[str, str]]:
-    """The names of all modules, ours and the original's; three of ours share one."""
+    """Names of all modules in this package and in the original, which joins three of them in one."""
     yield from ((ours, theirs) for theirs, ours in _NAMES.items())
     for block in range(num_layers):
         prefix = f"transformer_blocks.{block}"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from diffusers_dtr import random_routing_mask, routing_mask
-from diffusers_dtr.models.original_masks import mask_table, read_mask_tables
+from diffusers_dtr.conversion.masks import mask_table, read_mask_tables
 
 
 @settings(max_examples=50, deadline=None)

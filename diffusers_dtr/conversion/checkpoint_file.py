@@ -1,4 +1,4 @@
-"""Reads the checkpoint files of the original DiT, DTR and ANT code without running anything that they say to run.
+"""Reading of checkpoint files of the original DiT, DTR and ANT code, without executing code in them.
 
 These files are pickles that hold, beside weights, the run's arguments: objects of argparse and OmegaConf. A pickle can
 name any function to call. torch's restricted unpickler calls none but those that make tensors; for the classes of the
@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 from .claimed_bytes import check_archive, check_claims
-from .original_masks import MASK_BUFFER
-from .original_run import Recorded, Setting, read_settings
+from .masks import MASK_BUFFER
+from .run_settings import Recorded, Setting, read_settings
 
 
 CHECKPOINT_WEIGHTS = ("ema", "model")
@@ -85,7 +85,7 @@ def load_original_checkpoint(path: str | Path, weights: str | None = None) -> di
 
 
 class OriginalCheckpoint(NamedTuple):
-    """What a file of the authors' code holds.
+    """Contents of a file of the authors' code.
 
     Attributes:
         state_dict: The tensors by their names in the file, on the CPU.
@@ -133,7 +133,7 @@ def _load(path: Path):
     except Exception as error:  # damaged and hostile files lead the unpickler into errors of almost every type
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         if refused is None:
-            message = f"{path.name} is no checkpoint of tensors, or damaged ({type(error).__name__})."
+            message = f"{path.name} is not a checkpoint of tensors, or is damaged ({type(error).__name__})."
             raise ValueError(message) from error
         # Without its cause, which advises to switch the protection off.
         raise ValueError(
