@@ -76,7 +76,29 @@ def flux(batch):
     return "FluxTransformer2DModel", {"num_layers": 1, "num_single_layers": 1}, inputs
 
 
-FAMILIES = {family.__name__: family for family in (unet_2d, unet_2d_condition, pixart, sd3, flux)}
+def qwen_image(batch):
+    """Qwen-Image at 512 pixels, with 2 blocks in place of 60."""
+    inputs = {
+        "hidden_states": torch.randn(batch, 1024, 64),
+        "encoder_hidden_states": torch.randn(batch, 128, 3584),
+        "encoder_hidden_states_mask": torch.ones(batch, 128, dtype=torch.bool),
+        "img_shapes": [[(1, 32, 32)]] * batch,
+    }
+    return "QwenImageTransformer2DModel", {"num_layers": 2}, inputs
+
+
+def wan(batch):
+    """Wan 2.1 with 14 billion parameters, for 5 frames at 256 pixels, with 2 blocks in place of 40."""
+    inputs = {
+        "hidden_states": torch.randn(batch, 16, 2, 32, 32),
+        "encoder_hidden_states": torch.randn(batch, 128, 4096),
+    }
+    return "WanTransformer3DModel", {"num_layers": 2}, inputs
+
+
+FAMILIES = {family.__name__: family for family in (unet_2d, unet_2d_condition, pixart, sd3, flux, qwen_image, wan)}
+# What pipelines pass is σ and not σ · 1000.
+SIGMA = ("flux", "qwen_image")
 
 
 def parse_args():
@@ -102,7 +124,7 @@ def build(family, args):
         plain = getattr(diffusers, name)(**config)
         routed = getattr(diffusers_dtr, f"DTR{name}")(**config)
     routed.load_state_dict(plain.state_dict(), assign=True)
-    inputs["timestep"] = torch.linspace(50, 950, args.batch_size) / (1000 if family == "flux" else 1)
+    inputs["timestep"] = torch.linspace(50, 950, args.batch_size) / (1000 if family in SIGMA else 1)
     inputs = {key: value.to(args.device) if torch.is_tensor(value) else value for key, value in inputs.items()}
     return {"routed": routed, "plain": plain}, inputs
 
