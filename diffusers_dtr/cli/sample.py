@@ -13,7 +13,7 @@ from diffusers import SchedulerMixin
 
 from ..config_types import built_from_file
 from ..pipelines.class_labels import class_named, classes_by_name
-from ..pipelines.model_index import pipeline_class_name
+from ..pipelines.model_index import component_class_name, pipeline_class_name
 from ..pipelines.pipeline_dtr import DTRPipeline
 from ..ranges import COUNT, FINITE, NON_NEGATIVE, SEED
 from ..run_folder import LORA_FILE, PIPELINE_INDEX
@@ -173,7 +173,7 @@ def _labels(args: argparse.Namespace, index: dict[str, Any], source: Source) -> 
     """The classes that are asked for, which must be there before anything large is loaded."""
     if args.labels is None:
         return None
-    component = "transformer" if (index.get("transformer") or [None])[0] else "unet"
+    component = "unet" if component_class_name(index, "transformer") is None else "transformer"
     types = {"num_embeds_ada_norm": int | None, "num_class_embeds": int | None}
     config = source.read_json(f"{component}/config.json", types) or {}
     number = config.get("num_embeds_ada_norm" if component == "transformer" else "num_class_embeds")

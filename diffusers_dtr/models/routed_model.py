@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache, wraps
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ from ..hub.commit import check_token
 from ..hub.shared import HubMixin
 from ..routing import ChannelRouting
 from .family import ROUTING_PARAMETERS, ROUTING_TYPES
+from .missing_weights import check_no_weights_missing
 
 
 @cache
@@ -71,6 +73,17 @@ class RoutedModelMixin(HubMixin):
         """
         with built_from_file(f"A {cls.__name__}"):
             return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, **kwargs: Any) -> Any:
+        """Load from a folder or repository as diffusers does, with its arguments.
+
+        Raises:
+            ValueError: For a `token` that is none, a config of which no model can be made, and missing weights.
+        """
+        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        check_no_weights_missing(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
     # Wrapped, because pipelines look at the arguments.
     @wraps(ModelMixin.save_pretrained)

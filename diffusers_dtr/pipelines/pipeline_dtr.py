@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Callable, Sequence
-from functools import wraps
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,19 +18,16 @@ from diffusers import (
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor, unwrap_module
 
-from ..config_types import built_from_file
-from ..hub.commit import check_token
-from ..hub.shared import HubMixin
 from ..latents import LatentNormalization, decode_latents, vae_scale_factor
 from ..models.evaluating import evaluating
 from ..noise_levels import uses_learned_variance
+from .checked_loading import CheckedPipelineMixin
 from .class_labels import class_named, classes_by_name, labels_of_images, names_of_classes
 from .learned_variance import check_channels, scheduler_of_chosen_channels
-from .model_index import check_model_index
 from .sampling_checks import CALLBACK_TENSORS, check_guidance, check_sampling, checked_size
 
 
-class DTRPipeline(HubMixin, DiffusionPipeline):
+class DTRPipeline(CheckedPipelineMixin, DiffusionPipeline):
     r"""Pipeline for image generation with a class-conditional or unconditional denoiser.
 
     This pipeline inherits from [`~diffusers.DiffusionPipeline`], whose saving, loading, offloading and device handling
@@ -81,40 +75,6 @@ class DTRPipeline(HubMixin, DiffusionPipeline):
         self.register_to_config(id2label=id2label)
         self.vae_scale_factor = 1 if vae is None else vae_scale_factor(vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> DTRPipeline:
-        """Load from a folder or repository as diffusers does, with its arguments.
-
-        Raises:
-            ValueError: For a `token` that is none, and for files of which no pipeline can be made.
-        """
-        with built_from_file(f"A {cls.__name__}"):
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-
-    @classmethod
-    @wraps(DiffusionPipeline.download.__func__)
-    def download(cls, *args: Any, **kwargs: Any) -> str:  # noqa: D102
-        check_token(kwargs.get("token"))
-        return super().download(*args, **kwargs)
-
-    @wraps(DiffusionPipeline.save_pretrained)
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102
-        check_token(kwargs.get("token"))
-        super().save_pretrained(*args, **kwargs)
-
-    @classmethod
-    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> dict | tuple:
-        """Load `model_index.json` as diffusers does, and refuse one that names what is not this pipeline's.
-
-        Raises:
-            ValueError: If it names an unknown component, another library or a path. Nothing of it is imported.
-        """
-        loaded = super().load_config(pretrained_model_name_or_path, **kwargs)
-        path = Path(pretrained_model_name_or_path)
-        config = loaded[0] if isinstance(loaded, tuple) else loaded
-        check_model_index(config, path.parent if path.is_file() else path, cls)
-        return loaded
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> DTRPipeline:

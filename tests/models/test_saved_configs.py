@@ -179,3 +179,12 @@ def test_every_mutated_config_in_a_folder_is_a_model_or_one_clear_error(cls, tmp
     for _ in range(60):
         (tmp_path / "config.json").write_text(json.dumps(mutated(config, draw)))
         attempt(lambda: cls.from_pretrained(tmp_path))
+
+
+def test_weights_that_are_missing_are_an_error(tmp_path):
+    DTRTransformer2DModel.from_config(DENOISERS["DiTTransformer2DModel"].config).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for more in ({"norm_elementwise_affine": True}, {"num_layers": config["num_layers"] + 1}):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **more}))
+        with pytest.raises(ValueError, match=r"weights of a DTRTransformer2DModel must .* is missing, and \d+"):
+            DTRTransformer2DModel.from_pretrained(tmp_path)
