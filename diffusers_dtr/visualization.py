@@ -200,28 +200,6 @@ def plot_affinity_by_noise_distance(affinity: TaskAffinity, ax: Axes | None = No
     return ax
 
 
-def plot_clusters(clusters: TimestepClusters, ax: Axes | None = None) -> Axes:
-    """Shade clusters along the timestep axis, for instance behind a curve of loss by timestep.
-
-    Args:
-        clusters: The clusters.
-        ax: Axes to draw on; those of a new figure by default.
-
-    Returns:
-        The Axes, where every cluster is a labelled span.
-
-    Raises:
-        ImportError: Without matplotlib.
-    """
-    ax = _axes(ax)
-    grid = clusters.timesteps or range(clusters.num_train_timesteps)
-    halfway = ((grid[edge - 1] + grid[edge]) / 2 for edge in clusters.boundaries[1:-1])
-    for cluster, (left, right) in enumerate(pairwise([grid[0], *halfway, grid[-1]])):
-        ax.axvspan(left, right, color=f"C{cluster % 10}", alpha=0.2, linewidth=0, label=f"cluster {cluster}")
-    ax.set_xlabel("timestep")
-    return ax
-
-
 def plot_cluster_boundaries(
     clusterings: Mapping[str, TimestepClusters], levels: NoiseLevels, ax: Axes | None = None
 ) -> Axes:

@@ -16,7 +16,6 @@ from diffusers_dtr.visualization import (
     plot_cluster_boundaries,
     plot_cluster_gaps,
     plot_cluster_losses,
-    plot_clusters,
     plot_routing_masks,
     plot_task_affinity,
 )
@@ -57,7 +56,6 @@ def close_figures():
         lambda **o: plot_affinity_by_noise_distance(AFFINITY, **o),
         lambda **o: plot_cluster_boundaries(CLUSTERS, LEVELS, **o),
         lambda **o: plot_cluster_gaps(GAPS, **o),
-        lambda **o: plot_clusters(CLUSTERS["odd"], **o),
     ],
 )
 def test_plots_draw_on_the_axes_given_or_on_new_ones(plot):
@@ -132,20 +130,6 @@ def test_masks_of_several_widths_stand_side_by_side_as_those_of_the_first_alone(
 def test_masks_of_no_routing_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         plot_routing_masks(8, **options)
-
-
-@pytest.mark.parametrize(
-    ("clusters", "edges"),
-    [
-        (TimestepClusters([0, 10, 20, 41]), [0, 9.5, 19.5, 40]),
-        (TimestepClusters([0, 1, 3], timesteps=[-1.5, -0.5, 1.0]), [-1.5, -1.0, 1.0]),
-    ],
-)
-def test_clusters_are_spans_that_meet_halfway_between_timesteps(clusters, edges):
-    spans = plot_clusters(clusters).patches
-    assert [span.get_x() for span in spans] == edges[:-1]
-    assert spans[-1].get_x() + spans[-1].get_width() == edges[-1]
-    assert [span.get_label() for span in spans] == [f"cluster {number}" for number in range(len(clusters))]
 
 
 def test_missing_matplotlib_is_an_error_that_names_the_extra(monkeypatch):

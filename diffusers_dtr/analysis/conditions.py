@@ -6,7 +6,7 @@ A class-conditional model takes `{"class_labels": labels}`, PixArt `{"encoder_hi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -29,19 +29,6 @@ def checked_conditions(conditions: Mapping[str, Any] | None, num_images: int) ->
                 f"{name!r}."
             )
     return dict(conditions or {})
-
-
-def map_tensors(function: Callable[[Tensor], Tensor], conditions: Mapping[str, Any]) -> dict[str, Any]:
-    """Apply a function to every tensor of the conditions.
-
-    Args:
-        function: From a tensor to another.
-        conditions: Tensors by name, or mappings of these.
-    """
-    return {
-        name: map_tensors(function, value) if isinstance(value, Mapping) else function(value)
-        for name, value in conditions.items()
-    }
 
 
 def named_tensors(conditions: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:

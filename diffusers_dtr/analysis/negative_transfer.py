@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device, slice_tensors
 from torch import Tensor, nn
 
 from ..extras import require
@@ -20,7 +20,7 @@ from ..models.evaluating import evaluating
 from ..objective.clusters import TimestepClusters
 from ..objective.denoising_loss import DenoisingLoss
 from ..ranges import COUNT, Range
-from .conditions import checked_conditions, map_tensors
+from .conditions import checked_conditions
 
 
 class HeldOutClusterLosses:
@@ -113,15 +113,10 @@ class HeldOutClusterLosses:
                 rows = places % len(self.clean)
                 # One by one, so that noise does not depend on the number of samples in a forward call
                 noise = torch.stack([torch.randn(self.clean.shape[1:], generator=generator) for _ in rows])
-                chosen = partial(_rows, rows=rows, device=device)
-                conditions = map_tensors(chosen, self.conditions)
-                batch = chosen(self.clean), noise.to(device), timesteps[places].to(device), conditions
+                clean, conditions = slice_tensors((self.clean, self.conditions), rows)
+                batch = send_to_device((clean, noise, timesteps[places], conditions), device)
                 losses.append(self.loss_fn.of_model(model, *batch).mse)
         return torch.cat(losses).double().cpu()
-
-
-def _rows(values: Tensor, rows: Tensor, device: torch.device) -> Tensor:
-    return values[rows.to(values.device)].to(device)
 
 
 def negative_transfer_gap(specialist: Tensor, joint: Tensor, *, relative: bool = False) -> Tensor:

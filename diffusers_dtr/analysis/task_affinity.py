@@ -239,15 +239,12 @@ class TaskAffinity:
                 description = json.loads((file.metadata() or {}).get(_METADATA_KEY, "{}"))
                 if description.get("format") != _FORMAT:
                     raise ValueError(
-                        f"`path` must be a file of a task affinity, written by compute_task_affinity.py or "
-                        f"`TaskAffinity.save`: {str(path)!r} says it is "
-                        f"{description.get('format', 'something else')!r}."
+                        f"`path` must be a task affinity file of `TaskAffinity.save` or compute_task_affinity.py, got "
+                        f"{str(path)!r} of the format {description.get('format')!r}."
                     )
                 tensors = {name: file.get_tensor(name) for name in _TENSORS}
         except (OSError, SafetensorError) as error:
-            raise ValueError(
-                f"`path` must be a file of a task affinity, cannot read {str(path)!r}: {error}"
-            ) from error
+            raise ValueError(f"`path` must be a task affinity file, cannot read {str(path)!r}: {error}") from error
         return cls(**tensors, **{key: value for key, value in description.items() if key != "format"})
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from operator import itemgetter
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device, slice_tensors
 from torch import Tensor, nn
 
 from ..fingerprint import fingerprint
 from ..objective.denoising_loss import DenoisingLoss
 from ..ranges import COUNT
-from .conditions import checked_conditions, map_tensors, named_tensors
+from .conditions import checked_conditions, named_tensors
 
 
 # Two halves of the images for the reliability of a result, and two parts of each half for inner products of
@@ -53,15 +53,14 @@ class DenoisingBatch:
 
     def to(self, device: torch.device) -> DenoisingBatch:
         """The same samples on a device."""
-        conditions = map_tensors(lambda values: values.to(device), self.conditions)
-        return DenoisingBatch(self.clean.to(device), self.noise.to(device), conditions)
+        return DenoisingBatch(*send_to_device((self.clean, self.noise, self.conditions), device))
 
     def parts(self, part: int, batch_size: int | None) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
         """The samples of a part, at most `batch_size` at a time: clean, noise and conditions."""
         stride = len(self) if batch_size is None else batch_size * NUM_PARTS
         for start in range(part, len(self), stride):
             own = slice(start, start + stride, NUM_PARTS)
-            yield self.clean[own], self.noise[own], map_tensors(itemgetter(own), self.conditions)
+            yield slice_tensors((self.clean, self.noise, self.conditions), own)
 
     def fingerprint(self) -> str:
         """A hash of all values, types and shapes."""

@@ -11,19 +11,16 @@ from .clustering import cluster_timesteps
 from .clusters import TimestepClusters
 from .denoising_loss import DenoisingLoss
 from .gradient_balancing import GradientBalancer
-from .weighting import EDM, P2, Constant, Debiased, LogitNormal, MinSNR, SoftMinSNR
+from .weighting import P2, LogitNormal, MinSNR, SoftMinSNR
 
 
 __all__ = [
-    "EDM",
     "P2",
     "AdaptiveTimestepSampler",
     "Balancing",
     "ClusterLosses",
     "ClusteredLoss",
-    "Constant",
     "ContinuousUncertainty",
-    "Debiased",
     "DenoisingLoss",
     "GradientBalancer",
     "LogitNormal",

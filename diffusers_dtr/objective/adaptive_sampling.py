@@ -41,8 +41,6 @@ class AdaptiveTimestepSampler:
         decay: What the past counts each time new losses enter the estimate, in [0, 1).
         floor: Least density relative to uniform timesteps, in (0, 1].
         interval: Number of updates after which their losses enter the estimate, >= 1.
-        corrected: Whether [`weights`] keep the expectation that the loss has under uniform timesteps. If not, they are
-            1, and training dwells on what is drawn more often.
 
     Raises:
         ValueError: For an argument outside these ranges.
@@ -65,7 +63,6 @@ class AdaptiveTimestepSampler:
         decay: float = 0.9,
         floor: float = 0.1,
         interval: int = 50,
-        corrected: bool = True,
     ):
         if statistic not in STATISTICS:
             raise ValueError(f"`statistic` must be one of {', '.join(STATISTICS)}, got {statistic!r}.")
@@ -77,7 +74,6 @@ class AdaptiveTimestepSampler:
         self.decay = decay
         self.floor = floor
         self.interval = interval
-        self.corrected = corrected
         # Number, sum and sum of squares of each cluster's losses, decayed; and of those that have not entered yet.
         # These tensors are replaced, never written to, so that a state dict may hold them.
         self._moments = torch.zeros(len(clusters), 3, dtype=torch.float64, device="cpu")
@@ -128,12 +124,9 @@ class AdaptiveTimestepSampler:
             timesteps: `(batch,)`.
 
         Returns:
-            float32 tensor `(batch,)` on their device: 1 / density, whose expectation over draws is 1, or ones if not
-            `corrected`.
+            float32 tensor `(batch,)` on their device: 1 / density, whose expectation over draws is 1.
         """
-        if self.corrected:
-            return 1 / self.density(timesteps)
-        return torch.ones(timesteps.shape, dtype=torch.float32, device=timesteps.device)
+        return 1 / self.density(timesteps)
 
     def update(self, timesteps: torch.Tensor, losses: torch.Tensor) -> None:
         """Update the estimate with the losses of the global batch, which `accelerator.gather` returns.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +9,10 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
-from ..noise_levels import NoiseLevels
 from .balancing import Balancing, ClusterLosses, balance, make_balancing
 from .clusters import TimestepClusters
-from .denoising_loss import DenoisingLoss
+from .denoising_loss import DenoisingLoss, DenoisingLossOutput
+from .weighting import Weighting
 
 
 # Of the balancing's own parameters, as in the released code of ANT.
@@ -21,25 +20,17 @@ _LEARNING_RATE = 0.025
 
 
 @dataclass(frozen=True)
-class ClusteredLossOutput:
-    """Losses of one process's batch, in float32 or wider.
+class ClusteredLossOutput(DenoisingLossOutput):
+    """Losses of one process's batch. Its `loss` is balanced; the mean over processes is that of the global batch.
 
     Attributes:
-        loss: What to call backward on, a scalar. Its mean over processes is the loss of the global batch.
-        per_sample: `(B,)`, `mse` plus `variational_bound`.
         per_cluster: `(k,)`, mean of `per_sample` in each cluster, without gradient; 0 where `counts` is 0.
         counts: int64 `(k,)`, samples in each cluster. Means over several batches or processes are those of
             `per_cluster` weighted with `counts`.
-        mse: `(B,)`, weighted mean squared error against the target.
-        variational_bound: `(B,)` in bits per dimension; None if the denoiser predicts no variance.
     """
 
-    loss: Tensor
-    per_sample: Tensor
     per_cluster: Tensor
     counts: Tensor
-    mse: Tensor
-    variational_bound: Tensor | None
 
 
 class ClusteredLoss(nn.Module):
@@ -92,7 +83,7 @@ class ClusteredLoss(nn.Module):
         self,
         noise_scheduler: SchedulerMixin,
         clusters: TimestepClusters,
-        weighting: str | Callable[[NoiseLevels, Tensor], Tensor] = "constant",
+        weighting: str | Weighting = "constant",
         balancing: str | Balancing = "uniform",
     ):
         super().__init__()
@@ -108,11 +99,6 @@ class ClusteredLoss(nn.Module):
                 f"`balancing` must be for the {len(clusters)} clusters of `clusters`, "
                 f"got one for {self.balancing.num_clusters}: pass it `num_clusters={len(clusters)}`."
             )
-
-    @property
-    def log_variance(self) -> nn.Parameter:
-        """Log variances of uncertainty weighting, `(k,)`; an AttributeError with any other balancing."""
-        return self.balancing.log_variance
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups of the balancing's parameters; none if it learns nothing.
@@ -156,13 +142,9 @@ class ClusteredLoss(nn.Module):
                 f"got {tuple(sample_weights.shape)}."
             )
         balanced = losses.per_sample if sample_weights is None else losses.per_sample * sample_weights
+        loss = balance(self.balancing, ClusterLosses(balanced, *assignment))
         return ClusteredLossOutput(
-            loss=balance(self.balancing, ClusterLosses(balanced, *assignment)),
-            per_sample=losses.per_sample,
-            per_cluster=observed.means,
-            counts=observed.counts,
-            mse=losses.mse,
-            variational_bound=losses.variational_bound,
+            **{**vars(losses), "loss": loss}, per_cluster=observed.means, counts=observed.counts
         )
 
     def cluster_weights(self) -> Tensor:

@@ -58,20 +58,15 @@ class TimestepClusters:
             object.__setattr__(self, "timesteps", _checked_grid(self.timesteps, self.num_train_timesteps))
 
     @property
-    def num_clusters(self) -> int:
-        """The number k of clusters."""
-        return len(self.boundaries) - 1
-
-    @property
     def num_train_timesteps(self) -> int:
         """T, the number of timesteps in the training grid."""
         return self.boundaries[-1]
 
     def __len__(self) -> int:
-        return self.num_clusters
+        return len(self.boundaries) - 1
 
     def __getitem__(self, index: int) -> range:
-        index = range(self.num_clusters)[index]
+        index = range(len(self))[index]
         return range(self.boundaries[index], self.boundaries[index + 1])
 
     def __iter__(self) -> Iterator[range]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
 from ..noise_levels import NoiseLevels, sample_dtype
-from .weighting import WEIGHTINGS, make_weighting
+from .weighting import LogitNormal, Weighting, make_weighting
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ class DenoisingLoss:
     def __init__(
         self,
         noise_scheduler: SchedulerMixin,
-        weighting: str | Callable[[NoiseLevels, Tensor], Tensor] = "constant",
+        weighting: str | Weighting = "constant",
     ):
         self.levels = NoiseLevels(noise_scheduler)
         self.weighting = make_weighting(weighting)
-        if isinstance(self.weighting, tuple(WEIGHTINGS.values())):
+        if isinstance(self.weighting, LogitNormal):
             self._weights(self.levels.timesteps[:1])  # one that is not for this scheduler shows before training starts
 
     def __call__(self, model_output: Tensor, clean: Tensor, noise: Tensor, timesteps: Tensor) -> DenoisingLossOutput:

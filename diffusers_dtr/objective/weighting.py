@@ -1,10 +1,10 @@
 """Weighting: how much one sample's squared error counts, given its noise level.
 
-A weighting is a function of `(levels, timesteps)` that returns `(B,)` weights: one of the classes below, or your own.
+A weighting is a function of `(levels, timesteps)` that returns `(B,)` weights: one of those below, or your own.
 
 Papers state a weight for one prediction type. It is converted to the scheduler's: a squared error of the output is,
 for instance, one of the clean sample that is 1/SNR (epsilon) or 1/(SNR + 1) times (v_prediction) as large. Where SNR 0
-would make a weight infinite ([`Debiased`] and [`EDM`] for predicted noise), it counts as 2⁻²⁴, the value with which
+would make a weight infinite ([`debiased`] and [`edm`] for predicted noise), it counts as 2⁻²⁴, the value with which
 diffusers solves for the clean sample. Weights are finite at every noise level, non-negative, and float64.
 """
 
@@ -25,12 +25,19 @@ from ..ranges import COUNT, FINITE, NON_NEGATIVE, POSITIVE
 # w·noise_gain; noise_gain = SNR·clean_gain.
 
 
-@dataclass(frozen=True)
-class Constant:
+def constant(levels: NoiseLevels, timesteps: Tensor) -> Tensor:
     """1 on the error of the output (Ho et al., arXiv 2006.11239, Eq. 14)."""
+    return torch.ones_like(levels.clean_gain(timesteps))
 
-    def __call__(self, levels: NoiseLevels, timesteps: Tensor) -> Tensor:
-        return torch.ones_like(levels.clean_gain(timesteps))
+
+def debiased(levels: NoiseLevels, timesteps: Tensor) -> Tensor:
+    """1/√SNR on the error of the noise (Yu et al., arXiv 2310.08442, the proposed weight)."""
+    return (levels.noise_gain(timesteps) * levels.clean_gain(timesteps)).sqrt()
+
+
+def edm(levels: NoiseLevels, timesteps: Tensor) -> Tensor:
+    """SNR + 1/σ_data² on the error of the clean sample (Karras et al., arXiv 2206.00364, Table 1, λ(σ))."""
+    return levels.noise_gain(timesteps) + levels.clean_gain(timesteps) / levels.sigma_data**2
 
 
 @dataclass(frozen=True)
@@ -68,22 +75,6 @@ class P2:
     def __call__(self, levels: NoiseLevels, timesteps: Tensor) -> Tensor:
         clean, noise = levels.clean_gain(timesteps), levels.noise_gain(timesteps)
         return noise / (self.k + noise / clean) ** self.gamma
-
-
-@dataclass(frozen=True)
-class Debiased:
-    """1/√SNR on the error of the noise (Yu et al., arXiv 2310.08442, the proposed weight)."""
-
-    def __call__(self, levels: NoiseLevels, timesteps: Tensor) -> Tensor:
-        return (levels.noise_gain(timesteps) * levels.clean_gain(timesteps)).sqrt()
-
-
-@dataclass(frozen=True)
-class EDM:
-    """SNR + 1/σ_data² on the error of the clean sample (Karras et al., arXiv 2206.00364, Table 1, λ(σ))."""
-
-    def __call__(self, levels: NoiseLevels, timesteps: Tensor) -> Tensor:
-        return levels.noise_gain(timesteps) + levels.clean_gain(timesteps) / levels.sigma_data**2
 
 
 @dataclass(frozen=True)
@@ -148,20 +139,20 @@ class LogitNormal:
         return probabilities.clamp(min=torch.finfo(torch.float64).tiny)
 
 
-WEIGHTINGS: Mapping[str, type] = {
-    "constant": Constant,
-    "min_snr": MinSNR,
-    "soft_min_snr": SoftMinSNR,
-    "p2": P2,
-    "debiased": Debiased,
-    "edm": EDM,
-    "logit_normal": LogitNormal,
+Weighting = Callable[[NoiseLevels, Tensor], Tensor]
+
+WEIGHTINGS: Mapping[str, Weighting] = {
+    "constant": constant,
+    "min_snr": MinSNR(),
+    "soft_min_snr": SoftMinSNR(),
+    "p2": P2(),
+    "debiased": debiased,
+    "edm": edm,
+    "logit_normal": LogitNormal(),
 }
 
 
-def make_weighting(
-    weighting: str | Callable[[NoiseLevels, Tensor], Tensor],
-) -> Callable[[NoiseLevels, Tensor], Tensor]:
+def make_weighting(weighting: str | Weighting) -> Weighting:
     """Look up a weighting by its name; a function is returned as it is.
 
     Args:
@@ -178,4 +169,4 @@ def make_weighting(
     if weighting not in WEIGHTINGS:
         allowed = ", ".join(f'"{name}"' for name in WEIGHTINGS)
         raise ValueError(f"`weighting` must be one of {allowed}, or a function, got {weighting!r}.")
-    return WEIGHTINGS[weighting]()
+    return WEIGHTINGS[weighting]

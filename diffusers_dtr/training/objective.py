@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -149,10 +149,13 @@ def build_objective(
     if cost == "affinity":
         cost = load_task_affinity(args.affinity_path, NoiseLevels(noise_scheduler))
     clusters = cluster_timesteps(noise_scheduler, args.num_clusters, cost)
+    weighting = WEIGHTINGS[args.loss_weighting]
+    if args.snr_gamma is not None:
+        weighting = replace(weighting, gamma=args.snr_gamma)
     loss_fn = ClusteredLoss(
         noise_scheduler,
         clusters,
-        WEIGHTINGS[args.loss_weighting](**({} if args.snr_gamma is None else {"gamma": args.snr_gamma})),
+        weighting,
         _balancing(args, model, accelerator),
     ).to(accelerator.device)
     sampling = args.timestep_sampling or ("uniform" if args.balancing == "uniform" else "clusters")

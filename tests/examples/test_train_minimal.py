@@ -91,4 +91,4 @@ def test_block_of_the_main_readme_runs_as_it_is():
     assert names["out"].per_sample.shape == (16,)
     assert len(names["optimizer"].param_groups) == 2
     assert names["optimizer"].param_groups[1]["lr"] == 0.025
-    assert (names["loss_fn"].log_variance != 0).all()
+    assert (names["loss_fn"].balancing.log_variance != 0).all()

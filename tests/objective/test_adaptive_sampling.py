@@ -119,12 +119,6 @@ def test_corrected_loss_has_the_expectation_of_uniform_timesteps(statistic):
     assert (means.mean() - uniform).abs() <= DEVIATIONS * means.std() / repeats**0.5
 
 
-def test_weights_are_one_where_no_correction_is_asked_for():
-    sampler = trained_sampler(corrected=False)
-    assert sampler.weights(torch.tensor([0, 500, 999])).tolist() == [1, 1, 1]
-    assert trained_sampler(corrected=True).weights(torch.tensor([0])).item() != 1
-
-
 @pytest.mark.parametrize(("statistic", "batch_size"), [("second_moment", 20), ("variance", 2000)])
 def test_fitted_draws_estimate_the_mean_loss_better_than_uniform_ones(statistic, batch_size):
     # Nearly all of the loss, and of its spread, is in the first tenth of the timesteps.

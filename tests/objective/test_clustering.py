@@ -172,7 +172,7 @@ def test_an_unknown_scheduler_is_a_type_error():
 def test_clusters_tile_the_timesteps(edges):
     clusters = TimestepClusters([0, *sorted(edges)])
     assert [t for cluster in clusters for t in cluster] == list(range(clusters.num_train_timesteps))
-    assert len(clusters) == clusters.num_clusters == len(list(clusters))
+    assert len(clusters) == len(list(clusters))
     assert clusters[-1] == clusters[len(clusters) - 1] == list(clusters)[-1]
     expected = [i for i, cluster in enumerate(clusters) for _ in cluster]
     assert clusters.assign(torch.arange(clusters.num_train_timesteps)).tolist() == expected

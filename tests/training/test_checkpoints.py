@@ -340,11 +340,11 @@ def test_no_file_of_a_checkpoint_runs_code(as_torch, tmp_path):
 def test_objective_goes_on_with_what_it_has_learned(tmp_path):
     run = StatefulRun(tmp_path)
     with torch.no_grad():
-        run.checkpoints.objective.loss_fn.log_variance.fill_(0.5)
+        run.checkpoints.objective.loss_fn.balancing.log_variance.fill_(0.5)
     run.checkpoints.save(state(1))
     other = StatefulRun(tmp_path)
     other.checkpoints.resume("latest", SETTINGS)
-    assert other.checkpoints.objective.loss_fn.log_variance.unique().tolist() == [0.5]
+    assert other.checkpoints.objective.loss_fn.balancing.log_variance.unique().tolist() == [0.5]
 
 
 def test_pickles_are_read_as_weights_only_by_whoever_reads_them():

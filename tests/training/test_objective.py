@@ -296,5 +296,5 @@ def test_clusters_are_those_whose_gradients_get_along(tmp_path):
         Setup(*flags, num_train_timesteps=60)
     with pytest.raises(ValueError, match="another noise schedule: a log SNR of"):
         Setup(*flags, num_train_timesteps=50, beta_schedule="squaredcos_cap_v2")
-    with pytest.raises(ValueError, match="must be a file of a task affinity"):
+    with pytest.raises(ValueError, match="must be a task affinity file"):
         Setup("--cluster_cost", "affinity", "--affinity_path", tmp_path / "nothing.safetensors")
