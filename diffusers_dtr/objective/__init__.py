@@ -5,17 +5,26 @@ clusters, or a subclass of [`Balancing`].
 """
 
 from .adaptive_sampling import AdaptiveTimestepSampler
-from .balancing import Balancing, ClusterLosses, ContinuousUncertainty, UncertaintyWeighting, UniformBalancing
+from .balancing import (
+    BALANCINGS,
+    Balancing,
+    ClusterLosses,
+    ContinuousUncertainty,
+    UncertaintyWeighting,
+    UniformBalancing,
+)
 from .clustered_loss import ClusteredLoss
 from .clustering import cluster_timesteps
 from .clusters import TimestepClusters
 from .denoising_loss import DenoisingLoss
 from .gradient_balancing import GradientBalancer
-from .weighting import P2, LogitNormal, MinSNR, SoftMinSNR
+from .weighting import P2, WEIGHTINGS, LogitNormal, MinSNR, SoftMinSNR
 
 
 __all__ = [
+    "BALANCINGS",
     "P2",
+    "WEIGHTINGS",
     "AdaptiveTimestepSampler",
     "Balancing",
     "ClusterLosses",

@@ -10,6 +10,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from sklearn.datasets import load_digits
 
 from diffusers_dtr import ClusteredLoss, cluster_timesteps
+from diffusers_dtr.objective import BALANCINGS
 from diffusers_dtr.ranges import COUNT, SEED
 
 
@@ -54,8 +55,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--max_train_steps", type=COUNT, default=200)
     parser.add_argument("--batch_size", type=COUNT, default=64)
-    parser.add_argument(
-        "--balancing", choices=("uniform", "uncertainty", "continuous_uncertainty"), default="uncertainty"
-    )
+    parser.add_argument("--balancing", choices=BALANCINGS, default="uncertainty")
     parser.add_argument("--seed", type=SEED, default=0)
     main(**vars(parser.parse_args()))
