@@ -340,7 +340,6 @@ def test_pipelines_of_several_kinds_are_refused(inputs, captioned, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--cluster", 0), "`num_clusters` must be"),
         (("--cluster", 5000), "`num_clusters` must be"),
         (("--checkpoints", 10, 20), r"`--checkpoints` must have .*, got none in checkpoint-10, checkpoint-20\."),
     ],
