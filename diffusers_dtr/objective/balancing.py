@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,8 +19,6 @@ from torch import Tensor, nn
 
 from ..ranges import COUNT
 
-
-BALANCINGS = ("uniform", "uncertainty", "continuous_uncertainty")
 
 # Beyond, one of signal and noise is lost to float32; schedules that reach pure noise have infinite values.
 _MAX_LOG_SNR = 20.0
@@ -197,11 +196,18 @@ class ContinuousUncertainty(Balancing):
         return (math.sqrt(2) * angles.cos() * self.weight).mean(-1)
 
 
+BALANCINGS: Mapping[str, Callable[[int], Balancing]] = {
+    "uniform": lambda num_clusters: UniformBalancing(),
+    "uncertainty": UncertaintyWeighting,
+    "continuous_uncertainty": lambda num_clusters: ContinuousUncertainty(),
+}
+
+
 def make_balancing(name: str, num_clusters: int) -> Balancing:
     """Make the balancing of this name.
 
     Args:
-        name: "uniform", "uncertainty" or "continuous_uncertainty".
+        name: A key of `BALANCINGS`.
         num_clusters: k.
 
     Returns:
@@ -210,15 +216,10 @@ def make_balancing(name: str, num_clusters: int) -> Balancing:
     Raises:
         ValueError: For another name.
     """
-    if name == "uniform":
-        return UniformBalancing()
-    if name == "uncertainty":
-        return UncertaintyWeighting(num_clusters)
-    if name == "continuous_uncertainty":
-        return ContinuousUncertainty()
-    raise ValueError(
-        f"`balancing` must be one of {', '.join(BALANCINGS)}, or a balancing such as GradientBalancer, got {name!r}."
-    )
+    if name not in BALANCINGS:
+        allowed = ", ".join(BALANCINGS)
+        raise ValueError(f"`balancing` must be one of {allowed}, or a Balancing (GradientBalancer), got {name!r}.")
+    return BALANCINGS[name](num_clusters)
 
 
 def num_processes() -> int:

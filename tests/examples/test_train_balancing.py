@@ -72,19 +72,6 @@ def interrupted(run: Path, folder: Path) -> Path:
     return folder
 
 
-def objective_state(checkpoint: Path) -> dict:
-    return torch.load(checkpoint / "custom_checkpoint_0.pkl")
-
-
-def assert_equal_state(one: object, other: object) -> None:
-    if isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert_equal_state(one[key], other[key])
-    else:
-        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_interrupted_run_goes_on_to_the_bit(method, images, plain, tmp_path):
     flags = [*FLAGS, *METHODS[method]]
@@ -94,7 +81,8 @@ def test_interrupted_run_goes_on_to_the_bit(method, images, plain, tmp_path):
     assert_equal_weights(run, whole)
     assert_equal_weights(run / "checkpoint-4", whole / "checkpoint-4")
     assert_equal_weights(run / "checkpoint-4", whole / "checkpoint-4", "transformer_ema")
-    assert_equal_state(objective_state(run / "checkpoint-4"), objective_state(whole / "checkpoint-4"))
+    states = [(folder / "checkpoint-4" / "objective.safetensors").read_bytes() for folder in (run, whole)]
+    assert states[0] == states[1]
     assert (run / "loss_history.jsonl").read_bytes() == (whole / "loss_history.jsonl").read_bytes()
 
 
@@ -120,8 +108,8 @@ def test_compiled_model_is_balanced_by_gradients(images, tmp_path):
     [
         (("--num_clusters", 3), "`--num_clusters` was 4 and is 3 now"),
         (("--cluster_cost", "uniform"), "`--cluster_cost` was snr and is uniform now"),
-        (("--noise_schedule", "squaredcos_cap_v2"), "must be of clusters with the boundaries"),
-        (("--balancing", "pcgrad"), "`--balancing`, whose parameters are one, must be what it was"),
+        (("--noise_schedule", "squaredcos_cap_v2"), "`cluster boundaries` was"),
+        (("--balancing", "pcgrad"), "`--balancing` was uncertainty and is pcgrad now"),
         (("--balancing", "continuous_uncertainty"), "`--balancing` was uncertainty and is continuous_uncertainty now"),
     ],
 )
