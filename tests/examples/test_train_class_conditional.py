@@ -424,9 +424,17 @@ def test_loss_that_is_not_finite_stops_the_run_with_the_last_good_checkpoint(ima
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
 
 
-def test_weights_that_are_not_finite_are_not_saved_as_a_good_checkpoint(images, tmp_path):
-    with pytest.raises(FloatingPointError, match=r"The weights were not finite at step 2\. There is no checkpoint"):
-        train(images, tmp_path / "run", "--learning_rate", 1e38, "--checkpointing_steps", 2)
+def test_weights_that_are_not_finite_are_not_saved_as_a_good_checkpoint(images, tmp_path, monkeypatch):
+    step = torch.optim.AdamW.step
+
+    @torch.no_grad()
+    def overflow(optimizer, *args, **kwargs):
+        step(optimizer, *args, **kwargs)
+        optimizer.param_groups[0]["params"][0].fill_(float("inf"))
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
+    with pytest.raises(FloatingPointError, match=r"The weights were not finite at step 1\. There is no checkpoint"):
+        train(images, tmp_path / "run", "--checkpointing_steps", 1)
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
