@@ -28,6 +28,7 @@ sys.path.append(str(Path(__file__).parent / "models"))
 sys.path.append(str(Path(__file__).parent / "examples"))
 
 from tiny_models import PIXART, SD3, UNET, UNET_CONDITION
+from tiny_pipelines import PIPELINES
 from tiny_text_encoders import pixart_alpha, stable_diffusion, stable_diffusion_3
 from training_runs import load_script
 
@@ -144,9 +145,20 @@ def routed_adapters() -> dict:
     pipeline = stable_diffusion(UNET_CONDITION.plain())
     pipeline.save_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
     routing = {"routing_alpha": 2.0, "routing_beta": 0.5, "routing_type": None, "routing_seed": None}
+    routing["routing_timestep_range"] = None
     flags = Namespace(rank=2, lora_alpha=None, lora_layers=None, route_lora=True, **routing)
     add_lora(pipeline.unet, flags, ("to_q",))
     save_lora(pipeline, "unet", "sd-routed-lora")
+    return {}
+
+
+def video_adapters() -> dict:
+    base = PIPELINES["wan"].pipeline()
+    base.save_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+    add_lora(base.transformer, Namespace(rank=2, lora_alpha=None, lora_layers=None, route_lora=False), ("to_q",))
+    save_lora(base, "transformer", "wan-dtr-lora")
+    config = {"model": {"config": {"routing_beta": 0.5, "num_layers": 1}}}
+    Path("wan-dtr-lora/training_config.json").write_text(json.dumps(config))
     return {}
 
 
@@ -174,6 +186,7 @@ PREPARE: dict[tuple[str, int], Callable[[], dict]] = {
     ("text_to_image", 1): adapters,
     ("text_to_image", 2): routed_adapters,
     ("text_to_image", 3): text_to_image_digits,
+    ("text_to_video", 0): video_adapters,
     ("unconditional", 0): unconditional_digits,
 }
 # The same in less time.
@@ -194,6 +207,9 @@ def test_python_of_the_readmes_runs(place, code, tmp_path, monkeypatch):
         assert names["pipe"].get_active_adapters()
     if place == ("text_to_image", 2):
         assert names["pipe"].unet.routed_adapters
+    if place == ("text_to_video", 0):
+        assert names["pipe"].transformer.config.routing_beta == 0.5
+        assert names["pipe"].get_active_adapters()
 
 
 # ---- commands
@@ -248,7 +264,7 @@ def test_commands_of_the_readmes_name_flags_that_there_are(place, text):
 
 
 ON_THE_HUB = {"facebook/DiT-XL-2-256", "stable-diffusion-v1-5/stable-diffusion-v1-5", "google/ddpm-cifar10-32"}
-ON_THE_HUB |= {"stabilityai/sd-vae-ft-ema", "Qwen/Qwen-Image"}
+ON_THE_HUB |= {"stabilityai/sd-vae-ft-ema", "Qwen/Qwen-Image", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"}
 
 
 @pytest.mark.parametrize("path", READMES, ids=lambda path: path.parent.name)
