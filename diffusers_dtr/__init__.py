@@ -6,7 +6,7 @@ from diffusers import ModelMixin
 from .analysis import TaskAffinity
 from .diffusers_registration import register_library, register_pipeline
 from .latents import decode_latents, encode_images, vae_scale_factor
-from .models.adapter_files import load_routed_lora, mark_routed, save_routed_lora
+from .lora_files import load_routed_lora, mark_routed, save_routed_lora
 from .models.adapters import route_adapter, unroute_adapter
 from .models.dit import DTRTransformer2DModel
 from .models.families import TRANSFORMERS, UNETS, routed_class

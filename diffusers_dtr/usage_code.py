@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from .models.adapter_files import file_routing
+from .lora_files import file_routing
 from .models.routed_model import RoutedModelMixin
 from .publishing import LOCAL_PREFIX
 from .run_folder import LORA_FILE, RECORD_FILE

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..atomic_files import replace_text, replacing
+from ..evaluating import evaluating
 from ..fingerprint import fingerprint
-from ..models.evaluating import evaluating
 from .estimators import gram
 from .gradient_projections import Projection
 from .timestep_gradients import NUM_PARTS, TimestepGradients

@@ -15,8 +15,8 @@ import torch
 from accelerate.utils import send_to_device, slice_tensors
 from torch import Tensor, nn
 
+from ..evaluating import evaluating
 from ..extras import require
-from ..models.evaluating import evaluating
 from ..objective.clusters import TimestepClusters
 from ..objective.denoising_loss import DenoisingLoss
 from ..ranges import COUNT, Range

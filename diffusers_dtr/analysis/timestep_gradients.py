@@ -75,7 +75,7 @@ class TimestepGradients:
 
     Args:
         model: The denoiser. Its mode is left as it is: gradients of a model that drops labels or features at random
-            are not comparable, see [`~diffusers_dtr.models.evaluating.evaluating`].
+            are not comparable, see [`~diffusers_dtr.evaluating.evaluating`].
         loss_fn: The loss.
         batch: Images and noise, on the model's device.
         parameters: Which parameters take part, by name; all by default. Those with `requires_grad=False` never do.

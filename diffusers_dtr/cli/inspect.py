@@ -8,13 +8,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..config_types import check_types
-from ..models.without_weights import saved_routing
 from ..pipelines.model_index import pipeline_class_name
 from ..run_folder import LORA_FILE, PIPELINE_INDEX, RECORD_FILE
 from ..training.checkpoints import STATE_FILE
 from ..visualization import draw_routing_masks
 from .options import add_hub_arguments, new_parser
 from .outputs import new_output, printable
+from .saved_routing import saved_routing
 from .sources import Source, open_source
 
 

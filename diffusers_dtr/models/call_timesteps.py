@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 
-@dataclass(frozen=True)
-class Argument:
-    """One argument of a function.
-
-    Attributes:
-        name: Its name.
-        position: Its place, counted from 0.
-    """
-
-    name: str
-    position: int
-
-    def value(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """What a call gives it, or None."""
-        if self.name in kwargs:
-            return kwargs[self.name]
-        return args[self.position] if self.position < len(args) else None
+def argument(name: str, position: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What a call gives the argument of a name and a position, counted from 0, or None."""
+    if name in kwargs:
+        return kwargs[name]
+    return args[position] if position < len(args) else None
 
 
 def timestep_batch(

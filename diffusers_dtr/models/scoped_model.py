@@ -18,7 +18,7 @@ from diffusers.configuration_utils import FrozenDict, register_to_config
 from torch import nn
 
 from ..routing import ChannelRouting
-from .call_timesteps import Argument, timestep_batch
+from .call_timesteps import argument, timestep_batch
 from .change_class import change_class, check_class_can_change
 from .derived_class import DerivedModule, derived_class
 from .family import ROUTING_PARAMETERS, Family, routing_parameters
@@ -175,14 +175,15 @@ def _scoped_forward(plain_class: type[ModelMixin], timestep_name: str) -> Callab
             f"`timestep` of the family must be an argument of `{plain_class.__name__}.forward`, "
             f"{', '.join(arguments)}, got {timestep_name!r}."
         )
-    timestep, sample = Argument(timestep_name, arguments.index(timestep_name)), Argument(arguments[0], 0)
+    position = arguments.index(timestep_name)
     # The function and not the class's attribute, which the compiler does not follow for every class.
     plain_forward = plain_class.forward
 
     @wraps(plain_forward, assigned=())
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Denoise as the base class does, with its arguments; the routing follows the timestep."""
-        timesteps = timestep_batch(timestep.value(args, kwargs), sample.value(args, kwargs), per_token=True)
+        timestep = argument(timestep_name, position, args, kwargs)
+        timesteps = timestep_batch(timestep, argument(arguments[0], 0, args, kwargs), per_token=True)
         with scope(_masks(self, timesteps)):
             return plain_forward(self, *args, **kwargs)
 

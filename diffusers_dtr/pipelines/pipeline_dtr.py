@@ -18,8 +18,8 @@ from diffusers import (
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor, unwrap_module
 
+from ..evaluating import evaluating
 from ..latents import LatentNormalization, decode_latents, vae_scale_factor
-from ..models.evaluating import evaluating
 from ..noise_levels import uses_learned_variance
 from .checked_loading import CheckedPipelineMixin
 from .class_labels import class_named, classes_by_name, labels_of_images, names_of_classes

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.training_utils import cast_training_params
 from safetensors.torch import load_file
 
-from ..models.adapter_files import adapter_state, mark_routed, save_routed_lora, save_unrouted_lora
+from ..lora_files import adapter_state, mark_routed, save_routed_lora, save_unrouted_lora
 from ..models.adapters import adapter_routing, route_adapter
 from ..run_folder import LORA_FILE
 from .arguments import routing_flags

@@ -12,8 +12,8 @@ from torch import nn
 
 import diffusers_dtr
 from diffusers_dtr import Family, route, unroute
+from diffusers_dtr.cli.saved_routing import saved_routing
 from diffusers_dtr.models.families import TRANSFORMERS, UNETS
-from diffusers_dtr.models.without_weights import saved_routing
 from diffusers_dtr.routing import routing_mask
 
 

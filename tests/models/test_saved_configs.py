@@ -14,10 +14,10 @@ from tiny_denoisers import DENOISERS, build
 
 import diffusers_dtr
 from diffusers_dtr import DTRTransformer2DModel, DTRUNet2DConditionModel, DTRUNet2DModel, route
+from diffusers_dtr.cli.saved_routing import saved_routing
 from diffusers_dtr.config_types import check_types, constructor_types
 from diffusers_dtr.models.families import TRANSFORMERS, UNETS
 from diffusers_dtr.models.routed_model import config_types
-from diffusers_dtr.models.without_weights import saved_routing
 
 
 FAMILIES = sorted({*TRANSFORMERS, *UNETS, "UNet2DModel", "UNet2DConditionModel"})

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from diffusers_dtr.models.adapter_files import file_routing
+from diffusers_dtr.lora_files import file_routing
 from diffusers_dtr.training.arguments import json_config
 from diffusers_dtr.training.pretrained import pretrained_class_names, pretrained_component, pretrained_pipeline_class
 from diffusers_dtr.training.resuming import RunState

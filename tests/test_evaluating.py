@@ -1,7 +1,7 @@
 import pytest
 from torch import nn
 
-from diffusers_dtr.models.evaluating import evaluating
+from diffusers_dtr.evaluating import evaluating
 
 
 def test_every_module_returns_to_the_mode_it_was_in():

@@ -10,9 +10,9 @@ from typing import Any
 import diffusers_dtr
 
 from ..config_types import built_from_file, check_types
+from ..models.family import Family
+from ..models.routed_model import RoutedModelMixin, config_types
 from ..routing import ChannelRouting
-from .family import Family
-from .routed_model import RoutedModelMixin, config_types
 
 
 def routed_model_class(config: Mapping[str, Any]) -> type[RoutedModelMixin] | None:

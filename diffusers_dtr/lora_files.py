@@ -22,11 +22,11 @@ from huggingface_hub import hf_hub_download
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ..atomic_files import replacing
-from ..config_types import check_types, parse_object
-from ..run_folder import LORA_FILE
-from .adapters import adapter_routing, route_adapter
-from .route import route
+from .atomic_files import replacing
+from .config_types import check_types, parse_object
+from .models.adapters import adapter_routing, route_adapter
+from .models.route import route
+from .run_folder import LORA_FILE
 
 
 _HEADER_KEY = "diffusers_dtr_routing"
