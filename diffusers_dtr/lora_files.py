@@ -126,12 +126,16 @@ def load_routed_lora(
         **kwargs: `revision`, `token`, `cache_dir`, ... of [`~huggingface_hub.hf_hub_download`].
 
     Raises:
-        ValueError: If `target` has no such model, or a routing that does not exist is named.
+        ValueError: If `target` has no such model or takes no adapters, or a routing that does not exist is named.
     """
     source = Path(source) if os.path.exists(source) else Path(hf_hub_download(str(source), weight_name, **kwargs))
     path = source / weight_name if source.is_dir() else source
     routing = file_routing(path)
     is_pipeline = isinstance(target, DiffusionPipeline)
+    if is_pipeline and not hasattr(target, "load_lora_weights"):
+        raise ValueError(
+            f"`target` must be the denoiser, such as `pipe.transformer`: a {type(target).__name__} takes no adapters."
+        )
     with tempfile.TemporaryDirectory() as folder:
         # diffusers reads the scale of the adapters from the file alone, so that it has to be one.
         tensors, header = _read(path)

@@ -11,6 +11,7 @@ from .arguments import TRACKERS
 from .optimizer import POLYNOMIAL_END, check_warm_ups
 
 
+_EMA_FLAGS = ("ema_max_decay", "ema_inv_gamma", "ema_power", "offload_ema")
 _HUB_FLAGS = ("hub_revision", "hub_create_pr", "hub_strategy")
 
 
@@ -46,8 +47,9 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     lowest = POLYNOMIAL_END / (args.train_batch_size if args.scale_lr else 1)
     if args.lr_scheduler == "polynomial" and args.learning_rate <= lowest:
         parser.error(f"--learning_rate must be above {lowest:g}, where --lr_scheduler polynomial ends")
-    if args.offload_ema and not args.use_ema:
-        parser.error("--offload_ema has an effect with --use_ema only")
+    for flag in _EMA_FLAGS:
+        if not args.use_ema and getattr(args, flag) != parser.get_default(flag):
+            parser.error(f"--{flag} has an effect with --use_ema only")
     if args.tracker_project_name is not None and args.report_to == "none":
         parser.error("--tracker_project_name has no effect on --report_to none")
     if args.validation_epochs is not None and args.validation_steps is not None:

@@ -145,9 +145,15 @@ def build_objective(
         ValueError: If a flag is out of its range, the affinity is of other noise levels, or gradient balancing
             gets fewer samples than clusters.
     """
+    levels = NoiseLevels(noise_scheduler)
+    if args.loss_weighting == "logit_normal" and levels.prediction_type != "flow":
+        raise ValueError(
+            f"`--loss_weighting logit_normal` is for flow matching, got {levels.prediction_type} prediction: use "
+            "another one, such as min_snr."
+        )
     cost = args.cluster_cost
     if cost == "affinity":
-        cost = load_task_affinity(args.affinity_path, NoiseLevels(noise_scheduler))
+        cost = load_task_affinity(args.affinity_path, levels)
     clusters = cluster_timesteps(noise_scheduler, args.num_clusters, cost)
     weighting = WEIGHTINGS[args.loss_weighting]
     if args.snr_gamma is not None:

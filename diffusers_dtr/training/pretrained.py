@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from diffusers import ModelMixin
@@ -22,7 +23,15 @@ def pretrained_options(args: argparse.Namespace) -> dict[str, Any]:
 
     Args:
         args: Parsed flags of [`~diffusers_dtr.training.arguments.add_pretrained_arguments`].
+
+    Raises:
+        ValueError: If a folder has no weights of the variant.
     """
+    folder = Path(args.pretrained_model_name_or_path or "")
+    if args.variant is not None and folder.is_dir() and not any(folder.rglob(f"*.{args.variant}[.-]*")):
+        raise ValueError(
+            f"`--variant` must be one that {folder} has weights of, or be left out, got {args.variant!r}."
+        )
     return {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
 
 

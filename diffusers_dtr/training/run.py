@@ -58,13 +58,15 @@ def agree_with_accelerate(args: argparse.Namespace, accelerator: Accelerator) ->
         accelerator: Just made. A DeepSpeed configuration gets the flags' values where it has none of its own.
 
     Raises:
-        ValueError: If they disagree; it names both values.
+        ValueError: If they disagree, naming both values, or the device does not have the precision.
     """
     if args.compile and accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         raise ValueError(
             "`--compile` and the dynamo backend of accelerate's configuration would both compile the model: leave out "
             "the flag, or set `dynamo_backend: no`."
         )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("`--mixed_precision fp16` needs a GPU, got a CPU: use bf16 or no.")
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:
         _agree_with_deepspeed(args, plugin.deepspeed_config)

@@ -37,7 +37,7 @@ from .resuming import IMAGES_PER_STEP, NUM_IMAGES, class_settings, run_settings
 from .run_lock import unlock_run_folder
 from .sharing import push_result, rehearse_sharing, start_background_push
 from .tracking import log_image
-from .validation import HeldOutLoss, ends_epochs, forward_once, save_sample_grid
+from .validation import HeldOutLoss, ends_epochs, forward_once, save_sample_grid, try_sampling
 
 
 logger = logging.getLogger(__name__)
@@ -346,7 +346,7 @@ class Trainer:
             if self.held_out_loss is not None:
                 self.held_out_loss.try_out(self._denoise_held_out, self.accelerator.device)
             if self.accelerator.is_main_process:
-                self.sample()
+                try_sampling(self.sample, self.args)
         self.model.train()
         if self.accelerator.is_main_process:
             rehearse_sharing(self.args, self.output_dir, self._record(results={}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from .randomness import derive_seed
 
 # Not the run's seed: two runs are compared on the same noise.
 _SEED = 0
+_SAMPLING_FLAGS = ("resolution", "validation_num_inference_steps", "validation_guidance_scale", "max_sequence_length")
 
 
 @dataclass(frozen=True)
@@ -203,6 +205,24 @@ def ends_epochs(step: int, images_per_step: int, num_images: int) -> bool:
         num_images: Those of one epoch, or of several.
     """
     return step * images_per_step // num_images > (step - 1) * images_per_step // num_images
+
+
+def try_sampling(sample: Callable[[], list[Image.Image]], args: argparse.Namespace) -> None:
+    """Draw the images of a grid, and name the flags that they are drawn with if that fails.
+
+    Args:
+        sample: Draws the images.
+        args: Parsed flags.
+
+    Raises:
+        ValueError: If it fails, for whatever reason.
+    """
+    try:
+        sample()
+    except Exception as error:
+        given = {name: vars(args).get(name) for name in _SAMPLING_FLAGS}
+        flags = ", ".join(f"`--{name} {value}`" for name, value in given.items() if value is not None)
+        raise ValueError(f"Validation cannot sample with {flags}: {type(error).__name__}: {error}") from error
 
 
 def save_sample_grid(images: list[Image.Image], columns: int, path: str | Path) -> Image.Image:

@@ -71,6 +71,7 @@ WARM_UP = ("--lr_scheduler", "constant_with_warmup")
             "--lr_power has an effect on --lr_scheduler polynomial only",
         ),
         (("--lr_scheduler", "polynomial", "--learning_rate", "1e-7"), "--learning_rate must be above 1e-07"),
+        (("--ema_power", "1"), "--ema_power has an effect with --use_ema only"),
         (("--offload_ema",), "--offload_ema has an effect with --use_ema only"),
         (
             ("--tracker_project_name", "p", "--report_to", "none"),

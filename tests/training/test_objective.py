@@ -217,7 +217,9 @@ def test_every_weighting_is_another_loss(scheduler):
 
 
 def test_weighting_for_flow_matching_is_refused_with_another_schedule():
-    with pytest.raises(ValueError, match='defined for flow prediction, got "epsilon": use a flow matching scheduler'):
+    with pytest.raises(
+        ValueError, match="`--loss_weighting logit_normal` is for flow matching, got epsilon prediction"
+    ):
         Setup("--loss_weighting", "logit_normal")
 
 

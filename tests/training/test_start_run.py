@@ -4,6 +4,7 @@ from argparse import Namespace
 from unittest.mock import patch
 
 import pytest
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
@@ -77,3 +78,9 @@ def test_accumulation_may_come_from_a_deepspeed_file():
 def test_a_flag_and_a_deepspeed_file_that_disagree_are_both_named(name, message):
     with pytest.raises(ValueError, match=message):
         settle(2, deepspeed={name: 8})
+
+
+def test_half_precision_that_needs_a_gpu_is_refused_on_a_cpu():
+    accelerator = Namespace(mixed_precision="fp16", device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="`--mixed_precision fp16` needs a GPU"):
+        agree_with_accelerate(Namespace(compile=False), accelerator)

@@ -1,3 +1,5 @@
+import argparse
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from PIL import Image
 
 from diffusers_dtr import DenoisingLoss, NoiseLevels, TaskAffinity, cluster_timesteps
 from diffusers_dtr.training import HeldOutLoss
-from diffusers_dtr.training.validation import ends_epochs, forward_once, save_sample_grid
+from diffusers_dtr.training.validation import ends_epochs, forward_once, save_sample_grid, try_sampling
 
 
 LEVELS = NoiseLevels(DDPMScheduler())
@@ -206,3 +208,10 @@ def test_model_whose_forward_was_replaced_has_the_replacement_again():
 )
 def test_an_epoch_ends_in_the_step_that_sees_its_last_image(images_per_step, epoch, steps):
     assert [step for step in range(1, 11) if ends_epochs(step, images_per_step, epoch)] == steps
+
+
+def test_what_cannot_be_sampled_names_the_flags_of_validation():
+    args = argparse.Namespace(resolution=8, validation_num_inference_steps=1, validation_guidance_scale=None)
+    with pytest.raises(ValueError, match="with `--resolution 8`, `--validation_num_inference_steps 1`: IndexError: "):
+        try_sampling(lambda: ()[0], args)
+    try_sampling(lambda: [], args)
