@@ -24,7 +24,10 @@ from .randomness import derive_seed
 
 # Not the run's seed: two runs are compared on the same noise.
 _SEED = 0
-_SAMPLING_FLAGS = ("resolution", "validation_num_inference_steps", "validation_guidance_scale", "max_sequence_length")
+_SAMPLING_FLAGS = (
+    *("resolution", "num_validation_images", "validation_num_inference_steps", "validation_guidance_scale"),
+    "max_sequence_length",
+)
 
 
 @dataclass(frozen=True)

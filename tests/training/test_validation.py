@@ -211,7 +211,7 @@ def test_an_epoch_ends_in_the_step_that_sees_its_last_image(images_per_step, epo
 
 
 def test_what_cannot_be_sampled_names_the_flags_of_validation():
-    args = argparse.Namespace(resolution=8, validation_num_inference_steps=1, validation_guidance_scale=None)
+    args = argparse.Namespace(resolution=8, validation_num_inference_steps=1, max_sequence_length=None)
     with pytest.raises(ValueError, match="with `--resolution 8`, `--validation_num_inference_steps 1`: IndexError: "):
         try_sampling(lambda: ()[0], args)
     try_sampling(lambda: [], args)
