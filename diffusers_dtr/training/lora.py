@@ -28,10 +28,17 @@ def add_lora(model: ModelMixin, args: argparse.Namespace, layers: tuple[str, ...
         layers: Names of the adapted layers, or their ends, unless `--lora_layers` gives others.
 
     Raises:
-        ValueError: If the denoiser has no such layers, or the rank no such routing.
+        ValueError: If the denoiser has no such layers, they take no adapters, or the rank has no such routing.
     """
     from peft import LoraConfig  # an extra: `diffusers-dtr[training]`
 
+    names = [name for name, _ in model.named_modules()]
+    # peft says nothing if it finds some of them.
+    missing = [
+        layer for layer in args.lora_layers or () if not any(f".{name}".endswith(f".{layer}") for name in names)
+    ]
+    if missing:
+        raise ValueError(f"`--lora_layers` must be names of the denoiser's layers or their ends, got {missing}.")
     model.requires_grad_(False)
     config = LoraConfig(
         r=args.rank,
@@ -39,7 +46,10 @@ def add_lora(model: ModelMixin, args: argparse.Namespace, layers: tuple[str, ...
         init_lora_weights="gaussian",
         target_modules=list(args.lora_layers or layers),
     )
-    model.add_adapter(config, adapter_name=_ADAPTER)
+    try:
+        model.add_adapter(config, adapter_name=_ADAPTER)
+    except ValueError as error:
+        raise ValueError(f"`--lora_layers` must be layers that take adapters: {error}") from error
     cast_training_params(model, torch.float32)
     if args.route_lora:
         route_adapter(model, _ADAPTER, **routing_flags(args))

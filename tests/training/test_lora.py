@@ -1,4 +1,5 @@
 import json
+import re
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -114,6 +115,14 @@ def test_flags_decide_which_layers_are_adapted_and_how_strongly():
     assert with_lora(UNET_CONDITION.routed(), rank=3).peft_config["default"].lora_alpha == 3
 
 
-def test_layers_that_are_not_there_are_an_error():
-    with pytest.raises(ValueError, match="not_a_layer"):
-        with_lora(UNET_CONDITION.routed(), lora_layers=["not_a_layer"])
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (["not_a_layer"], r"`--lora_layers` must be names of the denoiser's layers .*, got \['not_a_layer'\]"),
+        (["to_q", "q"], r"`--lora_layers` must be names of the denoiser's layers .*, got \['q'\]"),
+        (["norm1"], "`--lora_layers` must be layers that take adapters: .*norm"),
+    ],
+)
+def test_layers_that_cannot_be_adapted_are_an_error(layers, message):
+    with pytest.raises(ValueError, match=re.compile(message, re.IGNORECASE)):
+        with_lora(UNET_CONDITION.routed(), lora_layers=layers)
