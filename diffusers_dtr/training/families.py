@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 import diffusers_dtr
 
 from ..latents import latent_channels, vae_scale_factor
+from ..routing import DEFAULT_TIMESTEP_RANGE
 
 
 # From texts to what a pipeline makes of them, by its arguments: one row per text, in a list if rows differ in length.
@@ -55,8 +56,6 @@ class DenoiserFamily:
         max_sequence_length: Whether the number of tokens is chosen, or the tokenizer decides.
         guided: Whether its pipelines can be guided by a negative prompt.
         takes_variance: Whether its pipelines can sample a denoiser that predicts a variance too.
-        counts_timesteps: Whether the denoiser is called with the scheduler's timesteps, over which it is then routed.
-            Else the routed class knows the range of what it is called with.
         packing: Side of the squares of latents whose channels become those of a token.
         size_multiple: Its pipelines take images whose sides are multiples of this, whatever the autoencoder.
         sample_options: Arguments of the pipeline that only this family needs.
@@ -70,7 +69,6 @@ class DenoiserFamily:
     max_sequence_length: ClassVar[bool] = True
     guided: ClassVar[bool] = True
     takes_variance: ClassVar[bool] = False
-    counts_timesteps: ClassVar[bool] = True
     packing: ClassVar[int] = 1
     size_multiple: ClassVar[int] = 8
     sample_options: ClassVar[dict[str, Any]] = {}
@@ -83,6 +81,14 @@ class DenoiserFamily:
     def routed_class(self) -> type[ModelMixin]:
         """The denoiser's class."""
         return getattr(diffusers_dtr, f"DTR{self.denoiser_class}")
+
+    @property
+    def counts_timesteps(self) -> bool:
+        """Whether the denoiser is called with a discrete scheduler's timesteps, over all of which it is then routed.
+
+        Else, in flow matching, the routed class knows the range of what it is called with.
+        """
+        return self.routed_class.family.timestep_range == DEFAULT_TIMESTEP_RANGE
 
     def token_side(self, model: ModelMixin) -> int:
         """How many latents a token of the denoiser spans along each side."""

@@ -107,8 +107,6 @@ class StableDiffusion3(DenoiserFamily):
 class TokenFamily(DenoiserFamily):
     """A family whose denoiser is told σ, and where every token of an image and a text lies."""
 
-    counts_timesteps = False
-
     def denoise(self, pipeline, model, noisy, timesteps, conditions):
         places = self.places(pipeline, noisy, conditions)
         told = {**conditions, **self.embedded_guidance(pipeline, noisy), **places}
@@ -219,7 +217,6 @@ class ZImage(DenoiserFamily):
 
     pipelines = ("ZImagePipeline",)
     denoiser_class = "ZImageTransformer2DModel"
-    counts_timesteps = False
     embeddings = (TextEmbedding(0, "prompt_embeds", "cap_feats"),)
     size_multiple = 16
 
@@ -251,7 +248,6 @@ class Lumina2(DenoiserFamily):
 
     pipelines = ("Lumina2Pipeline", "Lumina2Text2ImgPipeline")
     denoiser_class = "Lumina2Transformer2DModel"
-    counts_timesteps = False
     embeddings = (_PROMPT_AND_NEGATIVE, _MASK_AND_NEGATIVE)
     size_multiple = 16
 

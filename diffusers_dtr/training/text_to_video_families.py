@@ -9,8 +9,6 @@ from .families import DenoiserFamily, TextEmbedding
 class VideoFamily(DenoiserFamily):
     """A family of videos, whose clips have so many frames, and so many of them a second."""
 
-    counts_timesteps = False  # of flow matching: σ · 1000, up to 1000, which the routed classes know
-
     def __init__(self, resolution: int, num_frames: int, frame_rate: float, guidance_scale: float = 3.5):
         super().__init__(resolution, guidance_scale)
         self.num_frames = num_frames

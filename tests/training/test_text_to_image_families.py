@@ -16,6 +16,8 @@ sys.path.append(str(Path(__file__).parents[1] / "models"))
 
 from tiny_pipelines import PIPELINES
 
+from diffusers_dtr.latents import latent_channels
+from diffusers_dtr.noise_levels import NoiseLevels
 from diffusers_dtr.training import (
     TEXT_TO_IMAGE_FAMILIES,
     TEXT_TO_VIDEO_FAMILIES,
@@ -73,6 +75,33 @@ def test_denoiser_answers_in_training_what_its_pipeline_makes_of_it(name, monkey
             answer = family.denoise(pipeline, model, noisy, timestep.expand(len(PROMPTS)).float(), conditions)
         assert answer.shape == noisy.shape == (3, *noisy.shape[1:])
         torch.testing.assert_close(answer, expected)
+
+
+class Called(Exception):
+    """What a denoiser was told of time."""
+
+
+@every_family
+def test_the_window_slides_over_all_that_a_denoiser_is_told_of_time(name):
+    tiny = PIPELINES[name]
+    pipeline, family = tiny.pipeline(), family_of(tiny)
+    pipeline.register_modules(**{family.denoiser: family.routed_class(**tiny.config)})
+    model, levels = getattr(pipeline, family.denoiser), NoiseLevels(pipeline.scheduler)
+    # The cleanest, where that is no training timestep of flow matching, and the noisiest.
+    ends = (0.0, levels.timestep_range[1])
+    conditions = {"encoder_hidden_states": torch.zeros(2, 3, 4)}  # of which places of text are made
+
+    def denoiser(*args, **told):
+        raise Called(told["t"] if "t" in told else told["timestep"])
+
+    noisy = torch.zeros(2, latent_channels(pipeline.vae), *family.latent_size(pipeline.vae))
+    with pytest.raises(Called) as call:
+        family.denoise(pipeline, denoiser, noisy, torch.tensor(ends), conditions)
+    (told,) = call.value.args
+    in_training = ends if family.counts_timesteps else model.config.routing_timestep_range
+    assert told.tolist() == pytest.approx(list(in_training), abs=1e-6)
+    if family.counts_timesteps:
+        assert levels.timestep_range == (0, levels.num_train_timesteps - 1)  # over which a run routes it
 
 
 @pytest.fixture
