@@ -22,8 +22,9 @@ def text_without_encoding(source):
         given = [*call.args, *(keyword.value for keyword in call.keywords)]
         modes = [value.value for value in given if isinstance(value, ast.Constant) and isinstance(value.value, str)]
         is_binary = any("b" in mode and set(mode) <= set("rwaxb+") for mode in modes)
-        is_image = isinstance(call.func, ast.Attribute) and getattr(call.func.value, "id", None) == "Image"
-        if name in ("read_text", "write_text") or (name == "open" and not (is_binary or is_image)):
+        owner = getattr(call.func.value, "id", None) if isinstance(call.func, ast.Attribute) else None
+        is_picture = owner in ("Image", "Video", "av")
+        if name in ("read_text", "write_text") or (name == "open" and not (is_binary or is_picture)):
             yield call.lineno
 
 

@@ -59,6 +59,7 @@ def close_figures():
     ],
 )
 def test_plots_draw_on_the_axes_given_or_on_new_ones(plot):
+    pyplot.close("all")  # what other tests left
     ax = Figure().add_subplot()
     assert plot(ax=ax) is ax
     assert not pyplot.get_fignums()

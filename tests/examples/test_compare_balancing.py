@@ -27,6 +27,7 @@ def data(tmp_path_factory) -> Path:
 def study(monkeypatch) -> ModuleType:
     study = load_script(EXAMPLES / "study" / "compare_balancing.py")
     monkeypatch.setitem(study.TASKS, "digits", TINY)
+    monkeypatch.setattr(study, "COMMON", study.COMMON.replace("--lr_warmup_steps 50", "--lr_warmup_steps 1"))
     return study
 
 

@@ -16,6 +16,7 @@ from tiny_dit import routed_dit
 
 from diffusers_dtr.hub import BackgroundPush, PushReport, create_run_repo
 from diffusers_dtr.training.checkpoints import Checkpoints
+from diffusers_dtr.training.resuming import RunState
 
 
 REPO = "owner/digits"
@@ -160,14 +161,14 @@ def test_a_checkpoint_of_training_arrives_without_paths_of_this_machine_and_can_
     accelerator = Accelerator(cpu=True)
     optimizer = torch.optim.AdamW(accelerator.prepare(model).parameters())
     accelerator.prepare(optimizer)
-    folder = Checkpoints(accelerator, output_dir, "transformer", model).save(3, {"seed": 0})
+    folder = Checkpoints(accelerator, output_dir, "transformer", model).save(RunState(3, {"seed": 0}))
     push = BackgroundPush(output_dir)
     push.push_checkpoint(folder, 3)
     assert push.finish().pushed == [3]
     assert not [path for path, data in hub.files(REPO).items() if str(tmp_path).encode() in data]
     pulled = HfApi().snapshot_download(REPO)
     resumed = Checkpoints(accelerator, tmp_path / "resumed", "transformer", model)
-    assert resumed.resume(f"{pulled}/last-checkpoint", {"seed": 0}) == 3
+    assert resumed.resume(f"{pulled}/last-checkpoint", {"seed": 0}).global_step == 3
 
 
 # ---- faults

@@ -13,6 +13,16 @@ from diffusers_dtr.training.interruption import Interruption
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
+@pytest.fixture(autouse=True)
+def _signals_as_a_terminal_has_them():
+    """A runner in the background may ignore some."""
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {signum: signal.signal(signum, handler) for signum, handler in defaults.items()}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
 def send(signum: int) -> None:
     os.kill(os.getpid(), signum)
 
