@@ -26,7 +26,7 @@ from .atomic_files import replacing
 from .config_types import check_types, parse_object
 from .models.adapters import adapter_routing, route_adapter
 from .models.route import route
-from .run_folder import LORA_FILE
+from .run_record import LORA_FILE
 
 
 _HEADER_KEY = "diffusers_dtr_routing"

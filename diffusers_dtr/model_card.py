@@ -24,9 +24,8 @@ from markupsafe import Markup
 
 from .atomic_files import replace_text, replacing
 from .checked_json import read_json, without_controls
-from .hub.commit import check_token
-from .publishing import LOCAL_PREFIX, public_command, publishable
-from .run_folder import LOSSES_PICTURE, METRICS_FILE, RECORD_FILE
+from .hub import check_token
+from .run_record import LOCAL_PREFIX, LOSSES_PICTURE, METRICS_FILE, RECORD_FILE, public_command, publishable
 from .trained_model import METRIC_TYPES, TrainedModel, is_repo_id
 from .usage_code import usage_code, wrap_command
 from .visualization import copy_drawing, draw_routing_masks, spaced_grid
@@ -135,7 +134,7 @@ def fetch_card(repo_id: str, *, token: str | None = None, revision: str | None =
 
     Raises:
         OSError: If there is no such repository or the Hub cannot be reached.
-        ValueError: For a `token` that is none.
+        ValueError: For an invalid `token`.
     """
     check_token(token)
     try:

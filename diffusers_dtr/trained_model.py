@@ -12,9 +12,17 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 import diffusers_dtr
 
 from .checked_json import NUMBER, parse_json, read_json
-from .publishing import LOCAL_PREFIX, publishable
 from .routing import DEFAULT_TIMESTEP_RANGE, check_routing
-from .run_folder import HISTORY_FILE, LORA_FILE, LOSSES_PICTURE, METRICS_FILE, PIPELINE_INDEX, RECORD_FILE
+from .run_record import (
+    HISTORY_FILE,
+    LOCAL_PREFIX,
+    LORA_FILE,
+    LOSSES_PICTURE,
+    METRICS_FILE,
+    PIPELINE_INDEX,
+    RECORD_FILE,
+    publishable,
+)
 
 
 def _each(names: str, types: Any) -> dict[str, Any]:

@@ -11,8 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from .lora_files import file_routing
 from .models.routed_model import RoutedModelMixin
-from .publishing import LOCAL_PREFIX
-from .run_folder import LORA_FILE, RECORD_FILE
+from .run_record import LOCAL_PREFIX, LORA_FILE, RECORD_FILE
 from .trained_model import CONFIG_TYPES, TrainedModel, is_class
 
 

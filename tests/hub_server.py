@@ -207,26 +207,6 @@ class CutUpload(Fault):
 
 
 @dataclass(kw_only=True)
-class CutDownload(Fault):
-    """The connection ends after `after` bytes of the answer's body."""
-
-    after: int
-
-    def play(self, exchange: Exchange) -> None:
-        exchange.send(exchange.answer(exchange.read()), self.after)
-        exchange.cut()
-
-
-@dataclass(kw_only=True)
-class CorruptDownload(Fault):
-    """The last byte of the answer's body is wrong; its size and its headers are right."""
-
-    def play(self, exchange: Exchange) -> None:
-        reply = exchange.answer(exchange.read())
-        exchange.send(replace(reply, body=reply.body[:-1] + bytes([reply.body[-1] ^ 0xFF])))
-
-
-@dataclass(kw_only=True)
 class LoseAnswer(Fault):
     """The request is served and takes effect, but the connection ends before its answer."""
 
@@ -267,13 +247,13 @@ class Exchange(BaseHTTPRequestHandler):
     def answer(self, body: bytes) -> Reply:
         return self.server.answer(self.command, self.path, self.headers, body)
 
-    def send(self, reply: Reply, limit: int | None = None) -> None:
+    def send(self, reply: Reply) -> None:
         self.send_response(reply.status)
         for name, value in {"Content-Length": str(len(reply.body)), **reply.headers}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(reply.body[:limit])
+            self.wfile.write(reply.body)
 
     def cut(self) -> None:
         self.close_connection = True

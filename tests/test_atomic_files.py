@@ -1,11 +1,12 @@
-"""A file is replaced once the new one is complete, and only then."""
+"""Files and folders have their names once they are complete, and only then."""
 
 import os
+import shutil
 
 import pytest
 
 from diffusers_dtr import atomic_files
-from diffusers_dtr.atomic_files import replace_text, replacing
+from diffusers_dtr.atomic_files import creating, move_contents, remove_folder, replace_text, replacing
 
 
 def test_a_file_is_what_it_was_until_the_new_one_is_complete(tmp_path):
@@ -50,3 +51,68 @@ def test_text_is_utf_8_in_every_locale(fresh_process, tmp_path):
     )
     assert preferred != "UTF-8"
     assert path.read_bytes().decode() == "zwölf 🤗"
+
+
+@pytest.mark.parametrize("there", ["file", "folder", "link"])
+def test_what_is_there_is_refused_before_work(there, tmp_path):
+    path = tmp_path / "output"
+    {"file": path.touch, "folder": path.mkdir, "link": lambda: path.symlink_to(tmp_path / "nowhere")}[there]()
+    with pytest.raises(FileExistsError, match="exists already, and nothing is written over"):
+        creating(path).__enter__()
+
+
+def test_what_somebody_else_wrote_meanwhile_is_not_written_over(tmp_path):
+    path = tmp_path / "grid.png"
+
+    def write():
+        with creating(path) as partial:
+            partial.write_text("ours")
+            path.write_text("theirs")
+
+    with pytest.raises(FileExistsError, match="exists already"):
+        write()
+    assert path.read_text() == "theirs"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_files_are_on_the_disk_before_they_or_their_folder_have_their_name(tmp_path, monkeypatch):
+    folder, file = tmp_path / "below" / "cache", tmp_path / "file"
+    written = []
+
+    def fsync(descriptor):
+        assert not (folder if len(written) < 2 else file).exists()
+        written.append(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with creating(folder) as partial:
+        partial.mkdir()
+        (partial / "a").touch()
+        (partial / "b").touch()
+    with creating(file) as partial:
+        partial.touch()
+    assert sorted(written) == sorted(path.stat().st_ino for path in [folder / "a", folder / "b", file])
+
+
+def test_a_folder_has_another_name_before_the_first_of_its_files_is_gone(tmp_path, monkeypatch):
+    folder, doomed = tmp_path / "checkpoint-1", tmp_path / "checkpoint-1.partial"
+    folder.mkdir()
+    doomed.mkdir()  # of a process that died here
+    rmtree = shutil.rmtree
+
+    def watched(path, **options):
+        assert path == doomed
+        rmtree(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    remove_folder(folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_contents_that_are_moved_replace_those_of_the_same_name_and_leave_the_others(tmp_path):
+    for path in ("new/index", "new/a", "old/index", "old/a", "old/b", "aside/c"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(path)
+    move_contents(tmp_path / "new", tmp_path / "old", tmp_path / "aside", last="index")
+    moved = {path.name: path.read_text() for path in (tmp_path / "old").iterdir()}
+    assert moved == {"index": "new/index", "a": "new/a", "b": "old/b"}
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from hub_server import AnswerStatus, CorruptDownload, CutDownload, CutUpload, HubServer, LoseAnswer
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants
+from hub_server import AnswerStatus, CutUpload, HubServer, LoseAnswer
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import (
     BadRequestError,
     EntryNotFoundError,
@@ -367,30 +367,6 @@ def test_server_error_at_the_transfer_itself_is_not_retried(
     hub.faults.append(AnswerStatus(**DOWNLOAD_OF_WEIGHTS, status=503))
     with pytest.raises(HfHubHTTPError, match="503"):
         api.hf_hub_download(REPO, "unet/model.safetensors")
-
-
-def test_cut_download_is_resumed(hub: HubServer, api: HfApi, repo: str, waits: list, monkeypatch: Any) -> None:
-    # What arrived is kept in steps of this size. Every answer is cut, so that only resuming gets to the end.
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
-    hub.faults.append(CutDownload(**DOWNLOAD_OF_WEIGHTS, after=2500, times=100))
-    assert Path(api.hf_hub_download(REPO, "unet/model.safetensors")).read_bytes() == WEIGHTS
-    assert sum("/resolve/" in path for path in paths(hub, "GET")) == 3
-
-
-def test_cut_download_of_less_than_a_step_starts_again(hub: HubServer, api: HfApi, repo: str, waits: list) -> None:
-    hub.faults.append(CutDownload(**DOWNLOAD_OF_WEIGHTS, after=2500, times=100))
-    with pytest.raises(HTTPError, match="received 2500 bytes, expected 5120"):
-        api.hf_hub_download(REPO, "unet/model.safetensors")
-    assert not list(Path(constants.HF_HUB_CACHE).rglob("model.safetensors"))
-    hub.faults[:] = [CutDownload(**DOWNLOAD_OF_WEIGHTS, after=2500)]
-    assert Path(api.hf_hub_download(REPO, "unet/model.safetensors")).read_bytes() == WEIGHTS
-
-
-def test_corrupt_download_goes_unnoticed(hub: HubServer, api: HfApi, repo: str) -> None:
-    hub.faults.append(CorruptDownload(**DOWNLOAD_OF_WEIGHTS))
-    received = Path(api.hf_hub_download(REPO, "unet/model.safetensors")).read_bytes()
-    assert received != WEIGHTS
-    assert (len(received), received[:-1]) == (len(WEIGHTS), WEIGHTS[:-1])
 
 
 def test_commit_whose_answer_is_lost_has_landed_but_raises(hub: HubServer, api: HfApi) -> None:

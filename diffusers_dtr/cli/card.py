@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 from huggingface_hub import snapshot_download
 
-from ..hub.commit import FolderCommit, retry
+from ..hub import push_folder
 from ..model_card import CARD_FILES, fetch_card, save_model_card
 from .options import add_hub_arguments, new_parser
 
@@ -88,5 +88,4 @@ def _push(card_dir: Path, staging: Path, repo_id: str, token: str | None, revisi
         target = staging / source.relative_to(card_dir)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
-    commit = FolderCommit(staging, repo_id, "Renew the model card", token=token, revision=revision)
-    return retry(commit.attempt, f"Pushing the card to {repo_id}").commit_url
+    return push_folder(staging, repo_id, "Renew the model card", token=token, revision=revision).commit_url

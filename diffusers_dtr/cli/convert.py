@@ -20,7 +20,7 @@ from ..models.per_block_embedders import PER_BLOCK_CLASS_NAMES
 from ..pipelines.pipeline_dtr import DTRPipeline
 from ..ranges import COUNT, Range
 from ..routing import ALPHA_RANGE, BETA_RANGE
-from ..run_folder import PIPELINE_INDEX
+from ..run_record import PIPELINE_INDEX
 from .options import add_hub_arguments, new_parser
 from .outputs import forget_local_paths, new_output
 from .sources import open_source

@@ -6,7 +6,7 @@ import argparse
 
 from diffusers_dtr_command import COMMANDS
 
-from ..hub.commit import check_token
+from ..hub import check_token
 from ..ranges import POSITIVE
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from diffusers import ConfigMixin, DiffusionPipeline
 
-from ..publishing import publishable
+from ..atomic_files import creating
+from ..run_record import publishable
 
 
 def printable(text: str) -> str:
@@ -19,33 +19,20 @@ def printable(text: str) -> str:
 
 @contextmanager
 def new_output(path: str | Path, suffix: str | None = None) -> Iterator[Path]:
-    """A place to write a file or folder, which gets its name once all of it is written.
+    """A place to write a command's output, as [`~diffusers_dtr.atomic_files.creating`] does.
 
     Args:
-        path: The name. Missing folders above it are made.
+        path: The name.
         suffix: What the name must end in.
 
-    Yields:
-        A path of the same name in a folder beside it, which goes away if writing fails.
-
     Raises:
-        ValueError: If something of that name exists, or it ends otherwise.
+        FileExistsError: If something of that name exists.
+        ValueError: If it ends otherwise.
     """
-    path = Path(path)
-    _check_new(path)
-    if suffix is not None and path.suffix != suffix:
+    if suffix is not None and Path(path).suffix != suffix:
         raise ValueError(f"The output must end in `{suffix}`, got {str(path)!r}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-", suffix=".partial") as folder:
-        yield Path(folder) / path.name
-        _check_new(path)
-        (Path(folder) / path.name).rename(path)
-
-
-def _check_new(path: Path) -> None:
-    # Also a link that leads nowhere, which a rename would replace.
-    if path.exists() or path.is_symlink():
-        raise ValueError(f"{str(path)!r} exists already, and nothing is written over. Remove it, or choose another.")
+    with creating(path) as partial:
+        yield partial
 
 
 def forget_local_paths(pipeline: DiffusionPipeline) -> None:

@@ -16,7 +16,7 @@ from ..pipelines.class_labels import class_named, classes_by_name
 from ..pipelines.model_index import component_class_name, pipeline_class_name
 from ..pipelines.pipeline_dtr import DTRPipeline
 from ..ranges import COUNT, FINITE, NON_NEGATIVE, SEED
-from ..run_folder import LORA_FILE, PIPELINE_INDEX
+from ..run_record import LORA_FILE, PIPELINE_INDEX
 from ..visualization import image_grid
 from .options import add_hub_arguments, new_parser
 from .outputs import new_output

@@ -15,7 +15,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import safe_open
 
 from ..config_types import built_from_file, read_object
-from ..hub.commit import check_token
+from ..hub import check_token
 
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -152,7 +152,7 @@ def open_source(name: str, revision: str | None = None, token: str | None = None
         token: Access token, or None for the one that is logged in.
 
     Raises:
-        ValueError: If `revision` is given for a folder, or for a `token` that is none.
+        ValueError: If `revision` is given for a folder, or for an invalid `token`.
     """
     if not Path(name).is_dir():
         return Repository(name, revision, check_token(token))

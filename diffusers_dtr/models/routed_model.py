@@ -10,8 +10,8 @@ from diffusers import ModelMixin
 
 from ..config_types import built_from_file, check_types, constructor_types
 from ..diffusers_registration import register_lora_scales
-from ..hub.commit import check_token
-from ..hub.shared import HubMixin
+from ..hub import check_token
+from ..hub_mixin import HubMixin
 from ..routing import ChannelRouting
 from .family import ROUTING_PARAMETERS, ROUTING_TYPES
 from .missing_weights import check_no_weights_missing
@@ -79,7 +79,7 @@ class RoutedModelMixin(HubMixin):
         """Load from a folder or repository as diffusers does, with its arguments.
 
         Raises:
-            ValueError: For a `token` that is none, a config of which no model can be made, and missing weights.
+            ValueError: For an invalid `token`, a config of which no model can be made, and missing weights.
         """
         loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         check_no_weights_missing(loaded[0] if isinstance(loaded, tuple) else loaded)

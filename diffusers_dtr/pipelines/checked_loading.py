@@ -11,8 +11,8 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..config_types import built_from_file
-from ..hub.commit import check_token
-from ..hub.shared import HubMixin
+from ..hub import check_token
+from ..hub_mixin import HubMixin
 from ..models.missing_weights import check_no_weights_missing
 from .model_index import check_model_index
 
@@ -25,7 +25,7 @@ class CheckedPipelineMixin(HubMixin):
         """Load from a folder or repository as diffusers does, with its arguments.
 
         Raises:
-            ValueError: For a `token` that is none, and for files of which no pipeline can be made.
+            ValueError: For an invalid `token`, and for files of which no pipeline can be made.
         """
         with built_from_file(f"A {cls.__name__}"):
             pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
+from ..atomic_files import creating
 from ..fingerprint import fingerprint
 
 
@@ -38,21 +37,11 @@ def build_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """
     if folder.exists():
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as unfinished:
-        partial = Path(unfinished) / folder.name
-        partial.mkdir()
-        write(partial)
-        _publish(partial, folder)
-
-
-def _publish(partial: Path, folder: Path) -> None:
-    for path in filter(Path.is_file, partial.iterdir()):
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())  # or a power cut could leave the new name with half of the content
     try:
-        partial.rename(folder)
+        with creating(folder) as partial:
+            partial.mkdir()
+            write(partial)
     except OSError:
+        # Another run may have made the same cache meanwhile: it holds the same.
         if not folder.exists():
             raise
-        # Another run has made the same cache meanwhile: it holds the same.

@@ -17,7 +17,8 @@ from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..run_folder import CHECKPOINT_PREFIX
+from ..atomic_files import PARTIAL_SUFFIX, remove_folder
+from ..run_record import CHECKPOINT_PREFIX
 from .ema import averaged_weights, load_average
 from .lora import has_lora, load_adapter, save_adapter
 from .loss_monitor import not_finite
@@ -31,7 +32,6 @@ STATE_FILE = "training_state.json"
 _OBJECTIVE_FILE = "objective.safetensors"
 
 _CHECKPOINT = re.compile(rf"{CHECKPOINT_PREFIX}(\d+)")
-_PARTIAL_SUFFIX = ".partial"
 
 
 class Checkpoints:
@@ -94,10 +94,10 @@ class Checkpoints:
         if not torch.stack([weight.isfinite().all() for weight in self.model.parameters()]).all():
             raise not_finite("The weights were", step, self.latest())
         final = self.output_dir / f"{CHECKPOINT_PREFIX}{step}"
-        partial = final.with_name(final.name + _PARTIAL_SUFFIX)
+        partial = final.with_name(final.name + PARTIAL_SUFFIX)
         if self.accelerator.is_main_process:
             # Of this step or any other: what a process left that died here.
-            for abandoned in self.output_dir.glob(f"{CHECKPOINT_PREFIX}*{_PARTIAL_SUFFIX}"):
+            for abandoned in self.output_dir.glob(f"{CHECKPOINT_PREFIX}*{PARTIAL_SUFFIX}"):
                 shutil.rmtree(abandoned)
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(partial))
@@ -105,12 +105,12 @@ class Checkpoints:
         if self.accelerator.is_main_process:
             state.write(partial / STATE_FILE)
             if final.exists():
-                _remove(final)
+                remove_folder(final)
             partial.rename(final)
             logger.info("Saved %s", final)
             if self.total_limit is not None:
                 for old in list(self._complete().values())[: -self.total_limit]:
-                    _remove(old)
+                    remove_folder(old)
         self.accelerator.wait_for_everyone()
         return final
 
@@ -253,10 +253,3 @@ def _weights_only() -> Iterator[None]:
         del os.environ[name]
         if before is not None:
             os.environ[name] = before
-
-
-def _remove(checkpoint: Path) -> None:
-    doomed = checkpoint.with_name(checkpoint.name + _PARTIAL_SUFFIX)
-    shutil.rmtree(doomed, ignore_errors=True)
-    checkpoint.rename(doomed)
-    shutil.rmtree(doomed)

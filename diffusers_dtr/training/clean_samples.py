@@ -16,8 +16,7 @@ from diffusers import ModelMixin
 from torch.utils.data import DataLoader, Dataset
 
 from ..latents import encode_images
-from ..publishing import publishable
-from ..run_folder import LATENTS
+from ..run_record import LATENTS, publishable
 from .batches import TrainingBatches
 from .classes import match_classes
 from .data import TrainingImages, load_training_images

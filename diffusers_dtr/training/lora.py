@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from ..lora_files import adapter_state, mark_routed, save_routed_lora, save_unrouted_lora
 from ..models.adapters import adapter_routing, route_adapter
-from ..run_folder import LORA_FILE
+from ..run_record import LORA_FILE
 from .arguments import routing_flags
 
 

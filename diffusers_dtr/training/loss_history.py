@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..atomic_files import replace_text
 from ..extras import require
-from ..run_folder import HISTORY_FILE, LOSSES_PICTURE
+from ..run_record import HISTORY_FILE, LOSSES_PICTURE
 from .loss_monitor import ObservedLosses
 
 

@@ -9,8 +9,8 @@ from tempfile import TemporaryFile
 
 from diffusers import DiffusionPipeline
 
-from ..atomic_files import replace_text
-from ..run_folder import CHECKPOINT_PREFIX, PARTIAL_PIPELINE, PIPELINE_INDEX, PREVIOUS_PIPELINE, RECORD_FILE
+from ..atomic_files import move_contents, replace_text
+from ..run_record import CHECKPOINT_PREFIX, PARTIAL_PIPELINE, PIPELINE_INDEX, PREVIOUS_PIPELINE, RECORD_FILE
 
 
 def prepare_output_dir(output_dir: str | Path, resuming: bool) -> Path:
@@ -59,17 +59,7 @@ def save_pipeline(pipeline: DiffusionPipeline, output_dir: str | Path) -> None:
     partial, previous = output_dir / PARTIAL_PIPELINE, output_dir / PREVIOUS_PIPELINE
     shutil.rmtree(partial, ignore_errors=True)
     pipeline.save_pretrained(partial)
-    shutil.rmtree(previous, ignore_errors=True)
-    previous.mkdir(parents=True)
-    if (output_dir / PIPELINE_INDEX).exists():
-        (output_dir / PIPELINE_INDEX).rename(previous / PIPELINE_INDEX)
-    for entry in sorted(partial.iterdir(), key=lambda path: path.name == PIPELINE_INDEX):
-        target = output_dir / entry.name
-        if target.exists():
-            target.rename(previous / entry.name)
-        entry.rename(target)
-    shutil.rmtree(previous)
-    partial.rmdir()
+    move_contents(partial, output_dir, previous, last=PIPELINE_INDEX)
 
 
 def save_record(record: dict, output_dir: str | Path) -> None:

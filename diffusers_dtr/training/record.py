@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from ..models.routed_model import RoutedModelMixin
-from ..publishing import public_arguments, public_command, publishable
+from ..run_record import public_arguments, public_command, publishable
 
 
 _PACKAGES = ("diffusers-dtr", "torch", "diffusers", "transformers", "accelerate", "datasets")

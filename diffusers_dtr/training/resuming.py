@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from diffusers import ModelMixin, SchedulerMixin
 
 from ..config_types import constructor_types, read_object, shortened
-from ..publishing import publishable
+from ..run_record import publishable
 
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..atomic_files import replace_text
-from ..run_folder import RUN_LOCK
+from ..run_record import RUN_LOCK
 
 
 # Of this process, by folder. The operating system gives them back when it ends, however it ends.

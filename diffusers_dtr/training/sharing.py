@@ -8,9 +8,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ..hub import BackgroundPush, create_run_repo, push_run
-from ..hub.commit import retry
+from ..hub import create_run_repo, push_run, retry
 from ..model_card import build_model_card, fetch_card, save_model_card
+from .background_push import BackgroundPush
 from .outputs import save_record
 
 

@@ -15,7 +15,7 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 
 from ..latents import decode_latents
-from ..run_folder import TEXT_EMBEDDINGS
+from ..run_record import TEXT_EMBEDDINGS
 from .families import DenoiserFamily, TextRows
 from .noise_schedule import sampling_scheduler
 from .pretrained import pretrained_options, pretrained_pipeline_class

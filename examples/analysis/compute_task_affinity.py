@@ -22,8 +22,8 @@ from tqdm.auto import tqdm
 from diffusers_dtr import DenoisingLoss, DTRPipeline, TaskAffinity, cluster_timesteps, training
 from diffusers_dtr.analysis import Workspace, noise_distance_correlation
 from diffusers_dtr.extras import require
-from diffusers_dtr.publishing import public_arguments, public_command
 from diffusers_dtr.ranges import COUNT, FINITE, SEED, WHOLE, Range
+from diffusers_dtr.run_record import public_arguments, public_command
 
 
 # Whose denoisers take and return latents as they are.

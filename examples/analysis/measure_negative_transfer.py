@@ -31,9 +31,8 @@ from negative_transfer_report import Report
 
 from diffusers_dtr import DenoisingLoss, DTRPipeline, TimestepClusters, training
 from diffusers_dtr.analysis import HeldOutClusterLosses, frechet_distance
-from diffusers_dtr.publishing import public_command, publishable
 from diffusers_dtr.ranges import COUNT, NON_NEGATIVE, SEED, Range
-from diffusers_dtr.run_folder import RECORD_FILE
+from diffusers_dtr.run_record import RECORD_FILE, public_command, publishable
 
 
 EXAMPLES = Path(__file__).resolve().parent.parent

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from diffusers_dtr.atomic_files import replace_text
 from diffusers_dtr.ranges import COUNT, SEED
-from diffusers_dtr.run_folder import RECORD_FILE
+from diffusers_dtr.run_record import RECORD_FILE
 
 
 SCRIPT = Path(__file__).resolve().parent.parent / "class_conditional" / "train_class_conditional.py"

@@ -8,7 +8,6 @@ import logging
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from hub_server import LoseAnswer
 from huggingface_hub import HfApi, ModelCard
 from tiny_dit import routed_dit
 
@@ -47,33 +46,15 @@ def files(hub, revision="main"):
 
 
 @both
-def test_a_private_repository_is_only_for_its_owner(hub, make, load, tmp_path):
-    make().push_to_hub(REPO, private=True)
-    assert HfApi().model_info(REPO).private
-    assert equal(load(), routed_dit())
-    assert equal(load(token="hf_owner"), routed_dit())
-    with pytest.raises(OSError, match="owner/tiny"):
-        load(token="hf_guest", cache_dir=tmp_path)
-
-
-@both
-def test_a_branch_is_pushed_and_loaded_beside_main(hub, make, load):
+def test_a_branch_and_a_pull_request_are_loaded_beside_main(hub, make, load):
     make().push_to_hub(REPO)
     commit = make(num_layers=1).push_to_hub(REPO, revision="small", commit_message="Smaller")
     assert HfApi().list_repo_commits(REPO, revision="small")[0].title == "Smaller"
-    for revision, layers in ((None, 3), ("main", 3), ("small", 1), (commit.oid, 1)):
+    assert make(num_layers=2).push_to_hub(REPO, create_pr=True).pr_revision == "refs/pr/1"
+    for revision, layers in ((None, 3), ("small", 1), (commit.oid, 1), ("refs/pr/1", 2)):
         options = {} if revision is None else {"revision": revision}
         assert equal(load(**options), routed_dit(num_layers=layers))
         assert equal(load(**options, local_files_only=True), routed_dit(num_layers=layers))
-
-
-@both
-def test_a_pull_request_is_loaded_by_its_revision(hub, make, load):
-    make().push_to_hub(REPO)
-    commit = make(num_layers=1).push_to_hub(REPO, create_pr=True)
-    assert commit.pr_revision == "refs/pr/1"
-    assert equal(load(), routed_dit())
-    assert equal(load(revision="refs/pr/1"), routed_dit(num_layers=1))
 
 
 @both
@@ -117,12 +98,12 @@ def test_a_component_is_pushed_into_its_folder(hub):
 
 
 @both
-def test_a_push_is_one_commit_and_its_answer_may_get_lost(hub, make, load, waits):
-    hub.faults.append(LoseAnswer(method="POST", path="/commit/"))
-    commit = make().push_to_hub(REPO)
+def test_a_push_is_one_commit_into_a_repository_as_private_as_asked(hub, make, load):
+    commit = make().push_to_hub(REPO, private=True)
     titles = [commit.title for commit in HfApi().list_repo_commits(REPO)]
     assert titles == [f"Upload {type(make()).__name__}", "initial commit"]
     assert commit.oid == HfApi().model_info(REPO).sha
+    assert HfApi().model_info(REPO).private
     assert equal(load(), routed_dit())
 
 

@@ -1,4 +1,4 @@
-"""Tokens that are none are refused where they come in, before anything is sent, and never repeated."""
+"""Invalid tokens are refused where they come in, before anything is sent, and never repeated."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from diffusers import DDPMScheduler
 from tiny_dit import routed_dit
 
 from diffusers_dtr import DTRPipeline, DTRTransformer2DModel
-from diffusers_dtr.hub import BackgroundPush, create_run_repo, push_run
-from diffusers_dtr.hub.commit import FolderCommit
+from diffusers_dtr.hub import check_token, create_run_repo, push_folder, push_run
 from diffusers_dtr.model_card import fetch_card
+from diffusers_dtr.training.background_push import BackgroundPush
 
 
 REPO = "owner/tiny"
 SECRET = "hf_secret"
-NO_TOKENS = [
+INVALID = [
     f"{SECRET}\n",
     f"{SECRET}\r",
     f"a\n{SECRET}",
@@ -42,7 +42,7 @@ ENTRANCES = {
     "a saved pipeline is pushed": lambda token, folder: pipeline().save_pretrained(
         folder, push_to_hub=True, repo_id=REPO, token=token
     ),
-    "a folder is committed": lambda token, folder: FolderCommit(folder, REPO, "Upload", token=token),
+    "a folder is committed": lambda token, folder: push_folder(folder, REPO, "Upload", token=token),
     "a run's repository is made": lambda token, folder: create_run_repo(folder, REPO, token),
     "a run is pushed": lambda token, folder: push_run(folder, REPO, token, None, "End of training"),
     "checkpoints are pushed": lambda token, folder: BackgroundPush(folder, REPO, token),
@@ -51,10 +51,16 @@ ENTRANCES = {
 
 
 @pytest.mark.parametrize("entrance", ENTRANCES.values(), ids=ENTRANCES)
-def test_a_token_that_is_none_is_refused_and_not_repeated(hub, tmp_path, caplog, capsys, entrance):
-    for token in NO_TOKENS:
+def test_an_invalid_token_is_refused_before_anything_is_sent_and_not_repeated(hub, tmp_path, caplog, capsys, entrance):
+    for token in INVALID:
         with pytest.raises(ValueError, match="`token` must be printable ASCII") as caught:
             entrance(token, tmp_path)
         assert caught.value.__cause__ is None
         assert SECRET not in str(caught.value) + caplog.text + "".join(capsys.readouterr())
     assert hub.requests == []
+
+
+def test_a_valid_token_is_left_as_it_is():
+    assert [check_token(token) for token in ("hf_secret", None, False)] == ["hf_secret", None, False]
+    with pytest.raises(ValueError, match="`token`"):
+        check_token("")

@@ -15,7 +15,7 @@ from diffusers_dtr import DTRFluxTransformer2DModel, load_routed_lora, route, ro
 from diffusers_dtr.lora_files import file_routing, save_routed_lora
 from diffusers_dtr.models.adapters import adapter_routing
 from diffusers_dtr.routing import routing_mask
-from diffusers_dtr.run_folder import LORA_FILE
+from diffusers_dtr.run_record import LORA_FILE
 
 
 FAMILIES = (FLUX, SD3, UNET_CONDITION)

@@ -12,9 +12,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..run_folder import PUSH_SNAPSHOTS
-from .commit import FolderCommit, check_token, describe, retry
-from .run import default_repo
+from ..hub import check_token, default_repo, describe, push_folder
+from ..run_record import PUSH_SNAPSHOTS
 
 
 logger = logging.getLogger(__name__)
@@ -38,29 +37,22 @@ class PushReport:
 
 
 class BackgroundPush:
-    """Keeps the latest checkpoint of a run on the Hub, in `last-checkpoint/`, by a thread of its own.
+    """Keeps the latest checkpoint of a run on the Hub, in `last-checkpoint/`, one commit each, by a thread of its own.
 
-    Every push is one commit, which replaces the files of the checkpoint before. Where the network is slower than the
-    training, only the latest of the waiting checkpoints is pushed; where it fails, the push is tried again, at longer
-    and longer intervals, until it succeeds or a later checkpoint takes its place. All of this is logged as warnings
-    and in `report`; nothing is raised.
-
-    A checkpoint holds the states of optimizer and random generators as pickles, which the Hub marks as such. Resuming
-    reads tensors and plain values of them, and runs no code.
+    A push that fails for a reason that may pass is tried again until it succeeds or a later checkpoint takes its
+    place. Nothing is raised: what fails is logged, and in `report`. The thread is a daemon, unlike those of the
+    client's `run_as_future`, which has no time limits: an upload that hangs would keep the process from ending.
 
     Args:
         output_dir: The run's folder. Until they are pushed, checkpoints are kept in `.push` inside it as hard links,
             so that they may be renamed or deleted meanwhile.
-        repo_id: Repository; by default one named after the folder, in the user's namespace. It is made if need be.
-        token: Token, or None for the one that is logged in.
-        private: Whether a new repository is private. None for what its owner has as default.
-        revision: Branch, made from `main` if there is none of that name. Default `main`.
-
-    Attributes:
-        report: What became of the checkpoints so far.
+        repo_id: As in [`~diffusers_dtr.hub.push_run`], and so are the others.
+        token: Token.
+        private: Whether a new repository is private.
+        revision: Branch.
 
     Raises:
-        ValueError: For a `token` that is none.
+        ValueError: For an invalid `token`.
     """
 
     def __init__(
@@ -77,8 +69,7 @@ class BackgroundPush:
         self._repo_id = repo_id or default_repo(output_dir)
         self._options = {"token": check_token(token), "private": private, "revision": revision}
         self._snapshots = self.output_dir / PUSH_SNAPSHOTS
-        # Left by a run that did not end.
-        shutil.rmtree(self._snapshots, ignore_errors=True)
+        shutil.rmtree(self._snapshots, ignore_errors=True)  # left by a run that was killed
         self._changed = threading.Condition()
         self._waiting: tuple[int, Path] | None = None
         self._current: int | None = None
@@ -87,12 +78,7 @@ class BackgroundPush:
         self._thread.start()
 
     def push_checkpoint(self, path: str | Path, step: int) -> None:
-        """Push a complete checkpoint soon. Returns at once; the folder may be renamed or deleted from then on.
-
-        Args:
-            path: The checkpoint's folder.
-            step: Its number of optimizer steps.
-        """
+        """Push the complete checkpoint of a step soon; its folder may be renamed or deleted afterwards."""
         try:
             self._snapshots.mkdir(exist_ok=True)
             snapshot = Path(tempfile.mkdtemp(prefix=f"{step}-", dir=self._snapshots))
@@ -104,27 +90,20 @@ class BackgroundPush:
             overtaken, self._waiting = self._waiting, (step, snapshot)
             self._changed.notify_all()
         if overtaken is not None:
-            self._supersede(*overtaken)
+            self.report.superseded.append(overtaken[0])
+            shutil.rmtree(overtaken[1], ignore_errors=True)
 
     def finish(self, timeout: float = 600.0) -> PushReport:
-        """Wait for what is still to be pushed, and say what was not.
-
-        Args:
-            timeout: Longest time to wait in seconds, >= 0. An upload that takes longer goes on as long as the process.
-
-        Returns:
-            The report. What is in `failed` is complete in the run's folder.
-        """
+        """Wait for at most `timeout` seconds for what is still to be pushed, and say what was not."""
         with self._changed:
             self._deadline = time.monotonic() + timeout
             self._changed.notify_all()
         self._thread.join(timeout)
         with self._changed:
             current, waiting, self._waiting = self._current, self._waiting, None
-        unpushed = [] if current is None else [current]
-        unpushed += [] if waiting is None else [waiting[0]]
-        for step in unpushed:
-            self._fail(step, f"not done within {timeout:g} s")
+        for step in [current, waiting and waiting[0]]:
+            if step is not None:
+                self._fail(step, f"not done within {timeout:g} s")
         if current is None:
             shutil.rmtree(self._snapshots, ignore_errors=True)
         return self.report
@@ -139,24 +118,19 @@ class BackgroundPush:
                 (step, snapshot), self._waiting = self._waiting, None
                 self._current = step
             self._push(step, snapshot)
+            shutil.rmtree(snapshot, ignore_errors=True)
 
     def _push(self, step: int, snapshot: Path) -> None:
-        title = f"Checkpoint of step {step}"
+        where = {"path_in_repo": CHECKPOINT_FOLDER, "mirror": True, "attempts": None, "pause": self._pause}
         try:
-            commit = FolderCommit(
-                snapshot, self._repo_id, title, **self._options, path_in_repo=CHECKPOINT_FOLDER, mirror=True
-            )
-            retry(commit.attempt, f"Pushing the checkpoint of step {step}", attempts=None, pause=self._pause)
-        # Whatever it is, training goes on, and so do the pushes after this one.
-        except Exception as error:
-            if self._waiting is not None:
-                self._supersede(step, snapshot)
-                return
-            self._fail(step, describe(error))
+            push_folder(snapshot, self._repo_id, f"Checkpoint of step {step}", **self._options, **where)
+        except Exception as error:  # whatever it is, training goes on, and so do the pushes after this one
+            if self._waiting is None:
+                self._fail(step, describe(error))
+            else:
+                self.report.superseded.append(step)
         else:
             self.report.pushed.append(step)
-            logger.info("Pushed the checkpoint of step %d to %s", step, commit.repo_id)
-        shutil.rmtree(snapshot, ignore_errors=True)
 
     def _pause(self, seconds: float) -> bool:
         """Wait to try again, unless there is a later checkpoint or no time; once more when the run is finishing."""
@@ -170,20 +144,14 @@ class BackgroundPush:
     def _finishing(self) -> bool:
         return self._deadline < math.inf
 
-    def _supersede(self, step: int, snapshot: Path) -> None:
-        self.report.superseded.append(step)
-        shutil.rmtree(snapshot, ignore_errors=True)
-
     def _fail(self, step: int, reason: str) -> None:
         self.report.failed[step] = reason
-        logger.warning(
-            "The checkpoint of step %d was not pushed; it is complete in %s. %s", step, self.output_dir.name, reason
-        )
+        folder = self.output_dir.name
+        logger.warning("The checkpoint of step %d was not pushed; it is complete in %s. %s", step, folder, reason)
 
 
 def _link(source: str, target: str) -> None:
     try:
         os.link(source, target)
-    # Not every file system has hard links, and then the time of a copy is the price.
-    except OSError:
+    except OSError:  # not every file system has hard links; a copy takes longer
         shutil.copyfile(source, target)

@@ -14,7 +14,7 @@ from hub_server import AnswerStatus, CutUpload, Exchange, Fault, LoseAnswer
 from huggingface_hub import HfApi
 from tiny_dit import routed_dit
 
-from diffusers_dtr.hub import BackgroundPush, PushReport, create_run_repo
+from diffusers_dtr.training.background_push import BackgroundPush, PushReport
 from diffusers_dtr.training.checkpoints import Checkpoints
 from diffusers_dtr.training.resuming import RunState
 
@@ -33,8 +33,16 @@ class Hold(Fault):
     def play(self, exchange: Exchange) -> None:
         body = exchange.read()
         self.reached.set()
-        assert self.released.wait(30)
+        assert self.released.wait(60)
         exchange.send(exchange.answer(body))
+
+
+@pytest.fixture
+def hold(hub):
+    """The first commit is held up until `hold.released` is set."""
+    hub.faults.append(Hold(**COMMIT))
+    yield hub.faults[0]
+    hub.faults[0].released.set()
 
 
 @pytest.fixture
@@ -77,74 +85,33 @@ def until(condition):
         time.sleep(0.005)
 
 
-def leftovers(output_dir):
-    return [path for path in output_dir.rglob("*") if path.is_file() and "checkpoint-" not in str(path)]
-
-
 # ---- what arrives
 
 
-def test_a_checkpoint_is_pushed_whole_in_one_commit(hub, output_dir):
-    push = BackgroundPush(output_dir)
-    folder = checkpoint(output_dir, 10)
-    push.push_checkpoint(folder, 10)
-    report = push.finish()
-    assert (report.pushed, report.superseded, report.failed) == ([10], [], {})
-    assert files(hub) == {
-        "last-checkpoint/training_state.json": "training_state.json of step 10",
-        "last-checkpoint/transformer/model.safetensors": "transformer/model.safetensors of step 10",
-    }
-    assert titles() == ["Checkpoint of step 10"]
-    assert leftovers(output_dir) == []
-
-
-def test_the_next_checkpoint_replaces_all_of_it(hub, output_dir):
-    push = BackgroundPush(output_dir, REPO, "hf_owner", private=True)
+def test_every_checkpoint_is_one_commit_and_replaces_all_of_the_one_before(hub, output_dir):
+    push = BackgroundPush(output_dir, None, "hf_owner", private=True)
     push.push_checkpoint(checkpoint(output_dir, 10, ["a.bin", "b/c.bin"]), 10)
     until(lambda: push.report.pushed)
     push.push_checkpoint(checkpoint(output_dir, 20, ["a.bin", "d.bin"]), 20)
-    assert push.finish().pushed == [10, 20]
+    assert push.finish() == PushReport(pushed=[10, 20])
     assert files(hub) == {"last-checkpoint/a.bin": "a.bin of step 20", "last-checkpoint/d.bin": "d.bin of step 20"}
     assert titles() == ["Checkpoint of step 20", "Checkpoint of step 10"]
     assert HfApi().model_info(REPO).private
+    assert sorted(path.name for path in output_dir.iterdir()) == ["checkpoint-10", "checkpoint-20"]
 
 
-def test_a_new_repository_is_as_private_as_its_owner_wants(hub, output_dir):
-    hub.private_by_default = True
-    push = BackgroundPush(output_dir)
-    push.push_checkpoint(checkpoint(output_dir, 10), 10)
-    push.finish()
-    assert hub.repos["models", REPO].private
-
-
-def test_a_checkpoint_may_be_renamed_and_deleted_before_it_is_pushed(hub, output_dir):
-    hold = Hold(**COMMIT)
-    hub.faults.append(hold)
-    push = BackgroundPush(output_dir)
-    push.push_checkpoint(checkpoint(output_dir, 10), 10)
-    hold.reached.wait(20)
-    second = checkpoint(output_dir, 20)
-    push.push_checkpoint(second, 20)
-    second.rename(output_dir / "checkpoint-20.partial")
-    shutil.rmtree(output_dir / "checkpoint-20.partial")
-    shutil.rmtree(output_dir / "checkpoint-10")
-    hold.released.set()
-    assert push.finish().pushed == [10, 20]
-    assert files(hub)["last-checkpoint/training_state.json"].endswith("step 20")
-
-
-def test_a_slow_network_gets_the_latest_checkpoint_only_and_nobody_waits(hub, output_dir):
-    hold = Hold(**COMMIT)
-    hub.faults.append(hold)
+def test_a_slow_network_gets_the_latest_checkpoint_only_and_nobody_waits(hub, hold, output_dir):
+    """Checkpoints may be renamed and deleted meanwhile, as those beyond the limit are."""
     push = BackgroundPush(output_dir)
     for step in (10, 20, 30, 40):
         push.push_checkpoint(checkpoint(output_dir, step), step)
         hold.reached.wait(20)
+        doomed = (output_dir / f"checkpoint-{step}").rename(output_dir / "doomed.partial")
+        shutil.rmtree(doomed)
     # None of these calls waited for the Hub, which has not answered yet.
     assert titles() == []
     hold.released.set()
-    report = push.finish()
-    assert (report.pushed, report.superseded) == ([10, 40], [20, 30])
+    assert push.finish() == PushReport(pushed=[10, 40], superseded=[20, 30])
     assert files(hub)["last-checkpoint/training_state.json"].endswith("step 40")
 
 
@@ -179,7 +146,6 @@ def test_a_checkpoint_of_training_arrives_without_paths_of_this_machine_and_can_
     [
         LoseAnswer(**COMMIT),
         AnswerStatus(**COMMIT, status=503, times=8),
-        AnswerStatus(method="POST", path="/repos/create", status=503, times=3),
         CutUpload(method="PUT", path="/lfs/", after=10, times=8),
     ],
     ids=lambda fault: type(fault).__name__,
@@ -190,28 +156,21 @@ def test_a_push_that_fails_is_tried_again_until_it_succeeds(hub, output_dir, qui
     with caplog.at_level(logging.WARNING):
         push.push_checkpoint(checkpoint(output_dir, 10), 10)
         assert push.finish().pushed == [10]
-    assert "Pushing the checkpoint of step 10 failed, will be tried again" in caplog.text
+    assert "failed, will be tried again" in caplog.text
     assert titles() == ["Checkpoint of step 10"]
 
 
-def test_a_later_checkpoint_ends_the_attempts_of_an_earlier_one(hub, output_dir, caplog):
-    hub.faults.append(AnswerStatus(**COMMIT, status=503))
-    push = BackgroundPush(output_dir)
-    push.push_checkpoint(checkpoint(output_dir, 10), 10)
-    until(lambda: "tried again" in caplog.text)
-    push.push_checkpoint(checkpoint(output_dir, 20), 20)
-    report = push.finish()
-    assert (report.pushed, report.superseded) == ([20], [10])
-    assert titles() == ["Checkpoint of step 20"]
-    assert leftovers(output_dir) == []
-
-
-def test_the_end_of_training_ends_a_pause(hub, output_dir, caplog):
+@pytest.mark.parametrize("ends", ["a later checkpoint", "the end of training"])
+def test_a_pause_ends_where_there_is_no_reason_for_it(hub, output_dir, caplog, ends):
     hub.faults.append(AnswerStatus(**COMMIT, status=429, retry_after=10**6))
     push = BackgroundPush(output_dir)
     push.push_checkpoint(checkpoint(output_dir, 10), 10)
     until(lambda: "tried again" in caplog.text)
-    assert push.finish(timeout=20).pushed == [10]
+    if ends == "a later checkpoint":
+        push.push_checkpoint(checkpoint(output_dir, 20), 20)
+        assert push.finish(timeout=20) == PushReport(pushed=[20], superseded=[10])
+    else:
+        assert push.finish(timeout=20) == PushReport(pushed=[10])
 
 
 def test_a_wrong_token_is_reported_and_later_checkpoints_are_tried_nevertheless(hub, output_dir, caplog):
@@ -227,21 +186,15 @@ def test_a_wrong_token_is_reported_and_later_checkpoints_are_tried_nevertheless(
     assert "hf_wrong" not in caplog.text + str(report)
 
 
-def test_a_hub_that_stays_away_costs_a_bounded_time_at_the_end(hub, output_dir, caplog, quick, waits):
+def test_a_hub_that_stays_away_costs_a_bounded_time_at_the_end(hub, output_dir, quick, waits):
     hub.faults.append(AnswerStatus(method=".*", path=".", status=503, times=10**6))
     push = BackgroundPush(output_dir)
-    folder = checkpoint(output_dir, 10)
-    push.push_checkpoint(folder, 10)
+    push.push_checkpoint(checkpoint(output_dir, 10), 10)
     report = push.finish(timeout=0.3)
-    assert list(report.failed) == [10]
-    assert report.pushed == []
-    assert "checkpoint of step 10 was not pushed" in caplog.text
-    assert {path.name for path in folder.iterdir()} == {"training_state.json", "transformer"}
+    assert (report.pushed, list(report.failed)) == ([], [10])
 
 
-def test_an_upload_that_hangs_is_not_waited_for_beyond_the_time_given(hub, output_dir, caplog):
-    hold = Hold(**COMMIT)
-    hub.faults.append(hold)
+def test_an_upload_that_hangs_is_not_waited_for_beyond_the_time_given(hub, hold, output_dir):
     push = BackgroundPush(output_dir)
     push.push_checkpoint(checkpoint(output_dir, 10), 10)
     hold.reached.wait(20)
@@ -249,11 +202,27 @@ def test_an_upload_that_hangs_is_not_waited_for_beyond_the_time_given(hub, outpu
     assert push.finish(timeout=0.05).failed == {10: "not done within 0.05 s", 20: "not done within 0.05 s"}
     hold.released.set()
     push._thread.join(20)
-    assert "Checkpoint of step 20" not in titles()
+    assert titles() == ["Checkpoint of step 10"]
+
+
+@pytest.mark.slow
+def test_a_process_ends_though_an_upload_hangs(hub, hold, output_dir, fresh_process):
+    code = f"""
+        from diffusers_dtr.training.background_push import BackgroundPush
+        push = BackgroundPush({str(output_dir)!r})
+        push.push_checkpoint({str(checkpoint(output_dir, 10))!r}, 10)
+        print(list(push.finish(timeout=5).failed))
+    """
+    assert fresh_process(code) == [10]
+    assert hold.reached.is_set()
+    assert not hold.released.is_set()
 
 
 def test_nothing_has_failed_where_nothing_is_left_to_push_and_no_time_is_given(hub, output_dir, caplog):
+    """What a killed run left to push is removed."""
+    leftover = checkpoint(output_dir / ".push", 5)
     push = BackgroundPush(output_dir)
+    assert not leftover.exists()
     assert push.finish(timeout=0) == PushReport()
     assert caplog.text == ""
 
@@ -268,17 +237,3 @@ def test_a_disk_that_is_full_is_reported(hub, output_dir, monkeypatch):
     push.push_checkpoint(checkpoint(output_dir, 10), 10)
     assert "No space left on device" in push.finish().failed[10]
     assert hub.requests == []
-
-
-def test_what_a_killed_run_left_is_removed(hub, output_dir):
-    leftover = checkpoint(output_dir / ".push", 5)
-    push = BackgroundPush(output_dir)
-    assert not leftover.exists()
-    push.finish()
-
-
-def test_a_token_that_is_none_is_refused_before_training(hub, output_dir):
-    with pytest.raises(ValueError, match="`token` must be"):
-        BackgroundPush(output_dir, REPO, "hf_owner\n")
-    with pytest.raises(ValueError, match="`token` must be"):
-        create_run_repo(output_dir, REPO, "hf_owner\n")

@@ -1,4 +1,4 @@
-"""What may be published of a run: no token, and no path of the machine that it was made on."""
+"""What a run leaves in its folder, by name, and what of it may be published: no token, no path of its machine."""
 
 from __future__ import annotations
 
@@ -11,6 +11,39 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+
+# Names of files that others look for: they stay. Of a pipeline and of adapters, as diffusers calls them.
+PIPELINE_INDEX = "model_index.json"
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+RECORD_FILE = "training_config.json"
+HISTORY_FILE = "loss_history.jsonl"
+LOSSES_PICTURE = "loss_per_cluster.png"
+# What evaluations write, with `save_metrics`.
+METRICS_FILE = "metrics.json"
+
+CHECKPOINT_PREFIX = "checkpoint-"
+# Held by the process that trains, which it names in a file beside it
+RUN_LOCK = ".run.lock"
+
+# Folders of what is computed once, and of what is not complete or not yet pushed.
+LATENTS = "latents"
+TEXT_EMBEDDINGS = "text_embeddings"
+PARTIAL_PIPELINE = ".pipeline.partial"
+PREVIOUS_PIPELINE = ".pipeline.previous"
+PUSH_SNAPSHOTS = ".push"
+
+# What a run leaves that is of no use to others, or not complete. A `*` matches `/` too.
+PRIVATE_FILES = (
+    f"{CHECKPOINT_PREFIX}*/*",
+    f"{PARTIAL_PIPELINE}/*",
+    f"{PREVIOUS_PIPELINE}/*",
+    f"{PUSH_SNAPSHOTS}/*",
+    f"{RUN_LOCK}*",
+    f"{LATENTS}*/*",
+    f"{TEXT_EMBEDDINGS}*/*",
+    "*.partial",
+)
 
 LOCAL_PREFIX = "path/to/"
 

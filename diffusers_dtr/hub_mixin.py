@@ -1,4 +1,4 @@
-"""What models and pipelines do with the Hub beyond what diffusers gives them."""
+"""What models and pipelines do with files and the Hub beyond what diffusers gives them."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, ModelCard, ModelCardData
 
-from ..config_types import COMMON_TYPES, built_from_file, check_types
-from .commit import FolderCommit, check_token, retry
+from .config_types import COMMON_TYPES, built_from_file, check_types
+from .hub import check_destination, check_token, push_folder
 
 
 class HubMixin:
-    """Pushes in one commit that is made once, and checks tokens and configs; to be named before diffusers' class."""
+    """Pushes in one commit, and checks tokens and configs; to be named before diffusers' class."""
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> dict | tuple:
         """Load a config as diffusers does.
 
         Raises:
-            ValueError: For a `token` that is none, and for a config that is no JSON object.
+            ValueError: For an invalid `token`, and for a config that is no JSON object.
         """
         check_token(kwargs.get("token"))
         with built_from_file(f"The config of a {cls.__name__}"):
@@ -47,11 +47,9 @@ class HubMixin:
         max_shard_size: int | str = "10GB",
         **save_options: Any,
     ) -> CommitInfo:
-        """Save to the Hub, in one commit.
+        """Save to the Hub as diffusers does, in one commit, as [`~diffusers_dtr.hub.push_folder`] makes it.
 
-        Weights replace those of the same name and variant, however these were sharded; other files stay. A new
-        repository gets a card; the card of an old one stays as it is. What fails for a reason that may pass is tried
-        again for about half a minute.
+        A new repository gets a card; the card of an old one stays as it is.
 
         Args:
             repo_id: Repository, which is made if need be; without a `/` in the user's namespace.
@@ -66,26 +64,27 @@ class HubMixin:
             max_shard_size: Weights larger than this, in bytes or as "5GB", are split over several files.
             **save_options: What else `save_pretrained` takes.
 
-        Returns:
-            The commit.
-
         Raises:
-            ValueError: For a `revision` with `create_pr`, or a `token` that is none.
+            ValueError: For a `revision` with `create_pr`, or an invalid `token`.
         """
-        message = commit_message or f"Upload {type(self).__name__}"
-        where = {"token": token, "private": private, "revision": revision, "create_pr": create_pr}
+        # What is wrong with the arguments is said before anything is saved.
+        check_destination(token, revision, create_pr)
+        weights = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
         with tempfile.TemporaryDirectory() as folder:
-            commit = FolderCommit(folder, repo_id, message, **where, path_in_repo=subfolder or "", keep=("README.md",))
-            self.save_pretrained(
-                folder,
-                safe_serialization=safe_serialization,
-                variant=variant,
-                max_shard_size=max_shard_size,
-                **save_options,
-            )
+            self.save_pretrained(folder, **weights, **save_options)
             if not subfolder:
                 self._card().save(Path(folder, "README.md"))
-            return retry(commit.attempt, f"Pushing to {repo_id}")
+            return push_folder(
+                folder,
+                repo_id,
+                commit_message or f"Upload {type(self).__name__}",
+                token=token,
+                private=private,
+                revision=revision,
+                create_pr=create_pr,
+                path_in_repo=subfolder or "",
+                keep=["README.md"],
+            )
 
     def _upload_folder(
         self,
@@ -98,10 +97,8 @@ class HubMixin:
     ) -> CommitInfo:
         """What diffusers' `save_pretrained(..., push_to_hub=True)` ends with."""
         message = commit_message or f"Upload {type(self).__name__}"
-        commit = FolderCommit(
-            working_dir, repo_id, message, token=token, create_pr=create_pr, path_in_repo=subfolder or ""
-        )
-        return retry(commit.attempt, f"Pushing to {repo_id}")
+        where = {"token": token, "create_pr": create_pr, "path_in_repo": subfolder or ""}
+        return push_folder(working_dir, repo_id, message, **where)
 
     def _card(self) -> ModelCard:
         name = type(self).__name__

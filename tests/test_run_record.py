@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusers_dtr.publishing import public_arguments, public_command, publishable, published_path
+from diffusers_dtr.run_record import public_arguments, public_command, publishable, published_path
 
 
 TOKEN = "hf_" + "aB3" * 11

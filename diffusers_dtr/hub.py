@@ -1,0 +1,290 @@
+"""Push to the Hub: one commit per push, tried again when the network fails."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled, RevisionNotFoundError
+from huggingface_hub.hf_api import ModelInfo
+from huggingface_hub.utils import filter_repo_objects
+
+from .run_record import PRIVATE_FILES, published_path
+
+
+__all__ = ["create_run_repo", "push_run"]
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# What git and the client keep in a folder for themselves.
+_NEVER_PUSHED = (".git/*", "*/.git/*", ".cache/huggingface/*")
+# Where diffusers and transformers write down what a config was loaded from.
+_LOCAL_KEYS = frozenset({"_name_or_path", "name_or_path"})
+
+# The Hub has done nothing: the branch has moved since we looked (412), or there are too many requests.
+_REFUSED_STATUS = (412, 429, 503)
+_TRANSIENT_STATUS = (408, 500, 502, 504, *_REFUSED_STATUS)
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    message: str,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    path_in_repo: str = "",
+    ignore_patterns: Sequence[str] = (),
+    mirror: bool = False,
+    keep: Sequence[str] = (),
+    attempts: int | None = 5,
+    pause: Callable[[float], bool] | None = None,
+) -> CommitInfo:
+    """Commit the files of a folder, in one commit, where `HfApi.upload_folder` may make several.
+
+    Weights replace those of the same name and variant in the repository, whatever their format and number of shards:
+    an index left over from earlier shards would be loaded instead of the new weights. `_name_or_path` is left out of
+    configs, because it can be a path on this machine, and the machine's name out of those of TensorBoard's files.
+
+    Every attempt compares the folder with the branch's last commit and builds on that one alone. An earlier attempt
+    whose answer was lost has left nothing to commit then. A pull request would be opened twice: it is tried again only
+    if the Hub says that it has done nothing.
+
+    Args:
+        folder: Its files must not change meanwhile.
+        repo_id: Model repository, which is made if need be; without a `/` in the user's namespace.
+        message: Commit message.
+        token: Token, or None for the one that is logged in.
+        private: Whether a new repository is private. None for what its owner has as default.
+        revision: Branch, made from `main` if there is none of that name. Default `main`.
+        create_pr: Whether to open a pull request against `main` instead.
+        path_in_repo: Folder of the repository that the files go to. Default its root.
+        ignore_patterns: Files that are left out, as relative paths in which `*` matches `/` too.
+        mirror: Whether to delete what else the repository has at `path_in_repo`, which must then be given.
+        keep: Files, by their path in the repository, that are added only if it has none of that name.
+        attempts: As in [`retry`].
+        pause: As in [`retry`].
+
+    Returns:
+        The commit. Where no file differs from the repository's, none is made, and this is the branch's last one.
+
+    Raises:
+        ValueError: For a `revision` with `create_pr`, or an invalid `token`.
+    """
+    check_destination(token, revision, create_pr)
+    api, branch, target = HfApi(token=token), revision or "main", PurePosixPath(path_in_repo)
+    local = sorted(path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file())
+    local = list(filter_repo_objects(local, ignore_patterns=[*ignore_patterns, *_NEVER_PUSHED]))
+    paths = {str(target / published_path(path)): Path(folder, path) for path in local}
+    new_weights = {weights_name(path) for path in paths} - {None}
+
+    def operations(head: ModelInfo) -> Iterator[CommitOperationAdd | CommitOperationDelete]:
+        present = {file.rfilename for file in head.siblings}
+        for path, source in paths.items():
+            if path not in present.intersection(keep):
+                yield CommitOperationAdd(path, _without_local_keys(source))
+        for path in sorted(present - paths.keys()):
+            if weights_name(path) in new_weights or (mirror and target in PurePosixPath(path).parents):
+                yield CommitOperationDelete(path, is_folder=False)
+
+    def attempt() -> CommitInfo:
+        name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        head = _head(api, name, branch)
+        changes = list(operations(head))
+        where = {"revision": branch, "create_pr": create_pr, "parent_commit": head.sha}
+        return api.create_commit(name, changes, commit_message=message, **where)
+
+    return retry(attempt, f"Pushing to {repo_id}", attempts, pause, is_refusal if create_pr else is_transient)
+
+
+def _head(api: HfApi, repo_id: str, branch: str) -> ModelInfo:
+    """The last commit of a branch and its files; a branch that is missing is made."""
+    try:
+        return api.model_info(repo_id, revision=branch)
+    except RevisionNotFoundError:
+        api.create_branch(repo_id, branch=branch, exist_ok=True)
+        return api.model_info(repo_id, revision=branch)
+
+
+def weights_name(path: str) -> str | None:
+    """What all files have in common that weights of one name and variant can consist of; None for other files.
+
+    `unet/model.fp16-00001-of-00002.safetensors`, `unet/model.safetensors.index.fp16.json` and `unet/model.fp16.bin`
+    are all `unet/model.fp16`.
+    """
+    folder, _, name = path.rpartition("/")
+    words = re.sub(r"-\d{5}-of-\d{5}", "", name).split(".")
+    formats = {"safetensors", "bin"}
+    if words[-1] not in formats and not (formats & {*words} and "index" in words and words[-1] == "json"):
+        return None
+    return f"{folder}/" + ".".join(word for word in words if word not in {*formats, "index", "json"})
+
+
+def _without_local_keys(path: Path) -> Path | bytes:
+    """A file as it is, or without what a config says of where on this machine it was loaded from."""
+    if path.suffix != ".json" or b"name_or_path" not in path.read_bytes():
+        return path
+    config = json.loads(path.read_bytes())
+    if not (isinstance(config, dict) and _LOCAL_KEYS & config.keys()):
+        return path
+    config = {key: value for key, value in config.items() if key not in _LOCAL_KEYS}
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+# ---- failures
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether the Hub says that it has done nothing and may do it later."""
+    return isinstance(error, HfHubHTTPError) and error.response.status_code in _REFUSED_STATUS
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether what failed may well succeed later: no answer came, or one that says so."""
+    if isinstance(error, OfflineModeIsEnabled):
+        return False
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in _TRANSIENT_STATUS
+    # The client wraps in one what goes wrong in the upload of a large file, and hf_xet has no class of its own for
+    # errors of the network. Subclasses, such as NotImplementedError, are bugs.
+    if type(error) is RuntimeError:
+        return error.__cause__ is None or is_transient(error.__cause__)
+    # `HTTPError` is that of the client's transport, whose package depends on the client's version.
+    return isinstance(error, (HTTPError, ConnectionError, TimeoutError))
+
+
+def retry(
+    action: Callable[[], T],
+    what: str,
+    attempts: int | None = 5,
+    pause: Callable[[float], bool] | None = None,
+    may_pass: Callable[[BaseException], bool] = is_transient,
+) -> T:
+    """Call something again for as long as it fails for reasons that may pass.
+
+    Args:
+        action: What to call. What it raises at last, or at once if waiting would not help, is raised.
+        what: What it does, for the log.
+        attempts: How often to call it at most. None for no limit.
+        pause: Called with the seconds to wait, which double from 2 to 64 or are those that the Hub asks for; it
+            returns whether to try again. By default it sleeps.
+        may_pass: Whether to try again after an error.
+
+    Returns:
+        What `action` returns.
+    """
+    for attempt in itertools.count(1):
+        try:
+            return action()
+        except Exception as error:  # the network's errors are of several libraries; others are raised again
+            if attempt == attempts or not may_pass(error):
+                raise
+            asked = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
+            seconds = max(2.0 ** min(attempt, 6), float(asked) if asked.isdecimal() else 0.0)
+            logger.warning("%s failed, will be tried again in %.0f s: %s", what, seconds, describe(error))
+            if not (pause or _sleep)(seconds):
+                raise
+    raise AssertionError("unreachable")
+
+
+def check_token(token: str | bool | None) -> str | bool | None:
+    """The token, if it can be one: the HTTP library repeats others, such as one with a line break, in its errors.
+
+    Raises:
+        ValueError: For an invalid `token`. The message does not repeat it.
+    """
+    if isinstance(token, str) and not re.fullmatch(r"[!-~]+", token):
+        raise ValueError("`token` must be printable ASCII characters without white space; the one given is not.")
+    return token
+
+
+def check_destination(token: str | None, revision: str | None, create_pr: bool) -> None:
+    """Check what can be wrong with a push before there is anything to push.
+
+    Raises:
+        ValueError: For a `revision` with `create_pr`, or an invalid `token`.
+    """
+    check_token(token)
+    if create_pr and revision not in (None, "main"):
+        raise ValueError(f"`revision`={revision!r} and `create_pr` exclude each other: a pull request is to main.")
+
+
+def describe(error: BaseException) -> str:
+    """An error in one line of a log."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _sleep(seconds: float) -> bool:
+    time.sleep(seconds)
+    return True
+
+
+# ---- runs
+
+
+def create_run_repo(
+    output_dir: str | Path, repo_id: str | None, token: str | None, private: bool | None = None
+) -> str:
+    """Make sure that a run's repository is there: before training, because a wrong token should not show after it.
+
+    Args:
+        output_dir: The run's folder.
+        repo_id: Repository; by default one named after the folder, in the user's namespace.
+        token: Token, or None for the one that is logged in.
+        private: Whether a new repository is private. None for what its owner has as default.
+
+    Returns:
+        The repository's full name.
+
+    Raises:
+        ValueError: For an invalid `token`.
+    """
+    api = HfApi(token=check_token(token))
+    return api.create_repo(repo_id or default_repo(output_dir), exist_ok=True, private=private).repo_id
+
+
+def push_run(
+    output_dir: str | Path,
+    repo_id: str | None,
+    token: str | None,
+    private: bool | None,
+    message: str,
+    *,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Upload a run's pipeline, card, samples and logs, but not its checkpoints, as [`push_folder`] does.
+
+    Args:
+        output_dir: The run's folder. Its files replace those of the same name in the repository, the card too.
+        repo_id: Repository; by default one named after the folder, in the user's namespace.
+        token: Token, or None for the one that is logged in.
+        private: Whether a new repository is private. None for what its owner has as default.
+        message: Commit message.
+        revision: Branch, made from `main` if there is none of that name. Default `main`.
+        create_pr: Whether to open a pull request instead of committing to a branch.
+
+    Returns:
+        The address of the commit, or of the pull request.
+    """
+    where = {"token": token, "private": private, "revision": revision, "create_pr": create_pr}
+    commit = push_folder(
+        output_dir, repo_id or default_repo(output_dir), message, **where, ignore_patterns=PRIVATE_FILES
+    )
+    return commit.pr_url or commit.commit_url
+
+
+def default_repo(output_dir: str | Path) -> str:
+    """The name of a run's repository where none is given, in the user's namespace: that of its folder."""
+    return Path(output_dir).resolve().name
