@@ -59,10 +59,12 @@ def route_adapter(
 
     Raises:
         TypeError: For a model of no known family.
-        ValueError: If it has no LoRA adapter of that name, the adapter is fused, or the routing does not exist. The
+        ValueError: If it has no LoRA adapter of that name, the adapter is fused, another kind of LoRA (DoRA, that of
+            an embedding) or of a layer that its family has among the `packed`, or the routing does not exist. The
             model is then as it was.
     """
     family = family_of(model)
+    _check_layers(model, adapter_name, family.packed)
     layers = _adapted_layers(model, adapter_name)
     if not layers:
         known = ", ".join(getattr(model, "peft_config", {})) or "none"
@@ -135,6 +137,24 @@ def adapter_routing(model: ModelMixin, adapter_name: str = "default") -> dict[st
 def _adapted_layers(model: nn.Module, adapter_name: str) -> list[nn.Module]:
     """The layers that an adapter adapts by two projections."""
     return [module for module in model.modules() if adapter_name in getattr(module, "lora_A", ())]
+
+
+def _check_layers(model: nn.Module, adapter_name: str, packed: frozenset[str]) -> None:
+    """Refuse an adapter of which a layer has no rank channels that belong to one sample."""
+    for name, layer in model.named_modules():
+        is_embedding = adapter_name in getattr(layer, "lora_embedding_A", ())
+        variant = getattr(layer, "lora_variant", {}).get(adapter_name)
+        if is_embedding or variant is not None:
+            kind = type(layer if variant is None else variant).__name__
+            raise ValueError(
+                f"`adapter_name`={adapter_name!r} must be plain LoRA, got {kind} of `{name}`: only a product of two "
+                "projections, and nothing else, has rank channels to route."
+            )
+        if adapter_name in getattr(layer, "lora_A", ()) and not packed.isdisjoint(name.split(".")):
+            raise ValueError(
+                f"`adapter_name`={adapter_name!r} cannot be routed in `{name}` of a `{type(model).__name__}`, which "
+                "is called with the tokens of all samples in one row: leave it out of its `target_modules`."
+            )
 
 
 @cache

@@ -83,6 +83,7 @@ TRANSFORMERS = {
         timestep="timesteps",
         blocks=["double_stream_blocks", "single_stream_blocks"],
         streams={"HiDreamBlock": 0},
+        packed=frozenset({"experts"}),
     ),
     "HunyuanImageTransformer2DModel": Family(**_SIGMA_1000),
     "HunyuanVideo15Transformer3DModel": Family(
@@ -144,7 +145,11 @@ TRANSFORMERS = {
     "WanTransformer3DModel": Family(**_SIGMA_1000),
     "WanVACETransformer3DModel": Family(**_SIGMA_1000, blocks=["blocks"]),
     "ZImageTransformer2DModel": Family(
-        **_ONE_MINUS_SIGMA, timestep="t", blocks=["noise_refiner", "layers"], width="dim"
+        **_ONE_MINUS_SIGMA,
+        timestep="t",
+        blocks=["noise_refiner", "layers"],
+        width="dim",
+        packed=frozenset({"all_x_embedder", "cap_embedder", "siglip_embedder"}),
     ),
 }
 UNETS = {

@@ -25,6 +25,8 @@ class Family:
         streams: By class name of a block, for those of which diffusers' `TransformerBlockRegistry` does not tell it:
             the place of the image stream in the tuple that the block returns, or a [`Stream`].
         width: Config values whose product is the number of channels of the blocks.
+        packed: Names of sub-modules that are called with the tokens of all samples in one row. It is not known where
+            one sample's end, so that adapters in them cannot be routed.
     """
 
     timestep: str = "timestep"
@@ -32,6 +34,7 @@ class Family:
     blocks: Sequence[str] | None = None
     streams: Mapping[str, int | Stream] = field(default_factory=dict)
     width: str = "num_attention_heads * attention_head_dim"
+    packed: frozenset[str] = frozenset()
 
     def range_of(self, config: Mapping[str, Any]) -> Sequence[float] | None:
         """The range that a model's config has or, where it has none, that follows from it."""

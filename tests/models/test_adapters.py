@@ -4,10 +4,12 @@ import copy
 import logging
 import pickle
 
+import diffusers
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from peft import LoraConfig, inject_adapter_in_model
+from tiny_denoisers import build
 from tiny_models import DIT, FLUX, PIXART, SD3, UNET_CONDITION, output
 from torch import nn
 
@@ -180,6 +182,34 @@ def test_a_rank_without_an_active_channel_is_refused():
     with pytest.raises(ValueError, match="leaves none of 1 channels active"):
         route_adapter(model, routing_beta=0.5)
     assert type(model) is FluxTransformer2DModel
+
+
+@pytest.mark.parametrize(
+    ("model_class", "layer"),
+    [("ZImageTransformer2DModel", "cap_embedder.1"), ("HiDreamImageTransformer2DModel", "experts.0.w1")],
+)
+def test_layers_whose_rows_are_not_told_apart_by_samples_are_refused(model_class, layer):
+    model = build(model_class)
+    model.add_adapter(LoraConfig(r=4, target_modules=["to_q", layer]))
+    with pytest.raises(ValueError, match=rf"{layer}` .* leave it out of its `target_modules`"):
+        route_adapter(model)
+    assert type(model) is getattr(diffusers, model_class)
+
+
+def test_only_an_adapter_that_is_a_product_of_two_projections_is_routed():
+    model = FLUX.plain()
+    model.add_adapter(LoraConfig(r=4, target_modules=["to_q"], use_dora=True))
+    with pytest.raises(ValueError, match=r"must be plain LoRA, got .*Dora.* of `transformer_blocks.0.attn.to_q`"):
+        route_adapter(model)
+    assert type(model) is FluxTransformer2DModel
+
+
+def test_an_adapter_of_an_embedding_is_refused_and_not_left_as_it_is():
+    model = adapted(DIT, DIT.routed())
+    name = "emb.class_embedder.embedding_table"
+    model.add_adapter(LoraConfig(r=4, target_modules=["to_q", name]), "labels")
+    with pytest.raises(ValueError, match=r"must be plain LoRA, got Embedding of `.*embedding_table`"):
+        route_adapter(model, "labels")
 
 
 # Files.
