@@ -7,6 +7,7 @@ public way to give them another: this is the one place that knows where they kee
 from __future__ import annotations
 
 from collections.abc import Iterator
+from inspect import unwrap
 from types import MethodType
 from typing import Any
 
@@ -21,8 +22,10 @@ def check_class_can_change(model: nn.Module) -> None:
     """
     for module in model.modules():
         if "forward" in vars(module) and not any(_held_forwards(module)):
+            replaced = vars(module)["forward"]
+            name = getattr(replaced, "__qualname__", None) or type(replaced).__name__
             raise TypeError(
-                f"The forward method of a `{type(module).__name__}` was replaced by {vars(module)['forward']!r}, "
+                f"The forward method of a `{type(module).__name__}` was replaced by `{name}`, "
                 "which is no hook of accelerate or diffusers. Route the model before that, or unwrap it first, as "
                 "`accelerator.unwrap_model(model, keep_fp32_wrapper=False)` does."
             )
@@ -44,9 +47,11 @@ def change_class(module: nn.Module, new: type[nn.Module]) -> None:
 def _held_forwards(module: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
     """Where the forward method of the module's class is held, as dictionaries and keys."""
     hooks = vars(module).get("_diffusers_hook")
+    # accelerate leaves the undecorated one behind when it takes mixed precision off a model.
+    own = (type(module).forward, unwrap(type(module).forward))
     holders = [vars(module), *(vars(reference) for reference in (hooks._fn_refs if hooks else ()))]
     for holder in holders:
         for name in ("forward", "_old_forward", "original_forward"):
             method = holder.get(name)
-            if isinstance(method, MethodType) and method.__func__ is type(module).forward:
+            if isinstance(method, MethodType) and method.__func__ in own:
                 yield holder, name

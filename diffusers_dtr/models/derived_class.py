@@ -7,7 +7,8 @@ split over devices, what is compiled by itself, what an engine shards, what a sa
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from inspect import signature
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -31,6 +32,25 @@ class DerivedModule:
 def _empty_module(make: Callable[..., type[nn.Module]], arguments: tuple) -> nn.Module:
     cls = make(*arguments)
     return cls.__new__(cls)
+
+
+def plain_type(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, or that of which its class was made."""
+    return module.unrouted_class if isinstance(module, DerivedModule) else type(module)
+
+
+def signed_as(plain: Callable) -> Callable[[Callable], Callable]:
+    """Give a function the signature of another one.
+
+    Unlike `functools.wraps` it leaves no way to the other: accelerate follows `__wrapped__` to the innermost function
+    when it takes mixed precision off a model.
+    """
+
+    def sign(function: Callable) -> Any:
+        function.__signature__ = signature(plain)
+        return function
+
+    return sign
 
 
 def derived_class(

@@ -37,9 +37,11 @@ class Family:
     packed: frozenset[str] = frozenset()
 
     def range_of(self, config: Mapping[str, Any]) -> Sequence[float] | None:
-        """The range that a model's config has or, where it has none, that follows from it."""
+        """The range that a model's config has or, where it has none, the family's."""
         given = config["routing_timestep_range"]
-        return self.timestep_range(config) if given is None and callable(self.timestep_range) else given
+        if given is not None:
+            return given
+        return self.timestep_range(config) if callable(self.timestep_range) else self.timestep_range
 
 
 def _routing_config(

@@ -78,6 +78,11 @@ def _plain_class(model: ModelMixin) -> type[ModelMixin]:
 
 def _class_for(plain: type[ModelMixin]) -> type[ScopedRoutingMixin]:
     name = plain.__name__
+    if not issubclass(plain, ModelMixin):
+        raise TypeError(
+            f"`model` must be a model of diffusers, got a `{name}`. Of a pipeline it is the transformer or the unet; "
+            "unwrap what is wrapped, such as the `module` of a data-parallel one, or PEFT's `get_base_model()`."
+        )
     if (name in TRANSFORMERS or name in UNETS) and getattr(diffusers, name) is plain:
         return routed_class(name)
     found = ScopedRoutingMixin.routed_classes.get(plain)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, wraps
-from inspect import signature
+from functools import cache
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..routing import routed_residual
-from .derived_class import DerivedModule, derived_class
+from .derived_class import DerivedModule, derived_class, signed_as
 from .scope import channel_mask, token_mask
 
 
@@ -47,14 +47,18 @@ def routed_block_class(plain: type[nn.Module], stream: Stream) -> type[nn.Module
 
     Raises:
         ValueError: If the block has no such argument.
+        TypeError: If it is a wrapper around a block.
     """
-    arguments, plain_forward = list(signature(plain.forward).parameters)[1:], plain.forward
+    parameters, plain_forward = dict(list(signature(plain.forward).parameters.items())[1:]), plain.forward
+    arguments = list(parameters)
+    if all(parameter.kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD) for parameter in parameters.values()):
+        raise TypeError(f"A `{plain.__name__}` wraps a block, whose arguments it hides. Route the model before that.")
     name = stream.argument or arguments[0]
     if name not in arguments:
         raise ValueError(f"`argument` must be one of `{plain.__name__}`: {', '.join(arguments)}, got {name!r}.")
     position = arguments.index(name)
 
-    @wraps(plain_forward, assigned=())
+    @signed_as(plain_forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base class's block with the active channels of its image stream."""
         hidden_states = kwargs[name] if name in kwargs else args[position]
@@ -98,7 +102,7 @@ def masked_class(plain: type[nn.Module]) -> type[nn.Module]:
     """
     plain_forward = plain.forward
 
-    @wraps(plain_forward, assigned=())
+    @signed_as(plain_forward)
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Call the base class's module with the active channels of `(batch, channels, ...)`."""
         mask = channel_mask(hidden_states)

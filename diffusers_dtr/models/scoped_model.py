@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Mapping
-from functools import cache, wraps
+from functools import cache
 from inspect import Signature, signature
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from torch import nn
 from ..routing import ChannelRouting
 from .call_timesteps import argument, timestep_batch
 from .change_class import change_class, check_class_can_change
-from .derived_class import DerivedModule, derived_class
+from .derived_class import DerivedModule, derived_class, signed_as
 from .family import ROUTING_PARAMETERS, Family, routing_parameters
 from .routed_blocks import RoutedBlock
 from .routed_model import RoutedModelMixin
@@ -97,6 +97,8 @@ class ScopedRoutingMixin(ScopedCheckpointingMixin, RoutedModelMixin):
         was_routed = isinstance(model, cls)
         units = [] if was_routed else cls._units(model)
         if not was_routed:
+            if isinstance(model, ScopedRoutingMixin):  # of a class that was declared before
+                model._unroute_units()
             change_class(model, cls)
         model.register_to_config(**config)
         model.routing, model.routed_widths = check, tuple(sorted(widths))
@@ -179,7 +181,7 @@ def _scoped_forward(plain_class: type[ModelMixin], timestep_name: str) -> Callab
     # The function and not the class's attribute, which the compiler does not follow for every class.
     plain_forward = plain_class.forward
 
-    @wraps(plain_forward, assigned=())
+    @signed_as(plain_forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Denoise as the base class does, with its arguments; the routing follows the timestep."""
         timestep = argument(timestep_name, position, args, kwargs)

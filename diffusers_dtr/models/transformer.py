@@ -12,6 +12,7 @@ from torch import nn
 
 from ..diffusers_registration import block_metadata, register_block
 from .change_class import change_class
+from .derived_class import plain_type
 from .routed_blocks import Stream, routed_block_class
 from .scoped_model import ScopedRoutingMixin
 
@@ -33,9 +34,11 @@ class RoutedTransformerMixin(ScopedRoutingMixin):
             lists = [
                 child
                 for child in model.children()
-                if isinstance(child, nn.ModuleList) and {type(block).__name__ for block in child} & names
+                # Blocks that are wrapped as well, to be refused.
+                if isinstance(child, nn.ModuleList)
+                and any(type(part).__name__ in names for block in child for part in (block, *block.children()))
             ]
-        return [(block, _routed_block(type(block), cls.family.streams)) for blocks in lists for block in blocks]
+        return [(block, _routed_block(plain_type(block), cls.family.streams)) for blocks in lists for block in blocks]
 
     def _route_units(self, units: list[tuple[nn.Module, type[nn.Module]]]) -> None:
         for block, routed_class in units:
