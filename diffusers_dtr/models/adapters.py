@@ -7,7 +7,7 @@ windows are those of Denoising Task Routing (arXiv 2310.07138). The nearest publ
 
 from __future__ import annotations
 
-from functools import cache, wraps
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import nn
 
 from ..routing import ChannelRouting
 from .change_class import change_class, check_class_can_change
-from .derived_class import DerivedModule, derived_class
+from .derived_class import DerivedModule, derived_class, signed_as
 from .route import family_of
 from .scope import rank_mask, scope_checkpointing, unscope_checkpointing
 from .scoped_model import ScopedModel, ScopedRoutingMixin, scoped_class
@@ -80,9 +80,9 @@ def route_adapter(
         routing_beta,
         routing_type,
         routing_seed,
-        routing_timestep_range
-        or family.range_of({"routing_timestep_range": None, **model.config})
-        or family.timestep_range,
+        family.range_of({"routing_timestep_range": None, **model.config})
+        if routing_timestep_range is None
+        else routing_timestep_range,
         widths={layer.r[adapter_name] for layer in layers},
     )
     check_class_can_change(model)
@@ -130,8 +130,9 @@ def unroute_adapter(model: ModelMixin, adapter_name: str = "default") -> ModelMi
 
 def adapter_routing(model: ModelMixin, adapter_name: str = "default") -> dict[str, Any] | None:
     """The arguments with which [`route_adapter`] routed an adapter, or None for a plain one."""
-    routing = vars(model).get("routed_adapters", {}).get(adapter_name)
-    return None if routing is None else routing.config
+    # The layers know: an adapter that was deleted may have been followed by a plain one of its name.
+    is_routed = any(_is_routed(layer, adapter_name) for layer in _adapted_layers(model, adapter_name))
+    return model.routed_adapters[adapter_name].config if is_routed else None
 
 
 def _adapted_layers(model: nn.Module, adapter_name: str) -> list[nn.Module]:
@@ -161,7 +162,7 @@ def _check_layers(model: nn.Module, adapter_name: str, packed: frozenset[str]) -
 def _routed_projection_class(plain: type[nn.Module], adapter_name: str, rank: int) -> type[nn.Module]:
     plain_forward, is_convolution = plain.forward, issubclass(plain, nn.modules.conv._ConvNd)
 
-    @wraps(plain_forward, assigned=())
+    @signed_as(plain_forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = plain_forward(self, *args, **kwargs)
         mask = rank_mask(output, (adapter_name, rank), channel_dim=1 if is_convolution else -1)
@@ -191,8 +192,12 @@ def _unfusable_class(plain: type[nn.Module]) -> type[nn.Module]:
     return derived_class(_UnfusableLayer, plain, made_by, merge=merge, get_delta_weight=get_delta_weight)
 
 
+def _is_routed(layer: nn.Module, adapter_name: str) -> bool:
+    return adapter_name in layer.lora_A and isinstance(layer.lora_A[adapter_name], _RoutedProjection)
+
+
 def _refuse_routed(layer: nn.Module, adapter_name: str) -> None:
-    if adapter_name in layer.lora_A and isinstance(layer.lora_A[adapter_name], _RoutedProjection):
+    if _is_routed(layer, adapter_name):
         raise ValueError(
             f"The adapter {adapter_name!r} is routed: its weights differ between timesteps and cannot be fused. Keep "
             "it an adapter; `unroute_adapter` makes it a plain one, which changes what it does."

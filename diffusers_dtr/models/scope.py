@@ -137,7 +137,8 @@ def rank_mask(output: torch.Tensor, key: Hashable, channel_dim: int = -1) -> tor
         return None
     if channel_dim == 1:
         return _channels_second(mask, output)
-    return _channels_last(mask, output)
+    # Without an axis of tokens, as of embedded timesteps, they are rows as samples are.
+    return _channels_last(mask.flatten(0, -2) if output.ndim == 2 else mask, output)
 
 
 def _unfolded(mask: torch.Tensor, batch: int) -> torch.Tensor:

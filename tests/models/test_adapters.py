@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from peft import LoraConfig, inject_adapter_in_model
-from tiny_denoisers import build
+from tiny_denoisers import build, inputs, run
 from tiny_models import DIT, FLUX, PIXART, SD3, UNET_CONDITION, output
 from torch import nn
 
@@ -210,6 +210,26 @@ def test_an_adapter_of_an_embedding_is_refused_and_not_left_as_it_is():
     model.add_adapter(LoraConfig(r=4, target_modules=["to_q", name]), "labels")
     with pytest.raises(ValueError, match=r"must be plain LoRA, got Embedding of `.*embedding_table`"):
         route_adapter(model, "labels")
+
+
+def test_an_adapter_that_takes_the_name_of_a_deleted_one_is_a_plain_one(tmp_path):
+    model = route_adapter(adapted(FLUX))
+    model.delete_adapters("default")
+    adapted(FLUX, model)
+    assert adapter_routing(model) is None
+    assert file_routing(save_routed_lora(model, tmp_path)) == {}
+    assert adapter_routing(route_adapter(model))["routing_beta"] == 0.5
+
+
+def test_embedded_timesteps_of_frames_are_routed_by_themselves():
+    name = "AnyFlowTransformer3DModel"
+    model = build(name)
+    layers = r".*time_embedder\.linear_1"
+    inject_adapter_in_model(LoraConfig(r=8, target_modules=layers, init_lora_weights=False), model)
+    arguments = inputs(name)
+    assert arguments["timestep"].ndim == 2
+    expected = run(model, arguments)
+    assert not torch.allclose(run(route_adapter(model), arguments), expected)
 
 
 # Files.
