@@ -65,3 +65,14 @@ def test_accelerate_is_configured_before_it_launches():
     for path in (ROOT / "README.md", *EXAMPLES.glob("*/README.md")):
         commands = re.findall(r"^ *accelerate \w+", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
         assert not commands or commands[0].strip() == "accelerate config", path
+
+
+def test_links_between_documents_and_code_lead_somewhere():
+    documents = [*ROOT.glob("*.md"), *EXAMPLES.rglob("*.md")]
+    links = [
+        (path, link)
+        for path in documents
+        for link in re.findall(r"\]\(([^)#:]+)[)#]", path.read_text(encoding="utf-8"))
+    ]
+    assert [(path, link) for path, link in links if not (path.parent / link).exists()] == []
+    assert len(links) > 20

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 
 from ..config_types import built_from_file, read_object
@@ -125,9 +126,12 @@ class Repository(Source):
         """See [`Source`]."""
         try:
             return Path(hf_hub_download(self.repo_id, path, revision=self.revision, token=self.token))
-        except LocalEntryNotFoundError:
+        except LocalEntryNotFoundError as error:
             # Not in the cache, and nobody to ask: that says nothing about the repository.
-            raise
+            raise LocalEntryNotFoundError(
+                f"There is no folder {self.repo_id!r}, and the Hub cannot be asked for a repository of that name: "
+                f"{error}"
+            ) from error
         except EntryNotFoundError:
             return None
 
@@ -152,9 +156,16 @@ def open_source(name: str, revision: str | None = None, token: str | None = None
         token: Access token, or None for the one that is logged in.
 
     Raises:
-        ValueError: If `revision` is given for a folder, or for an invalid `token`.
+        ValueError: If there is no such folder and no repository can have that name, if `revision` is given for a
+            folder, or for an invalid `token`.
     """
     if not Path(name).is_dir():
+        try:
+            validate_repo_id(name)
+        except HFValidationError as error:
+            raise ValueError(
+                f"There is no folder {name!r}, and no repository on the Hub can have that name. Name one that exists."
+            ) from error
         return Repository(name, revision, check_token(token))
     if revision is not None:
         raise ValueError(f"`revision` is one of a repository, but {name!r} is a folder.")

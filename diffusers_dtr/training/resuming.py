@@ -115,12 +115,15 @@ class RunState:
         fixed = [change for change in defining if change["setting"] in _FIXED or _CLASS.fullmatch(change["setting"])]
         if fixed or (defining and not allow_changes):
             listed = "; ".join(f"`{change['setting']}` {_was_and_is(change)}" for change in defining)
-            allow = (
-                "" if fixed else f", or pass `--{ALLOW_FLAG}` to go on with the new ones, which the record will tell"
+            choices = (
+                " or start a run in another `--output_dir`."
+                if fixed
+                else ", start a run in another `--output_dir`, or pass "
+                f"`--{ALLOW_FLAG}` to go on with the new ones, which the record will tell."
             )
             raise ValueError(
                 f"{listed}: the checkpoint is of a run with another objective, model or data. Resume with the "
-                f"settings that it was made with, start a run in another `--output_dir`{allow}."
+                f"settings that it was made with{choices}"
             )
         for change in changes:
             consequence = self._consequence(change)

@@ -31,12 +31,12 @@ def lock_run_folder(folder: str | Path) -> None:
     lock, holder = FileLock(folder / RUN_LOCK), folder / f"{RUN_LOCK}.holder"
     try:
         lock.acquire(blocking=False)
-    except Timeout as error:
+    except Timeout:
         name = holder.read_text(encoding="utf-8") if holder.is_file() else "another process"
         raise ValueError(
             f"`output_dir`={str(folder)!r} is in use by a run of {name}. Wait for it to end, stop it, or choose "
             "another folder."
-        ) from error
+        ) from None
     _held[folder] = lock
     replace_text(holder, f"process {os.getpid()} on {platform.node()}")
 

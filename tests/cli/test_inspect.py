@@ -285,3 +285,17 @@ def test_what_is_no_model_is_one_line_on_stderr(folder, capsys, damage, message)
 def test_a_revision_of_a_folder_is_refused(folder, capsys):
     assert main(["inspect", str(folder), "--revision", "main"]) == 2
     assert "`revision` is one of a repository" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command", [["inspect", "./my-modle"], ["sample", "./my-modle", "--output", "x.png"]], ids=" ".join
+)
+def test_a_folder_that_is_missing_is_named(command, capsys):
+    assert main(command) == 2
+    assert "There is no folder './my-modle'" in capsys.readouterr().err
+
+
+def test_a_name_that_is_no_folder_is_named_where_the_hub_cannot_be_asked(monkeypatch, capsys):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert main(["inspect", "my-modle"]) == 2
+    assert "There is no folder 'my-modle', and the Hub cannot be asked" in capsys.readouterr().err

@@ -42,8 +42,9 @@ def other(tmp_path):
 
 
 def test_second_run_is_told_of_the_first_until_that_is_killed(other, tmp_path):
-    with pytest.raises(ValueError, match=rf"is in use by a run of process {other.pid} on "):
+    with pytest.raises(ValueError, match=rf"is in use by a run of process {other.pid} on ") as error:
         lock_run_folder(tmp_path)
+    assert error.value.__cause__ is None  # nothing of the lock's own error in a traceback
     other.kill()
     other.wait()
     # Its worker ends a little later. Not every version of filelock lets go of the lock in a child.
