@@ -189,12 +189,14 @@ def test_another_objective_or_other_data_are_refused_before_anything_is_done(fla
 
 
 def test_what_was_changed_in_resuming_is_recorded(images, uninterrupted, tmp_path):
-    run = interrupted(uninterrupted, tmp_path / "run", 4)
-    flags = ["--prediction_type", "v_prediction", "--ema_max_decay", 0.5, "--resume_from_checkpoint", "latest"]
-    train(images, run, *EVERYTHING, *flags, "--allow_changed_settings")
+    run, other = (interrupted(uninterrupted, tmp_path / name, 4) for name in ("run", "other"))
+    flags = ["--prediction_type", "v_prediction", "--resume_from_checkpoint", "latest", "--allow_changed_settings"]
+    train(images, run, *EVERYTHING, *flags, "--ema_max_decay", 0.5)
+    train(images, other, *EVERYTHING, *flags)
     changes = {change.pop("setting"): change for change in record(run)["changed_settings"]}
     assert changes["--prediction_type"] == {"step": 4, "before": "epsilon", "after": "v_prediction"}
     assert changes["--ema_max_decay"] == {"step": 4, "before": 0.9999, "after": 0.5}
+    assert not same_weights(run, other)  # they are averages
     assert "epsilon to v_prediction at step 4" in (run / "README.md").read_text()
 
 
