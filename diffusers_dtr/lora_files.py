@@ -25,7 +25,9 @@ from safetensors.torch import load_file, save_file
 from .atomic_files import replacing
 from .config_types import check_types, parse_object
 from .models.adapters import adapter_routing, route_adapter
-from .models.route import route
+from .models.family import ROUTING_PARAMETERS
+from .models.route import route, unroute
+from .routing import ChannelRouting
 from .run_record import LORA_FILE
 
 
@@ -59,6 +61,11 @@ def file_routing(path: str | os.PathLike) -> dict[str, dict[str, Any]]:
         text = (file.metadata() or {}).get(_HEADER_KEY, "{}")
     routing = parse_object(text, _HEADER_KEY)
     check_types(dict.fromkeys(routing, dict), routing, f"`{_HEADER_KEY}`")
+    for values in routing.values():
+        unknown = values.keys() - ROUTING_PARAMETERS.keys()
+        if unknown:
+            raise ValueError(f"`{_HEADER_KEY}` of {path} has {min(unknown)!r}, which no routing has.")
+        ChannelRouting(*(values.get(name, parameter.default) for name, parameter in ROUTING_PARAMETERS.items()))
     return routing
 
 
@@ -136,6 +143,11 @@ def load_routed_lora(
         raise ValueError(
             f"`target` must be the denoiser, such as `pipe.transformer`: a {type(target).__name__} takes no adapters."
         )
+    models = {prefix: getattr(target, prefix, None) if is_pipeline else target for prefix in routing}
+    for prefix, model in models.items():
+        if not isinstance(model, ModelMixin) or is_pipeline != bool(prefix):
+            place = f"the `{prefix}` of a pipeline" if prefix else "a denoiser"
+            raise ValueError(f"`source` has routed adapters for {place}, but `target` is a `{type(target).__name__}`.")
     with tempfile.TemporaryDirectory() as folder:
         # diffusers reads the scale of the adapters from the file alone, so that it has to be one.
         tensors, header = _read(path)
@@ -147,12 +159,18 @@ def load_routed_lora(
         if is_pipeline:
             target.load_lora_weights(folder, weight_name=LORA_FILE, adapter_name=adapter_name)
         else:
-            if not isinstance(target, PeftAdapterMixin):
-                # As its routed class, the model takes adapters.
+            takes_adapters = isinstance(target, PeftAdapterMixin)
+            if not takes_adapters:
+                # As its routed class, the model does.
                 route(target, routing_type="none")
-            target.load_lora_adapter(folder, weight_name=LORA_FILE, adapter_name=adapter_name, prefix=None)
-    for prefix, values in routing.items():
-        route_adapter(getattr(target, prefix) if is_pipeline else target, adapter_name, **values)
+            try:
+                target.load_lora_adapter(folder, weight_name=LORA_FILE, adapter_name=adapter_name, prefix=None)
+            except Exception:
+                if not takes_adapters:
+                    unroute(target)
+                raise
+    for prefix, model in models.items():
+        route_adapter(model, adapter_name, **routing[prefix])
 
 
 def _read(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
