@@ -48,6 +48,11 @@ class TrainingImages:
         """The labels that the images have, in ascending order."""
         return np.unique(self.labels).tolist()
 
+    @property
+    def file_names(self) -> list[str]:
+        """Of every row, without folders; empty where it has none."""
+        return [os.path.basename(path or "") for path in image_paths(self.dataset, self.image_column)]
+
     def draw(self, count: int, seed: int) -> TrainingImages:
         """Some of the images, drawn without replacement, with the classes of all.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import re
@@ -16,6 +17,8 @@ from diffusers import ModelMixin, SchedulerMixin
 
 from ..config_types import constructor_types, read_object, shortened
 from ..run_record import publishable
+from .data import TrainingImages
+from .videos import TrainingVideos
 
 
 logger = logging.getLogger(__name__)
@@ -149,6 +152,24 @@ def class_settings(id2label: Mapping[int, str] | None) -> dict[str, str]:
         id2label: Names of the classes, or None.
     """
     return {f"class {label}": publishable(name) for label, name in (id2label or {}).items()}
+
+
+def data_settings(images: TrainingImages | TrainingVideos) -> dict[str, Any]:
+    """Which images a run learns, in which order, and which class has which number, as settings of the run.
+
+    The order of an epoch is of rows: with others in their places, some would be seen again and some never. Of files
+    only the names count, because a folder that has moved or was copied is the same data.
+
+    Args:
+        images: Images or videos.
+    """
+    labels = [0] * len(images) if images.labels is None else images.labels.tolist()
+    rows = json.dumps([images.file_names, labels]).encode()
+    return {
+        NUM_IMAGES: len(images),
+        "fingerprint of file names and labels": hashlib.sha256(rows).hexdigest()[:16],
+        **class_settings(images.id2label),
+    }
 
 
 def run_settings(

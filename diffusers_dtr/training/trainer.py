@@ -7,7 +7,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,6 +23,7 @@ from .argument_checks import set_max_train_steps
 from .arguments import warmed_up_beta
 from .checkpoints import Checkpoints
 from .clean_samples import UnreadableImages, build_loader, clean_samples, held_out_samples
+from .data import TrainingImages
 from .ema import averaged_weights, build_ema, step_average
 from .interruption import Interruption, stopped
 from .loss_history import LossHistory
@@ -33,11 +34,12 @@ from .optimizer import build_lr_scheduler, build_optimizer
 from .outputs import save_record
 from .randomness import noise_generator, seed_model
 from .record import describe_model, run_record, tracker_config
-from .resuming import IMAGES_PER_STEP, NUM_IMAGES, class_settings, run_settings
+from .resuming import IMAGES_PER_STEP, data_settings, run_settings
 from .run_lock import unlock_run_folder
 from .sharing import push_result, rehearse_sharing, start_background_push
 from .tracking import log_image
 from .validation import HeldOutLoss, ends_epochs, forward_once, save_sample_grid, try_sampling
+from .videos import TrainingVideos
 
 
 logger = logging.getLogger(__name__)
@@ -55,6 +57,7 @@ class Trainer:
         model: The denoiser, a routed one. What of it requires gradients is trained.
         model_name: What pipelines call it: "transformer" or "unet".
         noise_scheduler: Scheduler that is trained with.
+        images: What is trained on. A checkpoint of others, or of other names of classes, is refused.
         dataset: Of [`build_dataset`], or one that adds to its samples.
         held_out_dataset: Likewise, of [`held_out_dataset`]; None without a held-out loss.
         vae: What encodes the images; None where pixels are learned.
@@ -65,7 +68,6 @@ class Trainer:
         sample: From a generator to the images of a grid. It is called by the main process alone, with the model in
             eval mode and its averaged weights, if there are any.
         project_name: What trackers call the run's project.
-        id2label: Names of the classes, if there are any. A checkpoint of others is refused.
 
     Attributes:
         state: Optimizer steps done, and what else a checkpoint tells of the run.
@@ -83,13 +85,13 @@ class Trainer:
         model_name: str,
         noise_scheduler: SchedulerMixin,
         *,
+        images: TrainingImages | TrainingVideos,
         dataset: Dataset,
         held_out_dataset: Dataset | None,
         vae: ModelMixin | None,
         conditions: Callable[[dict[str, Any]], dict[str, Any]] | None,
         sample: Callable[[torch.Generator], list[Image.Image]],
         project_name: str,
-        id2label: Mapping[int, str] | None = None,
         denoise: Callable[..., torch.Tensor] | None = None,
     ):
         self._start_time = time.perf_counter()
@@ -123,7 +125,7 @@ class Trainer:
         self.checkpoints = Checkpoints(
             accelerator, self.output_dir, model_name, model, self.ema, args.checkpoints_total_limit, self.objective
         )
-        others = {NUM_IMAGES: self.num_images, IMAGES_PER_STEP: self.images_per_step, **class_settings(id2label)}
+        others = {IMAGES_PER_STEP: self.images_per_step, **data_settings(images)}
         settings = run_settings(args, model, noise_scheduler, accelerator, **self.objective.settings, **others)
         self.state = self.checkpoints.resume(args.resume_from_checkpoint, settings, args.allow_changed_settings)
         self._start_time -= self.state.seconds

@@ -122,6 +122,11 @@ class TrainingVideos:
     def __len__(self) -> int:
         return len(self.videos)
 
+    @property
+    def file_names(self) -> list[str]:
+        """Of every row, without folders."""
+        return [video.path.name for video in self.videos]
+
     def name(self, row: int) -> str:
         """What to call a row's video in a message."""
         return f"{self.videos[row].path} (row {row})"

@@ -130,13 +130,13 @@ def main(args):
         model,
         "transformer",
         noise_scheduler,
+        images=images,
         dataset=training.build_dataset(args, images, channels, vae, accelerator),
         held_out_dataset=training.held_out_dataset(args, images, channels),
         vae=vae,
         conditions=conditions,
         sample=lambda generator: pipeline(**sampling, generator=generator).images,
         project_name="class-conditional",
-        id2label=images.id2label,
     )
     trainer.train()
     trainer.finish(save=lambda folder: training.save_pipeline(pipeline, folder), sampling=sampling)

@@ -119,6 +119,7 @@ def main(args):
         model,
         family.denoiser,
         noise_scheduler,
+        images=images,
         dataset=dataset,
         held_out_dataset=held_out,
         vae=vae,

@@ -68,7 +68,7 @@ def main(args):
     pipeline = training.load_text_to_image_pipeline(args, family, model, vae, frozen_dtype)
 
     # 3. A sample is a clip, and one of its captions or, now and then, none
-    captions = dataset.images.captions
+    videos, captions = dataset.images, dataset.images.captions
     dataset = training.CaptionedDataset(
         dataset, captions, seed=args.seed, proportion_empty=args.proportion_empty_prompts
     )
@@ -97,6 +97,7 @@ def main(args):
         model,
         family.denoiser,
         noise_scheduler,
+        images=videos,
         dataset=dataset,
         held_out_dataset=held_out,
         vae=vae,

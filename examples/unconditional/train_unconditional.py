@@ -104,6 +104,7 @@ def main(args):
         model,
         name,
         noise_scheduler,
+        images=images,
         dataset=training.build_dataset(args, images, channels, vae, accelerator),
         held_out_dataset=training.held_out_dataset(args, images, channels),
         vae=vae,

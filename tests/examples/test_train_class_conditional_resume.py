@@ -188,6 +188,19 @@ def test_another_objective_or_other_data_are_refused_before_anything_is_done(fla
         train(images, run, *EVERYTHING, *flag, "--resume_from_checkpoint", "latest")
 
 
+def test_other_files_in_the_places_of_images_are_refused(images, uninterrupted, tmp_path):
+    run = interrupted(uninterrupted, tmp_path / "run", 4)
+    shutil.copytree(images, tmp_path / "images")
+    first = min((tmp_path / "images" / "a").iterdir())
+    flags = [*EVERYTHING, "--resume_from_checkpoint", "latest"]
+    first.rename(first.with_name("last.png"))
+    with pytest.raises(ValueError, match="`fingerprint of file names and labels` was"):
+        train(tmp_path / "images", run, *flags)
+    first.with_name("last.png").rename(first)
+    train(tmp_path / "images", run, *flags)
+    assert_equal_weights(run, uninterrupted)
+
+
 def test_what_was_changed_in_resuming_is_recorded(images, uninterrupted, tmp_path):
     run, other = (interrupted(uninterrupted, tmp_path / name, 4) for name in ("run", "other"))
     flags = ["--prediction_type", "v_prediction", "--resume_from_checkpoint", "latest", "--allow_changed_settings"]

@@ -4,6 +4,8 @@ import argparse
 import json
 import logging
 
+import datasets
+import numpy as np
 import pytest
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
@@ -11,6 +13,7 @@ from tiny_dit import routed_dit
 
 from diffusers_dtr import training
 from diffusers_dtr.training import arguments, resuming, text_to_image_arguments
+from diffusers_dtr.training.data import TrainingImages
 from diffusers_dtr.training.resuming import IMAGES_PER_STEP, RunState, run_settings
 
 
@@ -73,6 +76,34 @@ def test_another_objective_model_or_data_is_refused_unless_allowed(after, messag
     (change,) = go_on(settings(), after, allow=True)
     assert change["step"] == 10
     assert message == f"`{change['setting']}` was {change['before']} and is {change['after']} now"
+
+
+def images_of(names: list[str], labels: list[int]) -> TrainingImages:
+    rows = {"image": [{"path": f"/here/{name}", "bytes": None} for name in names]}
+    dataset = datasets.Dataset.from_dict(rows, datasets.Features({"image": datasets.Image(decode=False)}))
+    return TrainingImages(dataset, "image", np.array(labels))
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [(["b.png", "a.png", "c.png"], [0, 0, 1]), (["a.png", "b.png", "d.png"], [0, 0, 1]), (["a.png"] * 3, [0, 1, 1])],
+    ids=["order", "name", "label"],
+)
+def test_other_files_or_labels_in_the_places_of_images_are_refused(names, labels):
+    before = resuming.data_settings(images_of(["a.png", "b.png", "c.png"], [0, 0, 1]))
+    with pytest.raises(ValueError, match="`fingerprint of file names and labels` was"):
+        go_on(before, resuming.data_settings(images_of(names, labels)))
+
+
+def test_images_that_are_not_files_are_compared_by_number():
+    def settings_of(count: int) -> dict:
+        rows = {"image": [{"path": None, "bytes": b"0"}] * count}
+        dataset = datasets.Dataset.from_dict(rows, datasets.Features({"image": datasets.Image(decode=False)}))
+        return resuming.data_settings(TrainingImages(dataset, "image"))
+
+    assert go_on(settings_of(3), settings_of(3)) == []
+    with pytest.raises(ValueError, match="`number of images` was 3 and is 4"):
+        go_on(settings_of(3), settings_of(4))
 
 
 def test_what_balancing_has_learned_cannot_go_on_with_other_clusters():
