@@ -38,6 +38,11 @@ class RoutedTransformerMixin(ScopedRoutingMixin):
                 if isinstance(child, nn.ModuleList)
                 and any(type(part).__name__ in names for block in child for part in (block, *block.children()))
             ]
+        if not any(len(blocks) for blocks in lists):
+            raise ValueError(
+                f"No blocks of the `{type(model).__name__}` were found to route. Route it before its blocks are sharded "
+                "or replaced, or name them in `blocks` of its `Family`."
+            )
         return [(block, _routed_block(plain_type(block), cls.family.streams)) for blocks in lists for block in blocks]
 
     def _route_units(self, units: list[tuple[nn.Module, type[nn.Module]]]) -> None:

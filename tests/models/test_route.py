@@ -219,6 +219,16 @@ def test_a_declaration_that_names_no_argument_of_its_blocks_changes_nothing():
     assert "routing_beta" not in model.config
 
 
+def test_a_model_in_which_no_block_is_found_is_refused():
+    model = FLUX.plain()
+    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+        # As sharding does.
+        block.__class__ = type(f"Sharded{type(block).__name__}", (type(block),), {})
+    with pytest.raises(ValueError, match="No blocks of the `FluxTransformer2DModel` were found to route"):
+        route(model)
+    assert type(model) is FluxTransformer2DModel
+
+
 def test_unrouting_a_plain_model_changes_nothing():
     model = UNET.plain()
     assert unroute(model) is model
