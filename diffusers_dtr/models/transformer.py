@@ -40,7 +40,7 @@ class RoutedTransformerMixin(ScopedRoutingMixin):
             ]
         if not any(len(blocks) for blocks in lists):
             raise ValueError(
-                f"No blocks of the `{type(model).__name__}` were found to route. Route it before its blocks are sharded "
+                f"No blocks of the `{type(model).__name__}` were found to route. Route it before they are sharded "
                 "or replaced, or name them in `blocks` of its `Family`."
             )
         return [(block, _routed_block(plain_type(block), cls.family.streams)) for blocks in lists for block in blocks]
