@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from diffusers import FluxTransformer2DModel
 from peft import LoraConfig, get_peft_model
 from tiny_models import FLUX, PIXART, SD3, UNET, output
@@ -10,6 +11,15 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 
 from diffusers_dtr import Family, RoutedTransformerMixin, route, unroute
 from diffusers_dtr.models.routed_blocks import RoutedBlock
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    """Its precision is the process's, and neither other tests' nor for other tests."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def test_a_model_whose_blocks_are_wrapped_is_refused():

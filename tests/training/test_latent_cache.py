@@ -171,7 +171,7 @@ def test_an_interrupted_run_leaves_no_cache(folder):
 
 def test_a_half_written_cache_is_not_picked_up(folder, monkeypatch):
     monkeypatch.setattr(Path, "rename", lambda *_: pytest.fail("killed"))
-    monkeypatch.setattr("diffusers_dtr.training.cache_folders.TemporaryDirectory", UncleanedDirectory)
+    monkeypatch.setattr("diffusers_dtr.atomic_files.TemporaryDirectory", UncleanedDirectory)
     with pytest.raises(pytest.fail.Exception):
         cache(folder)
     monkeypatch.undo()
@@ -183,8 +183,8 @@ def test_a_half_written_cache_is_not_picked_up(folder, monkeypatch):
 class UncleanedDirectory:
     """What a killed process leaves behind."""
 
-    def __init__(self, prefix: str, dir: Path):
-        self.path = dir / f"{prefix}killed"
+    def __init__(self, prefix: str, suffix: str, dir: Path):
+        self.path = dir / f"{prefix}killed{suffix}"
 
     def __enter__(self) -> str:
         self.path.mkdir()
