@@ -119,7 +119,10 @@ def test_a_missing_timestep_is_named(family):
 @every_family
 def test_diffusers_looks_up_lora_scales_as_for_the_base_class(family):
     ours, theirs = family.routed_class.__name__, family.routed_class.plain_class.__name__
-    assert _SET_ADAPTER_SCALE_FN_MAPPING.get(ours) is _SET_ADAPTER_SCALE_FN_MAPPING.get(theirs)
+    # Others do nothing to the scales, and come and go as classes are looked up.
+    expanding = {name: fn for name, fn in _SET_ADAPTER_SCALE_FN_MAPPING.items() if fn.__name__ != "<lambda>"}
+    assert expanding.get(ours) is expanding.get(theirs)
+    assert ("UNet2DCondition" in theirs) == (theirs in expanding)
 
 
 # Config and conversion.
