@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from inspect import Parameter, signature
@@ -17,7 +17,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from reprlib import Repr
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 import torch
 
@@ -48,13 +48,17 @@ _FACTOR = re.compile(r"(base|mult|ratio|scale|theta)$")
 _SHOWN, _QUOTED = 80, 300
 _REPR = Repr()
 _REPR.maxstring = _REPR.maxother = _SHOWN
+# No text has them: control characters but for tab and line feed, halves of surrogate pairs, and those that reorder
+# what is around them.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 
 
 def check_types(hints: Mapping[str, Any], values: Mapping[str, Any], where: str) -> None:
     """Refuse values that are not of their types.
 
     Numbers must be finite, integers must fit in 64 bits, an integer is a number too, and true is neither. How long a
-    tuple is stays open, as in diffusers' annotations.
+    tuple is stays open, as in diffusers' annotations. A `TypedDict` may lack keys and
+    have others, and so may those of a list.
 
     Args:
         hints: Type hints by name.
@@ -65,8 +69,20 @@ def check_types(hints: Mapping[str, Any], values: Mapping[str, Any], where: str)
         ValueError: Naming the value, its type, and what came.
     """
     for name, hint in hints.items():
-        if name in values and not _is(values[name], hint):
-            raise ValueError(f"`{name}` of {where} must be {_described(hint)}, got {shortened(values[name])}.")
+        if name in values:
+            _check(values[name], hint, f"`{name}` of {where}")
+
+
+def _check(value: Any, hint: Any, what: str) -> None:
+    if is_typeddict(hint):
+        _check(value, dict, what)
+        check_types(get_type_hints(hint), value, what)
+    elif any(map(is_typeddict, get_args(hint))):
+        _check(value, list, what)
+        for number, item in enumerate(value):
+            _check(item, get_args(hint)[0], f"item {number} of {what}")
+    elif not _is(value, hint):
+        raise ValueError(f"{what} must be {_described(hint)}, got {shortened(value)}.")
 
 
 @cache
@@ -124,14 +140,64 @@ def parse_object(text: str | bytes, name: str, hints: Mapping[str, Any] | None =
     Raises:
         ValueError: If it is anything else, or a value is of another type.
     """
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"`{name}` is no JSON: {_quoted(error)}") from error
+    value = _parsed(text, name)
     if not isinstance(value, dict):
         raise ValueError(f"`{name}` must hold a JSON object, got {type(value).__name__}.")
     check_types({**COMMON_TYPES, **(hints or {})}, value, f"`{name}`")
     return value
+
+
+def read_cleaned(path: Path, hint: Any, default: Any) -> Any:
+    """The content of a file that will be shown to people, as [`parse_cleaned`] gives it.
+
+    Args:
+        path: The file.
+        hint: As in [`parse_cleaned`].
+        default: What is returned if there is no such file.
+    """
+    return parse_cleaned(path.read_bytes(), hint, path.name) if path.is_file() else default
+
+
+def parse_cleaned(text: str | bytes, hint: Any, name: str) -> Any:
+    """Read JSON that will be shown to people.
+
+    Args:
+        text: The JSON, in UTF-8.
+        hint: Its type, see [`check_types`].
+        name: What it is called in errors.
+
+    Returns:
+        The content, without keys that are null and without control characters; NaN and infinities are null.
+
+    Raises:
+        ValueError: If it is no JSON, or a value is of another type.
+    """
+    value = _parsed(text, name, _cleaned)
+    _check(value, hint, f"`{name}`")
+    return value
+
+
+def without_controls(text: str) -> str:
+    """A text without control characters and halves of characters, which UTF-8 has no bytes for."""
+    return _CONTROLS.sub("", text)
+
+
+def _parsed(text: str | bytes, name: str, clean: Callable[[Any], Any] = lambda value: value) -> Any:
+    try:
+        return clean(json.loads(text))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"`{name}` is no JSON: {_quoted(error)}") from error
+
+
+def _cleaned(value: Any) -> Any:
+    if isinstance(value, str):
+        return without_controls(value)
+    if isinstance(value, list):
+        return [_cleaned(item) for item in value]
+    if isinstance(value, dict):
+        cleaned = {_cleaned(key): _cleaned(item) for key, item in value.items()}
+        return {key: item for key, item in cleaned.items() if item is not None}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

@@ -23,10 +23,10 @@ from huggingface_hub.utils import yaml_dump
 from markupsafe import Markup
 
 from .atomic_files import replace_text, replacing
-from .checked_json import read_json, without_controls
+from .config_types import read_cleaned, without_controls
 from .hub import check_token
 from .run_record import LOCAL_PREFIX, LOSSES_PICTURE, METRICS_FILE, RECORD_FILE, public_command, publishable
-from .trained_model import METRIC_TYPES, TrainedModel, is_repo_id
+from .trained_model import Metric, TrainedModel, is_repo_id
 from .usage_code import usage_code, wrap_command
 from .visualization import copy_drawing, draw_routing_masks, spaced_grid
 
@@ -159,7 +159,7 @@ def save_metrics(folder: str | Path, metrics: Sequence[dict[str, Any]], argv: Se
     path = Path(folder) / METRICS_FILE
     new = [publishable({**metric, "command": public_command(argv, ["python"])}) for metric in metrics]
     names = {metric["name"] for metric in new}
-    known = [metric for metric in read_json(path, [METRIC_TYPES], []) if metric.get("name") not in names]
+    known = [metric for metric in read_cleaned(path, list[Metric], []) if metric.get("name") not in names]
     _write_json([*known, *new], path)
     return path
 

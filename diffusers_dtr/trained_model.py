@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import diffusers
 from diffusers import DiffusionPipeline
@@ -11,7 +11,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 import diffusers_dtr
 
-from .checked_json import NUMBER, parse_json, read_json
+from .config_types import parse_cleaned, read_cleaned
 from .routing import DEFAULT_TIMESTEP_RANGE, check_routing
 from .run_record import (
     HISTORY_FILE,
@@ -29,42 +29,60 @@ def _each(names: str, types: Any) -> dict[str, Any]:
     return dict.fromkeys(names.split(), types)
 
 
-# The types of what is read.
-CONFIG_TYPES = {
-    **_each("_class_name routing_type", str),
-    **_each("routing_alpha routing_beta", NUMBER),
-    **_each("routing_seed num_embeds_ada_norm num_class_embeds", int),
-    "routing_timestep_range": [NUMBER],
-}
-ARGUMENT_TYPES = {
-    **_each("dataset_name pretrained_model_name_or_path hub_model_id validation_split caption_column", str),
-    **_each("cluster_cost balancing loss_weighting timestep_sampling lr_scheduler", str),
-    **_each("learning_rate snr_gamma ema_max_decay validation_guidance_scale", NUMBER),
-    **_each("resolution train_batch_size gradient_accumulation_steps max_train_steps seed", int),
-    **_each("routing_warmup_steps validation_num_inference_steps", int),
-    "use_ema": bool,
-}
-MODEL_TYPES = {
-    "class": str,
-    "config": CONFIG_TYPES,
-    "routed_widths": [int],
-    **_each("num_parameters num_trained_parameters", int),
-}
-RECORD_TYPES = {
-    **_each("command mixed_precision hardware", str),
-    **_each("num_images num_processes", int),
-    "seconds": NUMBER,
-    "arguments": ARGUMENT_TYPES,
-    "model": MODEL_TYPES,
-    "clusters": {"num_clusters": int, "boundaries": [int], "timesteps": [NUMBER]},
-    "results": {...: NUMBER},
-    "held_out": {...: (int, float, str)},
-    "sampling": {...: (int, float, str, bool, list)},
-    "versions": {...: str},
-    "unreadable_images": [str],
-    "changed_settings": [{"setting": str, "step": int}],
-}
-METRIC_TYPES = {**_each("name type command dataset", str), "value": NUMBER, "settings": {...: (int, float, str, bool)}}
+# The types of what is read, of which all may be missing.
+Config = TypedDict(
+    "Config",
+    {
+        **_each("_class_name routing_type", str),
+        **_each("routing_alpha routing_beta", float),
+        **_each("routing_seed num_embeds_ada_norm num_class_embeds", int),
+        "routing_timestep_range": list[float],
+    },
+)
+Arguments = TypedDict(
+    "Arguments",
+    {
+        **_each("dataset_name pretrained_model_name_or_path hub_model_id validation_split caption_column", str),
+        **_each("cluster_cost balancing loss_weighting timestep_sampling lr_scheduler", str),
+        **_each("learning_rate snr_gamma ema_max_decay validation_guidance_scale", float),
+        **_each("resolution train_batch_size gradient_accumulation_steps max_train_steps seed", int),
+        **_each("routing_warmup_steps validation_num_inference_steps", int),
+        "use_ema": bool,
+    },
+)
+Model = TypedDict(
+    "Model",
+    {
+        **_each("num_parameters num_trained_parameters", int),
+        **_each("class", str),
+        "config": Config,
+        "routed_widths": list[int],
+    },
+)
+Record = TypedDict(
+    "Record",
+    {
+        **_each("command mixed_precision hardware", str),
+        **_each("num_images num_processes", int),
+        "seconds": float,
+        "arguments": Arguments,
+        "model": Model,
+        "clusters": TypedDict("Clusters", {"num_clusters": int, "boundaries": list[int], "timesteps": list[float]}),
+        "results": dict[str, float],
+        "held_out": dict[str, float | str],
+        "sampling": dict[str, float | str | bool | list],
+        "versions": dict[str, str],
+        "unreadable_images": list[str],
+        "changed_settings": list[TypedDict("Change", {"setting": str, "step": int})],
+    },
+)
+Metric = TypedDict(
+    "Metric",
+    {**_each("name type command dataset", str), "value": float, "settings": dict[str, float | str | bool]},
+)
+Index = TypedDict("Index", {**_each("_class_name", str), "id2label": dict[str, str]})
+Scheduler = TypedDict("Scheduler", _each("prediction_type", str))
+Losses = TypedDict("Losses", _each("clusters weights", list[float | None]))
 
 
 class TrainedModel:
@@ -75,19 +93,19 @@ class TrainedModel:
         if not any((folder / name).is_file() for name in files):
             raise ValueError(f"`folder` must hold one of {', '.join(files)}, got {str(folder)!r}.")
         self.folder = folder
-        self.record = publishable(read_json(folder / RECORD_FILE, RECORD_TYPES, {}))
-        self.metrics = publishable(read_json(folder / METRICS_FILE, [METRIC_TYPES], []))
+        self.record = publishable(read_cleaned(folder / RECORD_FILE, Record, {}))
+        self.metrics = publishable(read_cleaned(folder / METRICS_FILE, list[Metric], []))
         for metric in self.metrics:
             if not metric.keys() >= {"name", "type", "value"}:
                 raise ValueError(f"{METRICS_FILE} must have a `name`, `type` and finite `value`, got {metric!r:.60}.")
-        self.index = read_json(folder / PIPELINE_INDEX, {"_class_name": str, "id2label": {...: str}}, {})
-        self.scheduler = read_json(folder / "scheduler" / "scheduler_config.json", {"prediction_type": str}, {})
+        self.index = read_cleaned(folder / PIPELINE_INDEX, Index, {})
+        self.scheduler = read_cleaned(folder / "scheduler" / "scheduler_config.json", Scheduler, {})
         self.arguments = self.record.get("arguments", {})
         self.model = self.record.get("model", {})
         self.component = next((name for name in ("transformer", "unet") if (folder / name).is_dir()), "")
         # Of adapters it is what the record has.
         recorded = {**self.model.get("config", {}), "_class_name": self.model.get("class", "")}
-        self.config = {**recorded, **read_json(folder / self.component / "config.json", CONFIG_TYPES, {})}
+        self.config = {**recorded, **read_cleaned(folder / self.component / "config.json", Config, {})}
         self.losses = self._last_losses()
         self.is_adapter = not self.index and (folder / LORA_FILE).is_file()
         self.pipeline_class = self.index.get("_class_name", "DTRPipeline")
@@ -137,8 +155,7 @@ class TrainedModel:
     def _last_losses(self) -> dict[str, Any]:
         path = self.folder / HISTORY_FILE
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        types = {key: [(*NUMBER, type(None))] for key in ("clusters", "weights")}
-        return parse_json(lines[-1], types, HISTORY_FILE) if lines else {}
+        return parse_cleaned(lines[-1], Losses, HISTORY_FILE) if lines else {}
 
 
 def is_class(name: str, kind: type) -> bool:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from .lora_files import file_routing
 from .models.routed_model import RoutedModelMixin
 from .run_record import LOCAL_PREFIX, LORA_FILE, RECORD_FILE
-from .trained_model import CONFIG_TYPES, TrainedModel, is_class
+from .trained_model import Config, TrainedModel, is_class
 
 
 def usage_code(model: TrainedModel, source: str) -> str:
@@ -48,7 +48,7 @@ def _load_adapter(model: TrainedModel, source: str) -> list[str]:
     component = "unet" if "UNet" in routed_class else "transformer"
     routing = [
         f"{key}={_python(model.config[key])}"
-        for key in sorted(CONFIG_TYPES)
+        for key in sorted(Config.__annotations__)
         if key.startswith("routing_") and key in model.config
     ]
     try:

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from inspect import signature
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import diffusers
 import numpy as np
@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import ModelMixin, SchedulerMixin
 
-from diffusers_dtr.config_types import built_from_file, check_types, constructor_types, read_object
+from diffusers_dtr.config_types import built_from_file, check_types, constructor_types, parse_cleaned, read_object
 
 
 NESTED = json.loads("[" * 900 + "]" * 900)
@@ -89,6 +89,31 @@ def test_the_error_shows_no_more_than_the_beginning_of_a_value(long):
 
 def test_other_names_and_missing_ones_are_not_looked_at():
     check_types({"key": int}, {"other": "a"}, "a file")
+
+
+class Inner(TypedDict, total=False):
+    count: int
+
+
+class Outer(TypedDict, total=False):
+    inner: Inner
+    several: list[Inner]
+
+
+@pytest.mark.parametrize(
+    ("value", "place"),
+    [
+        ({"inner": {"count": "1"}}, "`count` of `inner` of"),
+        ({"several": [{}, {"count": 1.5}]}, "`count` of item 1 of `several` of"),
+        ({"several": [[]]}, "item 0 of `several` of"),
+        ({"inner": [1]}, "`inner` of"),
+        ([], ""),
+    ],
+)
+def test_objects_of_known_keys_are_looked_into(value, place):
+    check_types({"key": Outer}, {"key": {"inner": {"count": 1, "other": "a"}, "several": [{}]}}, "a file")
+    with pytest.raises(ValueError, match=f"^{place} ?`key` of a file must be "):
+        check_types({"key": Outer}, {"key": value}, "a file")
 
 
 # ---- constructors
@@ -171,6 +196,13 @@ def test_a_file_that_holds_no_such_object_is_refused(content, message, tmp_path)
 def test_a_file_is_read(tmp_path):
     (tmp_path / "config.json").write_text('{"a": 1, "b": "ü"}', encoding="utf-8")
     assert read_object(tmp_path / "config.json", hints={"a": int}) == {"a": 1, "b": "ü"}
+
+
+def test_what_is_shown_to_people_is_cleaned():
+    text = json.dumps({"a\0": None, "b\u202e": ["c\x1b", None, math.nan], "d": -math.inf, "e": 1})
+    assert parse_cleaned(text, dict, "a.json") == {"b": ["c", None, None], "e": 1}
+    with pytest.raises(ValueError, match=r"^`a\.json` must be a list, got"):
+        parse_cleaned(text, list, "a.json")
 
 
 @pytest.mark.parametrize("error", [TypeError, KeyError, ZeroDivisionError, RecursionError, NotImplementedError])

@@ -32,7 +32,6 @@ LAYERS = [
     "visualization",
     "pipelines",
     "conversion",
-    "checked_json",
     "trained_model",
     "usage_code",
     "model_card",

@@ -198,15 +198,15 @@ def test_code_of_a_card_only_loads_and_samples(prompt, folder_name):
             "training_config.json",
             ["arguments", "resolution"],
             "8",
-            "`training_config.json: arguments: resolution` must be int",
+            "`resolution` of `arguments` of `training_config.json` must be an integer, got '",
         ),
         (
             "training_config.json",
             ["seconds"],
             10**400,
-            "`training_config.json: seconds` must be int or float, got 1000",
+            "`seconds` of `training_config.json` must be a number, got 1000",
         ),
-        ("training_config.json", ["model"], [1], "`training_config.json: model` must be an object"),
+        ("training_config.json", ["model"], [1], "`model` of `training_config.json` must be an object"),
         ("metrics.json", [0, "value"], float("nan"), "must have a `name`, `type` and finite `value`"),
     ],
 )
