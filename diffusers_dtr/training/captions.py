@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
@@ -56,9 +58,19 @@ class Captions:
         """The captions of all rows, read a few at a time."""
         return chain.from_iterable(self._by_row())
 
+    def fingerprint(self) -> str:
+        """A hash of the captions of all rows, in their order."""
+        digest = hashlib.sha256()
+        for captions in self._by_rows():
+            digest.update(json.dumps(captions).encode())
+        return digest.hexdigest()[:16]
+
     def _by_row(self) -> Iterator[list[str]]:
+        return chain.from_iterable(self._by_rows())
+
+    def _by_rows(self) -> Iterator[list[list[str]]]:
         for rows in self._rows.iter(_ROWS_AT_ONCE):
-            yield from map(_as_list, rows[self.column])
+            yield [*map(_as_list, rows[self.column])]
 
 
 def _as_list(captions: str | list[str] | None) -> list[str]:

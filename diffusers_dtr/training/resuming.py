@@ -155,7 +155,7 @@ def class_settings(id2label: Mapping[int, str] | None) -> dict[str, str]:
 
 
 def data_settings(images: TrainingImages | TrainingVideos) -> dict[str, Any]:
-    """Which images a run learns, in which order, and which class has which number, as settings of the run.
+    """Which images a run learns, in which order, with which captions, and which class has which number, as settings.
 
     The order of an epoch is of rows: with others in their places, some would be seen again and some never. Of files
     only the names count, because a folder that has moved or was copied is the same data.
@@ -165,9 +165,11 @@ def data_settings(images: TrainingImages | TrainingVideos) -> dict[str, Any]:
     """
     labels = [0] * len(images) if images.labels is None else images.labels.tolist()
     rows = json.dumps([images.file_names, labels]).encode()
+    captions = {} if images.captions is None else {"fingerprint of captions": images.captions.fingerprint()}
     return {
         NUM_IMAGES: len(images),
         "fingerprint of file names and labels": hashlib.sha256(rows).hexdigest()[:16],
+        **captions,
         **class_settings(images.id2label),
     }
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -13,6 +14,7 @@ from tiny_dit import routed_dit
 
 from diffusers_dtr import training
 from diffusers_dtr.training import arguments, resuming, text_to_image_arguments
+from diffusers_dtr.training.captions import Captions
 from diffusers_dtr.training.data import TrainingImages
 from diffusers_dtr.training.resuming import IMAGES_PER_STEP, RunState, run_settings
 
@@ -93,6 +95,21 @@ def test_other_files_or_labels_in_the_places_of_images_are_refused(names, labels
     before = resuming.data_settings(images_of(["a.png", "b.png", "c.png"], [0, 0, 1]))
     with pytest.raises(ValueError, match="`fingerprint of file names and labels` was"):
         go_on(before, resuming.data_settings(images_of(names, labels)))
+
+
+def settings_of_captions(*captions: str | list[str]) -> dict:
+    rows = datasets.Dataset.from_dict({"text": captions})
+    images = images_of(["a.png", "b.png"], [0, 0])
+    return resuming.data_settings(replace(images, captions=Captions(rows, "text")))
+
+
+@pytest.mark.parametrize("captions", [("two", "one"), ("onetwo", ""), ("one", "Two")])
+def test_other_captions_are_refused_unless_allowed(captions):
+    before, after = settings_of_captions("one", "two"), settings_of_captions(*captions)
+    with pytest.raises(ValueError, match=r"^`fingerprint of captions` was [^`]* now: .*--allow_changed_settings"):
+        go_on(before, after)
+    assert [change["setting"] for change in go_on(before, after, allow=True)] == ["fingerprint of captions"]
+    assert go_on(before, settings_of_captions(["one"], ["two"])) == []
 
 
 def test_images_that_are_not_files_are_compared_by_number():
