@@ -21,8 +21,8 @@ from .cache_folders import build_folder, content_key
 logger = logging.getLogger(__name__)
 
 _METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-_IMAGE, METADATA = "image", "of metadata that no flag asks for"
-_HIDDEN, _OTHER = "hidden", "not of a format that Pillow opens"
+IMAGE, METADATA = "image", "of metadata that no flag asks for"
+_HIDDEN, OTHER = "hidden", "not of a format that Pillow opens"
 _BROKEN, _CYCLE = "links that lead nowhere", "links to a folder that they are in"
 # Pillow tells these formats, but decodes none of their files.
 _STUBS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
@@ -98,7 +98,7 @@ def _kind(entry: os.DirEntry) -> str:
         return _BROKEN
     if entry.name in _METADATA_NAMES:
         return METADATA
-    return _IMAGE if os.path.splitext(entry.name)[1].lower() in image_suffixes() else _OTHER
+    return IMAGE if os.path.splitext(entry.name)[1].lower() in image_suffixes() else OTHER
 
 
 def unzip(archive: str, cache_dir: str | os.PathLike | None = None) -> str:
@@ -152,11 +152,11 @@ def load_image_folder(
         ValueError: If there are no such images. It says what was found.
     """
     files = scan_folder(folder, cache_dir)
-    images = [file for file in files if file.kind == _IMAGE]
+    images = [file for file in files if file.kind == IMAGE]
     metadata = [file for file in files if file.kind == METADATA]
     column = caption_column or label_column
     if not images and not metadata:
-        raise ValueError(f"{_named(folder)} must hold images, found {_found(files)}.")
+        raise ValueError(f"{_named(folder)} must hold images, found {found(files)}.")
     if column is not None and metadata:
         rows = _read_metadata(folder, metadata, cache_dir)
         if caption_column is not None or column in rows.column_names:
@@ -164,7 +164,7 @@ def load_image_folder(
     if caption_column is not None:
         raise ValueError(
             f"{_named(folder)} must have a metadata.jsonl, with `file_name` and {caption_column!r} of every image, "
-            f"found {_found(files)} and no metadata file. Choose the column with `--caption_column`."
+            f"found {found(files)} and no metadata file. Choose the column with `--caption_column`."
         )
     if label_column is None:
         classes = None
@@ -203,7 +203,7 @@ def report(
     left_out: dict[str, list[str]] = {}
     for file in files:
         if file.path not in used:
-            reason = unused_images if file.kind == _IMAGE else file.kind
+            reason = unused_images if file.kind == IMAGE else file.kind
             left_out.setdefault(reason, []).append(file.place)
     parts = [f"{len(places)} {reason} ({_examples(places)})" for reason, places in left_out.items()]
     number = len(files) - sum(map(len, left_out.values()))
@@ -223,8 +223,8 @@ def _check_classes(folder: str | os.PathLike, files: list[FoundFile], classes: l
         hint = "Without classes, use train_unconditional.py."
         if len(classes) == 1:
             hint = f"If the folders in it are the classes, name {os.path.join(os.fspath(folder), classes[0])}. {hint}"
-        raise ValueError(f"{_named(folder)} must have at least {number} of images, found {_found(files)}. {hint}")
-    nested = {file.top_folder for file in files if file.kind == _IMAGE and file.place.count("/") > 1}
+        raise ValueError(f"{_named(folder)} must have at least {number} of images, found {found(files)}. {hint}")
+    nested = {file.top_folder for file in files if file.kind == IMAGE and file.place.count("/") > 1}
     if nested.issuperset(classes) and {name.lower() for name in classes} <= _SPLITS:
         raise ValueError(
             f"{_named(folder)} must have a folder per class, found {', '.join(classes)}, which are splits that "
@@ -284,9 +284,9 @@ def _named(folder: str | os.PathLike) -> str:
     return f"The image folder {os.fspath(folder)!r}"
 
 
-def _found(files: list[FoundFile]) -> str:
+def found(files: list[FoundFile]) -> str:
     """What a folder holds, in a few words."""
-    images = [file for file in files if file.kind == _IMAGE]
+    images = [file for file in files if file.kind == IMAGE]
     counts = Counter(file.top_folder for file in images if file.top_folder is not None)
     parts = [f"{name!r} ({_count(count, 'image')})" for name, count in list(counts.items())[:_EXAMPLES]]
     if len(counts) > _EXAMPLES:
@@ -294,7 +294,7 @@ def _found(files: list[FoundFile]) -> str:
     loose = sum(file.top_folder is None for file in images)
     if loose:
         parts.append(f"{_count(loose, 'image')} in the folder itself")
-    others = Counter(file.kind for file in files if file.kind not in (_IMAGE, METADATA))
+    others = Counter(file.kind for file in files if file.kind not in (IMAGE, METADATA))
     for kind, count in others.items():
         parts.append(
             f"{_count(count, 'file')} {kind} ({_examples([file.place for file in files if file.kind == kind])})"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -48,15 +51,48 @@ def decode_image(encoded: Mapping[str, bytes | str | None] | None) -> Image.Imag
     """
     if encoded is None:
         raise UnreadableImageError("the row has none")
-    source = encoded["path"] if encoded["bytes"] is None else BytesIO(encoded["bytes"])
+    return decode_frames(encoded["path"] if encoded["bytes"] is None else BytesIO(encoded["bytes"]), [0])[0]
+
+
+def decode_frames(source: str | os.PathLike | BinaryIO, numbers: Sequence[int]) -> list[Image.Image]:
+    """Decodes frames of a file that may have several, such as a GIF, each as [`decode_image`] does.
+
+    Args:
+        source: The file.
+        numbers: Which frames, ascending, >= 0.
+
+    Raises:
+        UnreadableImageError: As [`decode_image`], or if there is no such frame.
+    """
+    with decoding(), Image.open(source) as image:
+        return [_decode_frame(image, number) for number in numbers]
+
+
+@contextmanager
+def decoding(prefix: str = "") -> Iterator[None]:
+    """Around what decodes a file: whatever goes wrong is a fault of the file.
+
+    Args:
+        prefix: Of the error.
+
+    Raises:
+        UnreadableImageError: In place of all errors but those of memory.
+    """
     try:
-        with Image.open(source) as image:
-            layout, scaled = str(image.tile), image.format in _SCALED_FORMATS
-            return _to_8_bit(ImageOps.exif_transpose(image), layout, scaled)
+        yield
     except MemoryError:
         raise
-    except Exception as error:  # damaged files lead Pillow's decoders into errors of almost every type
-        raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
+    except UnreadableImageError as error:
+        raise UnreadableImageError(f"{prefix}{error}") from error
+    except Exception as error:  # damaged files lead decoders into errors of almost every type
+        raise UnreadableImageError(f"{prefix}{type(error).__name__}: {error}") from error
+
+
+def _decode_frame(image: Image.Image, number: int) -> Image.Image:
+    if number:  # formats with one frame need not seek
+        image.seek(number)
+    layout, scaled = str(image.tile), image.format in _SCALED_FORMATS
+    return _to_8_bit(ImageOps.exif_transpose(image), layout, scaled)
 
 
 def _to_8_bit(image: Image.Image, layout: str, scaled: bool) -> Image.Image:

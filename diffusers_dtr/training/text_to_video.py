@@ -19,7 +19,7 @@ def add_video_arguments(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--train_data_dir", required=True, help="Folder of videos or of folders of frames, with a metadata.jsonl.")
     add("--validation_data_dir", help="Folder of videos for the held-out loss, laid out as --train_data_dir.")
-    add("--cache_dir", help="Where downloaded models are kept.")
+    add("--cache_dir", help="Where downloaded models are kept, and zip files unpacked.")
     add("--resolution", type=COUNT, default=256, help="Side of the clips in pixels. Default %(default)s.")
     add("--num_frames", type=COUNT, default=17, help="Frames of a clip. Default %(default)s.")
     add("--frame_stride", type=COUNT, default=1, help="How many frames of a video apart they are. Default 1.")
@@ -68,7 +68,8 @@ def video_dataset(args: argparse.Namespace, folder: str | None, *, held_out: boo
     """
     if folder is None:
         return None
-    videos = load_training_videos(folder, args.caption_column, args.num_frames, args.frame_stride)
+    length = (args.num_frames, args.frame_stride)
+    videos = load_training_videos(folder, args.caption_column, *length, args.cache_dir)
     crop, flip = args.center_crop or held_out, args.random_flip and not held_out
     frames = ImageTransform(args.resolution, 3, crop, flip, args.image_interpolation_mode)
     transform = VideoTransform(frames, args.num_frames, args.frame_stride)
