@@ -107,17 +107,13 @@ def _unpatchify(vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
 
 
 def encodes_videos(vae: ModelMixin) -> bool:
-    """Whether an autoencoder takes `(batch, channels, frames, height, width)`. To it, an image is one frame.
-
-    Args:
-        vae: A diffusers autoencoder of images or videos.
-    """
+    """Whether an autoencoder takes `(batch, channels, frames, height, width)`. To it, an image is one frame."""
     return any(isinstance(module, nn.Conv3d) for module in vae.encoder.modules())
 
 
 @contextmanager
 def _upcast(vae: ModelMixin) -> Iterator[None]:
-    """In float32 meanwhile, if the activations of a VAE overflow in float16: as in diffusers' pipelines of SDXL."""
+    """Run a VAE whose activations overflow in float16 in float32, as diffusers' pipelines of SDXL do."""
     overflows = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
     if overflows:
         vae.float()
@@ -237,11 +233,7 @@ def decode_latents(vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
 
 
 def latent_channels(vae: ModelMixin) -> int:
-    """Channels of what [`encode_images`] returns.
-
-    Args:
-        vae: A diffusers autoencoder of images or videos.
-    """
+    """Channels of what [`encode_images`] returns."""
     channels = vae.config["z_dim"] if "z_dim" in vae.config else vae.config["latent_channels"]
     return channels * math.prod(_patch_size(vae) or ())
 
@@ -270,14 +262,7 @@ def vae_scale_factor(vae: ModelMixin) -> int:
 
 
 def frames_per_latent(vae: ModelMixin) -> int:
-    """How many frames of a video a latent spans, but for the first, which spans one.
-
-    Args:
-        vae: A diffusers autoencoder of videos.
-
-    Raises:
-        ValueError: If neither the VAE nor its config tells.
-    """
+    """How many frames of a video a latent spans, but for the first, which spans one; a ValueError if nothing tells."""
     told = vae.config.get("scale_factor_temporal") or vars(vae).get("temporal_compression_ratio")
     if told is None:
         raise ValueError(f"`vae` must say how many frames a latent spans, got {type(vae).__name__}.")

@@ -33,6 +33,9 @@ from .visualization import copy_drawing, draw_routing_masks, spaced_grid
 
 logger = logging.getLogger(__name__)
 
+__all__ = ["build_model_card", "fetch_card", "save_metrics", "save_model_card"]
+
+
 CARD_FILE = "README.md"
 _MASKS, _SAMPLES = "figures/routing_masks.png", "figures/samples.png"
 # The card, and what it shows and links to; patterns as `huggingface_hub` takes them.

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from numbers import Real
 
 
+__all__ = ["COUNT", "FINITE", "NON_NEGATIVE", "POSITIVE", "SEED", "SHARE", "WHOLE", "Range"]
+
 _INTERVAL = re.compile(r"([\[(])([^,\s]+),\s*([^,\s]+)([\])])")
 
 
@@ -16,12 +18,11 @@ _INTERVAL = re.compile(r"([\[(])([^,\s]+),\s*([^,\s]+)([\])])")
 class Range:
     """An interval of numbers, such as `Range("(0, 1]")`, or of integers, such as `Range("[0, 2^32)", int)`.
 
-    Neither NaN nor a bool is in any of them; infinity is in those that are closed there.
-
-    `value in range` tells, [`check`] raises, and calling a range parses text, as argparse does.
+    `value in range` tests, [`check`] raises an error, and calling a range parses text, as `type=` of `argparse` does.
+    No range has NaN or bools in it; infinity is in those that are closed there.
 
     Args:
-        interval: In mathematicians' notation; `inf` for no border, and a^b for a power.
+        interval: In interval notation, with `inf` where there is no limit, and a^b for a power.
         kind: `float`, for any real number, or `int`.
     """
 
@@ -46,24 +47,13 @@ class Range:
         return f"{noun} {'>=' if opening == '[' else '>'} {low:g}"
 
     def check(self, **values: object) -> None:
-        """Raise an error for arguments outside this range.
-
-        Args:
-            **values: By the names of the arguments.
-
-        Raises:
-            ValueError: Naming the argument, what is allowed, and what came.
-        """
+        """Raise a ValueError for values outside this range, which names the argument, the range, and what came."""
         for name, value in values.items():
             if value not in self:
                 raise ValueError(f"`{name}` must be {self}, got {value!r}.")
 
     def __call__(self, text: str) -> int | float:
-        """Parse a number; `type=` of an argument of argparse.
-
-        Raises:
-            argparse.ArgumentTypeError: If it is not in this range.
-        """
+        """Parse a number, as `type=` of an argument of argparse."""
         try:
             value = self.kind(text)
         except ValueError:

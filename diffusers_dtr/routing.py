@@ -214,6 +214,11 @@ class ChannelRouting:
         return mask
 
 
+def warmed_up_beta(step: int, warmup_steps: int, target: float) -> float:
+    """Share of active channels after some steps of a linear warm-up from the unrouted model: from 1 to the target."""
+    return target if step >= warmup_steps else 1.0 - (1.0 - target) * step / warmup_steps
+
+
 def check_routing(
     *,
     alpha: float = 4.0,
@@ -223,19 +228,7 @@ def check_routing(
     timestep_range: Sequence[float] = DEFAULT_TIMESTEP_RANGE,
     num_channels: int | None = None,
 ) -> None:
-    """Check the settings of a routing.
-
-    Args:
-        alpha: Must be a finite number > 0.
-        beta: Must be in (0, 1].
-        routing_type: Must be one of "dtr", "random", "none".
-        seed: Must be an integer in [0, 2**32).
-        timestep_range: Must be two different finite numbers.
-        num_channels: Width for which the window must hold at least one channel, or None not to check that.
-
-    Raises:
-        ValueError: Naming the argument, what is allowed, and what came.
-    """
+    """Raise a ValueError for settings that are no routing, or leave none of `num_channels` channels active."""
     ALPHA_RANGE.check(routing_alpha=alpha)
     BETA_RANGE.check(routing_beta=beta)
     if routing_type not in ROUTING_TYPES:

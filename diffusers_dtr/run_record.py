@@ -12,6 +12,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 
+__all__ = ["RECORD_FILE", "public_arguments", "public_command", "publishable"]
+
 # Names of files that others look for: they stay. Of a pipeline and of adapters, as diffusers calls them.
 PIPELINE_INDEX = "model_index.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"

@@ -1,4 +1,8 @@
-"""Plots of masks, clusters, losses and affinities. The `plot_` functions take and return a matplotlib Axes."""
+"""Pictures of masks, clusters, losses and affinities, and grids of images.
+
+Every `plot_` function draws on `ax`, the matplotlib Axes given, or on those of a new figure, and returns them. Without
+matplotlib it raises an ImportError.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -23,6 +27,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+
+__all__ = [
+    "draw_routing_masks",
+    "plot_affinity_by_noise_distance",
+    "plot_cluster_boundaries",
+    "plot_cluster_gaps",
+    "plot_cluster_losses",
+    "plot_routing_masks",
+    "plot_task_affinity",
+]
 
 # Letters of a name before a row of images.
 _ROW_NAME = 24
@@ -43,13 +57,9 @@ def plot_routing_masks(
         alpha: As in [`routing_mask`].
         beta: As in [`routing_mask`].
         timestep_range: As in [`routing_mask`].
-        ax: Axes to draw on; those of a new figure by default.
-
-    Returns:
-        The Axes.
+        ax: Axes to draw on.
 
     Raises:
-        ImportError: Without matplotlib.
         ValueError: As [`routing_mask`].
     """
     check_routing(timestep_range=timestep_range)
@@ -63,34 +73,19 @@ def plot_routing_masks(
     return ax
 
 
-def draw_routing_masks(
-    widths: Sequence[int],
-    *,
-    alpha: float = 4.0,
-    beta: float = 0.8,
-    timestep_range: Sequence[float] = DEFAULT_TIMESTEP_RANGE,
-) -> Figure:
-    """Figure of a model's masks, to save to a file: one plot for each width of its blocks.
+def draw_routing_masks(widths: Sequence[int], **routing: Any) -> Figure:
+    """Figure of a model's masks, to save to a file: one plot for each width of its blocks, side by side.
 
     Args:
-        widths: Widths of the blocks, side by side.
-        alpha: As in [`routing_mask`].
-        beta: As in [`routing_mask`].
-        timestep_range: As in [`routing_mask`].
-
-    Returns:
-        The figure.
-
-    Raises:
-        ImportError: Without matplotlib.
-        ValueError: As [`routing_mask`].
+        widths: Widths of the blocks.
+        **routing: As in [`plot_routing_masks`], with its errors.
     """
     require("matplotlib", "training", "Pictures")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1 + 5 * len(widths), 3), layout="constrained")
     for ax, width in zip(figure.subplots(1, len(widths), squeeze=False)[0], widths, strict=True):
-        plot_routing_masks(width, alpha=alpha, beta=beta, timestep_range=timestep_range, ax=ax)
+        plot_routing_masks(width, **routing, ax=ax)
     return figure
 
 
@@ -100,13 +95,9 @@ def plot_cluster_losses(history: Sequence[dict], ax: Axes | None = None) -> Axes
     Args:
         history: Entries with `step` and `clusters`, the loss of each cluster or None where it had no samples; the
             lines of a run's `loss_history.jsonl`.
-        ax: Axes to draw on; those of a new figure by default.
-
-    Returns:
-        The Axes.
+        ax: Axes to draw on.
 
     Raises:
-        ImportError: Without matplotlib.
         ValueError: If the history is empty.
     """
     if not history:
@@ -135,13 +126,7 @@ def plot_task_affinity(affinity: TaskAffinity, ax: Axes | None = None) -> Axes:
 
     Args:
         affinity: What [`~diffusers_dtr.TaskAffinity.measure`] or `load` returned.
-        ax: Axes to draw on; those of a new figure by default.
-
-    Returns:
-        The Axes.
-
-    Raises:
-        ImportError: Without matplotlib.
+        ax: Axes to draw on.
     """
     ax = _axes(ax)
     full = affinity.full_matrix().numpy()
@@ -169,14 +154,13 @@ def plot_affinity_by_noise_distance(affinity: TaskAffinity, ax: Axes | None = No
 
     Args:
         affinity: Of at least three timesteps of finite log SNR.
-        ax: Axes to draw on; those of a new figure by default.
+        ax: Axes to draw on.
 
     Returns:
         The Axes, titled with the rank correlation, see
         [`~diffusers_dtr.analysis.noise_distance_correlation`].
 
     Raises:
-        ImportError: Without matplotlib.
         ValueError: For fewer timesteps.
     """
     correlation = noise_distance_correlation(affinity)
@@ -208,13 +192,12 @@ def plot_cluster_boundaries(
     Args:
         clusterings: By name; all of the timesteps of `levels`.
         levels: Noise levels of the scheduler. Those of infinite log SNR have no place on the axis.
-        ax: Axes to draw on; those of a new figure by default.
+        ax: Axes to draw on.
 
     Returns:
         The Axes, where every cluster is a bar, with its first timestep on it where there is room.
 
     Raises:
-        ImportError: Without matplotlib.
         ValueError: If there is no clustering, or one of another number of timesteps.
     """
     if not clusterings:
@@ -252,13 +235,9 @@ def plot_cluster_gaps(gaps: Mapping[str, tuple[Tensor, Tensor, Tensor]], ax: Axe
 
     Args:
         gaps: For each model name: mean, lower and upper end of the interval, `(k,)` each.
-        ax: Axes to draw on; those of a new figure by default.
-
-    Returns:
-        The Axes.
+        ax: Axes to draw on.
 
     Raises:
-        ImportError: Without matplotlib.
         ValueError: If there is no model, or models have different numbers of clusters.
     """
     sizes = {len(values) for triple in gaps.values() for values in triple}
@@ -297,12 +276,7 @@ def _color(cluster: int, num_clusters: int):
 
 
 def spaced_grid(path: Path, side: int | None) -> Image.Image:
-    """The images of a grid as [`image_grid`] shows them.
-
-    Args:
-        path: The grid.
-        side: Side of its images in pixels. A grid that is not made of such images stays as it is.
-    """
+    """A file's grid of images of `side` pixels, as [`image_grid`] shows them; any other picture as it is."""
     with Image.open(path) as file:
         grid = file.convert("RGB")
     if side is None or side < 1 or grid.width % side or grid.height % side:

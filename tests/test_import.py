@@ -16,7 +16,7 @@ LAYERS = [
     "extras",
     "config_types",
     "atomic_files",
-    "fingerprint",
+    "caches",
     "run_record",
     "hub",
     "hub_mixin",

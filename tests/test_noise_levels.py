@@ -17,12 +17,21 @@ T = 1000
 TIMESTEPS = torch.tensor([0, 1, 57, 500, 900, 998, 999])
 BETA_SCHEDULES = ["linear", "scaled_linear", "squaredcos_cap_v2"]
 
-# Schedulers keep ᾱ in float32: with σ = √(1 − ᾱ) = 0.01 at t = 0 that is 1.5e-6 in σ. Everything is of order 1.
+TABULATED = ["DDPM", "DDIM", "DDPMParallel", "DDIMParallel", "PNDM", "LCM", "TCD"]
+TABULATED += ["SASolver", "CogVideoXDDIM", "CogVideoXDPM"]
+WITH_ZERO_SNR = ["DDPM", "DDIM", "DDPMParallel", "DDIMParallel", "LCM", "TCD", "CogVideoXDDIM", "CogVideoXDPM"]
+SOLVERS = ["DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "DEISMultistep"]
+EXPLODING = ["EulerDiscrete", "EulerAncestralDiscrete", "LMSDiscrete", "HeunDiscrete"]
+EXPLODING += ["KDPM2Discrete", "KDPM2AncestralDiscrete"]
+
+# Schedulers keep ᾱ in float32: with σ = √(1 − ᾱ) = 0.01 at t = 0 that is 1.5e-6 in σ. Everything is of order 1, but
+# for σ = √((1 − ᾱ)/ᾱ), which is up to 157 or 10⁴: there the tolerance is relative to it.
 FLOAT32_ALPHAS_CUMPROD = {"rtol": 1e-4, "atol": 1e-5}
+FLOAT32_SIGMAS = {"rtol": 2e-4, "atol": 1e-4}
 
 
 def make(name, **config):
-    return getattr(diffusers, name)(**config)
+    return getattr(diffusers, f"{name}Scheduler")(**config)
 
 
 def noise_pair(batch, dtype=torch.float32, seed=0):
@@ -30,52 +39,43 @@ def noise_pair(batch, dtype=torch.float32, seed=0):
     return tuple(torch.randn(batch, 3, 4, 4, generator=generator, dtype=dtype) for _ in range(2))
 
 
-# --- variance preserving ---------------------------------------------------------------------------------------------
-
-TABULATED = [
-    "DDPM",
-    "DDIM",
-    "DDPMParallel",
-    "DDIMParallel",
-    "PNDM",
-    "LCM",
-    "TCD",
-    "SASolver",
-    "CogVideoXDDIM",
-    "CogVideoXDPM",
-]
-WITH_ZERO_SNR = ["DDPM", "DDIM", "DDPMParallel", "DDIMParallel", "LCM", "TCD", "CogVideoXDDIM", "CogVideoXDPM"]
-SOLVERS = ["DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "DEISMultistep"]
+# --- schedules made of betas -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("beta_schedule", BETA_SCHEDULES)
-@pytest.mark.parametrize("name", TABULATED)
-def test_variance_preserving_samples_equal_add_noise(name, beta_schedule):
-    scheduler = make(f"{name}Scheduler", beta_schedule=beta_schedule)
-    clean, noise = noise_pair(len(TIMESTEPS))
-    noisy = NoiseLevels(scheduler).add_noise(clean, noise, TIMESTEPS)
-    torch.testing.assert_close(noisy, scheduler.add_noise(clean, noise, TIMESTEPS), **FLOAT32_ALPHAS_CUMPROD)
+def known_timesteps(name, scheduler):
+    """Some that its `add_noise` takes: solvers look them up in the sampling table."""
+    if name in SOLVERS:
+        scheduler.set_timesteps(T)
+    elif name not in EXPLODING:
+        return TIMESTEPS[len(scheduler.betas) > TIMESTEPS]
+    whole = scheduler.timesteps == scheduler.timesteps.double().round()
+    return scheduler.timesteps[whole][::111]
 
 
 @pytest.mark.parametrize(
-    "scheduler",
+    ("name", "config"),
     [
-        make("UnCLIPScheduler"),
-        make("DDPMScheduler", beta_schedule="sigmoid"),
-        make("DDPMScheduler", trained_betas=[0.1, 0.2, 0.3], num_train_timesteps=3),
+        *((name, {"beta_schedule": kind}) for name in TABULATED + SOLVERS + EXPLODING for kind in BETA_SCHEDULES),
+        ("DPMSolverMultistep", {"rescale_betas_zero_snr": True}),
+        ("UniPCMultistep", {"rescale_betas_zero_snr": True}),
+        ("UnCLIP", {}),
+        ("DDPM", {"beta_schedule": "sigmoid"}),
+        ("DDPM", {"trained_betas": [0.1, 0.2, 0.3], "num_train_timesteps": 3}),
     ],
-    ids=["UnCLIP", "sigmoid", "trained_betas"],
+    ids=str,
 )
-def test_other_beta_schedules_equal_add_noise(scheduler):
-    timesteps = torch.tensor([0, 1, len(scheduler.betas) - 1])
-    clean, noise = noise_pair(3)
-    noisy = NoiseLevels(scheduler).add_noise(clean, noise, timesteps)
-    torch.testing.assert_close(noisy, scheduler.add_noise(clean, noise, timesteps), **FLOAT32_ALPHAS_CUMPROD)
+def test_noisy_samples_equal_add_noise(name, config):
+    scheduler = make(name, **config)
+    levels, timesteps = NoiseLevels(scheduler), known_timesteps(name, scheduler)
+    clean, noise = noise_pair(len(timesteps))
+    expected = scheduler.add_noise(clean, noise, timesteps)
+    tolerance = FLOAT32_SIGMAS if name in EXPLODING else FLOAT32_ALPHAS_CUMPROD
+    torch.testing.assert_close(levels.add_noise(clean, noise, timesteps), expected, **tolerance)
 
 
 @pytest.mark.parametrize("name", WITH_ZERO_SNR)
 def test_zero_terminal_snr_samples_and_velocities_equal_the_scheduler_s(name):
-    scheduler = make(f"{name}Scheduler", rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    scheduler = make(name, rescale_betas_zero_snr=True, prediction_type="v_prediction")
     levels = NoiseLevels(scheduler)
     clean, noise = noise_pair(len(TIMESTEPS))
     noisy = levels.add_noise(clean, noise, TIMESTEPS)
@@ -83,94 +83,25 @@ def test_zero_terminal_snr_samples_and_velocities_equal_the_scheduler_s(name):
     torch.testing.assert_close(noisy, scheduler.add_noise(clean, noise, TIMESTEPS), **FLOAT32_ALPHAS_CUMPROD)
     torch.testing.assert_close(velocity, scheduler.get_velocity(clean, noise, TIMESTEPS), **FLOAT32_ALPHAS_CUMPROD)
     torch.testing.assert_close(levels.predict_clean(velocity, noisy, TIMESTEPS), clean, rtol=0, atol=1e-5)
+    assert levels.log_snr(TIMESTEPS[-1:]).item() == -math.inf or name.startswith("CogVideoX")
 
 
-def test_rescaled_ddpm_ends_at_snr_zero():
-    levels = NoiseLevels(make("DDPMScheduler", rescale_betas_zero_snr=True))
-    last = torch.tensor([T - 1])
-    assert levels.snr(last).item() == 0
-    assert levels.log_snr(last).item() == -math.inf
-    assert levels.sigma(last).item() == 1
-
-
-@pytest.mark.parametrize("beta_schedule", BETA_SCHEDULES)
-@pytest.mark.parametrize(
-    ("name", "config"),
-    [
-        *((name, {}) for name in SOLVERS),
-        ("DPMSolverMultistep", {"rescale_betas_zero_snr": True}),
-        ("UniPCMultistep", {"rescale_betas_zero_snr": True}),
-    ],
-)
-def test_solvers_samples_equal_add_noise(name, config, beta_schedule):
-    scheduler = make(f"{name}Scheduler", beta_schedule=beta_schedule, **config)
-    levels = NoiseLevels(scheduler)
-    scheduler.set_timesteps(T)  # their add_noise looks timesteps up in the sampling table, made here
-    timesteps = scheduler.timesteps[::111]
-    clean, noise = noise_pair(len(timesteps))
-    expected = scheduler.add_noise(clean, noise, timesteps)
-    torch.testing.assert_close(levels.add_noise(clean, noise, timesteps), expected, **FLOAT32_ALPHAS_CUMPROD)
+def test_precision_at_the_first_timestep_is_that_of_the_betas():
+    scheduler = make("DDPM")
+    sigma = NoiseLevels(scheduler).sigma(torch.tensor([0])).item()
+    assert sigma**2 == pytest.approx(scheduler.betas[0].item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 def test_predicted_clean_sample_equals_the_one_ddpm_steps_with(prediction_type):
-    scheduler = make("DDPMScheduler", prediction_type=prediction_type, clip_sample=False)
+    scheduler = make("DDPM", prediction_type=prediction_type, clip_sample=False)
     levels = NoiseLevels(scheduler)
     noisy, model_output = noise_pair(1)
+    assert levels.model_input(noisy, torch.tensor([3])) is noisy
     for t in (0, 100, 600):
         step = scheduler.step(model_output, t, noisy, generator=torch.Generator().manual_seed(0))
         predicted = levels.predict_clean(model_output, noisy, torch.tensor([t]))
         torch.testing.assert_close(predicted, step.pred_original_sample, rtol=1e-4, atol=1e-4)
-
-
-# --- variance exploding ----------------------------------------------------------------------------------------------
-
-EXPLODING = [
-    "EulerDiscrete",
-    "EulerAncestralDiscrete",
-    "LMSDiscrete",
-    "HeunDiscrete",
-    "KDPM2Discrete",
-    "KDPM2AncestralDiscrete",
-]
-
-
-@pytest.mark.parametrize("beta_schedule", BETA_SCHEDULES)
-@pytest.mark.parametrize("name", EXPLODING)
-def test_variance_exploding_samples_equal_add_noise(name, beta_schedule):
-    scheduler = make(f"{name}Scheduler", beta_schedule=beta_schedule)
-    timesteps = scheduler.timesteps[scheduler.timesteps == scheduler.timesteps.round()][::199]
-    clean, noise = noise_pair(len(timesteps))
-    noisy = NoiseLevels(scheduler).add_noise(clean, noise, timesteps)
-    # σ = √((1 − ᾱ)/ᾱ) of a float32 ᾱ: relative to σ, up to 157 or 10⁴, not to 1.
-    torch.testing.assert_close(noisy, scheduler.add_noise(clean, noise, timesteps), rtol=2e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", EXPLODING)
-def test_variance_exploding_model_input_equals_scale_model_input(name):
-    scheduler = make(f"{name}Scheduler")
-    levels = NoiseLevels(scheduler)
-    timestep = scheduler.timesteps[0]
-    clean, noise = noise_pair(1)
-    noisy = levels.add_noise(clean, noise, timestep[None])
-    expected = scheduler.scale_model_input(noisy, timestep)
-    torch.testing.assert_close(levels.model_input(noisy, timestep[None]), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_euler_interpolates_sigma_between_timesteps():
-    scheduler = make("EulerDiscreteScheduler")
-    levels = NoiseLevels(scheduler)
-    scheduler.set_timesteps(7)
-    assert (scheduler.timesteps != scheduler.timesteps.round()).any()
-    sigma = levels.sigma(scheduler.timesteps)
-    torch.testing.assert_close(sigma, scheduler.sigmas[:-1].double(), rtol=2e-4, atol=0)
-
-
-@pytest.mark.parametrize("name", ["EulerDiscrete", "EulerAncestralDiscrete"])
-def test_zero_terminal_snr_has_the_large_sigma_that_euler_gives_it(name):
-    scheduler = make(f"{name}Scheduler", rescale_betas_zero_snr=True)
-    last = scheduler.timesteps[:1]
-    assert NoiseLevels(scheduler).sigma(last).item() == pytest.approx(scheduler.sigmas[0].item(), rel=1e-6)
 
 
 # EulerDiscreteScheduler.get_velocity reads ᾱ at the mirrored timestep (it indexes an ascending table with positions in
@@ -178,7 +109,7 @@ def test_zero_terminal_snr_has_the_large_sigma_that_euler_gives_it(name):
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("name", ["EulerDiscrete", "EulerAncestralDiscrete"])
 def test_predicted_clean_sample_equals_the_one_euler_steps_with(name, prediction_type):
-    scheduler = make(f"{name}Scheduler", prediction_type=prediction_type)
+    scheduler = make(name, prediction_type=prediction_type)
     levels = NoiseLevels(scheduler)
     scheduler.set_timesteps(5)
     clean, noise = noise_pair(1)
@@ -193,59 +124,65 @@ def test_predicted_clean_sample_equals_the_one_euler_steps_with(name, prediction
     torch.testing.assert_close(predicted, clean, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", EXPLODING)
+def test_variance_exploding_model_input_equals_scale_model_input(name):
+    scheduler = make(name)
+    levels, timestep = NoiseLevels(scheduler), scheduler.timesteps[0]
+    noisy = levels.add_noise(*noise_pair(1), timestep[None])
+    expected = scheduler.scale_model_input(noisy, timestep)
+    torch.testing.assert_close(levels.model_input(noisy, timestep[None]), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_euler_interpolates_sigma_between_timesteps():
+    scheduler = make("EulerDiscrete")
+    scheduler.set_timesteps(7)
+    assert (scheduler.timesteps != scheduler.timesteps.round()).any()
+    sigma = NoiseLevels(scheduler).sigma(scheduler.timesteps)
+    torch.testing.assert_close(sigma, scheduler.sigmas[:-1].double(), rtol=2e-4, atol=0)
+
+
+@pytest.mark.parametrize("name", ["EulerDiscrete", "EulerAncestralDiscrete"])
+def test_zero_terminal_snr_has_the_large_sigma_that_euler_gives_it(name):
+    scheduler = make(name, rescale_betas_zero_snr=True)
+    last = NoiseLevels(scheduler).sigma(scheduler.timesteps[:1]).item()
+    assert last == pytest.approx(scheduler.sigmas[0].item(), rel=1e-6)
+
+
 def test_continuous_euler_is_called_with_a_quarter_of_log_sigma():
-    scheduler = make("EulerDiscreteScheduler", timestep_type="continuous", prediction_type="v_prediction")
+    scheduler = make("EulerDiscrete", timestep_type="continuous", prediction_type="v_prediction")
     levels = NoiseLevels(scheduler)
     torch.testing.assert_close(levels.timesteps, scheduler.timesteps.flip(0).double(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(levels.sigma(scheduler.timesteps), scheduler.sigmas[:-1].double(), rtol=1e-5, atol=0)
 
 
-# --- EDM -------------------------------------------------------------------------------------------------------------
+# --- EDM and flow matching -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sigma_schedule", ["karras", "exponential"])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("name", ["EDMEuler", "EDMDPMSolverMultistep"])
 def test_edm_equals_the_scheduler_s_preconditioning(name, prediction_type, sigma_schedule):
-    scheduler = make(
-        f"{name}Scheduler", prediction_type=prediction_type, sigma_schedule=sigma_schedule, sigma_data=0.7
-    )
-    levels = NoiseLevels(scheduler)
-    timesteps, sigma = scheduler.timesteps[::111], scheduler.sigmas[:-1][::111]
+    scheduler = make(name, prediction_type=prediction_type, sigma_schedule=sigma_schedule, sigma_data=0.7)
+    levels, config = NoiseLevels(scheduler), scheduler.config
+    timesteps, sigma = scheduler.timesteps[::111], scheduler.sigmas[:-1][::111].view(-1, 1, 1, 1)
     clean, noise = noise_pair(len(timesteps))
     noisy = levels.add_noise(clean, noise, timesteps)
-    tolerance = {"rtol": 1e-5, "atol": 1e-5}
-    per_sample = sigma.view(-1, 1, 1, 1)
-    torch.testing.assert_close(noisy, scheduler.add_noise(clean, noise, timesteps), **tolerance)
-    torch.testing.assert_close(
-        levels.model_input(noisy, timesteps), scheduler.precondition_inputs(noisy, per_sample), **tolerance
-    )
-    torch.testing.assert_close(
-        levels.predict_clean(noise, noisy, timesteps),
-        scheduler.precondition_outputs(noisy, noise, per_sample),
-        **tolerance,
-    )
-    grid = levels.timesteps
-    assert len(grid) == scheduler.config.num_train_timesteps
-    expected_range = scheduler.precondition_noise(
-        torch.tensor([scheduler.config.sigma_min, scheduler.config.sigma_max])
-    )
-    torch.testing.assert_close(grid[[0, -1]].float(), expected_range, rtol=1e-5, atol=0)
-
-
-def test_edm_grid_is_the_scheduler_s_own():
-    scheduler = make("EDMDPMSolverMultistepScheduler")
-    levels = NoiseLevels(scheduler)
-    torch.testing.assert_close(levels.timesteps.flip(0).float(), scheduler.timesteps, rtol=1e-4, atol=1e-4)
-
-
-# --- flow matching ---------------------------------------------------------------------------------------------------
+    for ours, theirs in [
+        (noisy, scheduler.add_noise(clean, noise, timesteps)),
+        (levels.model_input(noisy, timesteps), scheduler.precondition_inputs(noisy, sigma)),
+        (levels.predict_clean(noise, noisy, timesteps), scheduler.precondition_outputs(noisy, noise, sigma)),
+    ]:
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    ends = scheduler.precondition_noise(torch.tensor([config.sigma_min, config.sigma_max]))
+    torch.testing.assert_close(levels.timesteps[[0, -1]].float(), ends, rtol=1e-5, atol=0)
+    if name == "EDMDPMSolverMultistep":  # the other one begins with a sampling grid
+        torch.testing.assert_close(levels.timesteps.flip(0).float(), scheduler.timesteps, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("config", [{}, {"shift": 3.0}, {"shift": 3.0, "use_dynamic_shifting": True}])
 @pytest.mark.parametrize("name", ["FlowMatchEulerDiscrete", "FlowMatchLCM"])
 def test_flow_equals_scale_noise_on_the_scheduler_s_grid(name, config):
-    scheduler = make(f"{name}Scheduler", **config)
+    scheduler = make(name, **config)
     levels = NoiseLevels(scheduler)
     torch.testing.assert_close(levels.timesteps, scheduler.timesteps.flip(0).double(), rtol=1e-6, atol=0)
     timesteps = scheduler.timesteps[::111]
@@ -256,33 +193,19 @@ def test_flow_equals_scale_noise_on_the_scheduler_s_grid(name, config):
     torch.testing.assert_close(levels.target(clean, noise, timesteps), noise - clean)
 
 
-def test_heun_flow_equals_scale_noise():
-    scheduler = make("FlowMatchHeunDiscreteScheduler", shift=3.0)
-    clean, noise = noise_pair(1)
-    timestep = scheduler.timesteps[300]
-    expected = scheduler.scale_noise(clean, timestep, noise)
-    noisy = NoiseLevels(scheduler).add_noise(clean, noise, timestep[None])
-    torch.testing.assert_close(noisy, expected, rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("name", [*SOLVERS, "SASolver"])
 def test_solvers_with_flow_sigmas_are_flows(name):
-    scheduler = make(f"{name}Scheduler", use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction")
+    scheduler = make(name, use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction")
     levels = NoiseLevels(scheduler)
     scheduler.set_timesteps(50)
-    torch.testing.assert_close(
-        # their timesteps are rounded to integers, and the largest σ·T = 1000 with them
-        levels.sigma(scheduler.timesteps),
-        scheduler.sigmas[:-1].double(),
-        rtol=0,
-        atol=1 / T,
-    )
-    assert levels.prediction_type == "flow"
-    assert levels.timesteps[-1] == T
+    # Their timesteps are rounded to integers, and the largest σ·T = 1000 with them.
+    sigma = levels.sigma(scheduler.timesteps)
+    torch.testing.assert_close(sigma, scheduler.sigmas[:-1].double(), rtol=0, atol=1 / T)
+    assert (levels.prediction_type, levels.timesteps[-1]) == ("flow", T)
 
 
-def test_flow_is_exact_at_both_ends_of_time():
-    levels = NoiseLevels(make("FlowMatchEulerDiscreteScheduler"))
+def test_flow_is_exact_at_both_ends_of_time_and_below_its_first_timestep():
+    levels = NoiseLevels(make("FlowMatchEulerDiscrete"))
     ends = torch.tensor([0.0, 1000.0])
     clean, noise = noise_pair(2)
     noisy = levels.add_noise(clean, noise, ends)
@@ -290,19 +213,21 @@ def test_flow_is_exact_at_both_ends_of_time():
     predicted = levels.predict_clean(levels.target(clean, noise, ends), noisy, ends)
     torch.testing.assert_close(predicted, clean, rtol=0, atol=1e-6)
     assert levels.snr(ends).tolist() == [math.inf, 0.0]
+    shifted = NoiseLevels(make("FlowMatchEulerDiscrete", shift=3.0))
+    assert shifted.sigma(torch.tensor([0.0, 0.5, 1000.0])).tolist() == [0, 0.0005, 1]
 
 
 # --- all processes ---------------------------------------------------------------------------------------------------
 
 PROCESSES = {
-    **{f"ddpm-{kind}": ("DDPMScheduler", {"prediction_type": kind}) for kind in ("epsilon", "sample", "v_prediction")},
-    **{f"euler-{kind}": ("EulerDiscreteScheduler", {"prediction_type": kind}) for kind in ("epsilon", "v_prediction")},
-    **{f"edm-{kind}": ("EDMEulerScheduler", {"prediction_type": kind}) for kind in ("epsilon", "v_prediction")},
-    "continuous": ("EulerDiscreteScheduler", {"timestep_type": "continuous", "prediction_type": "v_prediction"}),
-    "flow": ("FlowMatchEulerDiscreteScheduler", {}),
-    "flow-epsilon": ("UniPCMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "epsilon"}),
-    "zero-snr-epsilon": ("DDPMScheduler", {"rescale_betas_zero_snr": True}),
-    "zero-snr-v": ("DDPMScheduler", {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}),
+    **{f"ddpm-{kind}": ("DDPM", {"prediction_type": kind}) for kind in ("epsilon", "sample", "v_prediction")},
+    **{f"euler-{kind}": ("EulerDiscrete", {"prediction_type": kind}) for kind in ("epsilon", "v_prediction")},
+    **{f"edm-{kind}": ("EDMEuler", {"prediction_type": kind}) for kind in ("epsilon", "v_prediction")},
+    "continuous": ("EulerDiscrete", {"timestep_type": "continuous", "prediction_type": "v_prediction"}),
+    "flow": ("FlowMatchEulerDiscrete", {}),
+    "flow-epsilon": ("UniPCMultistep", {"use_flow_sigmas": True, "prediction_type": "epsilon"}),
+    "zero-snr-epsilon": ("DDPM", {"rescale_betas_zero_snr": True}),
+    "zero-snr-v": ("DDPM", {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}),
 }
 LEVELS = {key: NoiseLevels(make(name, **config)) for key, (name, config) in PROCESSES.items()}
 every_process = pytest.mark.parametrize("levels", LEVELS.values(), ids=LEVELS.keys())
@@ -332,19 +257,15 @@ def test_gains_measure_how_output_errors_become_clean_and_noise_errors(levels):
 
 
 @every_process
-def test_grid_ascends_in_noise_level(levels):
-    assert levels.timesteps.dtype == torch.float64
-    assert len(levels.timesteps) == levels.num_train_timesteps == T
-    assert (levels.timesteps.diff() > 0).all()
-    assert (levels.log_snr(levels.timesteps).diff() < 0).all()
-    assert levels.timestep_range == (levels.timesteps.min().item(), levels.timesteps.max().item())
-
-
-@every_process
-def test_snr_is_the_ratio_of_squared_shares(levels):
-    timesteps = levels.timesteps[[0, 400, 998]]
+def test_grid_ascends_in_noise_level_and_snr_is_the_ratio_of_squared_shares(levels):
+    grid = levels.timesteps
+    assert grid.dtype == torch.float64
+    assert len(grid) == levels.num_train_timesteps == T
+    assert (grid.diff() > 0).all()
+    assert (levels.log_snr(grid).diff() < 0).all()
+    assert levels.timestep_range == (grid.min().item(), grid.max().item())
+    timesteps = grid[[0, 400, 998]]
     expected = levels.alpha(timesteps) ** 2 / levels.sigma(timesteps) ** 2
-    assert levels.snr(timesteps).dtype == torch.float64
     torch.testing.assert_close(levels.snr(timesteps), expected)
     torch.testing.assert_close(levels.log_snr(timesteps), expected.log())
 
@@ -354,15 +275,13 @@ def test_everything_is_finite_at_both_ends_of_the_grid(levels):
     ends = levels.timesteps[[0, -1]]
     clean, noise = noise_pair(2)
     noisy = levels.add_noise(clean, noise, ends)
-    results = [
-        noisy,
-        levels.model_input(noisy, ends),
-        levels.target(clean, noise, ends),
-        levels.predict_clean(noise, noisy, ends),
-        levels.clean_gain(ends),
-        levels.noise_gain(ends),
-    ]
+    results = [noisy, levels.model_input(noisy, ends), levels.target(clean, noise, ends)]
+    results += [levels.predict_clean(noise, noisy, ends), levels.clean_gain(ends), levels.noise_gain(ends)]
     assert all(result.isfinite().all() for result in results)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        rounded = ends.to(dtype)
+        if not is_discrete(levels.timesteps) or rounded[1] < T:  # 999 is 1000 in bfloat16
+            assert levels.sigma(rounded).isfinite().all()
 
 
 @every_process
@@ -387,34 +306,14 @@ def test_no_value_is_read_back_from_the_device(levels):
     assert levels.noise_gain(timesteps).shape == levels.log_snr(timesteps).shape == (2,)
 
 
-@pytest.mark.gpu
-def test_tables_are_copied_to_a_gpu_once_and_then_never_waited_for():
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    levels = NoiseLevels(make("DDPMScheduler"))
-    clean, noise = (sample.cuda() for sample in noise_pair(len(TIMESTEPS)))
-    timesteps = TIMESTEPS.cuda()
-    expected = levels.add_noise(clean.cpu(), noise.cpu(), TIMESTEPS)
-    levels.add_noise(clean, noise, timesteps)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        noisy = levels.add_noise(clean, noise, timesteps)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    torch.testing.assert_close(noisy.cpu(), expected)
-
-
-def test_sampling_state_of_the_scheduler_does_not_change_its_levels():
-    for name, config in [
-        ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
-        ("FlowMatchEulerDiscreteScheduler", {}),
-    ]:
-        scheduler = make(name, **config)
-        before = NoiseLevels(scheduler)
-        scheduler.set_timesteps(4)
-        after = NoiseLevels(scheduler)
-        assert torch.equal(before.timesteps, after.timesteps)
-        assert torch.equal(before.sigma(before.timesteps), after.sigma(before.timesteps))
+@pytest.mark.parametrize(("name", "config"), [("EulerDiscrete", {"use_karras_sigmas": True}), PROCESSES["flow"]])
+def test_sampling_state_of_the_scheduler_does_not_change_its_levels(name, config):
+    scheduler = make(name, **config)
+    before = NoiseLevels(scheduler)
+    scheduler.set_timesteps(4)
+    after = NoiseLevels(scheduler)
+    assert torch.equal(before.timesteps, after.timesteps)
+    assert torch.equal(before.sigma(before.timesteps), after.sigma(before.timesteps))
 
 
 @pytest.mark.parametrize(
@@ -426,26 +325,14 @@ def test_sampling_state_of_the_scheduler_does_not_change_its_levels():
     ],
 )
 def test_settings_that_a_scheduler_only_keeps_for_another_class_do_not_change_its_levels(name, of_another_class):
-    scheduler_class = getattr(diffusers, f"{name}Scheduler")
     own = {} if name.startswith("Flow") else {"prediction_type": "v_prediction"}
-    expected = NoiseLevels(scheduler_class(**own))
-    scheduler = scheduler_class.from_config({**own, **of_another_class})
+    expected = NoiseLevels(make(name, **own))
+    scheduler = getattr(diffusers, f"{name}Scheduler").from_config({**own, **of_another_class})
     assert scheduler.config.items() >= of_another_class.items()
     levels = NoiseLevels(scheduler)
     assert levels.prediction_type == expected.prediction_type
-    torch.testing.assert_close(levels.timesteps, expected.timesteps, rtol=0, atol=0)
-    torch.testing.assert_close(levels.log_snr(levels.timesteps), expected.log_snr(levels.timesteps), rtol=0, atol=0)
-
-
-def test_precision_at_the_first_timestep_is_that_of_the_betas():
-    scheduler = make("DDPMScheduler")
-    first = torch.tensor([0])
-    assert NoiseLevels(scheduler).sigma(first).item() ** 2 == pytest.approx(scheduler.betas[0].item(), rel=1e-12)
-
-
-def test_ddpm_model_input_is_the_noisy_sample_itself():
-    noisy, _ = noise_pair(2)
-    assert NoiseLevels(make("DDPMScheduler")).model_input(noisy, torch.tensor([3, 900])) is noisy
+    assert torch.equal(levels.timesteps, expected.timesteps)
+    assert torch.equal(levels.log_snr(levels.timesteps), expected.log_snr(levels.timesteps))
 
 
 # --- the variational bound -------------------------------------------------------------------------------------------
@@ -467,79 +354,79 @@ def bound_by_distributions(scheduler, prediction, variance_values, clean, noisy,
     return divergence.mean() / math.log(2)
 
 
+def bound_of(levels, timesteps, dtype=torch.float32):
+    """The bound of random samples, and the output of a denoiser that it is of."""
+    clean, noise = noise_pair(len(timesteps), dtype)
+    model_output = torch.cat(noise_pair(len(timesteps), dtype, seed=1), 1).requires_grad_()
+    noisy = levels.add_noise(clean, noise, timesteps)
+    return levels.variational_bound(model_output, clean, noisy, timesteps), model_output, clean, noisy
+
+
 @pytest.mark.parametrize("t", [1, 2, 400, 999])
 def test_bound_is_the_divergence_of_the_two_posteriors(t):
-    scheduler = make("DDPMScheduler")
-    levels = NoiseLevels(scheduler)
-    clean, noise = noise_pair(1, torch.float64)
-    prediction, variance_values = noise_pair(1, torch.float64, seed=1)
-    noisy = levels.add_noise(clean, noise, torch.tensor([t]))
-    bound = levels.variational_bound(torch.cat([prediction, variance_values], 1), clean, noisy, torch.tensor([t]))
-    expected = bound_by_distributions(scheduler, prediction, variance_values, clean, noisy, t)
+    scheduler = make("DDPM")
+    bound, model_output, clean, noisy = bound_of(NoiseLevels(scheduler), torch.tensor([t]), torch.float64)
+    expected = bound_by_distributions(scheduler, *model_output.chunk(2, 1), clean, noisy, t)
     torch.testing.assert_close(bound[0], expected, rtol=1e-6, atol=0)
 
 
 def test_decoder_probabilities_of_all_256_levels_sum_to_one():
-    levels = NoiseLevels(make("DDPMScheduler"))
+    levels = NoiseLevels(make("DDPM"))
     clean = torch.linspace(-1, 1, 256, dtype=torch.float64).view(256, 1, 1)  # one level per sample
     noisy = torch.full_like(clean, 0.3)
     model_output = torch.tensor([[0.2], [0.5]], dtype=torch.float64).expand(256, 2, 1)
-    bits = levels.variational_bound(model_output, clean, noisy, torch.zeros(256, dtype=torch.int64))
-    probabilities = 2**-bits
+    probabilities = 2 ** -levels.variational_bound(model_output, clean, noisy, torch.zeros(256, dtype=torch.int64))
     # Levels out of reach count as 1e-12 each.
     assert probabilities.sum().item() == pytest.approx(1, abs=256e-12)
     predicted = levels.predict_clean(model_output[:1, :1], noisy[:1], torch.tensor([0])).item()
     assert clean[probabilities.argmax()].item() == pytest.approx(predicted, abs=1 / 255)
 
 
-@pytest.mark.parametrize("t", [0, 500])
-def test_bound_trains_the_variance_and_leaves_the_mean_alone(t):
-    levels = NoiseLevels(make("DDPMScheduler"))
-    clean, noise = noise_pair(1)
-    model_output = torch.cat(noise_pair(1, seed=1), 1).requires_grad_()
-    noisy = levels.add_noise(clean, noise, torch.tensor([t]))
-    levels.variational_bound(model_output, clean, noisy, torch.tensor([t])).sum().backward()
-    assert not model_output.grad[:, :3].any()
-    assert model_output.grad[:, 3:].any()
-
-
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_bound_and_its_gradient_are_finite_at_zero_snr(prediction_type):
-    scheduler = make("DDPMScheduler", rescale_betas_zero_snr=True, prediction_type=prediction_type)
-    levels = NoiseLevels(scheduler)
-    timesteps = torch.tensor([0, 998, 999])
-    clean, noise = noise_pair(3)
-    model_output = torch.cat(noise_pair(3, seed=1), 1).requires_grad_()
-    bound = levels.variational_bound(model_output, clean, levels.add_noise(clean, noise, timesteps), timesteps)
+def test_bound_is_finite_at_zero_snr_and_trains_the_variance_but_not_the_mean(prediction_type):
+    levels = NoiseLevels(make("DDPM", rescale_betas_zero_snr=True, prediction_type=prediction_type))
+    bound, model_output, *_ = bound_of(levels, torch.tensor([0, 500, 998, 999]))
     bound.sum().backward()
     assert bound.isfinite().all()
     assert model_output.grad.isfinite().all()
+    assert not model_output.grad[:, :3].any()
+    assert model_output.grad[:, 3:].flatten(1).any(1).all()
 
 
 def test_bound_is_the_same_for_preserved_and_exploding_variance():
-    clean, noise = noise_pair(3)
-    model_output = torch.cat(noise_pair(3, seed=1), 1)
-    timesteps = torch.tensor([0, 300, 900])
-    preserved, exploding = (NoiseLevels(make(name)) for name in ("DDPMScheduler", "EulerDiscreteScheduler"))
-    bounds = [
-        levels.variational_bound(model_output, clean, levels.add_noise(clean, noise, timesteps), timesteps)
-        for levels in (preserved, exploding)
-    ]
-    torch.testing.assert_close(bounds[0], bounds[1], rtol=1e-4, atol=1e-5)
+    bounds = [bound_of(LEVELS[f"{name}-epsilon"], torch.tensor([0, 300, 900]))[0] for name in ("ddpm", "euler")]
+    torch.testing.assert_close(*bounds, rtol=1e-4, atol=1e-5)
 
 
-def test_bound_needs_betas():
-    clean, _ = noise_pair(1)
-    levels = NoiseLevels(make("FlowMatchEulerDiscreteScheduler"))
-    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler has no betas"):
-        levels.variational_bound(torch.cat([clean, clean], 1), clean, clean, torch.tensor([3.0]))
+@pytest.mark.parametrize(
+    ("levels", "message"),
+    [
+        (LEVELS["flow"], "FlowMatchEulerDiscreteScheduler has no betas"),
+        (NoiseLevels(make("DDPM", variance_type="learned")), "learned_range"),
+    ],
+)
+def test_bound_needs_betas_and_variance_values_that_are_a_range(levels, message):
+    with pytest.raises(ValueError, match=message):
+        bound_of(levels, torch.tensor([3]))
 
 
-def test_bound_needs_variance_values_that_are_a_range():
-    clean, _ = noise_pair(1)
-    levels = NoiseLevels(make("DDPMScheduler", variance_type="learned"))
-    with pytest.raises(ValueError, match="learned_range"):
-        levels.variational_bound(torch.cat([clean, clean], 1), clean, clean, torch.tensor([3]))
+@pytest.mark.parametrize(
+    ("name", "config", "expected"),
+    [
+        ("DDPM", {"variance_type": "learned_range"}, True),
+        ("DDPM", {"variance_type": "learned"}, True),
+        ("DDPM", {"variance_type": "fixed_small"}, False),
+        ("DDPMParallel", {"variance_type": "learned_range"}, True),
+        ("UnCLIP", {"variance_type": "learned_range"}, True),
+        ("UnCLIP", {"variance_type": "fixed_small_log"}, False),
+        ("DPMSolverMultistep", {"variance_type": "learned_range"}, False),
+        ("SASolver", {"variance_type": "learned_range"}, False),
+        ("DDIM", {}, False),
+        ("FlowMatchEulerDiscrete", {}, False),
+    ],
+)
+def test_learned_variance_is_used_only_where_a_step_samples_with_it(name, config, expected):
+    assert uses_learned_variance(make(name, **config)) is expected
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -555,15 +442,15 @@ class CosineTime(diffusers.EDMEulerScheduler):
 @pytest.mark.parametrize(
     ("scheduler", "missing"),
     [
-        (make("DDIMInverseScheduler"), "add_noise"),
-        (make("IPNDMScheduler"), "add_noise"),
-        (make("RePaintScheduler"), "prediction_type"),
-        (make("ScoreSdeVeScheduler"), "alphas_cumprod"),
-        (make("CMStochasticIterativeScheduler"), "alphas_cumprod"),
-        (make("DDPMScheduler", prediction_type="flow"), "prediction_type"),
-        (make("EDMDPMSolverMultistepScheduler", prediction_type="sample"), "prediction_type"),
-        (make("DPMSolverMultistepScheduler", prediction_type="flow_prediction"), "prediction_type"),
-        (make("FlowMatchEulerDiscreteScheduler", invert_sigmas=True), "invert_sigmas"),
+        (make("DDIMInverse"), "add_noise"),
+        (make("IPNDM"), "add_noise"),
+        (make("RePaint"), "prediction_type"),
+        (make("ScoreSdeVe"), "alphas_cumprod"),
+        (make("CMStochasticIterative"), "alphas_cumprod"),
+        (make("DDPM", prediction_type="flow"), "prediction_type"),
+        (make("EDMDPMSolverMultistep", prediction_type="sample"), "prediction_type"),
+        (make("DPMSolverMultistep", prediction_type="flow_prediction"), "prediction_type"),
+        (make("FlowMatchEulerDiscrete", invert_sigmas=True), "invert_sigmas"),
         (CosineTime(), "precondition_noise"),
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, str) else value,
@@ -571,11 +458,6 @@ class CosineTime(diffusers.EDMEulerScheduler):
 def test_unserved_schedulers_are_named_with_what_they_lack(scheduler, missing):
     with pytest.raises(TypeError, match=rf"{type(scheduler).__name__} lacks .*`{missing}`"):
         NoiseLevels(scheduler)
-
-
-def test_something_else_than_a_scheduler_is_refused():
-    with pytest.raises(TypeError, match="`scheduler` must be a diffusers scheduler, got int"):
-        NoiseLevels(1000)
 
 
 OUTSIDE = {
@@ -592,62 +474,32 @@ def test_timesteps_outside_the_schedule_are_refused_by_all_that_takes_timesteps(
     levels = LEVELS[key]
     timesteps = torch.tensor([levels.timesteps[5], outside])
     clean, noise = noise_pair(2)
-    of_samples = (levels.add_noise, levels.target, levels.predict_clean)
     of_timesteps = (levels.alpha, levels.sigma, levels.snr, levels.log_snr, levels.clean_gain, levels.noise_gain)
-    calls = [partial(call, clean, noise, timesteps) for call in of_samples]
+    calls = [
+        partial(call, clean, noise, timesteps) for call in (levels.add_noise, levels.target, levels.predict_clean)
+    ]
     calls += [partial(call, timesteps) for call in of_timesteps]
     for call in [*calls, partial(levels.model_input, clean, timesteps)]:
         with pytest.raises(ValueError, match=r"`timesteps` must lie in \[-?[\d.]+, [\d.]+\], got"):
             call()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-@every_process
-def test_ends_of_the_schedule_belong_to_it_in_every_precision(levels, dtype):
-    ends = levels.timesteps[[0, -1]].to(dtype)
-    if is_discrete(levels.timesteps) and ends[1] == T:
-        pytest.skip("999 is 1000 in bfloat16")
-    assert levels.sigma(ends).isfinite().all()
-
-
-def test_flow_matching_has_noise_levels_below_its_first_timestep():
-    levels = NoiseLevels(make("FlowMatchEulerDiscreteScheduler", shift=3.0))
-    assert levels.sigma(torch.tensor([0.0, 0.5, 1000.0])).tolist() == [0, 0.0005, 1]
-
-
-@pytest.mark.parametrize("timesteps", [5, torch.tensor(5), torch.tensor([[5, 6]])])
-def test_timesteps_must_be_a_batch(timesteps):
-    clean, noise = noise_pair(2)
-    with pytest.raises(ValueError, match="`timesteps` must be a tensor of shape"):
-        NoiseLevels(make("DDPMScheduler")).add_noise(clean, noise, timesteps)
-
-
-def test_samples_must_agree_with_each_other_and_with_the_timesteps():
-    levels = NoiseLevels(make("DDPMScheduler"))
-    clean, noise = noise_pair(2)
-    with pytest.raises(ValueError, match="`noise` must have the shape of `clean`"):
-        levels.add_noise(clean, noise[:1], torch.tensor([1, 2]))
-    with pytest.raises(ValueError, match="one value per sample"):
-        levels.add_noise(clean, noise, torch.tensor([1]))
-
-
 @pytest.mark.parametrize(
-    ("name", "variance_type", "expected"),
+    ("num_noise", "timesteps", "message"),
     [
-        ("DDPMScheduler", "learned_range", True),
-        ("DDPMScheduler", "learned", True),
-        ("DDPMScheduler", "fixed_small", False),
-        ("DDPMParallelScheduler", "learned_range", True),
-        ("UnCLIPScheduler", "learned_range", True),
-        ("UnCLIPScheduler", "fixed_small_log", False),
-        ("DPMSolverMultistepScheduler", "learned_range", False),
-        ("SASolverScheduler", "learned_range", False),
+        (2, 5, "`timesteps` must be a tensor of shape"),
+        (2, torch.tensor(5), "`timesteps` must be a tensor of shape"),
+        (2, torch.tensor([[5, 6]]), "`timesteps` must be a tensor of shape"),
+        (1, torch.tensor([1, 2]), "`noise` must have the shape of `clean`"),
+        (2, torch.tensor([1]), "one value per sample"),
     ],
 )
-def test_learned_variance_is_used_only_where_a_step_samples_with_it(name, variance_type, expected):
-    assert uses_learned_variance(make(name, variance_type=variance_type)) is expected
+def test_samples_and_timesteps_that_do_not_fit_are_refused(num_noise, timesteps, message):
+    clean, noise = noise_pair(2)
+    with pytest.raises(ValueError, match=message):
+        LEVELS["ddpm-epsilon"].add_noise(clean, noise[:num_noise], timesteps)
 
 
-def test_schedulers_without_a_variance_type_use_no_learned_variance():
-    assert not uses_learned_variance(make("DDIMScheduler"))
-    assert not uses_learned_variance(make("FlowMatchEulerDiscreteScheduler"))
+def test_something_else_than_a_scheduler_is_refused():
+    with pytest.raises(TypeError, match="`scheduler` must be a diffusers scheduler, got int"):
+        NoiseLevels(1000)

@@ -7,9 +7,8 @@ from diffusers import DDPMScheduler
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-from diffusers_dtr import NoiseLevels, TaskAffinity, TimestepClusters
+from diffusers_dtr import NoiseLevels, TaskAffinity, TimestepClusters, routing_mask
 from diffusers_dtr.analysis import noise_distance_correlation
-from diffusers_dtr.routing import routing_mask
 from diffusers_dtr.visualization import (
     draw_routing_masks,
     plot_affinity_by_noise_distance,
@@ -22,9 +21,9 @@ from diffusers_dtr.visualization import (
 
 
 HISTORY = [
-    {"step": 10, "loss": 1.0, "clusters": [0.1, 1.0, 3.0], "weights": [1.0, 1.0, 1.0]},
-    {"step": 20, "loss": 1.0, "clusters": [0.2, None, 2.0], "weights": [1.0, 1.0, 1.0]},
-    {"step": 30, "loss": 1.0, "clusters": [0.3, 0.5, 1.0], "weights": [1.0, 1.0, 1.0]},
+    {"step": 10, "clusters": [0.1, 1.0, None]},
+    {"step": 20, "clusters": [0.2, None, None]},
+    {"step": 30, "clusters": [0.3, 0.5, None]},
 ]
 GAPS = {"plain": ([1.0, -2.0], [0.5, -3.0], [2.0, -1.5]), "routed": ([0.0, 1.0], [-1.0, 0.0], [1.0, 2.0])}
 LEVELS = NoiseLevels(DDPMScheduler(rescale_betas_zero_snr=True))
@@ -43,6 +42,7 @@ AFFINITY = falling_affinity()
 
 @pytest.fixture(autouse=True)
 def close_figures():
+    pyplot.close("all")
     yield
     pyplot.close("all")
 
@@ -59,7 +59,6 @@ def close_figures():
     ],
 )
 def test_plots_draw_on_the_axes_given_or_on_new_ones(plot):
-    pyplot.close("all")  # what other tests left
     ax = Figure().add_subplot()
     assert plot(ax=ax) is ax
     assert not pyplot.get_fignums()
@@ -68,89 +67,44 @@ def test_plots_draw_on_the_axes_given_or_on_new_ones(plot):
     assert new.has_data()
     assert new.figure.number in pyplot.get_fignums()
     assert plot().figure is not new.figure
+    new.figure.canvas.draw()
 
 
-def test_every_cluster_is_a_line_in_a_colour_of_its_own():
+def test_every_cluster_is_a_line_that_goes_on_where_it_had_no_samples():
     ax = plot_cluster_losses(HISTORY)
     assert [line.get_label() for line in ax.lines] == ["cluster 0", "cluster 1", "cluster 2"]
-    assert ax.lines[0].get_xydata().tolist() == [[10, 0.1], [20, 0.2], [30, 0.3]]
-    assert len({line.get_color() for line in ax.lines}) == 3
-    assert len(ax.get_legend().get_texts()) == 3
+    lines = [line.get_xydata().tolist() for line in ax.lines]
+    assert lines == [[[10, 0.1], [20, 0.2], [30, 0.3]], [[10, 1.0], [30, 0.5]], []]
+    assert len({line.get_color() for line in ax.lines}) == len(ax.get_legend().get_texts()) == 3
     assert ax.get_yscale() == "log"
+    single = plot_cluster_losses([{"step": 1, "clusters": [0.5]}])
+    assert single.lines[0].get_marker() == "."  # one reading is no line
 
 
-def test_line_goes_on_where_a_cluster_had_no_samples():
-    ax = plot_cluster_losses(HISTORY)
-    assert ax.lines[1].get_xydata().tolist() == [[10, 1.0], [30, 0.5]]
-
-
-def test_cluster_that_never_had_samples_is_in_the_legend():
-    history = [{**entry, "clusters": [0.1, None]} for entry in HISTORY]
-    assert [len(line.get_xydata()) for line in plot_cluster_losses(history).lines] == [3, 0]
-
-
-def test_single_cluster_and_single_reading_are_drawn():
-    ax = plot_cluster_losses([{"step": 1, "clusters": [0.5]}])
-    assert ax.lines[0].get_marker() == "."
-    ax.figure.canvas.draw()
-
-
-def test_empty_history_is_refused():
-    with pytest.raises(ValueError, match="`history` must have at least one entry, got none"):
-        plot_cluster_losses([])
-
-
-def test_masks_are_those_of_the_routing():
-    ax = plot_routing_masks(10, alpha=2.0, beta=0.5, timestep_range=(0, 9))
-    (image,) = ax.images
+def test_masks_are_those_of_the_routing_and_stand_side_by_side():
+    routing = {"alpha": 2.0, "beta": 0.5, "timestep_range": (0, 9)}
+    (image,) = plot_routing_masks(10, **routing).images
     shown = np.asarray(image.get_array())
     assert shown.shape == (10, 500)
-    assert np.array_equal(shown[:, -1], routing_mask(9, 10, alpha=2.0, beta=0.5, timestep_range=(0, 9))[0])
-    assert np.array_equal(shown[:, 0], routing_mask(0, 10, alpha=2.0, beta=0.5, timestep_range=(0, 9))[0])
+    for column, timestep in ((0, 0), (-1, 9)):
+        assert np.array_equal(shown[:, column], routing_mask(timestep, 10, **routing)[0])
     assert (shown.sum(0) == 5).all()
     assert image.get_extent() == [0, 9, 0, 10]
-
-
-def test_masks_of_several_widths_stand_side_by_side_as_those_of_the_first_alone():
-    several, one = (draw_routing_masks(widths, beta=0.5) for widths in ([8, 16], [8]))
-    shown = [ax.images[0].get_array() for ax in (*several.axes, *one.axes)]
-    assert [len(masks) for masks in shown] == [8, 16, 8]
-    assert np.array_equal(shown[0], shown[2])
-    assert several.get_figwidth() > one.get_figwidth()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"beta": 0}, "`routing_beta`"),
-        ({"alpha": -1.0}, "`routing_alpha`"),
-        ({"timestep_range": (5, 5)}, "`routing_timestep_range`"),
-        ({"timestep_range": (0, 1, 2)}, "`routing_timestep_range`"),
-    ],
-)
-def test_masks_of_no_routing_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        plot_routing_masks(8, **options)
-
-
-def test_missing_matplotlib_is_an_error_that_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for draw in (lambda: plot_routing_masks(8), lambda: draw_routing_masks([8])):
-        with pytest.raises(ImportError, match=r'need matplotlib: pip install "diffusers-dtr\[training\]"'):
-            draw()
+    figure = draw_routing_masks([10, 16], **routing)
+    several = [ax.images[0].get_array() for ax in figure.axes]
+    assert np.array_equal(several[0], shown)
+    assert len(several[1]) == 16
 
 
 def test_heat_map_is_the_full_matrix_with_timesteps_and_noise_levels():
     ax = plot_task_affinity(AFFINITY)
-    (image,) = ax.images
+    (image,), (above,) = ax.images, ax.child_axes
     assert np.array_equal(image.get_array(), AFFINITY.full_matrix().numpy())
     assert image.get_clim() == (-1, 1)
     assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "250", "500", "749", "999"]
-    (above,) = ax.child_axes
     assert above.get_xticks().tolist() == [0, 300, 600]
     expected = [f"{value:.1f}" for value in AFFINITY.log_snr[:3].tolist()]
     assert [label.get_text() for label in above.get_xticklabels()] == expected
-    ax.figure.canvas.draw()
 
 
 def test_pairs_of_timesteps_are_points_under_their_correlation():
@@ -165,20 +119,13 @@ def test_pairs_of_timesteps_are_points_under_their_correlation():
 def test_boundaries_are_bars_that_tile_the_noise_levels():
     ax = plot_cluster_boundaries(CLUSTERS, LEVELS)
     bars = [(bar.get_y() + bar.get_height() / 2, bar.get_x(), bar.get_x() + bar.get_width()) for bar in ax.patches]
-    log_snr = LEVELS.log_snr(LEVELS.timesteps)
-    halfway = [(float(log_snr[i - 1]) + float(log_snr[i])) / 2 for i in (500, 100, 600)]
-    clean, noisy = float(log_snr[0]), float(log_snr[998])
-    rows = [[clean, halfway[0], noisy], [clean, halfway[1], halfway[2], noisy]]
-    expected = [(row, *edges) for row in (0, 1) for edges in zip(rows[row], rows[row][1:], strict=False)]
-    assert bars == [pytest.approx(bar) for bar in expected]
+    log_snr = LEVELS.log_snr(LEVELS.timesteps).tolist()
+    clean, noisy = log_snr[0], log_snr[998]
+    halfway = {i: (log_snr[i - 1] + log_snr[i]) / 2 for i in (100, 500, 600)}
+    even = [(0, clean, halfway[500]), (0, halfway[500], noisy)]
+    odd = [(1, clean, halfway[100]), (1, halfway[100], halfway[600]), (1, halfway[600], noisy)]
+    assert bars == [pytest.approx(bar) for bar in even + odd]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["even", "odd"]
-
-
-def test_boundaries_of_another_schedule_are_refused():
-    with pytest.raises(ValueError, match="of the 1000 timesteps of `levels`, got 'short' of 10"):
-        plot_cluster_boundaries({"short": TimestepClusters([0, 10])}, LEVELS)
-    with pytest.raises(ValueError, match="`clusterings` must have at least one"):
-        plot_cluster_boundaries({}, LEVELS)
 
 
 def test_gaps_are_bars_side_by_side_with_their_intervals():
@@ -191,7 +138,28 @@ def test_gaps_are_bars_side_by_side_with_their_intervals():
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["plain", "routed"]
 
 
-@pytest.mark.parametrize("gaps", [{}, {**GAPS, "short": ([1.0], [0.0], [2.0])}])
-def test_gaps_of_unequal_clusters_are_refused(gaps):
-    with pytest.raises(ValueError, match="`gaps` must have the same number of clusters"):
-        plot_cluster_gaps(gaps)
+@pytest.mark.parametrize(
+    ("plot", "message"),
+    [
+        (lambda: plot_cluster_losses([]), "`history` must have at least one entry, got none"),
+        (lambda: plot_routing_masks(8, beta=0), "`routing_beta`"),
+        (lambda: plot_routing_masks(8, timestep_range=(0, 1, 2)), "`routing_timestep_range`"),
+        (lambda: plot_cluster_boundaries({}, LEVELS), "`clusterings` must have at least one"),
+        (
+            lambda: plot_cluster_boundaries({"short": TimestepClusters([0, 10])}, LEVELS),
+            "of the 1000 timesteps of `levels`, got 'short' of 10",
+        ),
+        (lambda: plot_cluster_gaps({}), "`gaps` must have the same number of clusters"),
+        (lambda: plot_cluster_gaps({**GAPS, "short": ([1.0], [0.0], [2.0])}), "`gaps` must have the same number"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(plot, message):
+    with pytest.raises(ValueError, match=message):
+        plot()
+
+
+@pytest.mark.parametrize("draw", [lambda: plot_routing_masks(8), lambda: draw_routing_masks([8])])
+def test_missing_matplotlib_is_an_error_that_names_the_extra(draw, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r'need matplotlib: pip install "diffusers-dtr\[training\]"'):
+        draw()

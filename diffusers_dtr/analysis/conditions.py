@@ -13,15 +13,7 @@ from torch import Tensor
 
 
 def checked_conditions(conditions: Mapping[str, Any] | None, num_images: int) -> dict[str, Any]:
-    """Check that there is one condition for each image.
-
-    Args:
-        conditions: Tensors `(num_images, ...)` by name, or mappings of these, or None.
-        num_images: How many entries each must have.
-
-    Raises:
-        ValueError: If one has another number of entries.
-    """
+    """Copy tensors `(num_images, ...)` by name, or mappings of these; a ValueError for one of another length."""
     for name, values in named_tensors(conditions or {}).items():
         if len(values) != num_images:
             raise ValueError(
@@ -32,12 +24,7 @@ def checked_conditions(conditions: Mapping[str, Any] | None, num_images: int) ->
 
 
 def named_tensors(conditions: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
-    """All tensors by name, which is `mapping.name` for one in a mapping.
-
-    Args:
-        conditions: Tensors by name, or mappings of these.
-        prefix: What all names begin with.
-    """
+    """All tensors by name, which is `mapping.name` for one in a mapping."""
     tensors: dict[str, Tensor] = {}
     for name, value in conditions.items():
         nested = isinstance(value, Mapping)

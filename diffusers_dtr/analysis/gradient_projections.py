@@ -125,12 +125,7 @@ class CoordinateBlock:
 
 
 def exact_blocks(parameters: Mapping[str, Tensor], size: int) -> list[CoordinateBlock]:
-    """Cut parameters into blocks of at most `size` coordinates, in order.
-
-    Args:
-        parameters: The parameters by name.
-        size: Coordinates in a block, >= 1; the last block may have fewer.
-    """
+    """Cut parameters, by name, into blocks of at most `size` >= 1 coordinates, in order; the last may be smaller."""
     blocks: list[dict[str, slice]] = [{}]
     room = size
     for name, value in parameters.items():

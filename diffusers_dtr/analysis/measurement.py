@@ -1,12 +1,11 @@
 """Measurement of inner products of gradients, shared by several processes, and resumed after an interruption.
 
-Everything that is measured lies in a folder, one file per timestep, under a name that tells what it is of: processes
-share the work by sharing the folder, and work that is there is not done again, whoever did it.
+Results are kept in a folder, one file per timestep, named by a cache key. Processes share the work by sharing the
+folder, and a file that exists is not computed again, whichever process wrote it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..atomic_files import replace_text, replacing
+from ..caches import content_key
 from ..evaluating import evaluating
-from ..fingerprint import fingerprint
 from .estimators import gram
 from .gradient_projections import Projection
 from .timestep_gradients import NUM_PARTS, TimestepGradients
@@ -125,10 +124,9 @@ def _key(gradients: TimestepGradients) -> str:
     description = {
         "class": type(model).__name__,
         "config": {name: value for name, value in config.items() if not name.startswith("_")},
-        "weights": fingerprint(sorted(model.state_dict().items())),
         "parameters": sorted(gradients.parameters),
     }
-    return hashlib.sha256(json.dumps(description, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return content_key(description, [model])
 
 
 def _read_features(files: Sequence[Path]) -> Tensor:

@@ -47,8 +47,8 @@ class TaskAffinity:
         training_timesteps: float64 `(T,)`, increasing: the training grid.
         log_snr: float64 `(n,)`: natural logarithm of the signal-to-noise ratio at `timesteps`.
         reliability: Split-half reliability of the matrix, see
-            [`~diffusers_dtr.analysis.estimators.reliability`].
-        estimator: "unbiased" or "plain", see [`~diffusers_dtr.analysis.estimators.cosines`].
+            [`~diffusers_dtr.analysis.reliability`].
+        estimator: "unbiased" or "plain", see [`~diffusers_dtr.analysis.cosines`].
         provenance: What else is known about the measurement, of JSON types.
 
     Example:
@@ -118,7 +118,7 @@ class TaskAffinity:
             timesteps: All training timesteps by default. A number n >= 2: as many, spread evenly over the training
                 grid with both its ends. Or increasing timesteps themselves.
             estimator: "unbiased", free of the noise of finitely many images, or "plain": the cosines of the gradients
-                over all images, as in the paper. See [`~diffusers_dtr.analysis.estimators.cosines`].
+                over all images, as in the paper. See [`~diffusers_dtr.analysis.cosines`].
             parameters: Which parameters take part, by name; all by default. Frozen ones never do.
             sketch_size: Numbers in a sketch; None for exact cosines.
             seed: Seed of the sketch.
@@ -200,19 +200,11 @@ class TaskAffinity:
         return torch.where(lower[:, None] == lower, ridge, (full + full.T) / 2)
 
     def with_provenance(self, **provenance: Any) -> TaskAffinity:
-        """A copy with more provenance.
-
-        Args:
-            **provenance: Of JSON types, added to what is known already.
-        """
+        """A copy with more provenance, of JSON types, added to what is known already."""
         return replace(self, provenance={**self.provenance, **provenance})
 
     def save(self, path: str | PathLike) -> None:
-        """Save as one safetensors file, with everything but the tensors in its metadata.
-
-        Args:
-            path: The file; it is replaced once the new one is complete.
-        """
+        """Save as one safetensors file, with everything but the tensors in its metadata: an atomic write."""
         description = {
             "format": _FORMAT,
             "estimator": self.estimator,
@@ -226,14 +218,7 @@ class TaskAffinity:
 
     @classmethod
     def load(cls, path: str | PathLike) -> TaskAffinity:
-        """Load a file of [`save`].
-
-        Args:
-            path: The file.
-
-        Raises:
-            ValueError: If there is no such file, or it does not hold a task affinity.
-        """
+        """Load a file of [`save`]; a ValueError if there is none, or it does not hold a task affinity."""
         try:
             with safe_open(path, framework="pt") as file:
                 description = json.loads((file.metadata() or {}).get(_METADATA_KEY, "{}"))

@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import send_to_device, slice_tensors
 from torch import Tensor, nn
 
-from ..fingerprint import fingerprint
+from ..caches import fingerprint
 from ..objective.denoising_loss import DenoisingLoss
 from ..ranges import COUNT
 from .conditions import checked_conditions, named_tensors
@@ -133,11 +133,7 @@ class TimestepGradients:
 
 
 def chosen_parameters(model: nn.Module, predicate: Callable[[str], bool] | None) -> dict[str, nn.Parameter]:
-    """The parameters of a model that take part, by name.
-
-    Raises:
-        ValueError: If there are none.
-    """
+    """The parameters of a model that take part, by name; a ValueError if there are none."""
     trainable = {name: value for name, value in model.named_parameters() if value.requires_grad}
     chosen = {name: value for name, value in trainable.items() if predicate is None or predicate(name)}
     if not chosen:

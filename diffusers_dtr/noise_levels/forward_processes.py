@@ -27,12 +27,8 @@ _LEARNED_VARIANCE_TYPES: Mapping[type, tuple[str, ...]] = {
 def uses_learned_variance(scheduler: SchedulerMixin) -> bool:
     """Whether `scheduler.step` samples with a variance that the denoiser predicts.
 
-    Args:
-        scheduler: Any diffusers scheduler.
-
-    Returns:
-        True for DDPM, DDPMParallel and UnCLIP with a learned `variance_type`; False for every other scheduler: they
-        need a denoiser output without variance channels, or discard them.
+    That is so for DDPM, DDPMParallel and UnCLIP with a learned `variance_type`; every other scheduler needs a denoiser
+    output without variance channels, or discards them.
     """
     return any(
         isinstance(scheduler, cls) and scheduler.config.variance_type in variance_types
@@ -87,7 +83,6 @@ class VariancePreserving(ForwardProcess):
         self._table = TimestepTable(alphas_cumprod)
 
     def alpha_sigma(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """See [`ForwardProcess.alpha_sigma`]."""
         alphas_cumprod = self._table(timesteps)
         return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
 
@@ -103,7 +98,6 @@ class VarianceExploding(ForwardProcess):
         self._table = TimestepTable(((1 - alphas_cumprod) / alphas_cumprod).sqrt())
 
     def alpha_sigma(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """See [`ForwardProcess.alpha_sigma`]."""
         sigma = self._table(timesteps)
         return torch.ones_like(sigma), sigma
 
@@ -117,7 +111,6 @@ class LogSigmaTime(ForwardProcess):
         super().__init__(sigmas.log() / 4, sigma_data)
 
     def alpha_sigma(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """See [`ForwardProcess.alpha_sigma`]."""
         sigma = (4 * timesteps.to(scalar_dtype(timesteps.device))).exp()
         return torch.ones_like(sigma), sigma
 
@@ -148,7 +141,6 @@ class Flow(ForwardProcess):
         return 0.0, float(len(self.timesteps))
 
     def alpha_sigma(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """See [`ForwardProcess.alpha_sigma`]."""
         sigma = timesteps.to(scalar_dtype(timesteps.device)) / len(self.timesteps)
         return 1 - sigma, sigma
 

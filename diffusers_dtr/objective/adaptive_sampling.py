@@ -170,14 +170,7 @@ class AdaptiveTimestepSampler:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what [`state_dict`] returned.
-
-        Args:
-            state_dict: From a sampler with the same clusters.
-
-        Raises:
-            ValueError: If its clusters are others, or its keys.
-        """
+        """Restore what [`state_dict`] returned; a ValueError for that of other clusters, or other keys."""
         expected = self.state_dict().keys()
         if state_dict.keys() != expected:
             raise ValueError(f"`state_dict` must have the keys {sorted(expected)}, got {sorted(state_dict)}.")

@@ -81,14 +81,7 @@ class Balancing(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, losses: ClusterLosses) -> Tensor:
-        """The loss of this process's batch, a scalar; its mean over processes is minimised.
-
-        Args:
-            losses: The losses of this process's batch.
-
-        Returns:
-            Scalar tensor.
-        """
+        """The loss of this process's batch, a scalar; its mean over processes is minimised."""
 
     def cluster_weights(self, log_snr: Tensor) -> Tensor:
         """Current weight of each cluster's losses, for logging; 1 in the plain mean.
@@ -183,14 +176,7 @@ class ContinuousUncertainty(Balancing):
         return (-self.log_uncertainty(log_snr).detach()).exp()
 
     def log_uncertainty(self, log_snr: Tensor) -> Tensor:
-        """The learned function u.
-
-        Args:
-            log_snr: Natural logarithm of the SNR, of any shape.
-
-        Returns:
-            Tensor of the same shape.
-        """
+        """The learned function u of natural logarithms of the SNR, in any shape."""
         noise_level = -log_snr.clamp(-_MAX_LOG_SNR, _MAX_LOG_SNR).to(self.weight.dtype) / 8
         angles = 2 * math.pi * (noise_level[..., None] * self.frequencies + self.phases)
         return (math.sqrt(2) * angles.cos() * self.weight).mean(-1)
@@ -204,18 +190,7 @@ BALANCINGS: Mapping[str, Callable[[int], Balancing]] = {
 
 
 def make_balancing(name: str, num_clusters: int) -> Balancing:
-    """Make the balancing of this name.
-
-    Args:
-        name: A key of `BALANCINGS`.
-        num_clusters: k.
-
-    Returns:
-        The balancing, in its initial state.
-
-    Raises:
-        ValueError: For another name.
-    """
+    """The balancing of a name in `BALANCINGS`, in its initial state; a ValueError for another name."""
     if name not in BALANCINGS:
         allowed = ", ".join(BALANCINGS)
         raise ValueError(f"`balancing` must be one of {allowed}, or a Balancing (GradientBalancer), got {name!r}.")
@@ -228,15 +203,7 @@ def num_processes() -> int:
 
 
 def balance(balancing: Balancing, losses: ClusterLosses) -> Tensor:
-    """The scalar to minimise, with the gradients of the balancing's parameters averaged over processes.
-
-    Args:
-        balancing: The balancing.
-        losses: The losses of this process's batch.
-
-    Returns:
-        Scalar tensor.
-    """
+    """The scalar to minimise, with the gradients of the balancing's parameters averaged over processes."""
     if num_processes() == 1:
         return balancing(losses)
     averaged = {name: _AverageGradient.apply(parameter) for name, parameter in balancing.named_parameters()}

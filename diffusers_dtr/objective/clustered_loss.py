@@ -117,21 +117,16 @@ class ClusteredLoss(nn.Module):
         timesteps: Tensor,
         sample_weights: Tensor | None = None,
     ) -> ClusteredLossOutput:
-        """Loss of a batch.
+        """Loss of a batch; its first four arguments and errors are those of [`DenoisingLoss`].
 
         Args:
-            model_output: Denoiser output `(B, C, ...)`, or `(B, 2C, ...)` with variance values, in any float dtype.
-            clean: Clean samples `(B, C, ...)`.
-            noise: The noise that was added to them, in the same shape.
-            timesteps: `(B,)`, as the denoiser was called with.
+            model_output: `(B, C, ...)`, or `(B, 2C, ...)` with variance values.
+            clean: `(B, C, ...)`.
+            noise: `(B, C, ...)`.
+            timesteps: `(B,)`.
             sample_weights: `(B,)`, importance weights, such as [`AdaptiveTimestepSampler.weights`] for timesteps
                 that are not drawn uniformly. They enter `loss` only.
 
-        Returns:
-            The loss, and what it is made of.
-
-        Raises:
-            ValueError: If the shapes do not fit together, or variance values meet a scheduler without betas.
         """
         losses = self._denoising_loss(model_output, clean, noise, timesteps)
         assignment = self.clusters.assign(timesteps), self.levels.log_snr(timesteps), len(self.clusters)
@@ -159,14 +154,7 @@ class ClusteredLoss(nn.Module):
         return torch.tensor(self.clusters.boundaries, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Check saved boundaries.
-
-        Args:
-            state: What `get_extra_state` returned.
-
-        Raises:
-            ValueError: If they are those of other clusters.
-        """
+        """Raise a ValueError if the saved boundaries are those of other clusters."""
         if tuple(state.tolist()) != self.clusters.boundaries:
             raise ValueError(
                 f"`state_dict` must be of clusters with the boundaries {list(self.clusters.boundaries)}, "

@@ -129,7 +129,8 @@ class TimestepClusters:
             `(batch_size,)`: int64 timesteps, or float32 ones on a real-valued training grid.
 
         Raises:
-            ValueError: As [`draw_stratified`].
+            ValueError: For an argument outside these ranges, a generator that is not on the CPU, or none with several
+                processes.
         """
         indices = draw_stratified(
             self.boundaries,
@@ -162,7 +163,7 @@ class TimestepClusters:
             float32 tensor `(batch,)` on the device of `timesteps`.
 
         Raises:
-            ValueError: As [`draw_stratified`] and [`assign`].
+            ValueError: As [`sample`] and [`assign`].
         """
         midpoints, _ = self._midpoints(timesteps.device)
         density = stratified_density(self.boundaries, shares=shares, importance=importance).float()

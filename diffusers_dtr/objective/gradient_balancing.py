@@ -7,7 +7,7 @@ scaling, one set of weights for all processes, solving only every few steps, and
 from __future__ import annotations
 
 import warnings
-from functools import partial, reduce
+from functools import reduce
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +24,14 @@ if TYPE_CHECKING:
     from torchjd.aggregation import WeightedAggregator, Weighting
 
 
-# The names by which [`GradientBalancer`] knows weightings of torchjd.
-GRADIENT_BALANCINGS = ("aligned_mtl", "imtl_g", "mgda", "nash_mtl", "pcgrad")
+# The names by which [`GradientBalancer`] knows aggregators of torchjd, and torchjd's names for them.
+GRADIENT_BALANCINGS = {
+    "aligned_mtl": "AlignedMTL",
+    "imtl_g": "IMTLG",
+    "mgda": "MGDA",
+    "nash_mtl": "NashMTL",
+    "pcgrad": "PCGrad",
+}
 
 # Attributes in which torchjd's stateful weightings remember earlier calls: neither their `state_dict` nor any other
 # public access covers them. The name of NashMTL's weighting is not exported.
@@ -255,16 +261,9 @@ def _named_weighting(name: str, num_clusters: int) -> WeightedAggregator:
             f"`weighting` must be one of {', '.join(GRADIENT_BALANCINGS)}, or an instance of a torchjd weighting, "
             f"got {name!r}."
         )
-    torchjd = _torchjd()
-    constructors = {
-        "aligned_mtl": torchjd.AlignedMTL,
-        "imtl_g": torchjd.IMTLG,
-        "mgda": torchjd.MGDA,
-        "nash_mtl": partial(torchjd.NashMTL, num_clusters),
-        "pcgrad": torchjd.PCGrad,
-    }
+    arguments = (num_clusters,) if name == "nash_mtl" else ()
     try:
-        return constructors[name]()
+        return getattr(_torchjd(), GRADIENT_BALANCINGS[name])(*arguments)
     except ImportError as error:
         raise ImportError(
             f'`weighting="{name}"` needs an extra of torchjd: pip install "diffusers-dtr[balancing]".'

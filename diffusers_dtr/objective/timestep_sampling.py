@@ -35,23 +35,8 @@ def draw_stratified(
     average, where $q_i$ is its share: one random offset u in [0, 1) puts sample m at the quantile (m + u) / B of the
     clusters (systematic resampling; Kitagawa 1996). The batch is then shuffled.
 
-    Args:
-        boundaries: The clusters' k + 1 increasing edges 0, ..., T.
-        batch_size: Samples per process, >= 1.
-        shares: `(k,)`, nonnegative, of any positive sum: how the batch is divided. Equal shares by default.
-        importance: `(T,)`, nonnegative, with a positive sum in each cluster: relative probabilities within a cluster.
-            Uniform by default.
-        generator: CPU generator, in the same state on every process. PyTorch's default one if left out, which is
-            possible with one process only.
-        process_index: Which part to return, in [0, num_processes).
-        num_processes: Number of equal parts of the global batch of `batch_size * num_processes` samples.
-
-    Returns:
-        int64 tensor `(batch_size,)` on the CPU: indices in [0, T).
-
-    Raises:
-        ValueError: For an argument outside these ranges, a generator that is not on the CPU, or none with several
-            processes.
+    Arguments and errors are those of `TimestepClusters.sample`, for the clusters' k + 1 increasing edges
+    0, ..., T. The result is int64 `(batch_size,)` on the CPU: indices in [0, T).
     """
     COUNT.check(batch_size=batch_size, num_processes=num_processes)
     if not 0 <= process_index < num_processes:
@@ -77,17 +62,7 @@ def stratified_density(
     r"""Density of [`draw_stratified`] at each timestep, relative to uniform ones.
 
     With share $q_i$ and importance a, a timestep of cluster i has the density $T q_i a_t / \sum_{s \in i} a_s$.
-
-    Args:
-        boundaries: As in [`draw_stratified`].
-        shares: As in [`draw_stratified`].
-        importance: As in [`draw_stratified`].
-
-    Returns:
-        float64 tensor `(T,)` of mean 1 on the CPU: T times each timestep's probability.
-
-    Raises:
-        ValueError: As [`draw_stratified`].
+    The result is float64 `(T,)` of mean 1 on the CPU: T times each timestep's probability.
     """
     edges = torch.tensor(boundaries, device="cpu")
     shares = _checked_shares(shares, len(edges) - 1)

@@ -153,17 +153,7 @@ WEIGHTINGS: Mapping[str, Weighting] = {
 
 
 def make_weighting(weighting: str | Weighting) -> Weighting:
-    """Look up a weighting by its name; a function is returned as it is.
-
-    Args:
-        weighting: A key of `WEIGHTINGS`, or a function of `(levels, timesteps)`.
-
-    Returns:
-        The function.
-
-    Raises:
-        ValueError: For another name.
-    """
+    """The weighting of a name in `WEIGHTINGS`, or the function given; a ValueError for another name."""
     if callable(weighting):
         return weighting
     if weighting not in WEIGHTINGS:

@@ -302,17 +302,3 @@ def routing_flags(args: argparse.Namespace) -> dict:
     """
     names = ("routing_alpha", "routing_beta", "routing_type", "routing_seed", "routing_timestep_range")
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-
-
-def warmed_up_beta(step: int, warmup_steps: int, target: float) -> float:
-    """Share of active channels at a step of a linear warm-up from the unrouted model.
-
-    Args:
-        step: Optimizer steps done.
-        warmup_steps: Steps until the target is reached; 0 for no warm-up.
-        target: The configured share.
-
-    Returns:
-        1 at step 0, `target` from `warmup_steps` on.
-    """
-    return target if step >= warmup_steps else 1.0 - (1.0 - target) * step / warmup_steps

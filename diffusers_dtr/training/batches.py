@@ -1,4 +1,4 @@
-"""The order of the data, and every other draw about a sample, as pure functions of a seed and a position.
+"""The order of the data as a pure function of a seed and a position.
 
 Nothing here has a state that would have to be saved: a run that resumes at a step sees what the uninterrupted run saw,
 to the bit, with any number of workers and processes.
@@ -7,37 +7,13 @@ to the bit, with any number of workers and processes.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from enum import IntEnum
 from itertools import count
 
 import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-from .randomness import derive_seed
-
-
-class Draw(IntEnum):
-    """What is drawn for an epoch or a sample. Two draws for the same one are independent."""
-
-    # Spelt out, because small numbers would hash like others: (seed, epoch, index, 0) equals (seed, epoch, index).
-    ORDER = int.from_bytes(b"order", "big")
-    AUGMENTATION = int.from_bytes(b"augmentation", "big")
-    POSTERIOR = int.from_bytes(b"posterior", "big")
-    CAPTION = int.from_bytes(b"caption", "big")
-    SUBSET = int.from_bytes(b"subset", "big")
-
-
-def generator_for(draw: Draw, seed: int, epoch: int, index: int = 0) -> torch.Generator:
-    """A CPU generator that depends on its arguments alone.
-
-    Args:
-        draw: What is drawn.
-        seed: Seed of the run, >= 0.
-        epoch: Number of the epoch, >= 0.
-        index: Index of the sample, >= 0.
-    """
-    return torch.Generator().manual_seed(derive_seed(seed, epoch, index, draw))
+from .randomness import Draw, generator_for
 
 
 class TrainingBatches(Sampler[list[tuple[int, int]]]):
@@ -107,6 +83,6 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
 
     def _order(self, epoch: int) -> np.ndarray:
         if self._latest_order is None or self._latest_order[0] != epoch:
-            generator = generator_for(Draw.ORDER, self.seed, epoch)
+            generator = generator_for(Draw.ORDER, self.seed, epoch, 0)
             self._latest_order = epoch, torch.randperm(self.num_samples, generator=generator).numpy()
         return self._latest_order[1]

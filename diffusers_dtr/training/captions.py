@@ -12,7 +12,7 @@ import datasets
 import torch
 from torch.utils.data import Dataset
 
-from .batches import Draw, generator_for
+from .randomness import Draw, generator_for
 
 
 _ROWS_AT_ONCE = 10_000

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from ..atomic_files import PARTIAL_SUFFIX, remove_folder
 from ..run_record import CHECKPOINT_PREFIX
 from .ema import averaged_weights, load_average
+from .interruption import not_finite
 from .lora import has_lora, load_adapter, save_adapter
-from .loss_monitor import not_finite
 from .objective import Objective
 from .resuming import RunState
 

@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import logging
-from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from diffusers import ModelMixin
 from torch.utils.data import DataLoader, Dataset
 
 from ..latents import encode_images
-from ..run_record import LATENTS, publishable
+from ..run_record import LATENTS
 from .batches import TrainingBatches
 from .classes import match_classes
 from .data import TrainingImages, load_training_images
 from .images import ImageTransform
 from .interruption import ignore_signals
-from .latents import cache_latents, posterior_generators
+from .latents import cache_latents
+from .randomness import posterior_generators
 from .samples import ImageDataset, collate_samples
-
-
-logger = logging.getLogger(__name__)
 
 
 def load_images(
@@ -203,27 +198,3 @@ def held_out_samples(
         for name, values in rest.items()
     }
     return torch.cat(clean)[:wanted], rest
-
-
-class UnreadableImages:
-    """Counts the images that were passed over because they could not be read, and logs each once.
-
-    Args:
-        names: Those of the run before it was resumed.
-    """
-
-    def __init__(self, names: Iterable[str] = ()):
-        self.names: set[str] = set(names)
-
-    def update(self, names: list[str]) -> None:
-        """Take in a batch's `unreadable`."""
-        for name in names:
-            # As a checkpoint tells it, where the same image must not count twice
-            public = publishable(name)
-            if public not in self.names:
-                self.names.add(public)
-                logger.warning("Cannot read %s; another image takes its place (%d so far).", name, len(self.names))
-
-    def gather(self) -> list[str]:
-        """The names that all processes have seen, as they may be published, sorted; all of them must call this."""
-        return sorted(set(gather_object(sorted(self.names))))

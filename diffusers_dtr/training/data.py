@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .batches import Draw, generator_for
 from .captions import Captions
 from .image_folder import METADATA, image_paths, load_image_folder, report, scan_folder, unzip
 from .images import UnreadableImageError, decode_image
+from .randomness import Draw, generator_for
 
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class TrainingImages:
             count: How many; all of them if there are no more.
             seed: Seed of the run, >= 0.
         """
-        order = torch.randperm(len(self), generator=generator_for(Draw.SUBSET, seed, epoch=0))
+        order = torch.randperm(len(self), generator=generator_for(Draw.SUBSET, seed, 0, 0))
         rows = order[:count].sort().values.numpy()
         return replace(
             self,

@@ -15,7 +15,7 @@ from pathlib import Path
 import datasets
 from PIL import Image
 
-from .cache_folders import build_folder, content_key
+from ..caches import build_folder, content_key
 
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: it finishes its step, and is told so once."""
+"""What stops a run before its end: signals, after which it finishes its step, and numbers that are not finite."""
 
 from __future__ import annotations
 
@@ -82,6 +82,25 @@ def stopped(signum: int, global_step: int) -> SystemExit:
         "`--resume_from_checkpoint latest`."
     )
     return SystemExit(128 + signum)
+
+
+def not_finite(what: str, step: int, last_checkpoint: object) -> FloatingPointError:
+    """The error that stops a diverged run, and says where to go on.
+
+    Args:
+        what: Subject and verb: "The loss was".
+        step: The optimizer step at which it was seen.
+        last_checkpoint: The place to go on from, or None.
+    """
+    resume = (
+        f"The last good checkpoint is {last_checkpoint}; go on from it with `--resume_from_checkpoint`"
+        if last_checkpoint is not None
+        else "There is no checkpoint before it; start again"
+    )
+    return FloatingPointError(
+        f"{what} not finite at step {step}. {resume}, with a lower `--learning_rate`, a smaller `--max_grad_norm`, or "
+        "another `--mixed_precision`."
+    )
 
 
 def ignore_signals(*_: object) -> None:

@@ -19,11 +19,11 @@ from datasets.utils import tqdm
 from diffusers import ModelMixin
 from torch.utils.data import DataLoader, Dataset
 
+from ..caches import build_folder, content_key
 from ..latents import LatentNormalization, encode_moments, sample_posterior
-from .batches import Draw, generator_for
-from .cache_folders import build_folder, content_key
 from .data import TrainingImages
 from .images import ImageTransform, UnreadableImageError
+from .randomness import Draw, generator_for, posterior_generators
 from .samples import ImageDataset
 
 
@@ -98,18 +98,6 @@ class LatentDataset(Dataset):
         if self.labels is not None:
             sample["labels"] = int(self.labels[row])
         return sample | {"unreadable": unreadable}
-
-
-def posterior_generators(seed: int, epochs: Iterable[int], indices: Iterable[int]) -> list[torch.Generator]:
-    """The generators that draw the posterior's samples of a batch, for [`~diffusers_dtr.latents.encode_images`].
-
-    Args:
-        seed: Seed of the run, >= 0.
-        epochs: A batch's `epoch`, on the CPU.
-        indices: A batch's `index`, on the CPU.
-    """
-    pairs = zip(epochs, indices, strict=True)
-    return [generator_for(Draw.POSTERIOR, seed, int(epoch), int(index)) for epoch, index in pairs]
 
 
 def cache_latents(

@@ -8,25 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from ..objective.clustered_loss import ClusteredLossOutput
-
-
-def not_finite(what: str, step: int, last_checkpoint: object) -> FloatingPointError:
-    """The error that stops a diverged run, and says where to go on.
-
-    Args:
-        what: Subject and verb: "The loss was".
-        step: The optimizer step at which it was seen.
-        last_checkpoint: The place to go on from, or None.
-    """
-    resume = (
-        f"The last good checkpoint is {last_checkpoint}; go on from it with `--resume_from_checkpoint`"
-        if last_checkpoint is not None
-        else "There is no checkpoint before it; start again"
-    )
-    return FloatingPointError(
-        f"{what} not finite at step {step}. {resume}, with a lower `--learning_rate`, a smaller `--max_grad_norm`, or "
-        "another `--mixed_precision`."
-    )
+from .interruption import not_finite
 
 
 @dataclass(frozen=True)

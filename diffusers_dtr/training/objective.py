@@ -20,7 +20,7 @@ from ..objective.clustering import cluster_timesteps
 from ..objective.clusters import TimestepClusters
 from ..objective.gradient_balancing import GradientBalancer
 from ..objective.weighting import WEIGHTINGS, LogitNormal
-from .randomness import timestep_generator
+from .randomness import Draw, generator_for
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Objective:
         """
         parts_per_draw = self.parts_per_draw or num_parts
         draw, part = divmod(part, parts_per_draw)
-        generator = timestep_generator(seed, step * (num_parts // parts_per_draw) + draw)
+        generator = generator_for(Draw.TIMESTEPS, seed, step * (num_parts // parts_per_draw) + draw)
         parts = {"generator": generator, "device": device, "process_index": part, "num_processes": parts_per_draw}
         if self.sampler is not None:
             return self.sampler.sample(batch_size, **parts)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
 
+from accelerate.utils import gather_object
 from PIL import Image
 from torch.utils.data import Dataset, default_collate
 
-from .batches import Draw, generator_for
+from ..run_record import publishable
 from .data import TrainingImages
 from .images import ImageTransform, UnreadableImageError
+from .randomness import Draw, generator_for
 
+
+logger = logging.getLogger(__name__)
 
 ON_UNREADABLE = ("error", "skip")
 
@@ -85,3 +90,27 @@ def collate_samples(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     unreadable = [name for sample in samples for name in sample["unreadable"]]
     tensors = [{key: value for key, value in sample.items() if key != "unreadable"} for sample in samples]
     return default_collate(tensors) | {"unreadable": unreadable}
+
+
+class UnreadableImages:
+    """Counts the images that were passed over because they could not be read, and logs each once.
+
+    Args:
+        names: Those of the run before it was resumed.
+    """
+
+    def __init__(self, names: Iterable[str] = ()):
+        self.names: set[str] = set(names)
+
+    def update(self, names: list[str]) -> None:
+        """Take in a batch's `unreadable`."""
+        for name in names:
+            # As a checkpoint tells it, where the same image must not count twice
+            public = publishable(name)
+            if public not in self.names:
+                self.names.add(public)
+                logger.warning("Cannot read %s; another image takes its place (%d so far).", name, len(self.names))
+
+    def gather(self) -> list[str]:
+        """The names that all processes have seen, as they may be published, sorted; all of them must call this."""
+        return sorted(set(gather_object(sorted(self.names))))

@@ -18,7 +18,7 @@ import torch
 from datasets.utils import tqdm
 from transformers import ProcessorMixin
 
-from .cache_folders import build_folder, content_key
+from ..caches import build_folder, content_key
 
 
 # From texts to tensors of as many rows, or to lists of rows that differ in length, by name.

@@ -19,10 +19,10 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from ..model_card import save_model_card
+from ..routing import warmed_up_beta
 from .argument_checks import set_max_train_steps
-from .arguments import warmed_up_beta
 from .checkpoints import Checkpoints
-from .clean_samples import UnreadableImages, build_loader, clean_samples, held_out_samples
+from .clean_samples import build_loader, clean_samples, held_out_samples
 from .data import TrainingImages
 from .ema import averaged_weights, build_ema, step_average
 from .interruption import Interruption, stopped
@@ -32,10 +32,11 @@ from .noise import draw_noise
 from .objective import build_objective
 from .optimizer import build_lr_scheduler, build_optimizer
 from .outputs import save_record
-from .randomness import noise_generator, seed_model
+from .randomness import Draw, generator_for, seed_model
 from .record import describe_model, run_record, tracker_config
 from .resuming import IMAGES_PER_STEP, data_settings, run_settings
 from .run_lock import unlock_run_folder
+from .samples import UnreadableImages
 from .sharing import push_result, rehearse_sharing, start_background_push
 from .tracking import log_image
 from .validation import HeldOutLoss, ends_epochs, forward_once, save_sample_grid, try_sampling
@@ -211,7 +212,7 @@ class Trainer:
         seed_model(args.seed, micro_batch)
         clean = clean_samples(batch, self.vae, args.seed, device)
         conditions = self.conditions(batch)
-        generator = noise_generator(args.seed, micro_batch, device)
+        generator = generator_for(Draw.NOISE, args.seed, micro_batch, device=device)
         noise, added = draw_noise(clean.shape, generator, args.noise_offset, args.input_perturbation)
         # One draw for the whole step, of which this is a part
         timesteps = objective.sample_timesteps(

@@ -4,6 +4,9 @@ import torch
 from diffusers_dtr.analysis.estimators import cosines, gram, reliability
 
 
+both_estimators = pytest.mark.parametrize("estimator", ["plain", "unbiased"])
+
+
 def noisy_features(noise, seed=0, size=4000):
     """Four parts of 12 timesteps' gradients: a slowly turning direction, plus noise that is shared by timesteps."""
     generator = torch.Generator().manual_seed(seed)
@@ -35,68 +38,56 @@ def test_noise_of_finitely_many_images_leaves_unbiased_cosines_where_they_are():
     assert (cosines(products, "plain") - expected).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("estimator", ["plain", "unbiased"])
-def test_matrices_are_symmetric_with_ones_on_the_diagonal(estimator):
-    matrix = cosines(gram(noisy_features(noise=0.5)[0]), estimator)
+@both_estimators
+def test_matrices_are_symmetric_with_ones_on_the_diagonal_but_where_there_is_no_gradient(estimator):
+    features, _ = noisy_features(noise=0.1)
+    matrix = cosines(gram(features), estimator)
     assert torch.equal(matrix, matrix.T)
     assert (matrix.diagonal() == 1).all()
-
-
-def test_timestep_without_gradient_is_not_a_number():
-    features, _ = noisy_features(noise=0.1)
     features[:, 3] = 0
-    for estimator in ("plain", "unbiased"):
-        matrix = cosines(gram(features), estimator)
-        assert matrix[3].isnan().all()
-        assert matrix[:, 3].isnan().all()
-        assert matrix.isnan().sum() == 23
+    matrix = cosines(gram(features), estimator)
+    assert matrix[3].isnan().all()
+    assert matrix[:, 3].isnan().all()
+    assert matrix.isnan().sum() == 23
+    noise = torch.tensor([[[1.0, 0.0]], [[-1.0, 0.0]], [[1.0, 0.0]], [[-1.0, 0.1]]])
+    assert cosines(gram(noise), estimator).isnan().all() == (estimator == "unbiased")
 
 
-def test_gradients_of_nothing_but_noise_have_no_unbiased_cosine():
-    features = torch.tensor([[[1.0, 0.0]], [[-1.0, 0.0]], [[1.0, 0.0]], [[-1.0, 0.1]]])
-    assert cosines(gram(features), "unbiased").isnan().all()
-
-
-def stated_and_measured(estimator, noise):
-    """Mean reliability of single measurements, and mean correlation of two."""
+@pytest.mark.parametrize(
+    ("estimator", "noise", "says_too_little"),
+    [("plain", 1.0, False), ("unbiased", 1.0, False), ("plain", 3.0, True), ("unbiased", 1.5, True)],
+)
+def test_reliability_is_the_correlation_of_two_measurements_or_says_too_little(estimator, noise, says_too_little):
     upper = torch.ones(12, 12, dtype=torch.bool).triu_(1)
-    stated, measured = [], []
+    pairs = []
     for seed in range(20):
         first, second = (gram(noisy_features(noise, seed=2 * seed + i, size=400)[0]) for i in (0, 1))
         matrices = torch.stack([cosines(products, estimator)[upper] for products in (first, second)])
-        measured.append(float(torch.corrcoef(matrices)[0, 1]))
-        stated.append(reliability([first], estimator))
-    return sum(stated) / 20, sum(measured) / 20
+        pairs.append((reliability([first], estimator), float(torch.corrcoef(matrices)[0, 1])))
+    stated, measured = torch.tensor(pairs).mean(0).tolist()
+    if says_too_little:
+        assert 0.3 < stated < measured < 0.96
+    else:
+        assert 0.9 < measured < 0.995
+        assert stated == pytest.approx(measured, abs=0.03)
 
 
-@pytest.mark.parametrize(("estimator", "noise"), [("plain", 1.0), ("unbiased", 1.0)])
-def test_reliability_is_the_correlation_of_two_measurements(estimator, noise):
-    stated, measured = stated_and_measured(estimator, noise)
-    assert 0.9 < measured < 0.995
-    assert stated == pytest.approx(measured, abs=0.03)
+# In one half the first two of three gradients agree, in the other the first and the last.
+DIRECTIONS = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]])
+CONTRADICTION = torch.stack([DIRECTIONS, DIRECTIONS, DIRECTIONS[[0, 2, 1]], DIRECTIONS[[0, 2, 1]]])
 
 
-@pytest.mark.parametrize(("estimator", "noise"), [("plain", 3.0), ("unbiased", 1.5)])
-def test_reliability_under_large_noise_says_too_little_rather_than_too_much(estimator, noise):
-    stated, measured = stated_and_measured(estimator, noise)
-    assert 0.3 < stated < measured < 0.96
-
-
-def test_measurement_without_noise_is_wholly_reliable():
-    assert reliability([gram(noisy_features(noise=0.0)[0])], "unbiased") == pytest.approx(1.0)
-
-
-def test_noise_alone_is_not_reliable():
-    features = torch.randn(4, 60, 3000, generator=torch.Generator().manual_seed(0))
-    assert abs(reliability([gram(features)], "plain")) < 0.15
-
-
-def test_halves_that_contradict_each_other_are_no_less_reliable_than_minus_one():
-    """In one half the first two of three gradients agree, in the other the first and the last."""
-    directions = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]])
-    halves = directions, directions[[0, 2, 1]]
-    r = reliability([gram(torch.stack([halves[part // 2] for part in range(4)]))], "plain")
-    assert -1 <= r < -0.7
+@pytest.mark.parametrize(
+    ("features", "low", "high"),
+    [
+        (noisy_features(noise=0.0)[0], 0.999, 1.001),
+        (torch.randn(4, 60, 3000, generator=torch.Generator().manual_seed(0)), -0.15, 0.15),
+        (CONTRADICTION, -1, -0.7),
+    ],
+    ids=["no noise", "noise alone", "contradiction"],
+)
+def test_reliability_is_between_minus_one_and_one(features, low, high):
+    assert low <= reliability([gram(features)], "plain") <= high
 
 
 def test_several_checkpoints_are_more_reliable_than_one():

@@ -6,12 +6,12 @@ from hypothesis import strategies as st
 from diffusers_dtr.analysis.gradient_projections import CountSketch, exact_blocks
 
 
-def parameters(*sizes):
-    return {f"layer{number}": torch.empty(size) for number, size in enumerate(sizes)}
-
-
 def normals(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def sketch(gradients, size, seed=0):
+    return CountSketch(gradients, size, seed)(gradients)
 
 
 def structured_gradients(count):
@@ -30,13 +30,12 @@ def structured_gradients(count):
 
 def test_error_of_a_cosine_is_at_most_a_twentieth_with_99_percent_confidence():
     gradients = structured_gradients(150)
-    sketch = CountSketch({"weight": gradients[0]}, 8192, seed=0)
-    sketched = torch.stack([sketch({"weight": gradient}) for gradient in gradients])
+    projection = CountSketch({"weight": gradients[0]}, 8192, seed=0)
+    sketched = torch.stack([projection({"weight": gradient}) for gradient in gradients])
     above = torch.ones(150, 150, dtype=torch.bool).triu_(1)
     units = [torch.nn.functional.normalize(rows.double()) for rows in (gradients, sketched)]
     exact, estimate = ((rows @ rows.T)[above] for rows in units)
     errors = (estimate - exact).abs()
-    assert len(errors) > 10_000
     assert exact.min() < 0.05
     assert exact.max() > 0.8
     assert errors.quantile(0.99) <= 0.05
@@ -50,60 +49,45 @@ def test_gradients_of_a_few_coordinates_of_a_small_parameter_are_no_worse():
     first[:39] = 1 / 39**0.5
     second = first * torch.tensor([1.0, -1.0]).repeat(32)
     sketches = [CountSketch({"bias": first}, 8192, seed) for seed in range(1000)]
-    errors = torch.stack([sketch({"bias": first}) @ sketch({"bias": second}) for sketch in sketches]) - first @ second
+    errors = torch.stack([one({"bias": first}) @ one({"bias": second}) for one in sketches]) - first @ second
     assert (errors.abs() > 0.05).float().mean() <= 0.01
 
 
-def test_errors_have_mean_zero_and_the_variance_that_is_derived():
-    first, second = torch.linalg.qr(normals(40_000, 2))[0].T
-    sketches = [CountSketch({"weight": first}, 64, seed) for seed in range(1000)]
-    errors = torch.stack([sketch({"weight": first}) @ sketch({"weight": second}) for sketch in sketches])
-    expected = (1 - 2 * (first * second).square().sum()) / 64
-    assert errors.mean().abs() < 4 * (expected / 1000) ** 0.5
-    assert errors.var() == pytest.approx(expected.item(), rel=0.2)
-
-
 def test_sketch_is_linear_and_adds_up_over_parameters():
-    shapes = parameters((300, 7), (11,))
-    sketch = CountSketch(shapes, 128, seed=3)
+    shapes = {"matrix": torch.empty(300, 7), "bias": torch.empty(11)}
+    projection = CountSketch(shapes, 128, seed=3)
     one, other = ({name: normals(*value.shape, seed=seed) for name, value in shapes.items()} for seed in (1, 2))
     both = {name: 2 * one[name] - other[name] for name in shapes}
-    torch.testing.assert_close(sketch(both), 2 * sketch(one) - sketch(other))
-    alone = [CountSketch({name: value}, 128, seed=3)({name: one[name]}) for name, value in shapes.items()]
-    torch.testing.assert_close(sketch(one), sum(alone))
+    torch.testing.assert_close(projection(both), 2 * projection(one) - projection(other))
+    alone = [sketch({name: one[name]}, 128, seed=3) for name in shapes]
+    torch.testing.assert_close(projection(one), sum(alone))
 
 
-def test_sketch_is_a_function_of_the_seed():
-    gradient = {"weight": normals(1000)}
-    same, again, other = (CountSketch(gradient, 100, seed)(gradient) for seed in (0, 0, 1))
-    assert torch.equal(same, again)
-    assert not torch.allclose(same, other)
-
-
-def test_parameters_of_one_size_have_sketches_of_their_own():
+def test_sketch_is_a_function_of_the_seed_and_the_parameters_name():
     values = normals(1000)
-    sketches = [CountSketch({name: values}, 100, seed=0)({name: values}) for name in ("query", "key")]
-    assert not torch.allclose(*sketches)
+    one = sketch({"query": values}, 100)
+    assert torch.equal(sketch({"query": values}, 100), one)
+    assert not torch.allclose(sketch({"query": values}, 100, seed=1), one)
+    assert not torch.allclose(sketch({"key": values}, 100), one)
 
 
 def test_sketch_of_half_precision_gradients_is_of_single_precision():
     values = normals(4000).bfloat16()
-    sketched = CountSketch({"weight": values}, 8, seed=0)({"weight": values})
-    torch.testing.assert_close(sketched, CountSketch({"weight": values}, 8, seed=0)({"weight": values.float()}))
+    sketched = sketch({"weight": values}, 8)
+    torch.testing.assert_close(sketched, sketch({"weight": values.float()}, 8))
     assert sketched.dtype == torch.float32
 
 
 @pytest.mark.parametrize("size", [16384, 16385])
 def test_largest_sketches_of_either_code_type_keep_norms(size):
-    gradient = {"weight": normals(200_000).abs()}  # without random signs, these would pile up
-    sketched = CountSketch(gradient, size, seed=0)(gradient)
-    assert sketched.square().sum() == pytest.approx(gradient["weight"].square().sum().item(), rel=0.05)
+    values = normals(200_000).abs()  # without random signs, these would pile up
+    assert sketch({"weight": values}, size).square().sum() == pytest.approx(values.square().sum().item(), rel=0.05)
 
 
 @pytest.mark.parametrize("size", [0, -1, 2**30 + 1])
 def test_sketch_sizes_out_of_range_are_refused(size):
     with pytest.raises(ValueError, match="`sketch_size` must be an integer in"):
-        CountSketch(parameters(3), size, seed=0)
+        sketch({"weight": normals(3)}, size)
 
 
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=6), st.integers(1, 25))

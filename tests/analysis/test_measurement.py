@@ -8,8 +8,8 @@ from diffusers import DDPMScheduler
 from tiny_dit import NUM_CLASSES, routed_dit
 
 from diffusers_dtr import DenoisingLoss
+from diffusers_dtr.analysis import Workspace
 from diffusers_dtr.analysis.gradient_projections import CountSketch, exact_blocks
-from diffusers_dtr.analysis.measurement import Workspace
 from diffusers_dtr.analysis.timestep_gradients import DenoisingBatch, TimestepGradients
 
 
@@ -47,50 +47,39 @@ def files(folder):
 
 
 def measure(folder, gradients, projections=sketch, **process):
+    folder.mkdir(exist_ok=True)
     return Workspace(folder, **process).products(gradients, TIMESTEPS, projections(gradients))
 
 
-@pytest.mark.parametrize("projections", [sketch, blocks])
+both_projections = pytest.mark.parametrize("projections", [sketch, blocks])
+
+
+@both_projections
 def test_interrupted_measurement_goes_on_without_repeating_work(tmp_path, projections):
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "cut").mkdir()
-    whole = CountedGradients()
+    whole, first, second, third = (CountedGradients(die_at) for die_at in (None, 750, None, None))
     expected = measure(tmp_path / "whole", whole, projections)
-    first, second = CountedGradients(die_at=750), CountedGradients()
     with pytest.raises(KeyboardInterrupt):
         measure(tmp_path / "cut", first, projections)
     assert torch.equal(measure(tmp_path / "cut", second, projections), expected)
     assert first.asked + second.asked == whole.asked
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
-    third = CountedGradients()
     assert torch.equal(measure(tmp_path / "cut", third, projections), expected)
     assert third.asked == []
 
 
-def test_death_while_writing_leaves_no_file_that_counts(tmp_path, monkeypatch):
-    def die(tensors, path):
-        path.write_bytes(b"half a fi")
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("diffusers_dtr.analysis.measurement.save_file", die)
-        with pytest.raises(KeyboardInterrupt):
-            measure(tmp_path, CountedGradients())
-    (tmp_path / "whole").mkdir()
-    assert torch.equal(measure(tmp_path, CountedGradients()), measure(tmp_path / "whole", CountedGradients()))
-
-
-@pytest.mark.parametrize("projections", [sketch, blocks])
+@both_projections
 def test_processes_share_the_work_and_find_what_one_does(tmp_path, projections):
-    (tmp_path / "alone").mkdir()
-    (tmp_path / "shared").mkdir()
-    alone = CountedGradients()
+    alone, *workers = (CountedGradients() for _ in range(3))
     expected = measure(tmp_path / "alone", alone, projections)
-    barrier = threading.Barrier(2, timeout=60)
-    workers = [CountedGradients(), CountedGradients()]
+    barrier, gone_through = threading.Barrier(2, timeout=60), []
+
+    def progress(indices):
+        for index in indices:
+            yield index
+            gone_through.append(index)
 
     def work(index):
-        process = {"process_index": index, "num_processes": 2, "wait_for_everyone": barrier.wait}
+        process = {"process_index": index, "num_processes": 2, "wait_for_everyone": barrier.wait, "progress": progress}
         return measure(tmp_path / "shared", workers[index], projections, **process)
 
     with ThreadPoolExecutor(2) as pool:
@@ -98,64 +87,44 @@ def test_processes_share_the_work_and_find_what_one_does(tmp_path, projections):
             torch.testing.assert_close(products, expected)
     assert sorted(workers[0].asked + workers[1].asked) == sorted(alone.asked)
     assert 0 < len(workers[1].asked) < len(workers[0].asked) < len(alone.asked)
+    assert {*gone_through} == {0, 1, 2, 3, 4}
 
 
 def test_blocks_add_up_to_the_inner_products_of_the_gradients(tmp_path):
     gradients = CountedGradients()
-    names = list(gradients.parameters)
-    flat = torch.stack(
-        [
-            torch.stack(
-                [
-                    torch.cat([value.flatten() for value in gradients(timestep, part, names).values()])
-                    for timestep in TIMESTEPS
-                ]
-            )
-            for part in range(4)
-        ]
-    ).double()
-    expected = torch.einsum("isd,jtd->ijst", flat, flat)
+
+    def flat(part):
+        found = [gradients(timestep, part, gradients.parameters).values() for timestep in TIMESTEPS]
+        return torch.stack([torch.cat([value.flatten() for value in values]) for values in found])
+
+    features = torch.stack([flat(part) for part in range(4)]).double()
+    expected = torch.einsum("isd,jtd->ijst", features, features)
     assert len(blocks(gradients)) > 1
     torch.testing.assert_close(measure(tmp_path, gradients, blocks), expected, rtol=1e-6, atol=1e-9)
 
 
-def test_other_weights_are_measured_anew(tmp_path):
-    first = measure(tmp_path, CountedGradients())
-    other = CountedGradients()
+def of_first_block(name):
+    return "blocks.0" in name
+
+
+@pytest.mark.parametrize(
+    ("parameters", "config", "changed"),
+    [
+        (None, {}, "pos_embed"),
+        (None, {"routing_beta": 0.5}, None),
+        (of_first_block, {}, "blocks.1"),
+    ],
+    ids=["other weights", "another model of the same weights", "other weights in the rest"],
+)
+def test_other_models_are_measured_anew(tmp_path, parameters, config, changed):
+    first = measure(tmp_path, CountedGradients(parameters=parameters))
+    other = CountedGradients(parameters=parameters, **config)
     with torch.no_grad():
-        next(iter(other.parameters.values())).mul_(1.5)
+        for name, value in other.model.named_parameters():
+            if changed is not None and changed in name:
+                value.mul_(1.5)
     assert not torch.allclose(measure(tmp_path, other), first)
     assert len(other.asked) == 4 * len(TIMESTEPS)
-
-
-def test_same_weights_in_another_model_are_measured_anew(tmp_path):
-    first = measure(tmp_path, CountedGradients())
-    other = CountedGradients(routing_beta=0.5)
-    assert not torch.allclose(measure(tmp_path, other), first)
-
-
-def test_part_of_a_model_is_measured_anew_where_the_rest_differs(tmp_path):
-    def first_block(name):
-        return "blocks.0" in name
-
-    first = measure(tmp_path, CountedGradients(parameters=first_block))
-    other = CountedGradients(parameters=first_block)
-    with torch.no_grad():
-        next(value for name, value in other.model.named_parameters() if "blocks.1" in name).mul_(1.5)
-    assert not torch.allclose(measure(tmp_path, other), first)
-    assert not torch.allclose(measure(tmp_path, CountedGradients()), first)
-
-
-def test_progress_goes_through_the_timesteps_of_this_process(tmp_path):
-    seen = []
-
-    def progress(indices):
-        for index in indices:
-            yield index
-            seen.append(index)
-
-    measure(tmp_path, CountedGradients(), progress=progress)
-    assert seen == [0, 1, 2, 3, 4]
 
 
 def test_changed_settings_are_refused_by_name_once_anything_is_measured(tmp_path):

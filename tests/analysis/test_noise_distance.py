@@ -13,21 +13,21 @@ def affinity(log_snr, function):
     return TaskAffinity(matrix, timesteps, timesteps, log_snr, 1.0, "plain")
 
 
-def test_every_pair_of_different_timesteps_counts_once():
-    distances, affinities = noise_distances(affinity([4.0, 1.0, -1.0], lambda distance: -distance))
+def test_every_pair_of_different_timesteps_counts_once_but_for_pure_noise():
+    distances, affinities = noise_distances(affinity([4.0, 1.0, -1.0, float("-inf")], lambda distance: -distance))
     assert distances.tolist() == [3.0, 5.0, 2.0]
     assert affinities.tolist() == [-3.0, -5.0, -2.0]
 
 
 @pytest.mark.parametrize(("function", "expected"), [(lambda d: torch.exp(-d), -1.0), (lambda d: d**3, 1.0)])
 def test_correlation_sees_order_alone(function, expected):
-    assert noise_distance_correlation(affinity([9.0, 4.0, 1.0, -2.5], function)) == pytest.approx(expected)
+    found = affinity([9.0, 4.0, 1.0, -2.5, float("inf")], function)
+    assert noise_distance_correlation(found) == pytest.approx(expected)
 
 
-def test_levels_of_infinite_log_snr_are_left_out():
-    found = affinity([3.0, 2.0, 0.0, float("-inf")], lambda distance: -distance)
-    assert len(noise_distances(found)[0]) == 3
-    assert noise_distance_correlation(found) == pytest.approx(-1.0)
+def test_two_timesteps_are_too_few():
+    with pytest.raises(ValueError, match="at least three timesteps"):
+        noise_distance_correlation(affinity([1.0, 0.0, float("inf")], lambda distance: -distance))
 
 
 def test_missing_scipy_is_an_error_that_names_the_extra(monkeypatch):
@@ -36,8 +36,3 @@ def test_missing_scipy_is_an_error_that_names_the_extra(monkeypatch):
     for compute in (lambda: noise_distance_correlation(found), lambda: confidence_interval(torch.ones(3))):
         with pytest.raises(ImportError, match=r'need scipy: pip install "diffusers-dtr\[analysis\]"'):
             compute()
-
-
-def test_two_timesteps_are_too_few():
-    with pytest.raises(ValueError, match="at least three timesteps"):
-        noise_distance_correlation(affinity([1.0, 0.0, float("inf")], lambda distance: -distance))

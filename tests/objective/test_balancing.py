@@ -7,13 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from diffusers_dtr.objective.balancing import (
-    ClusterLosses,
-    ContinuousUncertainty,
-    UncertaintyWeighting,
-    UniformBalancing,
-    make_balancing,
-)
+from diffusers_dtr.objective import ClusterLosses, ContinuousUncertainty, UncertaintyWeighting, UniformBalancing
+from diffusers_dtr.objective.balancing import make_balancing
 
 
 REFERENCE = load_file(Path(__file__).parents[1] / "fixtures" / "losses.safetensors")
@@ -25,10 +20,21 @@ def cluster_losses(per_sample, clusters, num_clusters=3, log_snr=None):
     return ClusterLosses(per_sample, torch.tensor(clusters), log_snr, num_clusters)
 
 
+def uncertainty(log_variance):
+    balancing = UncertaintyWeighting(len(log_variance))
+    balancing.load_state_dict({"log_variance": torch.as_tensor(log_variance)})
+    return balancing
+
+
+def continuous(**options):
+    """With random weights."""
+    balancing = ContinuousUncertainty(**options)
+    torch.nn.init.normal_(balancing.weight, generator=torch.Generator().manual_seed(0))
+    return balancing
+
+
 @settings(max_examples=50, deadline=None)
-@given(
-    samples=st.lists(st.tuples(st.floats(0, 100, width=32), st.integers(0, 4)), min_size=1, max_size=20),
-)
+@given(st.lists(st.tuples(st.floats(0, 100, width=32), st.integers(0, 4)), min_size=1, max_size=20))
 def test_contributions_counts_and_means_are_those_of_a_loop(samples):
     losses, clusters = zip(*samples, strict=True)
     result = cluster_losses(torch.tensor(losses, dtype=torch.float64), clusters, num_clusters=5)
@@ -40,55 +46,43 @@ def test_contributions_counts_and_means_are_those_of_a_loop(samples):
 
 
 def test_a_loss_that_is_not_finite_stays_in_its_cluster():
-    result = cluster_losses([1.0, math.nan, 3.0], [0, 1, 2])
-    assert result.means.isnan().tolist() == [False, True, False]
-    assert result.means[[0, 2]].tolist() == [1.0, 3.0]
+    means = cluster_losses([1.0, math.nan, 3.0], [0, 1, 2]).means
+    assert means.isnan().tolist() == [False, True, False]
+    assert means[[0, 2]].tolist() == [1.0, 3.0]
 
 
-def test_uniform_balancing_is_the_mean_over_samples():
-    assert UniformBalancing()(cluster_losses([1.0, 2.0, 6.0], [0, 0, 2])).item() == 3.0
+@pytest.mark.parametrize("balancing", [UniformBalancing(), ContinuousUncertainty()])
+def test_the_mean_over_samples_is_uniform_balancing_and_the_start_of_continuous_uncertainty(balancing):
+    losses = cluster_losses([1.0, 2.0, 6.0], [0, 0, 2], log_snr=torch.tensor([-4.0, 0.0, 4.0]))
+    assert balancing(losses).item() == 3.0
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_uncertainty_weighting_equals_that_of_the_authors(schedule):
-    per_sample = REFERENCE[f"{schedule}.constant.loss"]
-    balancing = UncertaintyWeighting(8)
-    balancing.load_state_dict({"log_variance": REFERENCE[f"{schedule}.uw.log_variance"]})
-    loss = balancing(cluster_losses(per_sample, [i // 2 for i in range(16)], 8))
+    losses = cluster_losses(REFERENCE[f"{schedule}.constant.loss"], [i // 2 for i in range(16)], 8)
+    loss = uncertainty(REFERENCE[f"{schedule}.uw.log_variance"])(losses)
     torch.testing.assert_close(loss, REFERENCE[f"{schedule}.uw.loss"], rtol=1e-5, atol=1e-5)
 
 
 def test_log_variances_rest_where_they_equal_the_log_contributions():
-    losses = cluster_losses([1.0, 2.0, 6.0, 4.0], [0, 1, 1, 2])
-    balancing = UncertaintyWeighting(3)
-    balancing.load_state_dict({"log_variance": torch.tensor([1.0, 8.0, 4.0]).div(4).log()})
-    balancing(losses).backward()
+    balancing = uncertainty(torch.tensor([1.0, 8.0, 4.0]).div(4).log())
+    balancing(cluster_losses([1.0, 2.0, 6.0, 4.0], [0, 1, 1, 2])).backward()
     torch.testing.assert_close(balancing.log_variance.grad, torch.zeros(3))
 
 
-def test_samples_of_certain_clusters_count_more():
-    per_sample = torch.ones(3, requires_grad=True)
-    balancing = UncertaintyWeighting(3)
-    balancing.load_state_dict({"log_variance": torch.tensor([0.0, 1.0, 2.0])})
-    balancing(cluster_losses(per_sample, [0, 1, 2])).backward()
-    torch.testing.assert_close(per_sample.grad, torch.tensor([1.0, math.exp(-1), math.exp(-2)]) / 6)
-
-
-def test_a_cluster_without_samples_adds_only_its_log_variance():
-    balancing = UncertaintyWeighting(3)
-    balancing.load_state_dict({"log_variance": torch.tensor([0.0, 5.0, 0.0])})
-    loss = balancing(cluster_losses([2.0, 4.0], [0, 2]))
+def test_samples_of_certain_clusters_count_more_and_an_empty_one_adds_only_its_log_variance():
+    balancing, per_sample = uncertainty([0.0, 5.0, 1.0]), torch.tensor([2.0, 4.0], requires_grad=True)
+    loss = balancing(cluster_losses(per_sample, [0, 2]))
     loss.backward()
-    assert loss.item() == pytest.approx(0.5 * (1 + 2 + 5))
-    assert balancing.log_variance.grad.tolist() == pytest.approx([0.5 * (1 - 1), 0.5, 0.5 * (1 - 2)])
+    assert loss.item() == pytest.approx(0.5 * (1 + 2 * math.exp(-1) + 0 + 5 + 1))
+    assert per_sample.grad.tolist() == pytest.approx([1 / 4, math.exp(-1) / 4])
+    assert balancing.log_variance.grad.tolist() == pytest.approx([0.0, 0.5, 0.5 * (1 - 2 * math.exp(-1))])
 
 
-@pytest.mark.parametrize("balancing", [UniformBalancing(), UncertaintyWeighting(3), ContinuousUncertainty()])
+@pytest.mark.parametrize("balancing", [UniformBalancing(), uncertainty([0.3, -1.0, 2.0]), continuous()])
 def test_autocast_rounds_nothing(balancing):
-    torch.manual_seed(0)
-    for parameter in balancing.parameters():
-        torch.nn.init.normal_(parameter)
-    losses = torch.rand(32), [i % 3 for i in range(32)], 3, torch.linspace(-5, 5, 32, dtype=torch.float64)
+    per_sample = torch.rand(32, generator=torch.Generator().manual_seed(0))
+    losses = per_sample, [i % 3 for i in range(32)], 3, torch.linspace(-5, 5, 32, dtype=torch.float64)
     expected = balancing(cluster_losses(*losses))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = balancing(cluster_losses(*losses))
@@ -96,28 +90,21 @@ def test_autocast_rounds_nothing(balancing):
     assert loss.item() == expected.item()
 
 
-def test_continuous_uncertainty_starts_as_the_plain_mean():
-    losses = cluster_losses([1.0, 2.0, 6.0], [0, 1, 2], log_snr=torch.tensor([-4.0, 0.0, 4.0]))
-    assert ContinuousUncertainty()(losses).item() == 3.0
-
-
 def test_continuous_uncertainty_learns_the_log_loss_of_each_noise_level():
     log_snr = torch.linspace(-8, 8, 64, dtype=torch.float64)
     expected = torch.sigmoid(-log_snr / 2).mul(2).add(0.05).log().float()
     balancing = ContinuousUncertainty()
-    optimizer = torch.optim.Adam(balancing.parameters(), lr=0.025)
-    for _ in range(2000):
+    optimizer = torch.optim.Adam(balancing.parameters(), lr=0.05)
+    for _ in range(600):
         optimizer.zero_grad()
         balancing(cluster_losses(expected.exp(), [0] * 64, 1, log_snr)).backward()
         optimizer.step()
-    torch.testing.assert_close(balancing.log_uncertainty(log_snr), expected, rtol=0, atol=0.15)  # of 3.7
+    torch.testing.assert_close(balancing.log_uncertainty(log_snr), expected, rtol=0, atol=0.25)  # of 3.7
 
 
 def test_continuous_uncertainty_divides_losses_by_its_exponential():
+    balancing, log_snr = continuous(), torch.tensor([-3.0, 5.0])
     per_sample = torch.ones(2, requires_grad=True)
-    log_snr = torch.tensor([-3.0, 5.0])
-    balancing = ContinuousUncertainty()
-    torch.nn.init.normal_(balancing.weight, generator=torch.Generator().manual_seed(0))
     u = balancing.log_uncertainty(log_snr).detach()
     loss = balancing(cluster_losses(per_sample, [0, 1], log_snr=log_snr))
     loss.backward()
@@ -126,27 +113,25 @@ def test_continuous_uncertainty_divides_losses_by_its_exponential():
 
 
 def test_continuous_uncertainty_is_finite_for_pure_noise_and_pure_signal():
-    balancing = ContinuousUncertainty()
-    torch.nn.init.ones_(balancing.weight)
-    log_snr = torch.tensor([-math.inf, -20.0, 20.0, math.inf])
-    u = balancing.log_uncertainty(log_snr)
+    u = continuous().log_uncertainty(torch.tensor([-math.inf, -20.0, 20.0, math.inf]))
     assert u.isfinite().all()
     assert (u[0], u[3]) == (u[1], u[2])
 
 
 def test_the_seed_and_the_number_of_features_choose_the_features():
-    def function(**arguments):
-        balancing = ContinuousUncertainty(**arguments)
-        torch.nn.init.ones_(balancing.weight)
-        return balancing.log_uncertainty(torch.linspace(-5, 5, 9))
-
-    assert torch.equal(function(seed=1), function(seed=1))
-    assert not torch.allclose(function(seed=1), function(seed=2))
+    one, same, other = (continuous(seed=seed).log_uncertainty(torch.linspace(-5, 5, 9)) for seed in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.allclose(one, other)
     assert ContinuousUncertainty(7).weight.shape == (7,)
-    with pytest.raises(ValueError, match="`num_features` must be an integer >= 1, got 0"):
-        ContinuousUncertainty(0)
 
 
-def test_an_unknown_name_is_refused():
-    with pytest.raises(ValueError, match=r"`balancing` must be one of uniform, uncertainty, .* got 'pcgrad'"):
-        make_balancing("pcgrad", 8)
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ContinuousUncertainty(0), "`num_features` must be an integer >= 1, got 0"),
+        (lambda: make_balancing("pcgrad", 8), "`balancing` must be one of uniform, uncertainty, .* got 'pcgrad'"),
+    ],
+)
+def test_balancings_that_there_are_not_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

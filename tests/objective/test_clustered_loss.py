@@ -27,9 +27,8 @@ def clustered_loss(num_clusters=4, **arguments):
     return ClusteredLoss(scheduler, cluster_timesteps(scheduler, num_clusters, cost="uniform"), **arguments)
 
 
-def batch(timesteps, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    samples = torch.randn(3, len(timesteps), 2, 4, 4, generator=generator)
+def batch(timesteps):
+    samples = torch.randn(3, len(timesteps), 2, 4, 4, generator=torch.Generator().manual_seed(0))
     return *samples, torch.as_tensor(timesteps)
 
 
@@ -38,23 +37,25 @@ def test_uncertainty_weighted_loss_equals_that_of_the_authors(schedule):
     reference = {name.split(".", 1)[1]: value for name, value in REFERENCE.items() if name.startswith(schedule)}
     scheduler = DDPMScheduler(beta_schedule=BETA_SCHEDULES[schedule])
     loss_fn = ClusteredLoss(scheduler, cluster_timesteps(scheduler, 8, cost="uniform"), balancing="uncertainty")
-    with torch.no_grad():
-        loss_fn.balancing.log_variance.copy_(reference["uw.log_variance"])
+    loss_fn.balancing.load_state_dict({"log_variance": reference["uw.log_variance"]})
     out = loss_fn(*(reference[name] for name in ("model_output", "clean", "noise", "timesteps")))
     assert out.counts.tolist() == [2] * 8
     torch.testing.assert_close(out.loss, reference["uw.loss"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(out.per_cluster, reference["constant.loss"].reshape(8, 2).mean(1), rtol=1e-5, atol=1e-5)
 
 
-def test_uniform_balancing_of_stratified_timesteps_is_the_plain_mean():
+def test_uniform_balancing_of_stratified_timesteps_is_the_plain_mean_and_learns_nothing():
     loss_fn = clustered_loss(weighting=MinSNR(2.0))
-    timesteps = loss_fn.clusters.sample(16, generator=torch.Generator().manual_seed(0))
-    out = loss_fn(*batch(timesteps))
-    plain = DenoisingLoss(DDPMScheduler(), MinSNR(2.0))(*batch(timesteps))
+    model_output, *rest = batch(loss_fn.clusters.sample(16, generator=torch.Generator().manual_seed(0)))
+    out = loss_fn(model_output.requires_grad_(), *rest)
+    plain = DenoisingLoss(DDPMScheduler(), MinSNR(2.0))(model_output, *rest)
     assert out.counts.tolist() == [4] * 4
     torch.testing.assert_close(out.loss, plain.loss)
     torch.testing.assert_close(out.loss, out.per_cluster.mean())
-    torch.testing.assert_close(out.per_sample, plain.per_sample, rtol=0, atol=0)
+    assert torch.equal(out.per_sample, plain.per_sample)
+    assert out.loss.requires_grad
+    assert not out.per_cluster.requires_grad  # what is logged keeps no graph
+    assert loss_fn.parameter_groups() == []
 
 
 def test_variational_bounds_are_part_of_the_loss_and_shown_apart():
@@ -62,7 +63,6 @@ def test_variational_bounds_are_part_of_the_loss_and_shown_apart():
     out = clustered_loss()(torch.cat([noise, variance], 1), clean, noise, timesteps)
     assert out.variational_bound.shape == (4,)
     torch.testing.assert_close(out.per_sample, out.mse + out.variational_bound)
-    assert clustered_loss()(noise, clean, noise, timesteps).variational_bound is None
 
 
 @pytest.mark.parametrize("balancing", ["uniform", "uncertainty", "continuous_uncertainty"])
@@ -78,34 +78,14 @@ def test_clusters_without_samples_poison_nothing(balancing):
         assert value.isfinite().all()
 
 
-def test_what_is_logged_keeps_no_graph():
-    model_output, *rest = batch([10, 300, 990])
-    out = clustered_loss()(model_output.requires_grad_(), *rest)
-    assert out.loss.requires_grad
-    assert not out.per_cluster.requires_grad
-
-
 def test_sample_weights_enter_the_loss_only():
-    loss_fn = clustered_loss()
-    plain = loss_fn(*batch([10, 300, 990]))
-    weights = torch.tensor([0.5, 2.0, 1.0])
-    out = loss_fn(*batch([10, 300, 990]), sample_weights=weights)
+    loss_fn, samples, weights = clustered_loss(), batch([10, 300, 990]), torch.tensor([0.5, 2.0, 1.0])
+    plain, out = loss_fn(*samples), loss_fn(*samples, sample_weights=weights)
     torch.testing.assert_close(out.loss, (weights * plain.per_sample).mean())
     for name in ("per_sample", "per_cluster", "counts", "mse"):
         assert torch.equal(getattr(out, name), getattr(plain, name))
     with pytest.raises(ValueError, match=r"`sample_weights` must have the shape of `timesteps`, \(3,\), got \(1,\)"):
-        loss_fn(*batch([10, 300, 990]), sample_weights=torch.ones(1))
-
-
-@pytest.mark.parametrize(
-    ("balancing", "name"), [("uncertainty", "log_variance"), ("continuous_uncertainty", "weight")]
-)
-def test_learned_balancing_has_its_own_optimizer_group(balancing, name):
-    loss_fn = clustered_loss(balancing=balancing)
-    (group,) = loss_fn.parameter_groups()
-    assert (group["lr"], group["weight_decay"]) == (0.025, 0.0)
-    assert [id(parameter) for parameter in group["params"]] == [id(getattr(loss_fn.balancing, name))]
-    torch.optim.AdamW([{"params": [nn.Parameter(torch.ones(1))]}, group], lr=1e-4)
+        loss_fn(*samples, sample_weights=torch.ones(1))
 
 
 class WorstCluster(Balancing):
@@ -119,20 +99,22 @@ class WorstCluster(Balancing):
         return (losses.means * (losses.means * self.sharpness).softmax(0)).sum()
 
 
-def test_a_users_own_balancing_is_trained_and_saved():
-    loss_fn = clustered_loss(balancing=WorstCluster())
+@pytest.mark.parametrize(
+    ("balancing", "name"),
+    [("uncertainty", "log_variance"), ("continuous_uncertainty", "weight"), (WorstCluster(), "sharpness")],
+)
+def test_learned_balancings_and_a_users_own_are_trained_in_a_group_of_their_own(balancing, name):
+    loss_fn = clustered_loss(balancing=balancing)
     out = loss_fn(*batch([10, 300, 700, 990]))
     out.loss.backward()
-    assert out.per_cluster.mean() < out.loss < out.per_cluster.max()
     (group,) = loss_fn.parameter_groups()
-    assert group["params"] == [loss_fn.balancing.sharpness]
-    assert loss_fn.balancing.sharpness.grad != 0
-    assert loss_fn.cluster_weights().tolist() == [1] * 4
-    clustered_loss(balancing=WorstCluster()).load_state_dict(loss_fn.state_dict())
-
-
-def test_uniform_balancing_has_no_optimizer_group():
-    assert clustered_loss().parameter_groups() == []
+    assert (group["lr"], group["weight_decay"]) == (0.025, 0.0)
+    (parameter,) = group["params"]
+    assert parameter is getattr(loss_fn.balancing, name)
+    assert parameter.grad.any()
+    assert loss_fn.cluster_weights().tolist() == pytest.approx([0.5 if balancing == "uncertainty" else 1] * 4)
+    if isinstance(balancing, WorstCluster):
+        assert out.per_cluster.mean() < out.loss < out.per_cluster.max()
 
 
 @pytest.mark.parametrize("prepared", [False, True])
@@ -142,11 +124,9 @@ def test_accelerate_saves_and_restores_what_was_learned(tmp_path, prepared):
         loss_fn = clustered_loss(balancing="uncertainty")
         optimizer = torch.optim.Adam(loss_fn.parameter_groups())
         if prepared:
-            loss_fn, optimizer = accelerator.prepare(loss_fn, optimizer)
-        else:
-            optimizer = accelerator.prepare(optimizer)
-            accelerator.register_for_checkpointing(loss_fn)
-        return accelerator, loss_fn, optimizer
+            return accelerator, *accelerator.prepare(loss_fn, optimizer)
+        accelerator.register_for_checkpointing(loss_fn)
+        return accelerator, loss_fn, accelerator.prepare(optimizer)
 
     def step(accelerator, loss_fn, optimizer):
         accelerator.backward(loss_fn(*batch([10, 300, 700, 990])).loss)
@@ -165,11 +145,9 @@ def test_accelerate_saves_and_restores_what_was_learned(tmp_path, prepared):
 
 
 def test_a_state_of_other_clusters_is_refused():
-    scheduler = DDPMScheduler()
-    saved = ClusteredLoss(scheduler, TimestepClusters([0, 10, 1000]), balancing="uncertainty").state_dict()
-    loss_fn = ClusteredLoss(scheduler, TimestepClusters([0, 20, 1000]), balancing="uncertainty")
+    one, other = (ClusteredLoss(DDPMScheduler(), TimestepClusters([0, edge, 1000])) for edge in (10, 20))
     with pytest.raises(ValueError, match=r"of clusters with the boundaries \[0, 20, 1000\], got \[0, 10, 1000\]"):
-        loss_fn.load_state_dict(saved)
+        other.load_state_dict(one.state_dict())
 
 
 @pytest.mark.parametrize(

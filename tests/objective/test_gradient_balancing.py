@@ -11,16 +11,12 @@ from torchjd import Stateful, aggregation
 from two_processes import global_batch, small_denoiser
 
 from diffusers_dtr import DTRTransformer2DModel
-from diffusers_dtr.objective.balancing import ClusterLosses
-from diffusers_dtr.objective.clustered_loss import ClusteredLoss
-from diffusers_dtr.objective.clustering import cluster_timesteps
-from diffusers_dtr.objective.gradient_balancing import GradientBalancer
+from diffusers_dtr.objective import ClusteredLoss, ClusterLosses, GradientBalancer, cluster_timesteps
 
 
 K = 4
 SCHEDULER = DDPMScheduler()
 CLUSTERS = cluster_timesteps(SCHEDULER, K)
-NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 # Constructors, because some of these remember earlier calls.
 WEIGHTINGS = {
     "pcgrad": (lambda: "pcgrad", aggregation.PCGrad),
@@ -56,17 +52,23 @@ def balanced_loss(balancer, denoiser, seed=0):
     return clustered_loss(denoiser, seed, balancing=balancer)[0].loss
 
 
+def weights_of(balancer, denoiser, seeds=(0,)):
+    """The weights after each of some steps, `(steps, k)`."""
+    return torch.stack([(balanced_loss(balancer, denoiser, seed), balancer.weights)[1] for seed in seeds])
+
+
 def contributions(denoiser, seed=0):
     out, clusters = clustered_loss(denoiser, seed)
     return ClusterLosses(out.per_sample, clusters, torch.zeros(len(clusters)), K).contributions
 
 
-def jacobian(denoiser, seed=0):
-    rows = [
-        torch.autograd.grad(contribution, list(denoiser.parameters()), retain_graph=True)
-        for contribution in contributions(denoiser, seed)
-    ]
-    return torch.stack([torch.cat([gradient.flatten().float() for gradient in row]) for row in rows])
+def jacobian(denoiser):
+    rows = [torch.autograd.grad(one, [*denoiser.parameters()], retain_graph=True) for one in contributions(denoiser)]
+    return torch.stack([torch.cat([gradient.flatten().double() for gradient in row]) for row in rows])
+
+
+def mgda_weights(rows):
+    return aggregation.MGDAWeighting()(rows @ rows.T).float()
 
 
 def gradient(denoiser):
@@ -81,90 +83,115 @@ def saved(module):
     return torch.load(file, weights_only=True)
 
 
-def test_the_clusters_conflict_here(denoiser):
-    gramian = jacobian(denoiser) @ jacobian(denoiser).T
-    assert (gramian < 0).any()
+# --- the gradient ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", WEIGHTINGS)
 def test_gradient_is_what_torchjd_makes_of_the_jacobian(denoiser, name):
     make_weighting, make_aggregator = WEIGHTINGS[name]
+    rows = jacobian(denoiser)
+    assert (rows @ rows.T < 0).any()  # the clusters conflict here
     torch.manual_seed(3)
     # In float64, as ours solves; and random orders drawn from the same seed.
-    expected = make_aggregator()(jacobian(denoiser).double()).float()
+    expected = make_aggregator()(rows).float()
     balanced_loss(GradientBalancer(denoiser, make_weighting(), K, seed=3), denoiser).backward()
     torch.testing.assert_close(gradient(denoiser), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
-def test_nothing_reaches_grad_before_backward_which_accumulates(denoiser):
-    loss = balanced_loss(GradientBalancer(denoiser, "pcgrad", K), denoiser)
+def test_nothing_reaches_grad_before_backward_and_two_losses_may_wait_for_it(denoiser):
+    balancer = GradientBalancer(denoiser, "mgda", K)
+    losses = [balanced_loss(balancer, denoiser, seed) for seed in range(2)]
     assert all(parameter.grad is None for parameter in denoiser.parameters())
-    loss.backward()
-    once = gradient(denoiser)
-    balanced_loss(GradientBalancer(denoiser, "pcgrad", K), denoiser).backward()
-    torch.testing.assert_close(gradient(denoiser), 2 * once)
+    total = 0
+    for seed, loss in enumerate(losses):
+        loss.backward()  # accumulates
+        fresh = GradientBalancer(denoiser, "mgda", K)
+        own = torch.autograd.grad(balanced_loss(fresh, denoiser, seed), list(denoiser.parameters()))
+        total = total + torch.cat([part.flatten() for part in own])
+        torch.testing.assert_close(gradient(denoiser), total)
 
 
 def test_the_gramian_may_be_of_a_part_of_the_denoiser(denoiser):
     balancer = GradientBalancer(denoiser[1], "mgda", K)
     balanced_loss(balancer, denoiser).backward()
     size = sum(parameter.numel() for parameter in denoiser[1].parameters())
-    rows = jacobian(denoiser)[:, -size:].double()
-    expected = aggregation.MGDAWeighting()(rows @ rows.T).float()
-    torch.testing.assert_close(balancer.weights, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(balancer.weights, mgda_weights(jacobian(denoiser)[:, -size:]), rtol=1e-4, atol=1e-5)
     assert denoiser[0].weight.grad.abs().max() > 0
 
 
 def test_frozen_and_unused_parameters_do_no_harm(denoiser):
-    expected = GradientBalancer(denoiser, "mgda", K)
-    balanced_loss(expected, denoiser)
+    expected = weights_of(GradientBalancer(denoiser, "mgda", K), denoiser)
     denoiser.unused = nn.Linear(1, 1)
     denoiser.frozen = nn.Linear(1, 1).requires_grad_(False)
-    balancer = GradientBalancer(denoiser, "mgda", K)
-    balanced_loss(balancer, denoiser[:2])
-    torch.testing.assert_close(balancer.weights, expected.weights, rtol=1e-4, atol=1e-5)
+    found = weights_of(GradientBalancer(denoiser, "mgda", K), denoiser[:2])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_checkpointed_blocks_with_routing_give_the_same_gradient():
+    torch.manual_seed(0)
+    config = {"in_channels": 2, "num_layers": 2, "sample_size": 4, "num_embeds_ada_norm": None, "routing_beta": 0.5}
+    denoiser = DTRTransformer2DModel(2, 8, **config).train()
+    for parameter in denoiser.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    clean, noise, timesteps = global_batch(torch.Generator().manual_seed(0))
+    gradients = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            denoiser.enable_gradient_checkpointing()
+        loss_fn = ClusteredLoss(SCHEDULER, CLUSTERS, balancing=GradientBalancer(denoiser, "mgda", K))
+        denoiser.zero_grad()
+        loss_fn(denoiser(clean, timesteps).sample, clean, noise, timesteps).loss.backward()
+        gradients.append(gradient(denoiser))
+    torch.testing.assert_close(*gradients)
+
+
+# --- the weights -----------------------------------------------------------------------------------------------------
 
 
 def test_weights_are_solved_for_every_few_steps(denoiser):
-    balancer = GradientBalancer(denoiser, "mgda", K, update_every=3)
-    weights = []
-    for seed in range(7):
-        balanced_loss(balancer, denoiser, seed)
-        weights.append(balancer.weights)
-    changes = [step for step in range(1, 7) if not torch.equal(weights[step], weights[step - 1])]
-    assert changes == [3, 6]
+    weights = weights_of(GradientBalancer(denoiser, "mgda", K, update_every=3), denoiser, range(7))
+    assert [step for step in range(1, 7) if not torch.equal(weights[step], weights[step - 1])] == [3, 6]
 
 
 def test_evaluation_uses_the_last_weights(denoiser):
     balancer = GradientBalancer(denoiser, "mgda", K)
     assert torch.equal(balancer.weights, torch.ones(K))
-    balanced_loss(balancer, denoiser)
-    weights = balancer.weights
+    (weights,) = weights_of(balancer, denoiser)
     with torch.no_grad():
         loss = balanced_loss(balancer, denoiser, seed=1)
     torch.testing.assert_close(loss, weights @ contributions(denoiser, seed=1))
-    balanced_loss(balancer.eval(), denoiser, seed=1)
-    assert torch.equal(balancer.weights, weights)
+    assert torch.equal(weights_of(balancer.eval(), denoiser, [1])[0], weights)
 
 
-def test_two_losses_may_wait_for_backward(denoiser):
+def test_a_cluster_without_samples_leaves_weights_as_they_were_and_warns(denoiser):
     balancer = GradientBalancer(denoiser, "mgda", K)
-    losses = [balanced_loss(balancer, denoiser, seed) for seed in range(2)]
-    for seed, loss in enumerate(losses):
-        denoiser.zero_grad()
-        loss.backward()
-        fresh = GradientBalancer(denoiser, "mgda", K)
-        expected = torch.autograd.grad(balanced_loss(fresh, denoiser, seed), list(denoiser.parameters()))
-        torch.testing.assert_close(gradient(denoiser), torch.cat([part.flatten() for part in expected]))
+    (weights,) = weights_of(balancer, denoiser)
+    losses = ClusterLosses(contributions(denoiser)[:3], torch.tensor([0, 1, 3]), torch.zeros(3), K)
+    with pytest.warns(UserWarning, match=r"clusters \[2\] had no samples .* global batches of at least 4"):
+        loss = balancer(losses)
+    assert torch.equal(balancer.weights, weights)
+    torch.testing.assert_close(loss, weights @ losses.contributions)
 
 
-def test_loss_scaling_leaves_weights_as_they_are(denoiser):
-    # NashMTL limits the norm of the update, and so knows how large gradients are.
-    plain = GradientBalancer(denoiser, "nash_mtl", K)
-    balanced_loss(plain, denoiser)
-    scaled = GradientBalancer(denoiser, "nash_mtl", K, scaler=torch.amp.GradScaler("cpu", init_scale=2.0**16))
-    balanced_loss(scaled, denoiser)
-    torch.testing.assert_close(scaled.weights, plain.weights)
+def test_random_orders_come_from_the_seed_alone(denoiser):
+    def weights(seed, global_seed):
+        torch.manual_seed(global_seed)
+        state = torch.get_rng_state()
+        seen = weights_of(GradientBalancer(denoiser, "pcgrad", K, seed=seed), denoiser, [0] * 4)
+        assert torch.equal(torch.get_rng_state(), state)
+        return seen
+
+    first = weights(seed=0, global_seed=1)
+    assert torch.equal(first, weights(seed=0, global_seed=2))
+    assert not torch.equal(first, weights(seed=10, global_seed=1))
+    assert any(not torch.equal(first[0], row) for row in first[1:])
+
+
+# --- precision -------------------------------------------------------------------------------------------------------
+
+
+def scaler(scale):
+    return torch.amp.GradScaler("cpu", init_scale=scale)
 
 
 class HalfPrecisionGradient(torch.autograd.Function):
@@ -179,29 +206,29 @@ class HalfPrecisionGradient(torch.autograd.Function):
         return gradient.half().float()
 
 
-def tiny_losses(denoiser):
-    per_sample = HalfPrecisionGradient.apply(contributions(denoiser)) * 2.0**-30
-    return ClusterLosses(per_sample, torch.arange(K), torch.zeros(K), K)
+def test_loss_scaling_changes_no_weights_and_saves_gradients_from_underflow(denoiser):
+    # NashMTL limits the norm of the update, and so knows how large gradients are.
+    plain, scaled = (GradientBalancer(denoiser, "nash_mtl", K, scaler=own) for own in (None, scaler(2.0**16)))
+    torch.testing.assert_close(weights_of(scaled, denoiser), weights_of(plain, denoiser))
 
-
-def test_loss_scaling_saves_gradients_from_underflow(denoiser):
-    expected = GradientBalancer(denoiser, "mgda", K)
-    balanced_loss(expected, denoiser)
-    scaled = GradientBalancer(denoiser, "mgda", K, scaler=torch.amp.GradScaler("cpu", init_scale=2.0**20))
-    scaled(tiny_losses(denoiser))
-    torch.testing.assert_close(scaled.weights, expected.weights)
+    tiny = HalfPrecisionGradient.apply(contributions(denoiser)) * 2.0**-30
+    losses = ClusterLosses(tiny, torch.arange(K), torch.zeros(K), K)
+    expected, scaled = (GradientBalancer(denoiser, "mgda", K, scaler=own) for own in (None, scaler(2.0**20)))
     with pytest.warns(UserWarning, match="no samples with a gradient"):
-        GradientBalancer(denoiser, "mgda", K)(tiny_losses(denoiser))
+        expected(losses)
+    scaled(losses)
+    torch.testing.assert_close(scaled.weights, weights_of(expected, denoiser)[0])
 
 
 def test_gradients_that_overflow_leave_weights_as_they_were(denoiser):
-    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
-    balancer = GradientBalancer(denoiser, "mgda", K, scaler=scaler)
-    balanced_loss(balancer, denoiser)
-    weights = balancer.weights
-    scaler.update(2.0**80)
-    balanced_loss(balancer, denoiser, seed=1)
-    assert torch.equal(balancer.weights, weights)
+    own = scaler(1.0)
+    balancer = GradientBalancer(denoiser, "mgda", K, scaler=own)
+    (weights,) = weights_of(balancer, denoiser)
+    own.update(2.0**80)
+    assert torch.equal(weights_of(balancer, denoiser, [1])[0], weights)
+
+
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 # Autocast rounds products of matrices and vectors on a GPU only.
@@ -223,56 +250,11 @@ def test_autocast_does_not_round_the_gramian(denoiser, device):
 
 
 def test_bfloat16_denoisers_have_a_float32_gramian(denoiser):
-    balancer = GradientBalancer(denoiser.bfloat16(), "mgda", K)
-    balanced_loss(balancer, denoiser)
-    rows = jacobian(denoiser).double()
-    expected = aggregation.MGDAWeighting()(rows @ rows.T).float()
-    torch.testing.assert_close(balancer.weights, expected, rtol=1e-4, atol=1e-5)
+    (weights,) = weights_of(GradientBalancer(denoiser.bfloat16(), "mgda", K), denoiser)
+    torch.testing.assert_close(weights, mgda_weights(jacobian(denoiser)), rtol=1e-4, atol=1e-5)
 
 
-def test_a_cluster_without_samples_leaves_weights_as_they_were_and_warns(denoiser):
-    balancer = GradientBalancer(denoiser, "mgda", K)
-    balanced_loss(balancer, denoiser)
-    weights = balancer.weights
-    losses = ClusterLosses(contributions(denoiser)[:3], torch.tensor([0, 1, 3]), torch.zeros(3), K)
-    with pytest.warns(UserWarning, match=r"clusters \[2\] had no samples .* global batches of at least 4"):
-        loss = balancer(losses)
-    assert torch.equal(balancer.weights, weights)
-    torch.testing.assert_close(loss, weights @ losses.contributions)
-
-
-def test_random_orders_come_from_the_seed_alone(denoiser):
-    def weights(seed, global_seed):
-        torch.manual_seed(global_seed)
-        state = torch.get_rng_state()
-        balancer = GradientBalancer(denoiser, "pcgrad", K, seed=seed)
-        seen = [(balanced_loss(balancer, denoiser), balancer.weights)[1] for _ in range(4)]
-        assert torch.equal(torch.get_rng_state(), state)
-        return torch.stack(seen)
-
-    first = weights(seed=0, global_seed=1)
-    assert torch.equal(first, weights(seed=0, global_seed=2))
-    assert not torch.equal(first, weights(seed=10, global_seed=1))
-    assert any(not torch.equal(first[0], row) for row in first[1:])
-
-
-def test_checkpointed_blocks_with_routing_give_the_same_gradient():
-    torch.manual_seed(0)
-    denoiser = DTRTransformer2DModel(
-        2, 8, in_channels=2, num_layers=2, sample_size=4, num_embeds_ada_norm=None, routing_beta=0.5
-    ).train()
-    for parameter in denoiser.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    clean, noise, timesteps = global_batch(torch.Generator().manual_seed(0))
-    gradients = []
-    for checkpointed in (False, True):
-        if checkpointed:
-            denoiser.enable_gradient_checkpointing()
-        loss_fn = ClusteredLoss(SCHEDULER, CLUSTERS, balancing=GradientBalancer(denoiser, "mgda", K))
-        denoiser.zero_grad()
-        loss_fn(denoiser(clean, timesteps).sample, clean, noise, timesteps).loss.backward()
-        gradients.append(gradient(denoiser))
-    torch.testing.assert_close(*gradients)
+# --- the state -------------------------------------------------------------------------------------------------------
 
 
 def test_the_denoiser_is_no_part_of_the_balancer(denoiser):
@@ -283,49 +265,30 @@ def test_the_denoiser_is_no_part_of_the_balancer(denoiser):
 
 @pytest.mark.parametrize("name", STATEFUL)
 def test_a_resumed_run_has_the_weights_of_the_uninterrupted_one(denoiser, name):
-    def steps(loss_fn, seeds):
-        weights = []
-        for seed in seeds:
-            balanced_loss(loss_fn.balancing, denoiser, seed)
-            weights.append(loss_fn.balancing.weights)
-        return torch.stack(weights)
-
     def loss_fn():
         balancer = GradientBalancer(denoiser, STATEFUL[name](), K, update_every=2)
         return ClusteredLoss(SCHEDULER, CLUSTERS, balancing=balancer)
 
-    uninterrupted = loss_fn()
-    steps(uninterrupted, range(5))
+    uninterrupted, resumed, used = loss_fn(), loss_fn(), loss_fn()
+    weights_of(uninterrupted.balancing, denoiser, range(5))
     state = saved(uninterrupted)
     before = copy.deepcopy(state)
-    expected = steps(uninterrupted, range(5, 10))
-    resumed, used = loss_fn(), loss_fn()
-    resumed.load_state_dict(state)
-    assert torch.equal(steps(resumed, range(5, 10)), expected)
-    steps(used, range(7, 10))
-    used.load_state_dict(state)
-    assert torch.equal(steps(used, range(5, 10)), expected)
+    expected = weights_of(uninterrupted.balancing, denoiser, range(5, 10))
+    weights_of(used.balancing, denoiser, range(7, 10))
+    for other in (resumed, used):
+        other.load_state_dict(state)
+        assert torch.equal(weights_of(other.balancing, denoiser, range(5, 10)), expected)
     assert all(torch.equal(state[key], before[key]) for key in before)
 
 
 @pytest.mark.parametrize("name", STATEFUL)
-def test_earlier_gramians_matter_to_these_weightings(denoiser, name):
-    used = GradientBalancer(denoiser, STATEFUL[name](), K)
-    for seed in (5, 0):
-        balanced_loss(used, denoiser, seed)
-    fresh = GradientBalancer(denoiser, STATEFUL[name](), K)
-    balanced_loss(fresh, denoiser)
-    assert not torch.equal(used.weights, fresh.weights)
-
-
-def test_an_untouched_state_makes_a_used_weighting_forget(denoiser):
-    used = GradientBalancer(denoiser, aggregation.GradVac(), K)
-    balanced_loss(used, denoiser, seed=5)
-    fresh = GradientBalancer(denoiser, aggregation.GradVac(), K)
-    used.load_state_dict(saved(fresh))
-    balanced_loss(used, denoiser)
-    balanced_loss(fresh, denoiser)
-    assert torch.equal(used.weights, fresh.weights)
+def test_an_untouched_state_makes_a_used_weighting_forget(denoiser, name):
+    used, fresh = (GradientBalancer(denoiser, STATEFUL[name](), K) for _ in range(2))
+    untouched = saved(fresh)
+    (expected,) = weights_of(fresh, denoiser)
+    assert not torch.equal(weights_of(used, denoiser, [5, 0])[1], expected)  # earlier Gramians matter
+    used.load_state_dict(untouched)
+    assert torch.equal(weights_of(used, denoiser)[0], expected)
 
 
 def test_states_with_other_keys_are_refused(denoiser):
@@ -359,21 +322,22 @@ def test_weightings_that_are_no_function_of_the_gramian_are_refused(denoiser, we
         GradientBalancer(denoiser, weighting, K)
 
 
-def test_arguments_out_of_range_are_refused(denoiser):
-    with pytest.raises(ValueError, match=r"`weighting` must be one of aligned_mtl, .* got 'pc_grad'"):
-        GradientBalancer(denoiser, "pc_grad", K)
-    with pytest.raises(ValueError, match="`update_every` must be an integer >= 1, got 0"):
-        GradientBalancer(denoiser, update_every=0)
-    with pytest.raises(ValueError, match=r"`num_clusters` must be an integer >= 1, got 2\.0"):
-        GradientBalancer(denoiser, num_clusters=2.0)
-    with pytest.raises(ValueError, match="`module` must have trainable parameters"):
-        GradientBalancer(denoiser.requires_grad_(False))
+@pytest.mark.parametrize(
+    ("trainable", "arguments", "message"),
+    [
+        (True, {"weighting": "pc_grad"}, r"`weighting` must be one of aligned_mtl, .* got 'pc_grad'"),
+        (True, {"update_every": 0}, "`update_every` must be an integer >= 1, got 0"),
+        (True, {"num_clusters": 2.0}, r"`num_clusters` must be an integer >= 1, got 2\.0"),
+        (False, {}, "`module` must have trainable parameters"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(denoiser, trainable, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        GradientBalancer(denoiser.requires_grad_(trainable), **arguments)
 
 
-def test_missing_packages_are_named_with_our_extra(denoiser, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ecos", None)
-    with pytest.raises(ImportError, match=r'nash_mtl.*pip install "diffusers-dtr\[balancing\]"'):
-        GradientBalancer(denoiser, "nash_mtl", K)
-    monkeypatch.setitem(sys.modules, "torchjd", None)
-    with pytest.raises(ImportError, match=r'torchjd: pip install "diffusers-dtr\[balancing\]"'):
-        GradientBalancer(denoiser, "pcgrad", K)
+@pytest.mark.parametrize(("package", "weighting"), [("ecos", "nash_mtl"), ("torchjd", "pcgrad")])
+def test_missing_packages_are_named_with_our_extra(denoiser, monkeypatch, package, weighting):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=r'(nash_mtl|torchjd).*pip install "diffusers-dtr\[balancing\]"'):
+        GradientBalancer(denoiser, weighting, K)

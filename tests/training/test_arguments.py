@@ -3,12 +3,10 @@ import json
 import re
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from diffusers_dtr import training
 from diffusers_dtr.training import argument_checks, arguments, text_to_image_arguments
-from diffusers_dtr.training.arguments import routing_flags, warmed_up_beta
+from diffusers_dtr.training.arguments import routing_flags
 
 
 # The names that diffusers' training scripts use.
@@ -175,18 +173,5 @@ def test_only_given_flags_overrule_a_pretrained_model():
     assert routing_flags(args) == {"routing_alpha": 2.0, "routing_seed": 0}
 
 
-@given(st.integers(1, 1000), st.floats(0.01, 1))
-def test_share_falls_steadily_from_one_to_its_target(warmup_steps, target):
-    shares = [warmed_up_beta(step, warmup_steps, target) for step in range(warmup_steps + 2)]
-    assert shares[0] == 1
-    assert shares[-2:] == [target, target]
-    assert shares == sorted(shares, reverse=True)
-    assert all(target <= share <= 1 for share in shares)
-
-
 def test_warm_up_may_take_the_whole_run():
     assert parse("--max_train_steps", "5", "--routing_warmup_steps", "5").routing_warmup_steps == 5
-
-
-def test_without_warm_up_the_share_is_its_target():
-    assert warmed_up_beta(0, 0, 0.3) == 0.3

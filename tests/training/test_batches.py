@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
-from diffusers_dtr.training.batches import Draw, TrainingBatches, generator_for
-from diffusers_dtr.training.randomness import noise_generator, timestep_generator
+from diffusers_dtr.training.batches import TrainingBatches
+from diffusers_dtr.training.randomness import Draw, generator_for
 
 
 def stream(batches: TrainingBatches, steps: int) -> list[tuple[int, int]]:
@@ -64,15 +64,6 @@ def test_orders_differ_between_epochs_and_between_neighbouring_seeds():
         for epoch in range(4)
     }
     assert len(orders) == 16
-
-
-def test_draws_of_neighbouring_seeds_epochs_and_indices_differ():
-    places = [(draw, *place) for draw in Draw for place in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))]
-    draws = {generator_for(*place).initial_seed() for place in places}
-    steps = {noise_generator(0, place, "cpu").initial_seed() for place in range(4)}
-    steps |= {timestep_generator(0, place).initial_seed() for place in range(4)}
-    assert len(draws) == len(places)
-    assert not draws & steps
 
 
 def test_workers_do_not_change_the_batches():

@@ -19,8 +19,9 @@ from diffusers_dtr.training import (
     held_out_samples,
     load_images,
 )
-from diffusers_dtr.training.clean_samples import UnreadableImages, clean_samples
+from diffusers_dtr.training.clean_samples import clean_samples
 from diffusers_dtr.training.data import TrainingImages
+from diffusers_dtr.training.samples import UnreadableImages
 
 
 CPU = torch.device("cpu")

@@ -15,7 +15,8 @@ from diffusers_dtr.latents import encode_images
 from diffusers_dtr.training.batches import TrainingBatches
 from diffusers_dtr.training.data import TrainingImages, load_training_images
 from diffusers_dtr.training.images import ImageTransform, UnreadableImageError
-from diffusers_dtr.training.latents import cache_latents, posterior_generators
+from diffusers_dtr.training.latents import cache_latents
+from diffusers_dtr.training.randomness import posterior_generators
 from diffusers_dtr.training.samples import ImageDataset, collate_samples
 
 

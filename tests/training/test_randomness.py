@@ -1,8 +1,9 @@
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusers_dtr.training.randomness import derive_seed, noise_generator, seed_model, timestep_generator
+from diffusers_dtr.training.randomness import Draw, derive_seed, generator_for, seed_model
 
 
 numbers = st.integers(0, 2**40)
@@ -19,20 +20,29 @@ def test_neighbouring_numbers_have_seeds_of_their_own():
     assert derive_seed(1, 2) != derive_seed(2, 1)
 
 
-@given(numbers, numbers)
-def test_draws_depend_on_seed_and_place_alone(seed, place):
-    for make in (lambda: noise_generator(seed, place, "cpu"), lambda: timestep_generator(seed, place)):
-        assert torch.equal(torch.rand(3, generator=make()), torch.rand(3, generator=make()))
+def test_draws_of_neighbouring_seeds_and_places_are_independent():
+    places = [(seed, *place) for seed in range(3) for place in ((0, 0), (1, 0), (0, 1), (0,), (1,))]
+    seeds = {generator_for(draw, *place).initial_seed() for draw in Draw for place in places}
+    assert len(seeds) == len(Draw) * len(places)
+
+
+# A run resumes to the bit from a checkpoint that an earlier version wrote.
+@pytest.mark.parametrize(
+    ("draw", "place", "seed"),
+    [
+        (Draw.ORDER, (1, 0), derive_seed(7, 1, 0, int.from_bytes(b"order", "big"))),
+        (Draw.NOISE, (3,), derive_seed(7, 3, int.from_bytes(b"noise", "big"))),
+    ],
+)
+def test_seeds_of_draws_stay_what_they_are(draw, place, seed):
+    assert generator_for(draw, 7, *place).initial_seed() == seed
 
 
 def test_noise_timesteps_and_label_drops_of_a_place_are_independent():
     """From one stream, whether a label is dropped would be told by the noise of its sample."""
     seed_model(0, 5)
-    draws = [
-        torch.rand(1000),
-        torch.rand(1000, generator=noise_generator(0, 5, "cpu")),
-        torch.rand(1000, generator=timestep_generator(0, 5)),
-    ]
+    draws = [torch.rand(1000)]
+    draws += [torch.rand(1000, generator=generator_for(draw, 0, 5)) for draw in (Draw.NOISE, Draw.TIMESTEPS)]
     correlations = torch.corrcoef(torch.stack(draws)) - torch.eye(3)
     assert correlations.abs().max() < 0.15
 

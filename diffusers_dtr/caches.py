@@ -1,4 +1,4 @@
-"""Folders of what is computed once: named by what they are made of, and either complete or not there."""
+"""Caches of what is computed once: their keys, and folders that are either complete or not there."""
 
 from __future__ import annotations
 
@@ -10,26 +10,31 @@ from typing import Any
 
 import torch
 
-from ..atomic_files import creating
-from ..fingerprint import fingerprint
+from .atomic_files import creating
+
+
+def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """A hash of the names, types, shapes and values of tensors, in their order: 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def content_key(description: dict[str, Any], modules: Iterable[torch.nn.Module]) -> str:
-    """A name for what some models make of some input.
+    """The cache key of what some models make of some input: 32 hexadecimal digits.
 
     Args:
         description: All that the result depends on beside the models' weights, JSON-serialisable.
         modules: The models.
-
-    Returns:
-        32 hexadecimal digits.
     """
     weights = [fingerprint(sorted(module.state_dict().items())) for module in modules]
-    return hashlib.sha256(json.dumps([description, weights], sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps([description, weights], sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def build_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Make a folder unless it is there: written under another name, and renamed when it is complete.
+    """Make a folder unless it is there, by an atomic write.
 
     Args:
         folder: The folder. Runs that make it at the same time must make the same.
