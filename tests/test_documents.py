@@ -28,36 +28,65 @@ def test_contributors_are_told_the_layers_in_their_order():
     assert re.findall(r"`(\w+)`", listed) == [*LAYERS, "cli"]
 
 
-def imported_names(path):
-    """Modules of this package that a file imports names from, with the names."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PARTS = {
+    part
+    for row in re.findall(r"^\| `diffusers_dtr\..*", README, re.MULTILINE)
+    for part in re.findall(r"`(diffusers_dtr\.\w+)`", row)
+}
+
+
+def used_names(path):
+    """Modules of this package that a file uses names of, with the names."""
+    tree, parts = ast.parse(path.read_text(encoding="utf-8")), {}
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "diffusers_dtr":
             yield from ((node.module, alias.name) for alias in node.names)
+            modules = {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            parts |= {name: module for name, module in modules.items() if module in PARTS}
         elif isinstance(node, ast.Import):
             yield from (alias.name.rpartition(".")[::2] for alias in node.names if "diffusers_dtr." in alias.name)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in parts:
+            yield parts[node.value.id], node.attr
 
 
 def is_public(module, name):
-    """Whether a name is of the package or one of its parts, not of a module inside a part."""
-    part = import_module(module)
-    public = {*getattr(part, "__all__", vars(part))} | ({*LAYERS, *dir(part)} if module == "diffusers_dtr" else set())
-    return module.count(".") <= 1 and not name.startswith("_") and name in public
+    """Whether a name is in the `__all__` of the package, or of one of its parts that the README lists."""
+    if module == "diffusers_dtr":
+        routed = name in dir(diffusers_dtr) and name.startswith("DTR")
+        return name in diffusers_dtr.__all__ or routed or f"{module}.{name}" in PARTS
+    return module in PARTS and name in import_module(module).__all__
 
 
-SCRIPTS = sorted(path for path in EXAMPLES.rglob("*.py") if path.parent.name != "benchmarks")
+SCRIPTS = sorted(EXAMPLES.rglob("*.py"))
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_examples_use_public_names_alone(path):
-    assert [imported for imported in imported_names(path) if not is_public(*imported)] == []
+    assert [used for used in used_names(path) if not is_public(*used)] == []
 
 
-def test_what_is_inside_a_part_is_not_public():
-    assert is_public("diffusers_dtr", "DTRPipeline")
-    assert is_public("diffusers_dtr", "training")
-    assert is_public("diffusers_dtr.analysis", "frechet_distance")
-    assert not is_public("diffusers_dtr.analysis.estimators", "gram")
-    assert not is_public("diffusers_dtr.analysis", "estimators")
+def test_public_names_are_few_and_those_of_parts_are_there():
+    models = [name for name in diffusers_dtr.__all__ if name.startswith("DTR")]
+    assert len(diffusers_dtr.__all__) - len(models) <= 30
+    for part in PARTS:
+        module = import_module(part)
+        assert [name for name in module.__all__ if not hasattr(module, name)] == []
+
+
+def test_what_is_inside_a_part_is_not_public(tmp_path):
+    path = tmp_path / "example.py"
+    path.write_text("""
+from diffusers_dtr import DTRPipeline, analysis as a, routing
+from diffusers_dtr.analysis.measurement import Workspace
+a.gram, a.json
+""")
+    assert [used for used in used_names(path) if not is_public(*used)] == [
+        ("diffusers_dtr", "routing"),
+        ("diffusers_dtr.analysis.measurement", "Workspace"),
+        ("diffusers_dtr.analysis", "json"),
+    ]
 
 
 def test_accelerate_is_configured_before_it_launches():

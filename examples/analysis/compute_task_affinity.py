@@ -14,16 +14,18 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+import scipy  # noqa: F401 - the end needs it: missing, it shows before anything is measured
 import torch
 from accelerate import Accelerator
 from diffusers import AutoModel, DiffusionPipeline
+from matplotlib import pyplot
 from tqdm.auto import tqdm
 
 from diffusers_dtr import DenoisingLoss, DTRPipeline, TaskAffinity, cluster_timesteps, training
 from diffusers_dtr.analysis import Workspace, noise_distance_correlation
-from diffusers_dtr.extras import require
 from diffusers_dtr.ranges import COUNT, FINITE, SEED, WHOLE, Range
 from diffusers_dtr.run_record import public_arguments, public_command
+from diffusers_dtr.visualization import plot_affinity_by_noise_distance, plot_task_affinity
 
 
 # Whose denoisers take and return latents as they are.
@@ -118,8 +120,6 @@ def check(parser, args):
         parser.error("--checkpoints are those of one --pretrained_model_name_or_path")
     if args.cache_latents or args.dataloader_num_workers:
         parser.error("--cache_latents and --dataloader_num_workers are of no use for the few images that are needed")
-    require("matplotlib", "training", "Pictures")
-    require("scipy", "analysis", "Rank correlations")
     if (Path(args.output_dir) / RESULT).exists():
         parser.error(f"--output_dir already holds {RESULT}: choose another folder, or remove it")
 
@@ -271,10 +271,6 @@ def measure(args, pipelines, accelerator, folder):
 
 
 def draw(affinity, path):
-    from matplotlib import pyplot
-
-    from diffusers_dtr.visualization import plot_affinity_by_noise_distance, plot_task_affinity
-
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     plot_task_affinity(affinity, ax=axes[0])
     plot_affinity_by_noise_distance(affinity, ax=axes[1])

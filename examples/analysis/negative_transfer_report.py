@@ -3,11 +3,11 @@
 import json
 from itertools import pairwise
 
+import scipy  # noqa: F401 - the end needs it: missing, it shows before anything is measured
 import torch
+from matplotlib import pyplot
 
 from diffusers_dtr.analysis import confidence_interval, negative_transfer_gap
-from diffusers_dtr.atomic_files import replace_text
-from diffusers_dtr.extras import require
 from diffusers_dtr.visualization import plot_cluster_gaps
 
 
@@ -15,12 +15,9 @@ METRICS = {"loss": "gap of the held-out loss in %", "frechet_distance": "gap of 
 
 
 class Report:
-    """Begins with what the file holds already, and saves whatever is added."""
+    """A report file: read if it exists, and saved after every entry."""
 
     def __init__(self, path, settings):
-        # What the report needs in the end, said before anything is measured
-        require("matplotlib", "training", "Pictures")
-        require("scipy", "analysis", "Confidence intervals")
         self.path = path
         begun = {"settings": settings, "entries": []}
         self.content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else begun
@@ -86,8 +83,6 @@ class Report:
         return own.mean(0).expand(gaps.shape[1]), gaps
 
     def _draw(self, names):
-        from matplotlib import pyplot
-
         gaps = self.content["gaps"]
         size = (5 * len(gaps), 3.2)
         figure, axes = pyplot.subplots(1, len(gaps), figsize=size, squeeze=False, layout="constrained")
@@ -100,7 +95,9 @@ class Report:
 
     def _save(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(self.path, json.dumps(self.content, indent=1) + "\n")
+        partial = self.path.with_name(f"{self.path.name}.partial")
+        partial.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+        partial.replace(self.path)  # an interruption leaves the old file or the new one
 
 
 def _summary(values):

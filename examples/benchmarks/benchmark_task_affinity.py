@@ -20,7 +20,7 @@ from measuring import CLOCKS, compare, environment, fill_weights, seconds_by_tur
 from measuring import peak_bytes as current_peak
 
 from diffusers_dtr import DenoisingLoss, DTRTransformer2DModel, TaskAffinity
-from diffusers_dtr.analysis.estimators import gram
+from diffusers_dtr.analysis import gram
 from diffusers_dtr.ranges import COUNT, Range
 
 

@@ -21,7 +21,6 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from diffusers_dtr.atomic_files import replace_text
 from diffusers_dtr.ranges import COUNT, SEED
 from diffusers_dtr.run_record import RECORD_FILE
 
@@ -121,7 +120,9 @@ def main(args):
         for entry in pool.map(lambda job: run(args, *job), todo):
             runs.append(entry)
             report = {"task": args.task, "machine": platform.machine(), "jobs": args.jobs, "runs": runs}
-            replace_text(output, json.dumps(report, indent=1) + "\n")
+            partial = output.with_name(f"{output.name}.partial")
+            partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            partial.replace(output)  # an interruption leaves the old file or the new one
             print(f"{entry['method']}, seed {entry['seed']}: held-out loss {entry['loss']:.5f}", flush=True)
     print(table(runs))
 

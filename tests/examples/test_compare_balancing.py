@@ -6,7 +6,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from training_runs import EXAMPLES, MODEL, SCRIPT, load_script, make_images, record, run_main
+from training_runs import EXAMPLES, MODEL, SCRIPT, load_script, make_images, train_in_this_process
 
 
 TINY = (
@@ -33,70 +33,49 @@ def study(monkeypatch) -> ModuleType:
 
 @pytest.fixture
 def launched(study, data, monkeypatch) -> list[dict]:
-    """Trains in this process what the study launches in another; here are the records of the runs."""
-    records = []
-
-    def run(command: list[str], **options) -> subprocess.CompletedProcess:
-        argv = command[command.index(str(SCRIPT)) + 1 :]
-        cached = ["--cache_dir", str(data / "cache")]
-        records.append(record(run_main(load_script(SCRIPT), [*argv, *cached])))
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(study, "subprocess", SimpleNamespace(run=run))
-    return records
+    return train_in_this_process(study, monkeypatch, "--cache_dir", data / "cache")
 
 
-def main(study: ModuleType, data: Path, output: Path, *flags: object, task: str = "digits") -> None:
+def main(study: ModuleType, data: Path, output: Path, *flags: object, task: str = "digits") -> list[dict]:
     argv = ["--task", task, "--data", data, "--output", output, *flags]
     study.main(study.parse_args([str(value) for value in argv]))
+    return json.loads(output.read_text())["runs"]
 
 
-def test_every_method_and_seed_is_run_once_and_compared(study, launched, data, tmp_path, capsys):
-    output = tmp_path / "results" / "digits.json"
-    main(study, data, output, "--seeds", 0)
-    report = json.loads(output.read_text())
-    assert report["task"] == "digits"
-    assert [entry["method"] for entry in report["runs"]] == list(study.METHODS)
-    assert len({entry["loss"] for entry in report["runs"]}) == len(study.METHODS)
-    for entry, run in zip(report["runs"], launched, strict=True):
+def rows_of(printed: str) -> list[str]:
+    return [line for line in printed.splitlines() if line.startswith("| ")]
+
+
+def test_every_method_is_run_once_differs_in_the_method_alone_and_is_compared(study, launched, data, tmp_path, capsys):
+    runs = main(study, data, tmp_path / "results" / "digits.json", "--seeds", 0)
+    assert [entry["method"] for entry in runs] == list(study.METHODS)
+    assert len({entry["loss"] for entry in runs}) == len(study.METHODS)
+    for entry, run in zip(runs, launched, strict=True):
         assert entry["loss"] == run["results"]["validation_loss"]
         assert entry["per_eighth"] == [run["results"][f"validation_loss/eighth_{number}"] for number in range(8)]
         assert entry["command"].startswith("accelerate launch train_class_conditional.py --train_data_dir DATA/train")
         assert str(data) not in entry["command"]
         assert study.METHODS[entry["method"]] in entry["command"]
-    printed = capsys.readouterr().out
-    rows = [line for line in printed.splitlines() if line.startswith("| ")]
+    plain, uncertainty = (launched[list(study.METHODS).index(name)]["arguments"] for name in ("plain", "uncertainty"))
+    assert {name for name in plain if plain[name] != uncertainty[name]} == {"balancing"}
+    rows = rows_of(capsys.readouterr().out)
     assert len(rows) == 2 + len(study.METHODS)
     assert {row.count("|") for row in rows} == {12}
-    assert rows[2].startswith(f"| plain (1 seeds) | {report['runs'][0]['loss']:.4f} ± nan | ")
+    assert rows[2].startswith(f"| plain (1 seeds) | {runs[0]['loss']:.4f} ± nan | ")
 
 
-def test_runs_of_the_file_are_not_repeated(study, launched, data, tmp_path, capsys):
+def test_runs_of_the_file_are_not_repeated_and_those_of_another_task_refused(study, launched, data, tmp_path, capsys):
     output = tmp_path / "digits.json"
-    main(study, data, output, "--seeds", 0, "--methods", "plain")
-    first = json.loads(output.read_text())["runs"]
-    main(study, data, output, "--seeds", 0, 1, "--methods", "plain")
+    first = main(study, data, output, "--seeds", 0, "--methods", "plain")
+    for _ in range(2):
+        capsys.readouterr()
+        runs = main(study, data, output, "--seeds", 0, 1, "--methods", "plain")
     assert [run["arguments"]["seed"] for run in launched] == [0, 1]
-    runs = json.loads(output.read_text())["runs"]
     assert runs[:1] == first
     assert [(entry["method"], entry["seed"]) for entry in runs] == [("plain", 0), ("plain", 1)]
-    capsys.readouterr()
-    main(study, data, output, "--seeds", 0, 1, "--methods", "plain")
-    assert len(launched) == 2
-    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| plain")]
-    mean = (runs[0]["loss"] + runs[1]["loss"]) / 2
-    assert row.startswith(f"| plain (2 seeds) | {mean:.4f} ± {abs(runs[0]['loss'] - runs[1]['loss']) / 2**0.5:.4f} |")
-
-
-def test_runs_of_a_seed_differ_in_the_method_only(study, launched, data, tmp_path):
-    main(study, data, tmp_path / "digits.json", "--seeds", 3, "--methods", "plain", "uncertainty")
-    one, other = (run["arguments"] for run in launched)
-    assert {name for name in one if one[name] != other[name]} == {"balancing"}
-
-
-def test_file_of_another_task_is_refused(study, launched, data, tmp_path):
-    output = tmp_path / "digits.json"
-    main(study, data, output, "--seeds", 0, "--methods", "plain")
+    losses = [run["loss"] for run in runs]
+    spread = f"{sum(losses) / 2:.4f} ± {abs(losses[0] - losses[1]) / 2**0.5:.4f}"
+    assert rows_of(capsys.readouterr().out)[-1].startswith(f"| plain (2 seeds) | {spread} |")
     before = output.read_bytes()
     with pytest.raises(ValueError, match=r"`--output` must be a file of its own for each task.*digits"):
         main(study, data, output, task="cifar10")
@@ -114,25 +93,23 @@ def test_failed_run_is_named_with_what_it_said(study, data, tmp_path, monkeypatc
 @pytest.mark.parametrize("task", ["digits", "cifar10"])
 def test_command_of_every_task_and_method_is_one_of_the_script(task, monkeypatch):
     study, script = load_script(EXAMPLES / "study" / "compare_balancing.py"), load_script(SCRIPT)
+    parsed = []
 
     def stop(command: list[str], **options) -> None:
         parsed.append(script.parse_args(command[command.index(str(SCRIPT)) + 1 :]))
         raise InterruptedError
 
-    parsed = []
     monkeypatch.setattr(study, "subprocess", SimpleNamespace(run=stop))
+    args = study.parse_args(["--task", task, "--data", "d", "--output", "o"])
     for method in study.METHODS:
-        args = study.parse_args(["--task", task, "--data", "d", "--output", "o"])
         with pytest.raises(InterruptedError):
             study.run(args, method, 5)
-    assert {args.seed for args in parsed} == {5}
-    assert {args.num_clusters for args in parsed} == {8}
+    assert {(args.seed, args.num_clusters) for args in parsed} == {(5, 8)}
     assert {args.balancing for args in parsed} == {"uniform", "uncertainty", "pcgrad", "nash_mtl"}
 
 
 @pytest.mark.slow
 def test_study_launches_real_runs_side_by_side(study, data, tmp_path, capsys):
-    main(study, data, tmp_path / "digits.json", "--seeds", 0, "--methods", "plain", "PCGrad", "--jobs", 2)
-    runs = json.loads((tmp_path / "digits.json").read_text())["runs"]
+    runs = main(study, data, tmp_path / "digits.json", "--seeds", 0, "--methods", "plain", "PCGrad", "--jobs", 2)
     assert [entry["method"] for entry in runs] == ["plain", "PCGrad"]
     assert "| PCGrad (1 seeds) |" in capsys.readouterr().out

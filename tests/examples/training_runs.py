@@ -10,9 +10,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
@@ -161,3 +162,17 @@ def record(output_dir: Path) -> dict:
 
 def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def train_in_this_process(script: ModuleType, monkeypatch: pytest.MonkeyPatch, *flags: object) -> list[dict]:
+    """Trains here what a script launches in other processes, with some more flags; returns the records of the runs."""
+    records = []
+
+    def run(command: list[str], **options) -> subprocess.CompletedProcess:
+        (place,) = (number for number, word in enumerate(command) if word.endswith(".py"))
+        argv = [*command[place + 1 :], *map(str, flags)]
+        records.append(record(run_main(load_script(Path(command[place])), argv)))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(script, "subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
+    return records
