@@ -121,7 +121,7 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
 
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_args", capture)
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", capture)
         for path in SCRIPTS:
             patch.setattr(sys, "path", [str(path.parent), *sys.path])
             with pytest.raises(_Parsed) as parsed:

@@ -14,6 +14,7 @@ PACKAGE = Path(diffusers_dtr.__file__).parent
 LAYERS = [
     "ranges",
     "extras",
+    "user_errors",
     "config_types",
     "atomic_files",
     "caches",

@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Sequence
 
-from huggingface_hub.errors import EntryNotFoundError, HTTPError, SafetensorsParsingError
-from safetensors import SafetensorError
-
-from diffusers_dtr_command import command_parser
-
+from ..user_errors import exit_code
 from . import card, convert, inspect, sample
-from .outputs import printable
+from .command import command_parser
 from .time_limit import waiting_at_most
 
 
 _COMMANDS = (card, convert, inspect, sample)
-
-# What users can do something about: arguments, files, the network, missing extras. Anything else is a bug, and shows
-# as one. `HTTPError` is that of the Hub client's transport, whose package depends on the client's version.
-USER_ERRORS = (
-    ValueError,
-    OSError,
-    ImportError,
-    HTTPError,
-    EntryNotFoundError,
-    SafetensorsParsingError,
-    SafetensorError,
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,23 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser, subparsers = command_parser()
     for command in _COMMANDS:
         command.add_parser(subparsers)
-    args = parser.parse_args(argv)
-    try:
-        with waiting_at_most(args.timeout):
-            args.run(args)
-    except USER_ERRORS as error:
-        print(f"diffusers-dtr {args.command}: {_one_line(error)}", file=sys.stderr)
-        return 2
-    return 0
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        # By the command's own parser, which shows the options that there are
+        subparsers.choices[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
+    return exit_code(f"diffusers-dtr {args.command}", _run, args)
 
 
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    cause: BaseException | None = error
-    while cause is not None:
-        # The transport's class for it is not always of one package.
-        if isinstance(cause, HTTPError) and "Timeout" in type(cause).__name__:
-            text = f"The Hub has not answered in time. Try again later, or give `--timeout` more seconds. ({text})"
-            break
-        cause = cause.__cause__ or cause.__context__
-    return printable(text)
+def _run(args: argparse.Namespace) -> None:
+    with waiting_at_most(args.timeout):
+        args.run(args)

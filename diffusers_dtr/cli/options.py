@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from diffusers_dtr_command import COMMANDS
-
 from ..hub import check_token
 from ..ranges import POSITIVE
+from .command import COMMANDS
 
 
 def new_parser(subparsers, name: str, description: str, example: str) -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""What commands say and write: never over what is there, and never a part of it under its final name."""
+"""What commands write: never over what is there, and never a part of it under its final name."""
 
 from __future__ import annotations
 
@@ -10,11 +10,6 @@ from diffusers import ConfigMixin, DiffusionPipeline
 
 from ..atomic_files import creating
 from ..run_record import publishable
-
-
-def printable(text: str) -> str:
-    """A text without what a terminal would take for commands: files may hold anything."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 from diffusers import SchedulerMixin
 
 from ..config_types import built_from_file
-from ..pipelines.class_labels import class_named, classes_by_name
+from ..pipelines.class_labels import checked_number, class_named, classes_by_name
 from ..pipelines.model_index import component_class_name, pipeline_class_name
 from ..pipelines.pipeline_dtr import DTRPipeline
 from ..ranges import COUNT, FINITE, NON_NEGATIVE, SEED
@@ -117,6 +117,14 @@ def add_parser(subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the grid."""
+    try:
+        _write_grid(args)
+    except ValueError as error:
+        # The pipeline's argument has another name than the flag.
+        raise ValueError(str(error).replace("`class_labels`", "`--labels`")) from error
+
+
+def _write_grid(args: argparse.Namespace) -> None:
     source = open_source(args.pipeline, args.revision, args.token)
     labels = _labels(args, _checked_index(source, args.pipeline), source)
     with new_output(args.output, suffix=".png") as path:
@@ -187,9 +195,7 @@ def _label(text: str, classes: dict[str, list[int]], number: int) -> int:
     # Names first: a pipeline may call its class 0 "1".
     if text in classes or not text.isdecimal():
         return class_named(text, classes)
-    if int(text) >= number:
-        raise ValueError(f"`--labels` must be names of classes or numbers in [0, {number - 1}], got {text}.")
-    return int(text)
+    return checked_number(int(text), number, classes)
 
 
 def _default_device() -> torch.device:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from huggingface_hub import get_session, set_client_factory
+from huggingface_hub.errors import HTTPError
 
 
 class NoAnswerError(OSError):
@@ -35,8 +36,23 @@ def waiting_at_most(seconds: float) -> Iterator[None]:
     set_client_factory(lambda: client(seconds, [*before, patience.asked], [*after, patience.answered]))
     try:
         yield
+    except Exception as error:
+        if _is_timeout(error):
+            raise NoAnswerError(
+                f"The Hub has not answered in time. Try again later, or give `--timeout` more seconds. ({error})"
+            ) from error
+        raise
     finally:
         set_client_factory(lambda: client(None, [*before], [*after]))
+
+
+def _is_timeout(error: BaseException | None) -> bool:
+    while error is not None:
+        # The transport's class for it is not always of one package.
+        if isinstance(error, HTTPError) and "Timeout" in type(error).__name__:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class _Patience:

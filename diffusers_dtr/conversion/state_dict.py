@@ -45,6 +45,12 @@ _FIXED = {
 }
 
 
+_INSTEAD = (
+    "Use this model as the pipeline that it is; for the original's code, train one with its values from the start, as "
+    "`--model_preset` and `DTRTransformer2DModel.from_preset` have them."
+)
+
+
 def convert_original_dit(
     state_dict: Mapping[str, torch.Tensor],
     num_attention_heads: int | None = None,
@@ -231,14 +237,18 @@ def _check_expressible(model) -> None:
     config = model.config
     for name, value in _FIXED.items():
         if config[name] != value:
-            raise ValueError(f"The original's code has `{name}`={value!r} only, got a model with {config[name]!r}.")
+            raise ValueError(
+                f"The original's code has `{name}`={value!r} only, got a model with {config[name]!r}. {_INSTEAD}"
+            )
     if config.num_embeds_ada_norm is None:
-        raise ValueError("The original's code has no model without classes, got `num_embeds_ada_norm`=None.")
+        raise ValueError(
+            f"The original's code has no model without classes, got `num_embeds_ada_norm`=None. {_INSTEAD}"
+        )
     low, high = model.routing.timestep_range
     if _is_routed(model) and (model.routing.routing_type != "dtr" or low != 0 or high != int(high)):
         raise ValueError(
             'The original\'s code has `routing_type`="dtr" and a `routing_timestep_range` from 0 to an integer only, '
-            f"got a model with {model.routing.routing_type!r} and {model.routing.timestep_range}."
+            f"got a model with {model.routing.routing_type!r} and {model.routing.timestep_range}. {_INSTEAD}"
         )
 
 

@@ -59,6 +59,25 @@ def class_named(name: str, classes: Mapping[str, list[int]]) -> int:
     return classes[name][0]
 
 
+def checked_number(label: int, num_classes: int, classes: Mapping[str, list[int]]) -> int:
+    """A class's number, if there is such a class.
+
+    Args:
+        label: The number.
+        num_classes: Number of the denoiser's classes.
+        classes: What [`classes_by_name`] returns.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if not 0 <= label < num_classes:
+        named = f" The class named {str(label)!r} is a string, in quotes." if str(label) in classes else ""
+        raise ValueError(
+            f"`class_labels` must be names of classes or numbers in [0, {num_classes - 1}], got {label}.{named}"
+        )
+    return label
+
+
 def labels_of_images(
     class_labels: int | str | Sequence[int | str] | torch.Tensor | None,
     num_images: int | None,
@@ -99,11 +118,9 @@ def labels_of_images(
     if not all(isinstance(label, (str, SupportsIndex)) for label in class_labels):
         raise TypeError(f"`class_labels` must be integers or names, got {class_labels!r}.")
     labels = [class_named(label, classes) if isinstance(label, str) else index(label) for label in class_labels]
-    highest = num_classes - 1 if null_class is None else null_class
     for label in labels:
-        if not 0 <= label <= highest:
-            named = f" The class named {str(label)!r} is a string, in quotes." if str(label) in classes else ""
-            raise ValueError(f"`class_labels` must be in [0, {highest}], got {label}.{named}")
+        if label != null_class:
+            checked_number(label, num_classes, classes)
     return len(labels), labels
 
 

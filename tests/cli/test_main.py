@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
+import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 from hub_server import NeverAnswer
@@ -14,10 +16,12 @@ from huggingface_hub import HfApi, get_session
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 import diffusers_dtr
-import diffusers_dtr_command
 from diffusers_dtr import cli
+from diffusers_dtr.cli import command as light
+from diffusers_dtr.cli import entry_point
 
 
+ROOT = Path(__file__).parents[2]
 COMMANDS = ("card", "convert", "inspect", "sample")
 
 
@@ -73,26 +77,61 @@ def test_no_command_is_an_error(capsys):
     assert "COMMAND" in capsys.readouterr().err
 
 
-def test_the_package_installs_the_command():
-    pyproject = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+RUN = """
+import sys
+sys.path[:0] = {path!r}
+from {module} import main
+try:
+    sys.exit(main())
+finally:
+    print({{"torch", "diffusers", "diffusers_dtr", "huggingface_hub"}} & {{*sys.modules}}, file=sys.stderr)
+"""
+
+
+def run_installed(*arguments, path):
+    """What the command does with these folders on the path, and which large modules it imports."""
+    pyproject = (ROOT / "pyproject.toml").read_text()
     (line,) = (line for line in pyproject.splitlines() if line.startswith("diffusers-dtr = "))
     module, function = line.split("=")[1].strip().strip('"').split(":")
-    assert getattr(importlib.import_module(module), function) is diffusers_dtr_command.main
+    assert function == "main"
+    code = RUN.format(path=[*map(str, path)], module=module)
+    # Not this checkout, if it is on the path
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment)
 
 
 def test_version_and_help_import_nothing_large(tmp_path):
-    code = "import sys, diffusers_dtr_command as c\ntry: c.main(sys.argv[1:])\n"
-    code += (
-        "finally: print({'torch', 'diffusers', 'diffusers_dtr', 'huggingface_hub'} & {*sys.modules}, file=sys.stderr)"
-    )
+    shutil.copy(entry_point.__file__, tmp_path / "diffusers_dtr_command.py")
     for arguments in (["--version"], ["--help"], [], ["unknown"]):
-        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+        done = run_installed(*arguments, path=[tmp_path, ROOT])
         assert done.stderr.endswith("set()\n"), done.stderr
         assert done.returncode == (0 if arguments and arguments[0].startswith("--") else 2)
 
 
+@pytest.mark.parametrize("kind", ["wheel", "editable"])
+def test_the_command_answers_from_a_wheel_and_from_an_editable_install(kind, tmp_path, monkeypatch):
+    build = pytest.importorskip("hatchling.build", reason="hatchling builds the package")
+    monkeypatch.chdir(ROOT)
+    name = (build.build_wheel if kind == "wheel" else build.build_editable)(str(tmp_path))
+    installed = tmp_path / "installed"
+    with ZipFile(tmp_path / name) as wheel:
+        wheel.extractall(installed)
+    paths = [line for file in installed.glob("*.pth") for line in file.read_text().splitlines()]
+    assert bool(paths) == (kind == "editable")
+    done = run_installed("--version", path=[installed, *paths])
+    assert (done.stdout, done.stderr) == (f"diffusers-dtr {diffusers_dtr.__version__}\n", "set()\n")
+
+
+def test_an_unknown_option_shows_those_of_its_command(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["inspect", "model", "--labels", "cat"])
+    error = capsys.readouterr().err
+    assert error.startswith("usage: diffusers-dtr inspect ")
+    assert error.endswith("diffusers-dtr inspect: error: unrecognized arguments: --labels cat\n")
+
+
 def test_the_version_is_the_packages(capsys):
-    for main in (diffusers_dtr_command.main, cli.main):
+    for main in (light.main, cli.main):
         with pytest.raises(SystemExit, match="0"):
             main(["--version"])
         assert capsys.readouterr().out == f"diffusers-dtr {diffusers_dtr.__version__}\n"
@@ -100,7 +139,7 @@ def test_the_version_is_the_packages(capsys):
 
 def test_help_is_the_same_before_and_after_the_package_is_imported(capsys):
     shown = []
-    for main in (diffusers_dtr_command.main, cli.main):
+    for main in (light.main, cli.main):
         with pytest.raises(SystemExit, match="0"):
             main(["--help"])
         shown.append(capsys.readouterr().out)
@@ -108,7 +147,7 @@ def test_help_is_the_same_before_and_after_the_package_is_imported(capsys):
 
 
 def test_a_command_runs_through_the_entry_point(tmp_path, capsys):
-    assert diffusers_dtr_command.main(["inspect", str(tmp_path)]) == 2
+    assert light.main(["inspect", str(tmp_path)]) == 2
     assert "There is no diffusers model" in capsys.readouterr().err
 
 

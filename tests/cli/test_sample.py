@@ -137,12 +137,12 @@ def test_nothing_is_written_over(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--labels", "dog"], "`class_labels` has no class named 'dog'. Known names: 1, cat"),
+        (["--labels", "dog"], "`--labels` has no class named 'dog'. Known names: 1, cat"),
         (["--labels", "6"], "`--labels` must be names of classes or numbers in [0, 4], got 6."),
         (["--labels", "5"], "`--labels` must be names of classes or numbers in [0, 4], got 5."),
         (["--guidance_interval", "9", "1"], "`guidance_interval` must be (low, high)"),
         (["--height", "9"], "`height` must be a multiple of"),
-        (["--guidance_scale", "2"], "`guidance_scale`=2.0, which is above 1, needs `class_labels`"),
+        (["--guidance_scale", "2"], "`guidance_scale`=2.0, which is above 1, needs `--labels`"),
         (["--output", "grid.jpeg"], "The output must end in `.png`, got 'grid.jpeg'."),
     ],
 )

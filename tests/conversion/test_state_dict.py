@@ -224,7 +224,7 @@ def test_half_precision_is_written_as_such(tiny):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"norm_eps": 1e-5}, "`norm_eps`=1e-06 only, got a model with 1e-05"),
+        ({"norm_eps": 1e-5}, "`norm_eps`=1e-06 only, got a model with 1e-05. Use this model as"),
         ({"freq_shift": 1}, "`freq_shift`=0 only, got a model with 1"),
         ({"activation_fn": "gelu"}, "`activation_fn`='gelu-approximate' only, got a model with 'gelu'"),
         ({"norm_elementwise_affine": True}, "`norm_elementwise_affine`=False only, got a model with True"),

@@ -548,9 +548,13 @@ NO_NULL_CLASS = {"class_dropout_prob": 0.0}
 WRONG_CALLS = {
     "no labels, no null class": ({"class_labels": None}, "`class_labels` must be given", NO_NULL_CLASS),
     "labels of an unconditional denoiser": ({}, "`class_labels` must be None", {"num_embeds_ada_norm": None}),
-    "label too high": ({"class_labels": [3, 11]}, r"`class_labels` must be in \[0, 10\], got 11", {}),
-    "null class that does not exist": ({"class_labels": [10]}, r"must be in \[0, 9\], got 10", NO_NULL_CLASS),
-    "negative label": ({"class_labels": -1}, "`class_labels` must be in .*, got -1", {}),
+    "label too high": (
+        {"class_labels": [3, 11]},
+        r"`class_labels` must be names of classes or numbers in \[0, 9\], got 11",
+        {},
+    ),
+    "null class that does not exist": ({"class_labels": [10]}, r"numbers in \[0, 9\], got 10", NO_NULL_CLASS),
+    "negative label": ({"class_labels": -1}, "`class_labels` must be .*, got -1", {}),
     "no label at all": ({"class_labels": []}, "at least one image, got 0", {}),
     "unknown name": ({"class_labels": ["owl"]}, "`class_labels` has no class named 'owl'. Known names: bird, ", {}),
     "ambiguous name": ({"class_labels": "crane"}, r"`class_labels`: 'crane' names the classes \[8, 9\]", {}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -271,3 +272,17 @@ def test_a_component_and_a_variant_load_from_a_hub(hub):
     )
     assert model.dtype == torch.bfloat16
     assert torch.equal(model.proj_out_2.weight, pipeline.transformer.proj_out_2.weight)
+
+
+def test_diffusers_alone_says_what_the_readme_explains(fresh_process, tmp_path):
+    make_pipeline(transformer=make_dit()).save_pretrained(tmp_path)
+    found = fresh_process(f"""
+        import json
+        from diffusers import DiffusionPipeline
+        try: DiffusionPipeline.from_pretrained({str(tmp_path)!r})
+        except AttributeError as error: before = str(error)
+        import diffusers_dtr
+        print(json.dumps([before, type(DiffusionPipeline.from_pretrained({str(tmp_path)!r})).__name__]))
+    """)
+    assert found == ["module diffusers has no attribute DTRPipeline", "DTRPipeline"]
+    assert f"`{found[0]}`" in (Path(__file__).parents[2] / "README.md").read_text()

@@ -1,7 +1,4 @@
-"""The command `diffusers-dtr`: what can be said of it without importing anything large.
-
-It is no part of the package, whose import takes seconds: diffusers has to know the package's models.
-"""
+"""What can be said of the command `diffusers-dtr` without importing anything large: `entry_point` runs this file."""
 
 from __future__ import annotations
 
