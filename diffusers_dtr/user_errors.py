@@ -11,6 +11,8 @@ from huggingface_hub.errors import EntryNotFoundError, HTTPError, SafetensorsPar
 from safetensors import SafetensorError
 
 
+__all__ = ["run_script"]
+
 # Arguments, files, the network, missing extras, a run that diverges. `HTTPError` is that of the Hub client's
 # transport, whose package depends on the client's version.
 USER_ERRORS = (

@@ -15,6 +15,7 @@ from .captions import CaptionedDataset
 from .classes import match_classes
 from .clean_samples import build_dataset, build_loader, held_out_dataset, held_out_samples, load_images
 from .components import (
+    check_new_denoiser,
     check_pretrained_denoiser,
     denoiser_config,
     denoiser_routing,
@@ -78,6 +79,7 @@ __all__ = [
     "build_loader",
     "build_text_encoder",
     "check_arguments",
+    "check_new_denoiser",
     "check_pretrained_denoiser",
     "check_text_to_image_arguments",
     "denoiser_config",

@@ -43,6 +43,35 @@ def load_vae(args: argparse.Namespace, dtype: torch.dtype = torch.float32) -> Mo
     return vae.requires_grad_(False).eval()
 
 
+# What decides on the config values of a new denoiser that follow from the data and the flags
+_DECIDED_BY = {
+    "in_channels": "the images or the autoencoder",
+    "out_channels": "`in_channels` and `--learn_sigma`",
+    "num_embeds_ada_norm": "the classes of the images",
+    "class_dropout_prob": "images without labels",
+}
+
+
+def check_new_denoiser(args: argparse.Namespace, flag: str, shape: Mapping[str, Any]) -> None:
+    """Refuse a new denoiser's config that contradicts what follows from the data and the flags.
+
+    Args:
+        args: Parsed flags.
+        flag: That of the config; it need not be given.
+        shape: The config values that follow. `sample_size` is that of `--resolution`, whatever the config has.
+
+    Raises:
+        ValueError: If the config has another value for one of them.
+    """
+    config = getattr(args, flag) or {}
+    for name, value in shape.items():
+        if name != "sample_size" and config.get(name, value) != value:
+            raise ValueError(
+                f"`{name}` is {config[name]} in `--{flag}`, but {value} by {_DECIDED_BY[name]}. Leave it out, or "
+                "change the one that is wrong."
+            )
+
+
 def denoiser_config(
     args: argparse.Namespace,
     noise_scheduler: SchedulerMixin,

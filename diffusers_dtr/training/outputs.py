@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from tempfile import TemporaryFile
 
 from diffusers import DiffusionPipeline
 
@@ -13,37 +12,26 @@ from ..atomic_files import move_contents, replace_text
 from ..run_record import CHECKPOINT_PREFIX, PARTIAL_PIPELINE, PIPELINE_INDEX, PREVIOUS_PIPELINE, RECORD_FILE
 
 
-def prepare_output_dir(output_dir: str | Path, resuming: bool) -> Path:
-    """Make the folder of a new run, or check that of a resumed one.
+def check_output_dir(output_dir: str | Path, resuming: bool) -> None:
+    """Refuse to write over what is there.
 
     Args:
-        output_dir: The folder.
+        output_dir: The folder of a run, which need not exist.
         resuming: Whether the run goes on with what is there.
 
-    Returns:
-        The folder.
-
     Raises:
-        ValueError: If the folder cannot be written to, or a run that does not resume would write into one that holds a
-            pipeline or checkpoints.
+        ValueError: If a run that does not resume would write into a folder that holds a pipeline or checkpoints.
     """
     output_dir = Path(output_dir)
-    if not resuming and output_dir.is_dir():
-        present = [PIPELINE_INDEX] if (output_dir / PIPELINE_INDEX).exists() else []
-        present += sorted(path.name for path in output_dir.glob(f"{CHECKPOINT_PREFIX}*") if not path.suffix)
-        if present:
-            raise ValueError(
-                f"`output_dir`={str(output_dir)!r} already holds {', '.join(present[:4])}. Choose another folder, "
-                "remove it, or go on with `--resume_from_checkpoint latest`."
-            )
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=output_dir).close()
-    except OSError as error:
+    if resuming or not output_dir.is_dir():
+        return
+    present = [PIPELINE_INDEX] if (output_dir / PIPELINE_INDEX).exists() else []
+    present += sorted(path.name for path in output_dir.glob(f"{CHECKPOINT_PREFIX}*") if not path.suffix)
+    if present:
         raise ValueError(
-            f"`output_dir` must be a folder that can be written to, got {str(output_dir)!r}: {error.strerror}."
-        ) from error
-    return output_dir
+            f"`output_dir`={str(output_dir)!r} already holds {', '.join(present[:4])}. Choose another folder, "
+            "remove it, or go on with `--resume_from_checkpoint latest`."
+        )
 
 
 def save_pipeline(pipeline: DiffusionPipeline, output_dir: str | Path) -> None:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,7 @@ class RunState:
         defining = [change for change in changes if change["setting"] not in _ADJUSTABLE]
         fixed = [change for change in defining if change["setting"] in _FIXED or _CLASS.fullmatch(change["setting"])]
         if fixed or (defining and not allow_changes):
-            listed = "; ".join(f"`{change['setting']}` {_was_and_is(change)}" for change in defining)
+            listed = "; ".join(_listed(defining))
             choices = (
                 " or start a run in another `--output_dir`."
                 if fixed
@@ -223,6 +223,16 @@ def _changes(before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, An
         for name in dict.fromkeys([*before, *after])
         if (before[name] != after[name] if name in before and name in after else before.get(name, after.get(name)))
     ]
+
+
+def _listed(changes: list[dict[str, Any]], most: int = 3) -> Iterator[str]:
+    """Changes in words; there may be thousands of classes, of which the first are enough."""
+    classes = [change for change in changes if _CLASS.fullmatch(change["setting"])]
+    for change in changes:
+        if change not in classes[most:]:
+            yield f"`{change['setting']}` {_was_and_is(change)}"
+    if len(classes) > most:
+        yield f"… ({len(classes)} classes in all differ)"
 
 
 def _was_and_is(change: dict[str, Any]) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DynamoBackend, ProjectConfiguration
+from accelerate.utils import DynamoBackend, ProjectConfiguration, parse_choice_from_env
 
 from ..hub import create_run_repo
-from .outputs import prepare_output_dir
+from .outputs import check_output_dir
 from .run_lock import lock_run_folder
 
 
@@ -28,16 +29,20 @@ def start_run(args: argparse.Namespace) -> Accelerator:
             another process runs in the folder, or a flag and accelerate's configuration give different values for one
             setting.
     """
-    output_dir = prepare_output_dir(args.output_dir, resuming=args.resume_from_checkpoint is not None)
+    output_dir = Path(args.output_dir)
+    check_output_dir(output_dir, resuming=args.resume_from_checkpoint is not None)
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps or 1,
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir / args.logging_dir),
     )
-    if accelerator.is_main_process:
-        lock_run_folder(output_dir)
     agree_with_accelerate(args, accelerator)
+    with accelerator.main_process_first():
+        if accelerator.is_main_process:
+            lock_run_folder(output_dir)
+        # Where machines do not share their folders
+        output_dir.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         level=logging.INFO if accelerator.is_local_main_process else logging.ERROR,
@@ -65,6 +70,17 @@ def agree_with_accelerate(args: argparse.Namespace, accelerator: Accelerator) ->
             "`--compile` and the dynamo backend of accelerate's configuration would both compile the model: leave out "
             "the flag, or set `dynamo_backend: no`."
         )
+    fsdp = getattr(accelerator.state, "fsdp_plugin", None)  # there only with FSDP
+    if args.gradient_checkpointing and fsdp is not None and fsdp.activation_checkpointing:
+        raise ValueError(
+            "`--gradient_checkpointing` and `fsdp_activation_checkpointing` of accelerate's configuration would both "
+            "compute activations twice: leave out one of them."
+        )
+    # accelerate's launcher always sets one: its "no" may stand for none given.
+    told = parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")
+    precision = accelerator.mixed_precision if told == "no" else told
+    if args.mixed_precision not in (None, precision):
+        raise _disagreement("--mixed_precision", args.mixed_precision, precision)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("`--mixed_precision fp16` needs a GPU, got a CPU: use bf16 or no.")
     plugin = accelerator.state.deepspeed_plugin

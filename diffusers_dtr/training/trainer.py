@@ -132,13 +132,14 @@ class Trainer:
         self._start_time -= self.state.seconds
         self.lr_scheduler = build_lr_scheduler(args, self.optimizer, self.global_step)
         self.loader = build_loader(args, dataset, accelerator, self.global_step)
-        if accelerator.is_main_process and args.report_to != "none":
-            accelerator.init_trackers(args.tracker_project_name or project_name, config=tracker_config(args))
-        self._background_push = start_background_push(args, self.output_dir) if accelerator.is_main_process else None
         self.unreadable = UnreadableImages(self.state.unreadable_images)
         self.monitor = LossMonitor(accelerator, len(self.objective.clusters))
         self.history = LossHistory(self.output_dir, self.global_step)
         self._rehearse()
+        # After all that may refuse the run, of which nothing should be left then
+        if accelerator.is_main_process and args.report_to != "none":
+            accelerator.init_trackers(args.tracker_project_name or project_name, config=tracker_config(args))
+        self._background_push = start_background_push(args, self.output_dir) if accelerator.is_main_process else None
         logger.info(
             f"{len(dataset)} images, {model.num_parameters(only_trainable=True):,} trained parameters of "
             f"{model.num_parameters():,}, {self.images_per_step} images per step, {args.max_train_steps} steps"

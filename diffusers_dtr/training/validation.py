@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,8 +20,11 @@ from PIL import Image
 from ..noise_levels import NoiseLevels
 from ..objective.clustering import cluster_timesteps
 from ..objective.clusters import TimestepClusters
+from ..user_errors import USER_ERRORS
 from .randomness import derive_seed
 
+
+logger = logging.getLogger(__name__)
 
 # Not the run's seed: two runs are compared on the same noise.
 _SEED = 0
@@ -223,6 +227,8 @@ def try_sampling(sample: Callable[[], list[Image.Image]], args: argparse.Namespa
     try:
         sample()
     except Exception as error:
+        if not isinstance(error, USER_ERRORS):
+            logger.exception("Validation failed")  # it may be a bug, which the message alone would hide
         given = {name: vars(args).get(name) for name in _SAMPLING_FLAGS}
         flags = ", ".join(f"`--{name} {value}`" for name, value in given.items() if value is not None)
         raise ValueError(f"Validation cannot sample with {flags}: {type(error).__name__}: {error}") from error

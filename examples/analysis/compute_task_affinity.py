@@ -25,6 +25,7 @@ from diffusers_dtr import DenoisingLoss, DTRPipeline, TaskAffinity, cluster_time
 from diffusers_dtr.analysis import Workspace, noise_distance_correlation
 from diffusers_dtr.ranges import COUNT, FINITE, SEED, WHOLE, Range
 from diffusers_dtr.run_record import public_arguments, public_command
+from diffusers_dtr.user_errors import run_script
 from diffusers_dtr.visualization import plot_affinity_by_noise_distance, plot_task_affinity
 
 
@@ -313,4 +314,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args())

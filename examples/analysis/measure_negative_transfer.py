@@ -33,6 +33,7 @@ from diffusers_dtr import DenoisingLoss, DTRPipeline, TimestepClusters, training
 from diffusers_dtr.analysis import HeldOutClusterLosses, frechet_distance
 from diffusers_dtr.ranges import COUNT, NON_NEGATIVE, SEED, Range
 from diffusers_dtr.run_record import RECORD_FILE, public_command, publishable
+from diffusers_dtr.user_errors import run_script
 
 
 EXAMPLES = Path(__file__).resolve().parent.parent
@@ -300,4 +301,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args())

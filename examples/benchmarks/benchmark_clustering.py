@@ -14,6 +14,7 @@ from measuring import environment, seconds_by_turns
 
 from diffusers_dtr import cluster_timesteps
 from diffusers_dtr.ranges import COUNT, WHOLE
+from diffusers_dtr.user_errors import run_script
 
 
 def parse_args():
@@ -63,4 +64,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -19,6 +19,7 @@ from measuring import environment, fill_weights, peak_bytes, seconds_by_turns
 
 from diffusers_dtr import ClusteredLoss, DTRTransformer2DModel, GradientBalancer, cluster_timesteps
 from diffusers_dtr.ranges import COUNT
+from diffusers_dtr.user_errors import run_script
 
 
 # Name -> (balancing, steps that share weights, whether the Gramian is of the last block alone).
@@ -104,4 +105,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -21,6 +21,7 @@ from measuring import CLOCKS, compare, environment, seconds_by_turns
 
 import diffusers_dtr
 from diffusers_dtr.ranges import COUNT, WHOLE
+from diffusers_dtr.user_errors import run_script
 
 
 def unet_2d(batch):
@@ -188,4 +189,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -22,6 +22,7 @@ from measuring import peak_bytes as current_peak
 from diffusers_dtr import DenoisingLoss, DTRTransformer2DModel, TaskAffinity
 from diffusers_dtr.analysis import gram
 from diffusers_dtr.ranges import COUNT, Range
+from diffusers_dtr.user_errors import run_script
 
 
 def parse_args():
@@ -149,4 +150,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -17,6 +17,7 @@ from measuring import compare, environment, seconds_by_turns
 
 from diffusers_dtr import DTRTransformer2DModel
 from diffusers_dtr.ranges import COUNT, WHOLE
+from diffusers_dtr.user_errors import run_script
 
 
 def parse_args():
@@ -82,4 +83,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -9,6 +9,7 @@ import torch
 
 from diffusers_dtr import DIT_PRESETS, DTRPipeline, DTRTransformer2DModel, training
 from diffusers_dtr.ranges import Range
+from diffusers_dtr.user_errors import run_script
 
 
 def parse_args(argv=None):
@@ -55,6 +56,7 @@ def load_transformer(args, noise_scheduler, vae, images):
         "out_channels": 2 * channels if args.learn_sigma else channels,
         "num_embeds_ada_norm": images.num_classes,
     }
+    training.check_new_denoiser(args, "model_config", shape)
     return DTRTransformer2DModel(**{**config, **shape, **given_config(args, noise_scheduler, vae, config)}), images
 
 
@@ -143,4 +145,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args())

@@ -22,6 +22,7 @@ from diffusers_dtr import DTRPipeline, NoiseLevels, cluster_timesteps
 from diffusers_dtr.model_card import save_metrics
 from diffusers_dtr.ranges import COUNT, NON_NEGATIVE, SEED
 from diffusers_dtr.training import HeldOutLoss
+from diffusers_dtr.user_errors import run_script
 
 
 EVALUATIONS_PER_IMAGE = 4
@@ -136,4 +137,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args())

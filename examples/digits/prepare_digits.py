@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from diffusers_dtr.ranges import Range
+from diffusers_dtr.user_errors import run_script
 
 
 def parse_args(argv=None):
@@ -37,4 +38,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args())

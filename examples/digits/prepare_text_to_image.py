@@ -41,6 +41,7 @@ from transformers import (
 )
 
 from diffusers_dtr.ranges import COUNT
+from diffusers_dtr.user_errors import run_script
 
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -239,4 +240,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args())

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from diffusers_dtr.ranges import COUNT, SEED
 from diffusers_dtr.run_record import RECORD_FILE
+from diffusers_dtr.user_errors import run_script
 
 
 SCRIPT = Path(__file__).resolve().parent.parent / "class_conditional" / "train_class_conditional.py"
@@ -69,11 +70,12 @@ def run(args, method, seed):
     flags = shlex.split(f"{TASKS[args.task]} {COMMON} {METHODS[method]} --seed {seed}")
     flags = [flag.replace("{data}", args.data) for flag in flags]
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", "1"]
         command += ["--num_cpu_threads_per_process", "1", str(SCRIPT), *flags, "--output_dir", f"{folder}/run"]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         if done.returncode != 0:
-            raise RuntimeError(f"{method}, seed {seed}, failed: {shlex.join(command)}\n{done.stderr}")
+            sys.stderr.write(done.stderr)
+            raise ChildProcessError(f"{method}, seed {seed}, failed: {shlex.join(command)}")
         record = json.loads(Path(folder, "run", RECORD_FILE).read_text(encoding="utf-8"))
     results = record["results"]
     shown = [flag.replace(args.data, "DATA") for flag in flags]
@@ -128,4 +130,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args())

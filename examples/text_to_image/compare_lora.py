@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from scipy import stats
 
 from diffusers_dtr.ranges import SEED
+from diffusers_dtr.user_errors import run_script
 
 
 SCRIPT = Path(__file__).resolve().parent / "train_text_to_image.py"
@@ -122,4 +123,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args())

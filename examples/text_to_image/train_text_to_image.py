@@ -10,6 +10,7 @@ from itertools import chain
 import torch
 
 from diffusers_dtr import training
+from diffusers_dtr.user_errors import run_script
 
 
 def parse_args(argv=None):
@@ -64,6 +65,7 @@ def load_denoiser(args, family, noise_scheduler, vae, accelerator):
         return model
     config = args.denoiser_config
     shape = family.shape(vae, training.sample_size(args, vae, family.routed_class, config), args.learn_sigma)
+    training.check_new_denoiser(args, "denoiser_config", shape)
     family.resolution = args.resolution
     return family.routed_class(**{**config, **shape, **training.denoiser_routing(args, noise_scheduler, config)})
 
@@ -143,4 +145,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args())

@@ -10,6 +10,7 @@ from itertools import chain
 import torch
 
 from diffusers_dtr import training
+from diffusers_dtr.user_errors import run_script
 
 
 def parse_args(argv=None):
@@ -121,4 +122,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args())

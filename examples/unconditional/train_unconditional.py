@@ -8,6 +8,7 @@ import argparse
 import torch
 
 from diffusers_dtr import DIT_PRESETS, DTRPipeline, DTRTransformer2DModel, DTRUNet2DModel, training
+from diffusers_dtr.user_errors import run_script
 
 
 # What pipelines call each kind of denoiser.
@@ -68,6 +69,7 @@ def load_denoiser(args, noise_scheduler, vae):
     shape = {"in_channels": channels, "out_channels": 2 * channels if args.learn_sigma else channels}
     if name == "transformer":
         shape |= {"num_embeds_ada_norm": None, "class_dropout_prob": 0.0}
+    training.check_new_denoiser(args, f"{name}_config", shape)
     given = training.denoiser_config(args, noise_scheduler, vae, MODELS[name], config)
     return name, MODELS[name](**{**config, **shape, **given})
 
@@ -117,4 +119,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args())

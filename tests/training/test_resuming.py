@@ -203,3 +203,12 @@ def test_state_that_is_none_is_one_error(text, tmp_path):
     (tmp_path / "state.json").write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=r"state\.json"):
         RunState.read(tmp_path / "state.json")
+
+
+def test_of_a_thousand_classes_that_differ_three_are_named():
+    before, after = ({f"class {label}": f"{name} {label}" for label in range(1000)} for name in ("cat", "dog"))
+    with pytest.raises(
+        ValueError, match=r"`class 2` was cat 2 and is dog 2 now; … \(1000 classes in all differ\)"
+    ) as error:
+        go_on(before, after)
+    assert len(str(error.value)) < 500

@@ -11,6 +11,9 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers_dtr.training.run import agree_with_accelerate
 
 
+FLAGS = {"compile": False, "mixed_precision": None, "gradient_checkpointing": False}
+
+
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
     reset()
@@ -24,12 +27,15 @@ def reset():
     PartialState._reset_state()
 
 
-def settle(given: int | None = None, *, compile: bool = False, deepspeed: dict | None = None) -> Namespace:
+def settle(
+    given: int | None = None, *, deepspeed: dict | None = None, fsdp: Namespace | None = None, **flags: object
+) -> Namespace:
     """What the flags are in the end; with a DeepSpeed configuration, without DeepSpeed itself."""
-    args = Namespace(gradient_accumulation_steps=given, compile=compile, train_batch_size=4, max_grad_norm=0.5)
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=given or 1)
+    args = Namespace(gradient_accumulation_steps=given, train_batch_size=4, max_grad_norm=0.5, **FLAGS | flags)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=given or 1, mixed_precision=args.mixed_precision)
     plugin = None if deepspeed is None else Namespace(deepspeed_config=deepspeed)
-    with patch.object(AcceleratorState, "deepspeed_plugin", plugin):
+    states = patch.multiple(AcceleratorState, create=True, deepspeed_plugin=plugin, fsdp_plugin=fsdp)
+    with states:
         agree_with_accelerate(args, accelerator)
     assert accelerator.gradient_accumulation_steps == args.gradient_accumulation_steps
     return args
@@ -81,6 +87,27 @@ def test_a_flag_and_a_deepspeed_file_that_disagree_are_both_named(name, message)
 
 
 def test_half_precision_that_needs_a_gpu_is_refused_on_a_cpu():
-    accelerator = Namespace(mixed_precision="fp16", device=torch.device("cpu"))
+    accelerator = Namespace(mixed_precision="fp16", device=torch.device("cpu"), state=Namespace(fsdp_plugin=None))
     with pytest.raises(ValueError, match="`--mixed_precision fp16` needs a GPU"):
-        agree_with_accelerate(Namespace(compile=False), accelerator)
+        agree_with_accelerate(Namespace(**FLAGS), accelerator)
+
+
+@pytest.mark.parametrize(("flag", "environment"), [("no", "bf16"), ("bf16", "fp16")])
+def test_a_precision_that_differs_from_the_environments_is_refused(flag, environment, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", environment)
+    message = f"`--mixed_precision` is {flag}, but accelerate's configuration or .* sets {environment}\\."
+    with pytest.raises(ValueError, match=message):
+        settle(mixed_precision=flag)
+
+
+@pytest.mark.parametrize(("flag", "environment"), [(None, "bf16"), ("bf16", "bf16"), ("bf16", "no"), ("no", "no")])
+def test_a_precision_comes_from_the_flag_or_the_environment(flag, environment, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", environment)  # the launcher's default is "no"
+    assert settle(mixed_precision=flag).mixed_precision == flag
+
+
+def test_activations_are_computed_twice_by_one_of_the_two():
+    fsdp = Namespace(activation_checkpointing=True)
+    with pytest.raises(ValueError, match="`--gradient_checkpointing` and `fsdp_activation_checkpointing`"):
+        settle(fsdp=fsdp, gradient_checkpointing=True)
+    settle(fsdp=fsdp)
