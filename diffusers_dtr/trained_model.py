@@ -32,38 +32,29 @@ def _each(names: str, types: Any) -> dict[str, Any]:
 # The types of what is read, of which all may be missing.
 Config = TypedDict(
     "Config",
-    {
-        **_each("_class_name routing_type", str),
-        **_each("routing_alpha routing_beta", float),
-        **_each("routing_seed num_embeds_ada_norm num_class_embeds", int),
-        "routing_timestep_range": list[float],
-    },
+    _each("_class_name routing_type", str)
+    | _each("routing_alpha routing_beta", float)
+    | _each("routing_seed num_embeds_ada_norm num_class_embeds", int)
+    | {"routing_timestep_range": list[float]},
 )
 Arguments = TypedDict(
     "Arguments",
-    {
-        **_each("dataset_name pretrained_model_name_or_path hub_model_id validation_split caption_column", str),
-        **_each("cluster_cost balancing loss_weighting timestep_sampling lr_scheduler", str),
-        **_each("learning_rate snr_gamma ema_max_decay validation_guidance_scale", float),
-        **_each("resolution train_batch_size gradient_accumulation_steps max_train_steps seed", int),
-        **_each("routing_warmup_steps validation_num_inference_steps", int),
-        "use_ema": bool,
-    },
+    _each("dataset_name pretrained_model_name_or_path hub_model_id validation_split caption_column", str)
+    | _each("cluster_cost balancing loss_weighting timestep_sampling lr_scheduler", str)
+    | _each("learning_rate snr_gamma ema_max_decay validation_guidance_scale", float)
+    | _each("resolution train_batch_size gradient_accumulation_steps max_train_steps seed", int)
+    | _each("routing_warmup_steps validation_num_inference_steps", int)
+    | {"use_ema": bool},
 )
 Model = TypedDict(
     "Model",
-    {
-        **_each("num_parameters num_trained_parameters", int),
-        **_each("class", str),
-        "config": Config,
-        "routed_widths": list[int],
-    },
+    _each("num_parameters num_trained_parameters", int) | {"class": str, "config": Config, "routed_widths": list[int]},
 )
 Record = TypedDict(
     "Record",
-    {
-        **_each("command mixed_precision hardware", str),
-        **_each("num_images num_processes", int),
+    _each("command mixed_precision hardware", str)
+    | _each("num_images num_processes", int)
+    | {
         "seconds": float,
         "arguments": Arguments,
         "model": Model,
