@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -12,13 +11,15 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 
-__all__ = ["RECORD_FILE", "public_arguments", "public_command", "publishable"]
+__all__ = ["RECORD_FILE", "public_command", "publishable"]
 
 # Names of files that others look for: they stay. Of a pipeline and of adapters, as diffusers calls them.
 PIPELINE_INDEX = "model_index.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 RECORD_FILE = "training_config.json"
+# The options of a run, from which it can be started again
+RUN_CONFIG = "run_config.json"
 HISTORY_FILE = "loss_history.jsonl"
 LOSSES_PICTURE = "loss_per_cluster.png"
 # What evaluations write, with `save_metrics`.
@@ -42,6 +43,7 @@ PRIVATE_FILES = (
     f"{PREVIOUS_PIPELINE}/*",
     f"{PUSH_SNAPSHOTS}/*",
     f"{RUN_LOCK}*",
+    RUN_CONFIG,
     f"{LATENTS}*/*",
     f"{TEXT_EMBEDDINGS}*/*",
     "*.partial",
@@ -85,11 +87,6 @@ def publishable(value: Any, name: str = "") -> Any:
     if value.startswith("{"):
         return _publishable_json(value)
     return _SECRET_VALUE.sub("", _without_folders(value) if _is_local(value, name) else value)
-
-
-def public_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of a run as [`publishable`] leaves them."""
-    return publishable(vars(args))
 
 
 def public_command(argv: Sequence[str], launcher: Sequence[str] = ("accelerate", "launch")) -> str:

@@ -1,19 +1,29 @@
-"""Every number that the command line takes has a range, which is checked when it is parsed."""
+"""Every number that a script, a command or a configuration takes has a range, which is checked at once."""
 
 import argparse
 import runpy
 import sys
+from contextlib import suppress
+from dataclasses import MISSING, fields
 from functools import cache
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
+from diffusers_dtr import training
 from diffusers_dtr.cli import main
+from diffusers_dtr.config_types import _leaves
 from diffusers_dtr.ranges import Range
+from diffusers_dtr.training.config.options import Options, _limits
+from diffusers_dtr.training.config.training_config import _USUAL_PARTS
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(path for path in EXAMPLES.rglob("*.py") if "ArgumentParser(" in path.read_text(encoding="utf-8"))
+TRAINING_SCRIPTS = sorted(
+    path for path in EXAMPLES.rglob("*.py") if "parse_config(" in path.read_text(encoding="utf-8")
+)
 
 COUNT = ("1 1000000", "0 -1 1.0")
 WHOLE = ("0 1000000", "-1 0.5")
@@ -109,7 +119,14 @@ FLAGS = {
 
 
 class _Parsed(Exception):
-    """Carries a parser out of the script that would have parsed with it."""
+    """Carries what a script would have parsed with out of it."""
+
+
+def parsed_by(path: Path, patch: pytest.MonkeyPatch) -> object:
+    patch.setattr(sys, "path", [str(path.parent), *sys.path])
+    with pytest.raises(_Parsed) as parsed:
+        runpy.run_path(str(path), run_name="__main__")
+    return parsed.value.args[0]
 
 
 @cache
@@ -119,18 +136,25 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
     def capture(parser, *arguments):
         raise _Parsed(parser)
 
-    found = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_known_args", capture)
-        for path in SCRIPTS:
-            patch.setattr(sys, "path", [str(path.parent), *sys.path])
-            with pytest.raises(_Parsed) as parsed:
-                runpy.run_path(str(path), run_name="__main__")
-            found[path.stem] = parsed.value.args[0]
+        found = {path.stem: parsed_by(path, patch) for path in SCRIPTS}
         with pytest.raises(_Parsed) as parsed:
             main([])
     (commands,) = (action for action in parsed.value.args[0]._actions if action.choices)
     return {**found, **commands.choices}
+
+
+@cache
+def parts() -> set[type[Options]]:
+    """The parts of the configurations of all training scripts."""
+
+    def capture(*arguments, description, **parts):
+        raise _Parsed(parts.values())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "parse_config", capture)
+        return {*_USUAL_PARTS.values()}.union(*(parsed_by(path, patch) for path in TRAINING_SCRIPTS))
 
 
 def numeric_flags() -> dict[str, tuple[argparse.ArgumentParser, argparse.Action]]:
@@ -142,9 +166,24 @@ def numeric_flags() -> dict[str, tuple[argparse.ArgumentParser, argparse.Action]
     }
 
 
+def numeric_options() -> dict[str, tuple[type[Options], str]]:
+    return {
+        f"{part.__name__} {name}": (part, name)
+        for part in parts()
+        for name, hint in get_type_hints(part).items()
+        if {int, float} & {*_leaves(hint)}
+    }
+
+
 def entry(name: str) -> str:
     """Its name in the table."""
     return name if name in FLAGS else name.split()[1]
+
+
+def range_of(part: type[Options], name: str) -> Range:
+    (limit,) = _limits(get_type_hints(part, include_extras=True)[name])
+    assert isinstance(limit, Range), name
+    return limit
 
 
 def test_every_number_has_a_range():
@@ -153,13 +192,15 @@ def test_every_number_has_a_range():
     defaults = {f"{name} {action.dest}": action for name, parser in parsers().items() for action in parser._actions}
     numbers = [name for name, action in defaults.items() if type(action.default) in (int, float)]
     assert [name for name in numbers if not isinstance(types[name], Range)] == []
+    for part, name in numeric_options().values():
+        assert range_of(part, name).kind in {*_leaves(get_type_hints(part)[name])}, name
 
 
 def test_the_table_has_every_number():
-    assert {entry(name) for name in numeric_flags()} == FLAGS.keys()
+    assert {entry(name) for name in {**numeric_flags(), **numeric_options()}} == FLAGS.keys()
 
 
-def test_values_on_both_sides_of_every_border(capsys):
+def test_values_on_both_sides_of_every_border_of_a_flag(capsys):
     for name, (parser, action) in numeric_flags().items():
         allowed, refused = (values.split() for values in FLAGS[entry(name)])
         assert [value for value in allowed if action.type(value) != action.type.kind(value)] == [], name
@@ -174,7 +215,37 @@ def test_values_on_both_sides_of_every_border(capsys):
             assert f"argument {action.option_strings[0]}: must be {action.type}, got" in error, (name, value)
 
 
+def refusal(part: type[Options], name: str, value: object) -> str:
+    """Why a configuration refuses a value, if it does."""
+    required = {item.name: "folder" for item in fields(part) if item.default is MISSING}
+    pair = [value, value] if "list" in str(get_type_hints(part)[name]) else value
+    try:
+        part(**{**required, name: pair})
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def number(text: str) -> object:
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def test_values_on_both_sides_of_every_border_of_an_option():
+    for where, (part, name) in numeric_options().items():
+        message = f"`--{name}` must be {range_of(part, name)}, got "
+        allowed, refused = (map(number, values.split()) for values in FLAGS[entry(where)])
+        assert [value for value in allowed if refusal(part, name, value).startswith(message)] == [], where
+        for value in (*refused, float("nan"), "many", "", True):
+            assert refusal(part, name, value).startswith(message), (where, value)
+
+
 def test_defaults_are_in_range():
     for name, (_, action) in numeric_flags().items():
         defaults = action.default if isinstance(action.default, list) else [action.default]
         assert all(value is None or value in action.type for value in defaults), name
+    for where, (part, name) in numeric_options().items():
+        (default,) = (item.default for item in fields(part) if item.name == name)
+        assert default is None or default in range_of(part, name), where

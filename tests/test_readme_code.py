@@ -8,7 +8,6 @@ import json
 import re
 import shlex
 import sys
-from argparse import Namespace
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -17,7 +16,7 @@ import pytest
 import torch
 from diffusers import ConfigMixin, DDIMScheduler, DDPMScheduler, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from tiny_dit import plain_dit, routed_dit
+from tiny_dit import routed_dit
 from torch import nn
 
 from diffusers_dtr import DenoisingLoss, DTRPipeline, TimestepClusters
@@ -30,9 +29,10 @@ sys.path.append(str(Path(__file__).parent / "examples"))
 from tiny_models import PIXART, SD3, UNET, UNET_CONDITION
 from tiny_pipelines import PIPELINES
 from tiny_text_encoders import pixart_alpha, stable_diffusion, stable_diffusion_3
-from training_runs import load_script
+from training_runs import load_script, make_images, reset_accelerate
 
-from diffusers_dtr.training import add_lora, save_lora
+from diffusers_dtr.training.config import LoraConfig, RoutingConfig
+from diffusers_dtr.training.lora import add_lora, save_lora
 
 
 ROOT = Path(__file__).parents[1]
@@ -61,8 +61,8 @@ def class_conditional_demo() -> dict:
     return {}
 
 
-def published_dit() -> dict:
-    plain_dit().save_pretrained("facebook/DiT-XL-2-256/transformer")
+def image_folder() -> dict:
+    make_images(Path("images"), count=6)
     return {}
 
 
@@ -132,7 +132,7 @@ def adapters() -> dict:
     base = stable_diffusion(UNET_CONDITION.plain())
     base.save_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
     unet = UNET_CONDITION.conversion(base.unet, routing_beta=0.5)
-    add_lora(unet, Namespace(rank=2, lora_alpha=None, lora_layers=None, route_lora=False), ("to_q",))
+    add_lora(unet, LoraConfig(rank=2), RoutingConfig(), ("to_q",))
     base.unet = unet
     base.scheduler = type(base.scheduler).from_config(base.scheduler.config, prediction_type="v_prediction")
     save_lora(base, "unet", "sd-dtr-lora")
@@ -144,10 +144,8 @@ def adapters() -> dict:
 def routed_adapters() -> dict:
     pipeline = stable_diffusion(UNET_CONDITION.plain())
     pipeline.save_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
-    routing = {"routing_alpha": 2.0, "routing_beta": 0.5, "routing_type": None, "routing_seed": None}
-    routing["routing_timestep_range"] = None
-    flags = Namespace(rank=2, lora_alpha=None, lora_layers=None, route_lora=True, **routing)
-    add_lora(pipeline.unet, flags, ("to_q",))
+    routing = RoutingConfig(routing_alpha=2.0, routing_beta=0.5)
+    add_lora(pipeline.unet, LoraConfig(rank=2, route_lora=True), routing, ("to_q",))
     save_lora(pipeline, "unet", "sd-routed-lora")
     return {}
 
@@ -155,7 +153,7 @@ def routed_adapters() -> dict:
 def video_adapters() -> dict:
     base = PIPELINES["wan"].pipeline()
     base.save_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
-    add_lora(base.transformer, Namespace(rank=2, lora_alpha=None, lora_layers=None, route_lora=False), ("to_q",))
+    add_lora(base.transformer, LoraConfig(rank=2), RoutingConfig(), ("to_q",))
     save_lora(base, "transformer", "wan-dtr-lora")
     config = {"model": {"config": {"routing_beta": 0.5, "num_layers": 1}}}
     Path("wan-dtr-lora/training_config.json").write_text(json.dumps(config))
@@ -175,11 +173,12 @@ def unconditional_digits() -> dict:
 
 
 PREPARE: dict[tuple[str, int], Callable[[], dict]] = {
-    ("", 0): class_conditional_demo,
-    ("", 1): published_dit,
-    ("", 2): any_denoiser,
-    ("", 3): declared_model,
-    ("", 4): loop,
+    ("", 0): any_denoiser,
+    ("", 1): dict,
+    ("", 2): declared_model,
+    ("", 3): loop,
+    ("", 4): image_folder,
+    ("", 5): class_conditional_demo,
     ("analysis", 0): affinity,
     ("analysis", 1): negative_transfer,
     ("text_to_image", 0): fine_tuned,
@@ -190,7 +189,13 @@ PREPARE: dict[tuple[str, int], Callable[[], dict]] = {
     ("unconditional", 0): unconditional_digits,
 }
 # The same in less time.
-SMALLER = {'"DiT-B/2"': '"DiT-S/8"', "timesteps=100": "timesteps=9"}
+SMALLER = {
+    "train_batch_size=64, max_train_steps=20_000": "train_batch_size=2, max_train_steps=2",
+    "resolution=32": "resolution=8",
+    '"DiT-S/4", **size': '"DiT-S/8", **{**size, "sample_size": 8}',
+    '"DiT-B/2"': '"DiT-S/8"',
+    "timesteps=100": "timesteps=9",
+}
 
 
 @pytest.mark.parametrize(("place", "code"), blocks("python"))
@@ -200,7 +205,10 @@ def test_python_of_the_readmes_runs(place, code, tmp_path, monkeypatch):
     names = PREPARE[place]()
     for large, small in SMALLER.items():
         code = code.replace(large, small)
-    exec(code, names)
+    try:
+        exec(code, names)
+    finally:
+        reset_accelerate()
     if place == ("text_to_image", 1):
         assert names["pipe"].scheduler.config.prediction_type == "v_prediction"
         assert names["pipe"].unet.config.routing_beta == 0.5

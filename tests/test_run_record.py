@@ -1,6 +1,5 @@
 """What is published of a run has no secrets, and no paths of the machine that it was made on."""
 
-import argparse
 import getpass
 import json
 import shlex
@@ -12,7 +11,7 @@ from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusers_dtr.run_record import public_arguments, public_command, publishable, published_path
+from diffusers_dtr.run_record import public_command, publishable, published_path
 
 
 TOKEN = "hf_" + "aB3" * 11
@@ -69,8 +68,8 @@ def here(tmp_path, monkeypatch):
 )
 def test_paths_of_this_machine_become_placeholders_and_ids_stay(here, name, typed, published):
     typed = typed.format(here=here)
-    assert public_arguments(argparse.Namespace(**{name: typed})) == {name: published}
-    assert public_arguments(argparse.Namespace(**{name: [typed]})) == {name: [published]}
+    assert publishable({name: typed}) == {name: published}
+    assert publishable({name: [typed]}) == {name: [published]}
     for flags in ([f"--{name}", typed], [f"--{name}={typed}"]):
         command = shlex.split(public_command(["train.py", *flags, "--seed", "3"]))
         assert command == [

@@ -10,7 +10,7 @@ from typing import Any
 from ..config_types import check_types
 from ..pipelines.model_index import pipeline_class_name
 from ..run_record import LORA_FILE, PIPELINE_INDEX, RECORD_FILE
-from ..training.checkpoints import STATE_FILE
+from ..training.run.checkpoints import STATE_FILE
 from ..user_errors import printable
 from ..visualization import draw_routing_masks
 from .options import add_hub_arguments, new_parser

@@ -2,39 +2,42 @@
 
 from __future__ import annotations
 
-import argparse
-import inspect
-import logging
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
 from diffusers import AutoModel, ModelMixin, SchedulerMixin
 
-from ..latents import latent_channels, vae_scale_factor
-from ..pipelines.sampling_checks import size_multiple
+from ..latents import latent_channels
+from ..models.dit import DTRTransformer2DModel
+from ..models.routed_model import RoutedModelMixin
 from ..routing import DEFAULT_TIMESTEP_RANGE
-from .arguments import routing_flags
+from .config import ModelConfig, TrainingConfig
+from .data.classes import match_classes
+from .data.training_images import TrainingImages
 from .noise_schedule import pretrained_scheduler
-from .pretrained import pretrained_component, pretrained_options
+from .pretrained import (
+    pretrained_class_names,
+    pretrained_component,
+    pretrained_config,
+    pretrained_denoiser,
+    pretrained_options,
+)
+from .sizes import resolve_resolution, sample_size
 
 
-logger = logging.getLogger(__name__)
-
-_DEFAULT_RESOLUTION = 32
-
-
-def load_vae(args: argparse.Namespace, dtype: torch.dtype = torch.float32) -> ModelMixin | None:
+def load_vae(config: ModelConfig, dtype: torch.dtype = torch.float32) -> ModelMixin | None:
     """The autoencoder of `--vae_name_or_path`, or else of the pretrained pipeline, frozen; None if there is neither.
 
     Args:
-        args: Parsed flags.
+        config: Names it.
         dtype: Its precision, unless its config has `force_upcast`: then it is in float32.
     """
-    if args.vae_name_or_path is not None:
-        source, options = args.vae_name_or_path, {"cache_dir": args.cache_dir}
-    elif pretrained_component(args, "vae") is not None:
-        source, options = args.pretrained_model_name_or_path, {"subfolder": "vae", **pretrained_options(args)}
+    if config.vae_name_or_path is not None:
+        source, options = config.vae_name_or_path, {"cache_dir": config.cache_dir}
+    elif pretrained_component(config, "vae") is not None:
+        source, options = config.pretrained_model_name_or_path, {"subfolder": "vae", **pretrained_options(config)}
     else:
         return None
     vae = AutoModel.from_pretrained(source, **options, dtype=dtype)
@@ -43,82 +46,30 @@ def load_vae(args: argparse.Namespace, dtype: torch.dtype = torch.float32) -> Mo
     return vae.requires_grad_(False).eval()
 
 
-# What decides on the config values of a new denoiser that follow from the data and the flags
-_DECIDED_BY = {
-    "in_channels": "the images or the autoencoder",
-    "out_channels": "`in_channels` and `--learn_sigma`",
-    "num_embeds_ada_norm": "the classes of the images",
-    "class_dropout_prob": "images without labels",
-}
-
-
-def check_new_denoiser(args: argparse.Namespace, flag: str, shape: Mapping[str, Any]) -> None:
-    """Refuse a new denoiser's config that contradicts what follows from the data and the flags.
-
-    Args:
-        args: Parsed flags.
-        flag: That of the config; it need not be given.
-        shape: The config values that follow. `sample_size` is that of `--resolution`, whatever the config has.
-
-    Raises:
-        ValueError: If the config has another value for one of them.
-    """
-    config = getattr(args, flag) or {}
-    for name, value in shape.items():
-        if name != "sample_size" and config.get(name, value) != value:
-            raise ValueError(
-                f"`{name}` is {config[name]} in `--{flag}`, but {value} by {_DECIDED_BY[name]}. Leave it out, or "
-                "change the one that is wrong."
-            )
-
-
-def denoiser_config(
-    args: argparse.Namespace,
-    noise_scheduler: SchedulerMixin,
-    vae: ModelMixin | None,
-    model_class: type[ModelMixin],
-    config: Mapping[str, Any],
-) -> dict[str, Any]:
-    """The config values of a denoiser that follow from the flags and the noise schedule: its size and its routing.
-
-    Args:
-        args: Parsed flags.
-        noise_scheduler: Scheduler that is trained with.
-        vae: The autoencoder, or None.
-        model_class: The denoiser's class.
-        config: The config that it would have without them: of the pretrained model, or of the new one.
-
-    Raises:
-        ValueError: As [`sample_size`] and [`denoiser_routing`].
-    """
-    size = sample_size(args, vae, model_class, config)
-    return {"sample_size": size, **denoiser_routing(args, noise_scheduler, config)}
-
-
 def denoiser_routing(
-    args: argparse.Namespace, noise_scheduler: SchedulerMixin | None, config: Mapping[str, Any]
+    config: TrainingConfig, noise_scheduler: SchedulerMixin | None, model_config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The config values of a denoiser's routing that flags ask for, or that it lacks.
+    """The config values of a denoiser's routing that options ask for, or that it lacks.
 
     Args:
-        args: Parsed flags.
+        config: The run's configuration.
         noise_scheduler: Scheduler that is trained with; None for a denoiser that is not called with its timesteps,
             whose class knows the range of what it is called with.
-        config: The config that it would have without them. A range of timesteps that it says is kept, unless it is
-            all of a pretrained schedule, and flags ask for another number of timesteps.
+        model_config: The config that it would have without them. A range of timesteps that it says is kept, unless it
+            is all of a pretrained schedule, and options ask for another number of timesteps.
 
     Raises:
-        ValueError: If flags change the number of timesteps, and the range is only a part of them.
+        ValueError: If options change the number of timesteps, and the range is only a part of them.
     """
-    given = routing_flags(args)
+    given = config.routing.given
     if noise_scheduler is None or "routing_timestep_range" in given:
         return given
     num_timesteps = noise_scheduler.config.num_train_timesteps
     whole = {**given, "routing_timestep_range": (0, num_timesteps - 1)}
-    known = config.get("routing_timestep_range")
-    if args.pretrained_model_name_or_path is None or "routing_timestep_range" not in config:
+    known = model_config.get("routing_timestep_range")
+    if config.model.pretrained_model_name_or_path is None or "routing_timestep_range" not in model_config:
         return whole if known is None else given
-    before = pretrained_scheduler(args).config.num_train_timesteps
+    before = pretrained_scheduler(config.model).config.num_train_timesteps
     if before == num_timesteps:
         return given
     if tuple(known or DEFAULT_TIMESTEP_RANGE) == (0, before - 1):
@@ -129,74 +80,104 @@ def denoiser_routing(
     )
 
 
-def sample_size(
-    args: argparse.Namespace, vae: ModelMixin | None, model_class: type[ModelMixin], config: Mapping[str, Any]
-) -> int:
-    """Side of what is learned: of the images, or of an autoencoder's latents.
+def load_denoiser(
+    config: TrainingConfig,
+    model_classes: Mapping[str, type[RoutedModelMixin]],
+    new: tuple[str, Mapping[str, Any]] | None,
+    noise_scheduler: SchedulerMixin,
+    vae: ModelMixin | None,
+    **given: Any,
+) -> tuple[TrainingConfig, RoutedModelMixin]:
+    """The denoiser to train: a new one, or the pretrained pipeline's.
 
     Args:
-        args: Parsed flags. Without `--resolution`, it becomes the one that the denoiser is made for.
+        config: The run's configuration.
+        model_classes: Classes of denoisers by what pipelines call them.
+        new: Which of these a new one is, and its config, of which size, channels and routing follow from the run; None
+            for the pretrained one.
+        noise_scheduler: Scheduler that is trained with.
         vae: The autoencoder, or None.
-        model_class: The denoiser's class.
-        config: The denoiser's config, as far as it is not the default.
+        **given: Config values that replace its own.
+
+    Returns:
+        The configuration with a resolution, and the denoiser, in training mode.
 
     Raises:
-        ValueError: If latents do not fill the images, or the denoiser cannot have latents or images of this size.
+        ValueError: If the denoiser cannot have this size, routing or autoencoder.
     """
-    factor = 1 if vae is None else vae_scale_factor(vae)
-    config = {**_defaults(model_class), **config}
-    if args.resolution is None:
-        args.resolution = _own_resolution(config.get("sample_size"), vae)
-        logger.info(f"Images of {args.resolution} pixels a side are trained on, for want of `--resolution`.")
-    multiple = size_multiple(model_class, config)
-    if args.resolution % (factor * multiple):
-        blocks = "pixels" if vae is None else f"latents, which span {factor} pixels each"
-        raise ValueError(
-            f"`--resolution` must be a multiple of {factor * multiple}, got {args.resolution}: {model_class.__name__} "
-            f"works on whole blocks of {multiple} {blocks}."
-        )
-    size, most = args.resolution // factor, config.get("pos_embed_max_size")
-    if most is not None and size > most * multiple:
-        raise ValueError(
-            f"`--resolution` must be at most {most * multiple * factor}, got {args.resolution}: the denoiser knows "
-            f"{most} positions along a side (`pos_embed_max_size`)."
-        )
-    return size
+    if new is None:
+        name = pretrained_denoiser(config.model, model_classes)
+        new = name, pretrained_config(config.model, name, model_classes[name])
+        path = config.model.pretrained_model_name_or_path
+    else:
+        path = None
+    name, own = new
+    config = resolve_resolution(config, vae, model_classes[name], own)
+    values = {"sample_size": sample_size(config, vae), **denoiser_routing(config, noise_scheduler, own), **given}
+    if path is not None:
+        options = pretrained_options(config.model)
+        model = model_classes[name].from_pretrained(path, subfolder=name, **options, **values)
+        check_pretrained_denoiser(config, model, vae)
+        return config, model.train()
+    channels = own.get("in_channels", 3) if vae is None else latent_channels(vae)
+    shape = {"in_channels": channels, "out_channels": 2 * channels if config.noise.learn_sigma else channels, **given}
+    check_new_denoiser(config.model, shape)
+    return config, model_classes[name](**{**own, **shape, **values})
 
 
-def _own_resolution(sample_size: int | list[int] | None, vae: ModelMixin | None) -> int:
-    if sample_size is None and vae is None:
-        return _DEFAULT_RESOLUTION
-    sides = {sample_size} if isinstance(sample_size, int) else set(sample_size or ())
-    if len(sides) != 1:
-        raise ValueError(
-            f"`--resolution` must be given: the denoiser's config has `sample_size`={sample_size}, no square's."
-        )
-    return sides.pop() * (1 if vae is None else vae_scale_factor(vae))
+# What decides on the config values of a new denoiser that follow from the data and the options
+_DECIDED_BY = {
+    "in_channels": "the images or the autoencoder",
+    "out_channels": "`in_channels` and `--learn_sigma`",
+    "num_embeds_ada_norm": "the classes of the images",
+    "class_dropout_prob": "images without labels",
+}
 
 
-def _defaults(model_class: type[ModelMixin]) -> dict[str, Any]:
-    return {name: parameter.default for name, parameter in inspect.signature(model_class).parameters.items()}
-
-
-def image_channels(model: ModelMixin, vae: ModelMixin | None) -> int:
-    """Channels of the images that a denoiser learns, through an autoencoder if there is one.
+def check_new_denoiser(config: ModelConfig, shape: Mapping[str, Any]) -> None:
+    """Refuse a new denoiser's config that contradicts what follows from the data and the options.
 
     Args:
-        model: The denoiser.
-        vae: The autoencoder, or None.
+        config: Has the denoiser's config as an option.
+        shape: The config values that follow. `sample_size` is that of `--resolution`, whatever the config has.
+
+    Raises:
+        ValueError: If the config has another value for one of them.
     """
-    config = (model if vae is None else vae).config
-    return config["input_channels" if "input_channels" in config else "in_channels"]
+    for flag in (item.name for item in fields(config) if item.name.endswith("_config")):
+        given = getattr(config, flag) or {}
+        for name in shape.keys() & given.keys() & _DECIDED_BY.keys():
+            if given[name] != shape[name]:
+                raise ValueError(
+                    f"`{name}` is {given[name]} in `--{flag}`, but {shape[name]} by {_DECIDED_BY[name]}. Leave it "
+                    "out, or change the one that is wrong."
+                )
+
+
+def match_pretrained_classes(
+    config: ModelConfig, model: DTRTransformer2DModel, images: TrainingImages
+) -> TrainingImages:
+    """The images with the pretrained model's numbers for the classes whose names it knows.
+
+    Args:
+        config: Names the pretrained pipeline.
+        model: Its denoiser, which gets new embeddings where there are other or more classes.
+        images: With class labels.
+    """
+    names, num_classes = pretrained_class_names(config), model.config.num_embeds_ada_norm
+    images, known = match_classes(images, names, num_classes or 0, new_classes=True)
+    if not known or images.num_classes > num_classes:
+        model.replace_classes(images.num_classes, keep=known)
+    return images
 
 
 def check_pretrained_denoiser(
-    args: argparse.Namespace, model: ModelMixin, vae: ModelMixin | None, packing: int = 1
+    config: TrainingConfig, model: ModelMixin, vae: ModelMixin | None, packing: int = 1
 ) -> None:
     """Check that a pretrained denoiser can learn what the flags ask for.
 
     Args:
-        args: Parsed flags.
+        config: The run's configuration.
         model: The denoiser.
         vae: The autoencoder, or None.
         packing: Side of the squares of latents whose channels are those of the denoiser's input.
@@ -210,5 +191,5 @@ def check_pretrained_denoiser(
             f"`in_channels`={model.config.in_channels}, of squares of {packing}×{packing}. Leave out "
             "`--vae_name_or_path` to use the pipeline's own."
         )
-    if args.learn_sigma and model.config.out_channels != 2 * model.config.in_channels:
+    if config.noise.learn_sigma and model.config.out_channels != 2 * model.config.in_channels:
         raise ValueError("`--learn_sigma` needs a pretrained model that predicts a variance, and this one does not.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,26 +9,28 @@ import torch
 from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 
+from .config import EMAConfig
 
-def build_ema(args: argparse.Namespace, model: ModelMixin, device: torch.device) -> EMAModel:
+
+def build_ema(config: EMAConfig, model: ModelMixin, device: torch.device) -> EMAModel:
     """The average of a model's weights that the flags ask for.
 
     Args:
-        args: Parsed flags of [`~diffusers_dtr.training.arguments.add_optimization_arguments`].
+        config: Its decay, and where it is kept.
         model: All of whose weights are averaged.
         device: Where the average lies, unless it is offloaded.
     """
     ema = EMAModel(
         model.parameters(),
-        decay=args.ema_max_decay,
+        decay=config.ema_max_decay,
         use_ema_warmup=True,
-        inv_gamma=args.ema_inv_gamma,
-        power=args.ema_power,
+        inv_gamma=config.ema_inv_gamma,
+        power=config.ema_power,
         foreach=True,
         model_cls=type(model),
         model_config=model.config,
     )
-    ema.to("cpu" if args.offload_ema else device)
+    ema.to("cpu" if config.offload_ema else device)
     return ema
 
 

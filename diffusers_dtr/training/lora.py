@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -13,46 +12,47 @@ from safetensors.torch import load_file
 from ..lora_files import adapter_state, mark_routed, save_routed_lora, save_unrouted_lora
 from ..models.adapters import adapter_routing, route_adapter
 from ..run_record import LORA_FILE
-from .arguments import routing_flags
+from .config import LoraConfig, RoutingConfig
 
 
 _ADAPTER = "default"
 
 
-def add_lora(model: ModelMixin, args: argparse.Namespace, layers: tuple[str, ...]) -> None:
+def add_lora(model: ModelMixin, config: LoraConfig, routing: RoutingConfig, layers: tuple[str, ...]) -> None:
     """Freeze a denoiser and give it adapters in float32, which begin at doing nothing.
 
     Args:
         model: The denoiser.
-        args: Parsed flags of [`~diffusers_dtr.training.add_lora_arguments`].
+        config: The adapters.
+        routing: How they are routed, if they are.
         layers: Names of the adapted layers, or their ends, unless `--lora_layers` gives others.
 
     Raises:
         ValueError: If the denoiser has no such layers, they take no adapters, or the rank has no such routing.
     """
-    from peft import LoraConfig  # an extra: `diffusers-dtr[training]`
+    import peft  # an extra: `diffusers-dtr[training]`
 
     names = [name for name, _ in model.named_modules()]
     # peft says nothing if it finds some of them.
     missing = [
-        layer for layer in args.lora_layers or () if not any(f".{name}".endswith(f".{layer}") for name in names)
+        layer for layer in config.lora_layers or () if not any(f".{name}".endswith(f".{layer}") for name in names)
     ]
     if missing:
         raise ValueError(f"`--lora_layers` must be names of the denoiser's layers or their ends, got {missing}.")
     model.requires_grad_(False)
-    config = LoraConfig(
-        r=args.rank,
-        lora_alpha=args.rank if args.lora_alpha is None else args.lora_alpha,
+    adapter = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.rank if config.lora_alpha is None else config.lora_alpha,
         init_lora_weights="gaussian",
-        target_modules=list(args.lora_layers or layers),
+        target_modules=list(config.lora_layers or layers),
     )
     try:
-        model.add_adapter(config, adapter_name=_ADAPTER)
+        model.add_adapter(adapter, adapter_name=_ADAPTER)
     except ValueError as error:
         raise ValueError(f"`--lora_layers` must be layers that take adapters: {error}") from error
     cast_training_params(model, torch.float32)
-    if args.route_lora:
-        route_adapter(model, _ADAPTER, **routing_flags(args))
+    if config.route_lora:
+        route_adapter(model, _ADAPTER, **routing.given)
 
 
 def has_lora(model: ModelMixin) -> bool:

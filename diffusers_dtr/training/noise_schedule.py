@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import logging
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 
 from ..noise_levels import NoiseLevels, is_discrete, uses_learned_variance
+from .config import ModelConfig, NoiseConfig, TrainingConfig
 from .pretrained import pretrained_component, pretrained_options
 
 
@@ -30,24 +30,24 @@ _FLAGS = {
 _MAX_NOISIEST_ALPHA = 0.1
 
 
-def load_noise_scheduler(args: argparse.Namespace) -> SchedulerMixin:
+def load_noise_scheduler(config: TrainingConfig) -> SchedulerMixin:
     """The scheduler to train with: a DDPMScheduler, or flow matching's where the pretrained pipeline has that.
 
     Args:
-        args: Parsed flags. Those of the noise schedule replace what the pretrained pipeline has.
+        config: The run's configuration. Its noise schedule replaces what the pretrained pipeline has.
 
     Raises:
         ValueError: If neither has the noise levels of the pretrained pipeline's scheduler, a flag does not go with it,
             or the flags leave an image at the noisiest timestep.
         TypeError: If nothing is known about the noise levels of that scheduler.
     """
-    original = pretrained_scheduler(args)
+    original = pretrained_scheduler(config.model)
     if original is None:
-        scheduler = DDPMScheduler(**_changes(args, DDPMScheduler().config))
+        scheduler = DDPMScheduler(**_changes(config.noise, DDPMScheduler().config))
     else:
         flow = NoiseLevels(original).prediction_type == "flow"
         scheduler_class = FlowMatchEulerDiscreteScheduler if flow else DDPMScheduler
-        changed = _with_flags(original, args)
+        changed = _with_flags(original, config.noise)
         # What flow matching's own scheduler calls a shift is a `flow_shift` to solvers of its equation.
         shift = {"shift": changed.config.flow_shift} if changed.config.get("use_flow_sigmas") else {}
         scheduler = scheduler_class.from_config(changed.config, **shift)
@@ -56,62 +56,62 @@ def load_noise_scheduler(args: argparse.Namespace) -> SchedulerMixin:
                 "`pretrained_model_name_or_path` must be a pipeline with the noise levels of a DDPMScheduler or a "
                 f"FlowMatchEulerDiscreteScheduler, got a {type(original).__name__} with others."
             )
-    _check_noisiest(args, scheduler)
+    _check_noisiest(config.noise, scheduler)
     return scheduler
 
 
-def sampling_scheduler(args: argparse.Namespace, *, latents: bool) -> SchedulerMixin:
+def sampling_scheduler(config: TrainingConfig, *, latents: bool) -> SchedulerMixin:
     """The scheduler of the trained pipeline: the pretrained one's with what the flags change, or a DDPMScheduler.
 
     Args:
-        args: Parsed flags.
+        config: The run's configuration.
         latents: Whether latents are learned, which unlike pixels do not end in [-1, 1].
 
     Raises:
         ValueError: If it cannot take the steps of validation.
     """
-    original = pretrained_scheduler(args)
+    original = pretrained_scheduler(config.model)
     if original is None:
-        variance_type = "learned_range" if args.learn_sigma else "fixed_small"
-        changes = _changes(args, DDPMScheduler().config)
+        variance_type = "learned_range" if config.noise.learn_sigma else "fixed_small"
+        changes = _changes(config.noise, DDPMScheduler().config)
         scheduler = DDPMScheduler(**changes, variance_type=variance_type, clip_sample=not latents)
     else:
-        scheduler = _with_flags(original, args)
-    _check_validation_steps(args, scheduler)
+        scheduler = _with_flags(original, config.noise)
+    _check_validation_steps(config, scheduler)
     return scheduler
 
 
-def pretrained_scheduler(args: argparse.Namespace) -> SchedulerMixin | None:
+def pretrained_scheduler(config: ModelConfig) -> SchedulerMixin | None:
     """The scheduler of `--pretrained_model_name_or_path`, or None without a pretrained pipeline.
 
     Args:
-        args: Parsed flags.
+        config: Names it.
 
     Raises:
         ValueError: If it has none of diffusers' schedulers.
     """
-    if args.pretrained_model_name_or_path is None:
+    if config.pretrained_model_name_or_path is None:
         return None
-    name = pretrained_component(args, "scheduler")
+    name = pretrained_component(config, "scheduler")
     scheduler_class = getattr(diffusers, str(name), None)
     if not (inspect.isclass(scheduler_class) and issubclass(scheduler_class, SchedulerMixin)):
         raise ValueError(
             "`pretrained_model_name_or_path` must be a pipeline with a scheduler of diffusers, got "
-            f"{args.pretrained_model_name_or_path} with {name}."
+            f"{config.pretrained_model_name_or_path} with {name}."
         )
     return scheduler_class.from_pretrained(
-        args.pretrained_model_name_or_path, subfolder="scheduler", **pretrained_options(args)
+        config.pretrained_model_name_or_path, subfolder="scheduler", **pretrained_options(config)
     )
 
 
-def _with_flags(original: SchedulerMixin, args: argparse.Namespace) -> SchedulerMixin:
+def _with_flags(original: SchedulerMixin, config: NoiseConfig) -> SchedulerMixin:
     """A scheduler of the same class and config, but for what flags ask for."""
-    changes = _changes(args, original.config)
+    changes = _changes(config, original.config)
     if NoiseLevels(original).prediction_type == "flow":
-        given = [_FLAGS[name] for name in changes if name in _FLAGS] + ["--learn_sigma"] * args.learn_sigma
+        given = [_FLAGS[name] for name in changes if name in _FLAGS] + ["--learn_sigma"] * config.learn_sigma
         if given:
             raise ValueError(f"`{'`, `'.join(given)}` must be left out: the pretrained pipeline has flow matching.")
-    elif args.learn_sigma and isinstance(original, DDPMScheduler) and not uses_learned_variance(original):
+    elif config.learn_sigma and isinstance(original, DDPMScheduler) and not uses_learned_variance(original):
         changes["variance_type"] = "learned_range"
     try:
         return type(original).from_config(original.config, **changes)
@@ -119,9 +119,9 @@ def _with_flags(original: SchedulerMixin, args: argparse.Namespace) -> Scheduler
         raise ValueError(f"`--noise_schedule` must be one of {type(original).__name__}'s: {error}") from error
 
 
-def _changes(args: argparse.Namespace, config: Mapping[str, Any]) -> dict[str, Any]:
+def _changes(options: NoiseConfig, config: Mapping[str, Any]) -> dict[str, Any]:
     """What the flags of the noise schedule change in the config of a scheduler."""
-    flags = {name: getattr(args, flag.removeprefix("--")) for name, flag in _FLAGS.items()}
+    flags = {name: getattr(options, flag.removeprefix("--")) for name, flag in _FLAGS.items()}
     changes = {name: value for name, value in flags.items() if value is not None and value != config.get(name)}
     if config.get("trained_betas") is not None and changes.keys() & {"beta_schedule", "num_train_timesteps"}:
         raise ValueError(
@@ -147,7 +147,7 @@ def _same_noise_levels(one: SchedulerMixin, other: SchedulerMixin) -> bool:
     )
 
 
-def _check_noisiest(args: argparse.Namespace, scheduler: SchedulerMixin) -> None:
+def _check_noisiest(config: NoiseConfig, scheduler: SchedulerMixin) -> None:
     levels = NoiseLevels(scheduler)
     alpha = levels.alpha(levels.timesteps[-1:]).item()
     if alpha <= _MAX_NOISIEST_ALPHA:
@@ -156,14 +156,14 @@ def _check_noisiest(args: argparse.Namespace, scheduler: SchedulerMixin) -> None
         f"At the noisiest of the {levels.num_train_timesteps} timesteps {alpha:.2f} of the image is left, but "
         f"sampling begins at noise alone: it should be at most {_MAX_NOISIEST_ALPHA}."
     )
-    if args.noise_schedule is None and args.num_train_timesteps is None:
+    if config.noise_schedule is None and config.num_train_timesteps is None:
         logger.warning(f"{message} The pretrained pipeline has it so.")
         return
     raise ValueError(f"{message} Choose another `--noise_schedule` or more `--num_train_timesteps`.")
 
 
-def _check_validation_steps(args: argparse.Namespace, scheduler: SchedulerMixin) -> None:
-    levels, steps = NoiseLevels(scheduler), args.validation_num_inference_steps
+def _check_validation_steps(config: TrainingConfig, scheduler: SchedulerMixin) -> None:
+    levels, steps = NoiseLevels(scheduler), config.validation.validation_num_inference_steps
     if not is_discrete(levels.timesteps):
         return  # any number of steps fits between real-valued timesteps
     if steps <= levels.num_train_timesteps:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,6 +19,7 @@ from ..objective.clustering import cluster_timesteps
 from ..objective.clusters import TimestepClusters
 from ..objective.gradient_balancing import GradientBalancer
 from ..objective.weighting import WEIGHTINGS, LogitNormal
+from .config import ObjectiveConfig, TrainingConfig
 from .randomness import Draw, generator_for
 
 
@@ -34,7 +34,7 @@ class Objective:
         shares: `shares` of [`TimestepClusters.sample`].
         importance: `importance` of [`TimestepClusters.sample`].
         parts_per_draw: How many micro-batches share one stratified draw; None for all those of an optimizer step.
-        settings: What the state depends on, by the names of [`~diffusers_dtr.training.resuming.run_settings`].
+        settings: What the state depends on, by the names of [`~diffusers_dtr.training.run.resuming.run_settings`].
     """
 
     clusters: TimestepClusters
@@ -131,12 +131,12 @@ class Objective:
 
 
 def build_objective(
-    args: argparse.Namespace, noise_scheduler: SchedulerMixin, model: torch.nn.Module, accelerator: Accelerator
+    config: TrainingConfig, noise_scheduler: SchedulerMixin, model: torch.nn.Module, accelerator: Accelerator
 ) -> Objective:
     """Clusters, loss and sampling of a run.
 
     Args:
-        args: Parsed flags of [`add_objective_arguments`].
+        config: The run's configuration.
         noise_scheduler: Scheduler that is trained with.
         model: The denoiser, whose gradients gradient balancing compares.
         accelerator: Tells the processes, their device and gradient scaler.
@@ -146,29 +146,31 @@ def build_objective(
             gets fewer samples than clusters.
     """
     levels = NoiseLevels(noise_scheduler)
-    if args.loss_weighting == "logit_normal" and levels.prediction_type != "flow":
+    if config.objective.loss_weighting == "logit_normal" and levels.prediction_type != "flow":
         raise ValueError(
             f"`--loss_weighting logit_normal` is for flow matching, got {levels.prediction_type} prediction: use "
             "another one, such as min_snr."
         )
-    cost = args.cluster_cost
+    cost = config.objective.cluster_cost
     if cost == "affinity":
-        cost = load_task_affinity(args.affinity_path, levels)
-    clusters = cluster_timesteps(noise_scheduler, args.num_clusters, cost)
-    weighting = WEIGHTINGS[args.loss_weighting]
-    if args.snr_gamma is not None:
-        weighting = replace(weighting, gamma=args.snr_gamma)
+        cost = load_task_affinity(config.objective.affinity_path, levels)
+    clusters = cluster_timesteps(noise_scheduler, config.objective.num_clusters, cost)
+    weighting = WEIGHTINGS[config.objective.loss_weighting]
+    if config.objective.snr_gamma is not None:
+        weighting = replace(weighting, gamma=config.objective.snr_gamma)
     loss_fn = ClusteredLoss(
         noise_scheduler,
         clusters,
         weighting,
-        _balancing(args, model, accelerator),
+        _balancing(config, model, accelerator),
     ).to(accelerator.device)
-    sampling = args.timestep_sampling or ("uniform" if args.balancing == "uniform" else "clusters")
+    sampling = config.objective.timestep_sampling or (
+        "uniform" if config.objective.balancing == "uniform" else "clusters"
+    )
     sampler = None
     if sampling in ("loss", "variance"):
         sampler = AdaptiveTimestepSampler(clusters, statistic="second_moment" if sampling == "loss" else "variance")
-    shares, importance = _distribution(args, sampling, clusters)
+    shares, importance = _distribution(config.objective, sampling, clusters)
     return Objective(
         clusters,
         loss_fn,
@@ -176,11 +178,11 @@ def build_objective(
         shares=shares,
         importance=importance,
         # Gradients are compared within a forward call, which should then have samples of every cluster.
-        parts_per_draw=None if args.balancing in BALANCINGS else accelerator.num_processes,
+        parts_per_draw=None if config.objective.balancing in BALANCINGS else accelerator.num_processes,
         settings={
-            "--num_clusters": args.num_clusters,
-            "--cluster_cost": args.cluster_cost,
-            "--balancing": args.balancing,
+            "--num_clusters": config.objective.num_clusters,
+            "--cluster_cost": config.objective.cluster_cost,
+            "--balancing": config.objective.balancing,
             "--timestep_sampling": sampling,
             "cluster boundaries": list(clusters.boundaries),
         },
@@ -188,40 +190,41 @@ def build_objective(
 
 
 def _distribution(
-    args: argparse.Namespace, sampling: str, clusters: TimestepClusters
+    config: ObjectiveConfig, sampling: str, clusters: TimestepClusters
 ) -> tuple[torch.Tensor | list[int] | None, torch.Tensor | None]:
     """`shares` and `importance` of [`TimestepClusters.sample`], for draws that are not fitted to the loss."""
     widths = [len(cluster) for cluster in clusters]
-    if args.train_cluster is not None:
-        return [width * (number == args.train_cluster) for number, width in enumerate(widths)], None
+    if config.train_cluster is not None:
+        return [width * (number == config.train_cluster) for number, width in enumerate(widths)], None
     if sampling == "uniform":
         return widths, None
     if sampling == "logit_normal":
-        given = {"mean": args.logit_mean, "std": args.logit_std}
+        given = {"mean": config.logit_mean, "std": config.logit_std}
         distribution = LogitNormal(**{name: value for name, value in given.items() if value is not None})
         probabilities = distribution.probabilities(clusters.num_train_timesteps)
         return torch.stack([part.sum() for part in probabilities.split(widths)]), probabilities
     return None, None
 
 
-def _balancing(args: argparse.Namespace, model: torch.nn.Module, accelerator: Accelerator) -> str | Balancing:
-    if args.balancing in BALANCINGS:
-        return args.balancing
-    samples = args.train_batch_size * accelerator.num_processes
-    if samples < args.num_clusters:
+def _balancing(config: TrainingConfig, model: torch.nn.Module, accelerator: Accelerator) -> str | Balancing:
+    options = config.objective
+    if options.balancing in BALANCINGS:
+        return options.balancing
+    samples = config.run.train_batch_size * accelerator.num_processes
+    if samples < options.num_clusters:
         raise ValueError(
-            f"`--balancing {args.balancing}` compares the gradients of all {args.num_clusters} clusters in a forward "
-            f"call, which needs at least as many samples, got {samples}: use a larger `--train_batch_size` or fewer "
-            "`--num_clusters`."
+            f"`--balancing {options.balancing}` compares the gradients of all {options.num_clusters} clusters in a "
+            f"forward call, which needs at least as many samples, got {samples}: use a larger `--train_batch_size` or "
+            "fewer `--num_clusters`."
         )
-    if args.compile:
+    if config.run.compile:
         # Its backward graph is run once per cluster, and must not give its buffers away the first time.
         torch._functorch.config.donated_buffer = False
     return GradientBalancer(
         model,
-        args.balancing,
-        num_clusters=args.num_clusters,
-        update_every=(args.balancing_update_every or 1) * accelerator.gradient_accumulation_steps,
+        options.balancing,
+        num_clusters=options.num_clusters,
+        update_every=(options.balancing_update_every or 1) * accelerator.gradient_accumulation_steps,
         scaler=accelerator.scaler,
-        seed=args.seed,
+        seed=config.run.seed,
     )

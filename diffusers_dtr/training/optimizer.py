@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import torch
@@ -10,26 +9,23 @@ from diffusers.optimization import get_scheduler
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..objective.clustered_loss import ClusteredLoss
-
-
-# Where diffusers' polynomial schedule ends; it must begin above.
-POLYNOMIAL_END = 1e-7
+from .config import OptimizerConfig
 
 
 def build_optimizer(
-    args: argparse.Namespace, model: torch.nn.Module, loss_fn: ClusteredLoss, scale: float = 1.0
+    config: OptimizerConfig, model: torch.nn.Module, loss_fn: ClusteredLoss, scale: float = 1.0
 ) -> torch.optim.AdamW:
     """AdamW with the hyperparameters of the flags, which loading a checkpoint leaves as they are.
 
     PyTorch would restore the old ones: a run that is resumed with a lower learning rate would go on with the old.
 
     Args:
-        args: Parsed flags of [`add_optimization_arguments`].
+        config: Learning rate and hyperparameters.
         model: What of it requires gradients is optimized, with the flags' hyperparameters.
         loss_fn: What its balancing learns is optimized too, with the balancing's own.
         scale: What `--learning_rate` is multiplied by.
     """
-    learning_rate = args.learning_rate * scale
+    learning_rate = config.learning_rate * scale
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [{"params": trained, "lr": learning_rate}, *loss_fn.parameter_groups()]
     optimizer = torch.optim.AdamW(
@@ -37,50 +33,31 @@ def build_optimizer(
         [{**group, "initial_lr": group["lr"]} for group in groups],
         # From here the polynomial schedule takes what its end is relative to.
         lr=learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        eps=config.adam_epsilon,
     )
     optimizer.register_load_state_dict_pre_hook(_keep_hyperparameters)
     return optimizer
 
 
-def check_warm_ups(args: argparse.Namespace) -> None:
-    """Refuse what would rise or fall until after the run.
-
-    Args:
-        args: Parsed flags; `max_train_steps` is a number by now.
-
-    Raises:
-        ValueError: Naming the flag, its value and the number of steps.
-    """
-    steps = args.max_train_steps
-    if args.lr_warmup_steps >= steps:
-        raise ValueError(
-            f"`--lr_warmup_steps` must be below the {steps} steps of the run, got {args.lr_warmup_steps}: the "
-            "learning rate would never be at its peak."
-        )
-    if args.routing_warmup_steps > steps:
-        raise ValueError(
-            f"`--routing_warmup_steps` must be at most the {steps} steps of the run, got {args.routing_warmup_steps}: "
-            "it would end before its target."
-        )
-
-
-def build_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, global_step: int) -> LambdaLR:
+def build_lr_scheduler(
+    config: OptimizerConfig, optimizer: torch.optim.Optimizer, num_steps: int, global_step: int
+) -> LambdaLR:
     """The learning rate as a function of the step alone; not to be given to `Accelerator.prepare`.
 
     Args:
-        args: Parsed flags; `max_train_steps` is a number by now.
+        config: Which course it takes.
         optimizer: Of [`build_optimizer`], as it came from `Accelerator.prepare`.
+        num_steps: Optimizer steps of the run.
         global_step: Optimizer steps already done.
     """
-    given = {name: vars(args).get(f"lr_{name}") for name in ("num_cycles", "power")}
+    given = {name: vars(config).get(f"lr_{name}") for name in ("num_cycles", "power")}
     return get_scheduler(
-        args.lr_scheduler,
+        config.lr_scheduler,
         optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=num_steps,
         last_epoch=global_step - 1,
         **{name: value for name, value in given.items() if value is not None},
     )

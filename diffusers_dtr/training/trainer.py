@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import math
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,32 +13,33 @@ import torch
 from accelerate import Accelerator
 from diffusers import ModelMixin, SchedulerMixin
 from PIL import Image
-from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from ..model_card import save_model_card
 from ..routing import warmed_up_beta
-from .argument_checks import set_max_train_steps
-from .checkpoints import Checkpoints
-from .clean_samples import build_loader, clean_samples, held_out_samples
-from .data import TrainingImages
+from ..run_record import RUN_CONFIG
+from .config import TrainingConfig
+from .data.loading import TrainingData, build_loader, clean_samples, held_out_samples
+from .data.samples import UnreadableImages
 from .ema import averaged_weights, build_ema, step_average
 from .interruption import Interruption, stopped
-from .loss_history import LossHistory
-from .loss_monitor import LossMonitor
 from .noise import draw_noise
+from .noise_schedule import load_noise_scheduler
 from .objective import build_objective
 from .optimizer import build_lr_scheduler, build_optimizer
-from .outputs import save_record
+from .pipelines import ClassPipeline, TextPipeline
 from .randomness import Draw, generator_for, seed_model
-from .record import describe_model, run_record, tracker_config
-from .resuming import IMAGES_PER_STEP, data_settings, run_settings
-from .run_lock import unlock_run_folder
-from .samples import UnreadableImages
-from .sharing import push_result, rehearse_sharing, start_background_push
-from .tracking import log_image
+from .run.checkpoints import Checkpoints
+from .run.lock import unlock_run_folder
+from .run.loss_history import LossHistory
+from .run.loss_monitor import LossMonitor
+from .run.outputs import save_record
+from .run.record import describe_model, run_record, tracker_config
+from .run.resuming import IMAGES_PER_STEP, data_settings, run_settings
+from .run.sharing import push_result, rehearse_sharing, start_background_push
+from .run.start import start_run
+from .run.tracking import log_image
 from .validation import HeldOutLoss, ends_epochs, forward_once, save_sample_grid, try_sampling
-from .videos import TrainingVideos
 
 
 logger = logging.getLogger(__name__)
@@ -50,24 +49,15 @@ _PUSH_SECONDS_WHEN_STOPPED = 20.0
 
 
 class Trainer:
-    """Trains a denoiser as the flags of a script say, on from a checkpoint where they name one.
+    """Trains a denoiser as its configuration says, on from a checkpoint where that names one.
 
     Args:
-        args: Parsed flags: those of all groups in [`~diffusers_dtr.training.arguments`].
-        accelerator: Of [`start_run`].
         model: The denoiser, a routed one. What of it requires gradients is trained.
-        model_name: What pipelines call it: "transformer" or "unet".
-        noise_scheduler: Scheduler that is trained with.
-        images: What is trained on. A checkpoint of others, or of other names of classes, is refused.
-        dataset: Of [`build_dataset`], or one that adds to its samples.
-        held_out_dataset: Likewise, of [`held_out_dataset`]; None without a held-out loss.
-        vae: What encodes the images; None where pixels are learned.
-        conditions: From a batch to the keyword arguments of the denoiser beside noisy sample and timestep, on the
-            accelerator's device. None for a denoiser that takes no others.
-        denoise: From the denoiser, its noisy input, timesteps and conditions to its prediction, for a denoiser that
-            takes and returns other things than these samples. None calls it with them.
-        sample: From a generator to the images of a grid. It is called by the main process alone, with the model in
-            eval mode and its averaged weights, if there are any.
+        data: What it is trained on. A checkpoint of others, or of other names of classes, is refused.
+        config: The run's configuration.
+        pipeline: What the denoiser is told, and how it is sampled and saved; by default as [`ClassPipeline`] does.
+        noise_scheduler: Scheduler that is trained with; by default that of [`load_noise_scheduler`].
+        accelerator: Of [`start_run`], which is called by default.
         project_name: What trackers call the run's project.
 
     Attributes:
@@ -75,74 +65,83 @@ class Trainer:
         objective: Clusters, loss and sampling of timesteps.
 
     Raises:
-        ValueError: If flags do not fit the model, the data or a checkpoint.
+        ValueError: If options do not fit the model, the data or a checkpoint.
     """
 
     def __init__(
         self,
-        args: argparse.Namespace,
-        accelerator: Accelerator,
         model: ModelMixin,
-        model_name: str,
-        noise_scheduler: SchedulerMixin,
+        data: TrainingData,
+        config: TrainingConfig,
         *,
-        images: TrainingImages | TrainingVideos,
-        dataset: Dataset,
-        held_out_dataset: Dataset | None,
-        vae: ModelMixin | None,
-        conditions: Callable[[dict[str, Any]], dict[str, Any]] | None,
-        sample: Callable[[torch.Generator], list[Image.Image]],
-        project_name: str,
-        denoise: Callable[..., torch.Tensor] | None = None,
+        pipeline: ClassPipeline | TextPipeline | None = None,
+        noise_scheduler: SchedulerMixin | None = None,
+        accelerator: Accelerator | None = None,
+        project_name: str = "diffusers-dtr",
     ):
         self._start_time = time.perf_counter()
-        self.args = args
-        self.accelerator = accelerator
-        self.output_dir = Path(args.output_dir)
-        self.model = model
-        self.vae = vae
-        self.conditions = conditions or (lambda batch: {})
-        self.denoise = denoise or _call
-        self.sample = lambda: sample(torch.Generator().manual_seed(0))  # on the CPU: the same everywhere
+        self.accelerator = accelerator = accelerator or start_run(config)
+        self.config = config = config.replace(gradient_accumulation_steps=accelerator.gradient_accumulation_steps)
+        self.model, self.data = model, data
+        if data.vae is not None:
+            data.vae.to(accelerator.device)
+        noise_scheduler = noise_scheduler or load_noise_scheduler(config)
+        self.pipeline = pipeline or ClassPipeline(config, model, data)
+        self.output_dir = Path(config.run.output_dir)
 
-        self.objective = build_objective(args, noise_scheduler, model, accelerator)
-        if args.gradient_checkpointing:
+        self.objective = build_objective(config, noise_scheduler, model, accelerator)
+        if config.run.gradient_checkpointing:
             model.enable_gradient_checkpointing()
-        if args.compile:
+        if config.run.compile:
             model.compile(fullgraph=True)
-        self.ema = build_ema(args, model, accelerator.device) if args.use_ema else None
+        self.ema = build_ema(config.ema, model, accelerator.device) if config.ema.use_ema else None
         self.held_out_loss = None
-        if held_out_dataset is not None:
-            num_images, batch_size = args.max_held_out_images, args.train_batch_size
-            held_out = held_out_samples(held_out_dataset, vae, num_images, batch_size, accelerator.device)
+        if data.held_out is not None:
+            num_images, batch_size = config.validation.max_held_out_images, config.run.train_batch_size
+            held_out = held_out_samples(data.held_out, data.vae, num_images, batch_size, accelerator.device)
             self.held_out_loss = HeldOutLoss.by_eighths(noise_scheduler, *held_out)
         self.micro_batches = accelerator.num_processes * accelerator.gradient_accumulation_steps
-        self.num_images, self.images_per_step = len(dataset), args.train_batch_size * self.micro_batches
-        set_max_train_steps(args, self.num_images, self.images_per_step)
+        self.num_images, self.images_per_step = len(data.dataset), config.run.train_batch_size * self.micro_batches
+        self.config = config = config.with_max_train_steps(self.num_images, self.images_per_step)
+        self.max_train_steps = config.run.max_train_steps
 
-        scale = self.images_per_step if args.scale_lr else 1
-        optimizer = build_optimizer(args, model, self.objective.loss_fn, scale)
+        scale = self.images_per_step if config.optimizer.scale_lr else 1
+        optimizer = build_optimizer(config.optimizer, model, self.objective.loss_fn, scale)
         self.denoiser, self.optimizer = accelerator.prepare(model, optimizer)
         self.checkpoints = Checkpoints(
-            accelerator, self.output_dir, model_name, model, self.ema, args.checkpoints_total_limit, self.objective
+            accelerator,
+            self.output_dir,
+            self.pipeline.denoiser,
+            model,
+            self.ema,
+            config.run.checkpoints_total_limit,
+            self.objective,
         )
-        others = {IMAGES_PER_STEP: self.images_per_step, **data_settings(images)}
-        settings = run_settings(args, model, noise_scheduler, accelerator, **self.objective.settings, **others)
-        self.state = self.checkpoints.resume(args.resume_from_checkpoint, settings, args.allow_changed_settings)
+        others = {IMAGES_PER_STEP: self.images_per_step, **data_settings(data.images)}
+        settings = run_settings(config, model, noise_scheduler, accelerator, **self.objective.settings, **others)
+        self.state = self.checkpoints.resume(
+            config.run.resume_from_checkpoint, settings, config.run.allow_changed_settings
+        )
         self._start_time -= self.state.seconds
-        self.lr_scheduler = build_lr_scheduler(args, self.optimizer, self.global_step)
-        self.loader = build_loader(args, dataset, accelerator, self.global_step)
+        self.lr_scheduler = build_lr_scheduler(
+            config.optimizer, self.optimizer, self.max_train_steps, self.global_step
+        )
+        self.loader = build_loader(config, data.dataset, accelerator, self.global_step)
         self.unreadable = UnreadableImages(self.state.unreadable_images)
         self.monitor = LossMonitor(accelerator, len(self.objective.clusters))
         self.history = LossHistory(self.output_dir, self.global_step)
         self._rehearse()
         # After all that may refuse the run, of which nothing should be left then
-        if accelerator.is_main_process and args.report_to != "none":
-            accelerator.init_trackers(args.tracker_project_name or project_name, config=tracker_config(args))
-        self._background_push = start_background_push(args, self.output_dir) if accelerator.is_main_process else None
+        self._background_push = None
+        if accelerator.is_main_process:
+            config.save(self.output_dir / RUN_CONFIG)
+            self._background_push = start_background_push(config.hub, self.output_dir)
+            if config.run.report_to != "none":
+                project = config.run.tracker_project_name or project_name
+                accelerator.init_trackers(project, config=tracker_config(config))
         logger.info(
-            f"{len(dataset)} images, {model.num_parameters(only_trainable=True):,} trained parameters of "
-            f"{model.num_parameters():,}, {self.images_per_step} images per step, {args.max_train_steps} steps"
+            f"{self.num_images} images, {model.num_parameters(only_trainable=True):,} trained parameters of "
+            f"{model.num_parameters():,}, {self.images_per_step} images per step, {self.max_train_steps} steps"
         )
         logger.info(f"{self.objective.clusters}")
 
@@ -158,9 +157,9 @@ class Trainer:
             SystemExit: If SIGINT, SIGTERM or SIGHUP came: after the step that it came in, whose checkpoint is saved,
                 and with the code 128 + signal. A second Ctrl-C is a KeyboardInterrupt, at once.
         """
-        args, accelerator = self.args, self.accelerator
+        config, accelerator = self.config, self.accelerator
         progress_bar = tqdm(
-            total=args.max_train_steps,
+            total=self.max_train_steps,
             initial=self.global_step,
             desc="Steps",
             disable=not accelerator.is_local_main_process,
@@ -169,20 +168,20 @@ class Trainer:
         first_batch = self.global_step * accelerator.gradient_accumulation_steps
         with Interruption() as interruption:
             for number, batch in enumerate(self.loader, start=first_batch):
-                if self.global_step >= args.max_train_steps:
+                if self.global_step >= self.max_train_steps:
                     break
                 self._set_routing()
                 with accelerator.accumulate(self.denoiser):
                     self._backward(batch, number)
-                    if accelerator.sync_gradients and args.max_grad_norm:
-                        accelerator.clip_grad_norm_(self.denoiser.parameters(), args.max_grad_norm)
+                    if accelerator.sync_gradients and config.optimizer.max_grad_norm:
+                        accelerator.clip_grad_norm_(self.denoiser.parameters(), config.optimizer.max_grad_norm)
                     self.optimizer.step()
                     self.optimizer.zero_grad()
                 if accelerator.sync_gradients:
                     self.state.global_step += 1
                     self.lr_scheduler.step()
                     if self.ema is not None:
-                        step_average(self.ema, self.model, args.offload_ema)
+                        step_average(self.ema, self.model, config.ema.offload_ema)
                     progress_bar.update()
                     signum = interruption.received()
                     self._after_step(progress_bar, stopping=signum is not None)
@@ -200,38 +199,38 @@ class Trainer:
         raise stopped(signum, self.global_step)
 
     def _set_routing(self) -> None:
-        warmup_steps, target = self.args.routing_warmup_steps, self.model.config.routing_beta
+        warmup_steps, target = self.config.routing.routing_warmup_steps, self.model.config.routing_beta
         beta = warmed_up_beta(self.global_step, warmup_steps, target) if warmup_steps else None
         self.model.set_routing_beta(beta)
 
     def _backward(self, batch: dict[str, Any], number: int) -> None:
         """Loss and gradients of one micro-batch: what a process feeds through the model in one forward call."""
-        args, accelerator, objective = self.args, self.accelerator, self.objective
+        config, accelerator, objective = self.config, self.accelerator, self.objective
         device = accelerator.device
         self.unreadable.update(batch["unreadable"])
         micro_batch = number * accelerator.num_processes + accelerator.process_index
-        seed_model(args.seed, micro_batch)
-        clean = clean_samples(batch, self.vae, args.seed, device)
-        conditions = self.conditions(batch)
-        generator = generator_for(Draw.NOISE, args.seed, micro_batch, device=device)
-        noise, added = draw_noise(clean.shape, generator, args.noise_offset, args.input_perturbation)
+        seed_model(config.run.seed, micro_batch)
+        clean = clean_samples(batch, self.data.vae, config.run.seed, device)
+        conditions = self.pipeline.conditions(batch)
+        generator = generator_for(Draw.NOISE, config.run.seed, micro_batch, device=device)
+        noise, added = draw_noise(clean.shape, generator, config.noise.noise_offset, config.noise.input_perturbation)
         # One draw for the whole step, of which this is a part
         timesteps = objective.sample_timesteps(
-            len(clean), args.seed, self.global_step, micro_batch % self.micro_batches, self.micro_batches, device
+            len(clean), config.run.seed, self.global_step, micro_batch % self.micro_batches, self.micro_batches, device
         )
         noisy = objective.levels.add_noise(clean, added, timesteps)
         model_input = objective.levels.model_input(noisy, timesteps)
-        model_output = self.denoise(self.denoiser, model_input, timesteps, conditions)
+        model_output = self.pipeline.denoise(self.denoiser, model_input, timesteps, conditions)
         out = objective.loss_fn(model_output, clean, noise, timesteps, objective.sample_weights(timesteps))
         objective.observe(accelerator, timesteps, out)
         self.monitor.update(out, self.global_step + 1)
         accelerator.backward(out.loss)
 
     def _after_step(self, progress_bar: tqdm, stopping: bool) -> None:
-        args, step = self.args, self.global_step
-        last = step == args.max_train_steps or stopping
-        checkpoint_due = step % args.checkpointing_steps == 0 or last
-        if step % args.logging_steps == 0 or checkpoint_due:
+        step = self.global_step
+        last = step == self.max_train_steps or stopping
+        checkpoint_due = step % self.config.run.checkpointing_steps == 0 or last
+        if step % self.config.run.logging_steps == 0 or checkpoint_due:
             self._log(progress_bar)
         if checkpoint_due:
             self._update_state()
@@ -261,10 +260,10 @@ class Trainer:
             self.history.append(self.global_step, losses, weights)
 
     def _validation_due(self) -> bool:
-        args, step = self.args, self.global_step
-        if args.validation_epochs is not None:
-            return ends_epochs(step, self.images_per_step, self.num_images * args.validation_epochs)
-        return args.validation_steps is not None and step % args.validation_steps == 0
+        config, step = self.config, self.global_step
+        if config.validation.validation_epochs is not None:
+            return ends_epochs(step, self.images_per_step, self.num_images * config.validation.validation_epochs)
+        return config.validation.validation_steps is not None and step % config.validation.validation_steps == 0
 
     def validate(self) -> dict[str, float]:
         """Measure the held-out loss and draw a sample grid, for the tracker and as a PNG; all processes must call it.
@@ -281,7 +280,7 @@ class Trainer:
             values |= {f"validation_loss/eighth_{number}": loss for number, loss in enumerate(losses.per_cluster)}
             logger.info(f"Step {step}: held-out loss {losses.mean:.5f}")
         if accelerator.is_main_process:
-            images = self.sample()
+            images = self._sample()
             columns = math.isqrt(len(images) - 1) + 1
             grid = save_sample_grid(images, columns, self.output_dir / "samples" / f"step-{step:08d}.png")
             log_image(accelerator, "samples", grid, step)
@@ -290,14 +289,8 @@ class Trainer:
         self.model.train()
         return values
 
-    def finish(self, save: Callable[[Path], None], sampling: dict[str, Any]) -> dict[str, Any]:
-        """Save the result with its record, validate it, and share it if the flags say so.
-
-        Args:
-            save: Saves the pipeline, whose denoiser has the averaged weights by now, into the folder that it is
-                called with. The main process alone calls it.
-            sampling: Arguments with which the pipeline itself makes the samples of the run, or the first of them,
-                given a generator of the CPU with seed 0. The model card shows them.
+    def finish(self) -> dict[str, Any]:
+        """Save the result with its averaged weights and its record, validate it, and share it if asked for.
 
         Returns:
             The record; empty on other processes.
@@ -308,22 +301,22 @@ class Trainer:
         # Before anything that may fail
         self._update_state()
         if self.accelerator.is_main_process:
-            save(self.output_dir)
-            self._describe(results={}, sampling=sampling)
+            self.pipeline.save(self.output_dir)
+            self._describe(results={})
             logger.info(f"Saved the result in {self.output_dir}")
         results = self.validate()
         self._update_state()
-        record = self._describe(results=results, sampling=sampling) if self.accelerator.is_main_process else {}
+        record = self._describe(results=results) if self.accelerator.is_main_process else {}
         # It closes the trackers, whose files are shared too.
         self.accelerator.end_training()
-        if self.args.push_to_hub and self.accelerator.is_main_process:
-            push_result(self.args, self.output_dir, self._background_push)
+        if self.config.hub.push_to_hub and self.accelerator.is_main_process:
+            push_result(self.config.hub, self.output_dir, self._background_push)
         unlock_run_folder(self.output_dir)
         return record
 
     def _record(self, **outcome: Any) -> dict[str, Any]:
         return run_record(
-            self.args,
+            self.config,
             sys.argv,
             self.accelerator,
             self.state.seconds,
@@ -336,11 +329,11 @@ class Trainer:
             **outcome,
         )
 
-    def _describe(self, **outcome: Any) -> dict[str, Any]:
-        """Write the record and the model card."""
-        record = self._record(**outcome)
+    def _describe(self, results: dict[str, float]) -> dict[str, Any]:
+        """Write the record, with the samples that the pipeline itself makes with seed 0, and the model card."""
+        record = self._record(results=results, sampling=self.pipeline.sampling)
         save_record(record, self.output_dir)
-        save_model_card(self.output_dir, repo_id=self.args.hub_model_id)
+        save_model_card(self.output_dir, repo_id=self.config.hub.hub_model_id)
         return record
 
     def _rehearse(self) -> None:
@@ -350,14 +343,14 @@ class Trainer:
             if self.held_out_loss is not None:
                 self.held_out_loss.try_out(self._denoise_held_out, self.accelerator.device)
             if self.accelerator.is_main_process:
-                try_sampling(self.sample, self.args)
+                try_sampling(self._sample, self.config)
         self.model.train()
         if self.accelerator.is_main_process:
-            rehearse_sharing(self.args, self.output_dir, self._record(results={}))
+            rehearse_sharing(self.config.hub, self.output_dir, self._record(results={}))
+
+    def _sample(self) -> list[Image.Image]:
+        # On the CPU: the same everywhere
+        return self.pipeline.sample(torch.Generator().manual_seed(0))
 
     def _denoise_held_out(self, model_input, timesteps, batch) -> torch.Tensor:
-        return self.denoise(self.model, model_input, timesteps, self.conditions(batch))
-
-
-def _call(denoiser: torch.nn.Module, sample: torch.Tensor, timesteps: torch.Tensor, conditions: dict[str, Any]):
-    return denoiser(sample, timestep=timesteps, **conditions, return_dict=False)[0]
+        return self.pipeline.denoise(self.model, model_input, timesteps, self.pipeline.conditions(batch))

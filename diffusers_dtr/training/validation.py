@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from ..noise_levels import NoiseLevels
 from ..objective.clustering import cluster_timesteps
 from ..objective.clusters import TimestepClusters
 from ..user_errors import USER_ERRORS
+from .config import TrainingConfig
 from .randomness import derive_seed
 
 
@@ -214,12 +214,12 @@ def ends_epochs(step: int, images_per_step: int, num_images: int) -> bool:
     return step * images_per_step // num_images > (step - 1) * images_per_step // num_images
 
 
-def try_sampling(sample: Callable[[], list[Image.Image]], args: argparse.Namespace) -> None:
+def try_sampling(sample: Callable[[], list[Image.Image]], config: TrainingConfig) -> None:
     """Draw the images of a grid, and name the flags that they are drawn with if that fails.
 
     Args:
         sample: Draws the images.
-        args: Parsed flags.
+        config: The run's configuration.
 
     Raises:
         ValueError: If it fails, for whatever reason.
@@ -229,7 +229,7 @@ def try_sampling(sample: Callable[[], list[Image.Image]], args: argparse.Namespa
     except Exception as error:
         if not isinstance(error, USER_ERRORS):
             logger.exception("Validation failed")  # it may be a bug, which the message alone would hide
-        given = {name: vars(args).get(name) for name in _SAMPLING_FLAGS}
+        given = {name: config.options.get(name) for name in _SAMPLING_FLAGS}
         flags = ", ".join(f"`--{name} {value}`" for name, value in given.items() if value is not None)
         raise ValueError(f"Validation cannot sample with {flags}: {type(error).__name__}: {error}") from error
 

@@ -10,6 +10,7 @@ import platform
 import re
 import shutil
 import sys
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -20,20 +21,22 @@ from accelerate import Accelerator
 from diffusers import AutoModel, DiffusionPipeline
 from matplotlib import pyplot
 from tqdm.auto import tqdm
+from transformers import HfArgumentParser
 
 from diffusers_dtr import DenoisingLoss, DTRPipeline, TaskAffinity, cluster_timesteps, training
 from diffusers_dtr.analysis import Workspace, noise_distance_correlation
 from diffusers_dtr.ranges import COUNT, FINITE, SEED, WHOLE, Range
-from diffusers_dtr.run_record import public_arguments, public_command
+from diffusers_dtr.run_record import public_command, publishable
+from diffusers_dtr.training.config import LabelledDataConfig, ModelConfig, RunConfig, TextConfig
+from diffusers_dtr.training.data import CaptionedDataset, held_out_samples, match_classes
+from diffusers_dtr.training.families import TEXT_TO_IMAGE_FAMILIES, DenoiserFamily
 from diffusers_dtr.user_errors import run_script
 from diffusers_dtr.visualization import plot_affinity_by_noise_distance, plot_task_affinity
 
 
 # Whose denoisers take and return latents as they are.
 FAMILIES = {
-    name: family
-    for name, family in training.TEXT_TO_IMAGE_FAMILIES.items()
-    if family.denoise is training.DenoiserFamily.denoise
+    name: family for name, family in TEXT_TO_IMAGE_FAMILIES.items() if family.denoise is DenoiserFamily.denoise
 }
 RESULT = "task_affinity.safetensors"
 PICTURE = "task_affinity.png"
@@ -41,8 +44,11 @@ PACKAGES = ("diffusers-dtr", "torch", "diffusers")
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    parser = HfArgumentParser(
+        LabelledDataConfig,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument_group("model").add_argument
     add(
@@ -66,7 +72,8 @@ def parse_args(argv=None):
         metavar="REGEX",
         help="Only parameters in whose name this is found. Default all.",
     )
-    training.add_data_arguments(parser)
+    add("--vae_name_or_path", help="Autoencoder in place of the pipeline's.")
+    add("--cache_dir", help="Where downloaded datasets and models are kept.")
     add = parser.add_argument_group("captions, for text-to-image pipelines").add_argument
     add("--caption_column", default="text", help="Column with the captions, of which an image's first one is taken.")
     add("--max_sequence_length", type=COUNT, help="Tokens of a T5 encoder's prompt. Default the pipeline's.")
@@ -96,7 +103,11 @@ def parse_args(argv=None):
     add("--seed", type=SEED, default=0, help="Seed of noise, sketch, augmentation and latents.")
     add("--cluster", type=COUNT, metavar="K", help="Print the K clusters that the affinity implies.")
     add("--output_dir", required=True, help=f"Folder of {RESULT} and {PICTURE}.")
-    args = parser.parse_args(argv)
+    try:
+        data, args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+        args.data = data
+    except ValueError as error:
+        parser.error(str(error))
     check(parser, args)
     return args
 
@@ -110,8 +121,6 @@ def regular_expression(text):
 
 
 def check(parser, args):
-    if (args.dataset_name is None) == (args.train_data_dir is None):
-        parser.error("exactly one of --dataset_name and --train_data_dir must be given")
     if args.num_timesteps is not None and args.timesteps is not None:
         parser.error("at most one of --num_timesteps and --timesteps can be given")
     number = args.num_timesteps if args.timesteps is None else len(args.timesteps)
@@ -119,7 +128,7 @@ def check(parser, args):
         parser.error(f"--num_timesteps and --timesteps must be at least 4 timesteps, got {number}")
     if args.checkpoints is not None and len(args.pretrained_model_name_or_path) > 1:
         parser.error("--checkpoints are those of one --pretrained_model_name_or_path")
-    if args.cache_latents or args.dataloader_num_workers:
+    if args.data.cache_latents or args.data.dataloader_num_workers:
         parser.error("--cache_latents and --dataloader_num_workers are of no use for the few images that are needed")
     if (Path(args.output_dir) / RESULT).exists():
         parser.error(f"--output_dir already holds {RESULT}: choose another folder, or remove it")
@@ -162,28 +171,24 @@ class Pipelines:
         """Clean samples, and what else the denoiser is called with: the same in all processes."""
         args, first = self.args, self.first.to(accelerator.device)
         num_classes = first.num_classes if self.family is None else None
-        images = training.load_images(
-            args,
-            label_column=None if num_classes is None else args.label_column,
-            caption_column=None if self.family is None else args.caption_column,
-        )
-        if num_classes is not None:
-            images, _ = training.match_classes(images, first.config.id2label, num_classes)
         vae = first.vae
         if args.vae_name_or_path is not None:
             vae = AutoModel.from_pretrained(args.vae_name_or_path, cache_dir=args.cache_dir).to(accelerator.device)
         denoiser = getattr(first, self.denoiser)
-        training.sample_size(args, vae, type(denoiser), denoiser.config)  # refuses what the denoiser cannot have
+        config = self._config(labels=num_classes is not None)
+        config = training.resolve_resolution(config, vae, type(denoiser), denoiser.config)
+        images = training.load_images(config)
+        if num_classes is not None:
+            images, _ = match_classes(images, first.config.id2label, num_classes)
         if self.family is not None:
-            self.family.resolution = args.resolution
-        channels = training.image_channels(denoiser, vae)
-        dataset = training.held_out_dataset(args, images, channels)
+            self.family.resolution = config.data.resolution
+        data = training.load_data(config, images, model=denoiser, vae=vae)
+        dataset = data.held_out
         if dataset is None:
-            dataset = training.build_dataset(args, images, channels, vae, accelerator)
-        if self.family is not None:
-            dataset = training.CaptionedDataset(dataset, dataset.images.captions)
+            # Of the captions of an image, the first
+            dataset = data.dataset if self.family is None else CaptionedDataset(data.dataset.dataset, images.captions)
         size = args.num_images, args.train_batch_size
-        clean, batch = training.held_out_samples(dataset, vae, *size, accelerator.device)
+        clean, batch = held_out_samples(dataset, vae, *size, accelerator.device)
         if self.family is not None:
             embeddings = self._encode(batch["caption"], accelerator.device)
             conditions = self.family.conditions(first, embeddings, batch)
@@ -192,10 +197,19 @@ class Pipelines:
         first.to("cpu")  # the device's memory is for what is measured
         return clean, conditions
 
+    def _config(self, labels):
+        args = self.args
+        return training.TrainingConfig(
+            run=RunConfig(args.output_dir, seed=args.seed, train_batch_size=args.train_batch_size, report_to="none"),
+            data=args.data if labels else replace(args.data, label_column=None),
+            model=ModelConfig(cache_dir=args.cache_dir),
+            text=None if self.family is None else TextConfig(args.caption_column),
+        )
+
     def _common_family(self):
         families, classes = [], []
         for name in self.args.pretrained_model_name_or_path:
-            kind = training.pretrained_pipeline_class(name, cache_dir=self.args.cache_dir)
+            kind = DiffusionPipeline.load_config(name, cache_dir=self.args.cache_dir)["_class_name"]
             families.append(FAMILIES.get(kind))
             if families[-1] is None:
                 classes.append(self._class_names(name, kind))
@@ -206,7 +220,7 @@ class Pipelines:
             )
         if any(family != families[0] for family in families):
             raise ValueError("`--pretrained_model_name_or_path` must be pipelines of one kind, got several kinds.")
-        return None if families[0] is None else families[0](self.args.resolution)
+        return None if families[0] is None else families[0](self.args.data.resolution)
 
     def _class_names(self, name, kind):
         try:
@@ -301,7 +315,7 @@ def main(args):
     if accelerator.is_main_process:
         affinity = affinity.with_provenance(
             command=public_command(sys.argv),
-            arguments=public_arguments(args),
+            arguments=publishable({**vars(args), "data": asdict(args.data)}),
             versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         )
         draw(affinity, output_dir / PICTURE)

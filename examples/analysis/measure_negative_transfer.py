@@ -33,6 +33,7 @@ from diffusers_dtr import DenoisingLoss, DTRPipeline, TimestepClusters, training
 from diffusers_dtr.analysis import HeldOutClusterLosses, frechet_distance
 from diffusers_dtr.ranges import COUNT, NON_NEGATIVE, SEED, Range
 from diffusers_dtr.run_record import RECORD_FILE, public_command, publishable
+from diffusers_dtr.training.data import build_loader, held_out_samples
 from diffusers_dtr.user_errors import run_script
 
 
@@ -93,7 +94,7 @@ def parse_args(argv=None):
     given = {flag.partition("=")[0].removeprefix("--") for flag in args.training_flags if flag.startswith("--")}
     if given & {*RESERVED}:
         parser.error(f"this script sets --{' and --'.join(sorted(given & {*RESERVED}))} itself")
-    if args.training.validation_split is None and args.training.validation_data_dir is None:
+    if args.training.data.validation_split is None and args.training.data.validation_data_dir is None:
         parser.error("the held-out loss needs --validation_split or --validation_data_dir among the training flags")
     if len({*args.seeds}) < 2:
         parser.error("--seeds must be at least two, from whose spread the intervals come")
@@ -118,7 +119,7 @@ def train_all(args):
 
     runs, jobs = {}, {}
     for seed in args.seeds:
-        for cluster in range(args.training.num_clusters):
+        for cluster in range(args.training.objective.num_clusters):
             if args.specialists is not None:
                 runs[seed, cluster] = Path(args.specialists.format(seed=seed, cluster=cluster))
             else:
@@ -155,14 +156,14 @@ def read_clusters(args, runs):
     """The clusters that the specialists were trained on, which they must agree about."""
     configs = []
     for seed in args.seeds:
-        for cluster in range(args.training.num_clusters):
+        for cluster in range(args.training.objective.num_clusters):
             record = json.loads((runs[seed, cluster] / RECORD_FILE).read_text(encoding="utf-8"))
             configs.append(record["clusters"])
             if record["arguments"]["train_cluster"] != cluster or configs[0] != configs[-1]:
                 raise ValueError(f"{runs[seed, cluster]} must be of cluster {cluster} of {configs[0]}.")
     keys = ("boundaries", "timesteps")
     clusters = TimestepClusters.from_dict({key: configs[0][key] for key in keys if key in configs[0]})
-    if len(clusters) != args.training.num_clusters:
+    if len(clusters) != args.training.objective.num_clusters:
         raise ValueError(f"`--num_clusters` must be the specialists', {len(clusters)}.")
     return clusters
 
@@ -189,24 +190,21 @@ class Measurement:
     def __init__(self, args, clusters, pipeline):
         self.args, self.clusters = args, clusters
         self.accelerator = Accelerator()
-        has_classes = pipeline.num_classes is not None
-        images = training.load_images(args.training, args.training.label_column if has_classes else None)
-        vae = pipeline.vae
-        channels = training.image_channels(pipeline.denoiser, vae)
-        held_out = training.held_out_dataset(args.training, images, channels)
-        num_images, batch_size = args.training.max_held_out_images, args.training.train_batch_size
-        clean, batch = training.held_out_samples(held_out, vae, num_images, batch_size, torch.device("cpu"))
+        config = args.training.replace(cache_latents=False)
+        data = training.load_data(config, model=pipeline.denoiser, vae=pipeline.vae)
+        num_images, batch_size = config.validation.max_held_out_images, config.run.train_batch_size
+        clean, batch = held_out_samples(data.held_out, data.vae, num_images, batch_size, torch.device("cpu"))
         self.losses = HeldOutClusterLosses(
             DenoisingLoss(pipeline.scheduler),
             clusters,
             clean,
-            {"class_labels": batch["labels"]} if has_classes else {},
+            {} if pipeline.num_classes is None else {"class_labels": batch["labels"]},
             num_samples=args.num_loss_samples,
             batch_size=args.batch_size,
         )
         if args.feature_extractor is not None:
             self.extract = load_extractor(args.feature_extractor, self.accelerator.device)
-            self.real_features = self._features(self._training_images(images, channels))
+            self.real_features = self._features(self._training_images(config, data.dataset))
 
     def of_seed(self, seed, runs, names):
         """Yield all metrics of a seed's joint models, and of what its specialists make of them."""
@@ -259,12 +257,10 @@ class Measurement:
         batches = images.to(self.accelerator.device).split(self.args.batch_size)
         return torch.cat([self.extract(batch).cpu() for batch in batches])
 
-    def _training_images(self, images, channels):
+    def _training_images(self, config, dataset):
         """In [0, 1], cropped and mirrored as in the first epoch of training."""
-        pixels = argparse.Namespace(**{**vars(self.args.training), "cache_latents": False})
-        dataset = training.build_dataset(pixels, images, channels, None, self.accelerator)
-        loader = training.build_loader(pixels, dataset, self.accelerator, 0)
-        batches = islice(loader, -(-len(dataset) // pixels.train_batch_size))
+        loader = build_loader(config, dataset, self.accelerator, 0)
+        batches = islice(loader, -(-len(dataset) // config.run.train_batch_size))
         return torch.cat([batch["pixel_values"] for batch in batches])[: len(dataset)] / 2 + 0.5
 
 

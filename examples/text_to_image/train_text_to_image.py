@@ -3,145 +3,70 @@
 Run with `accelerate launch train_text_to_image.py --help`; README.md beside this file has complete commands.
 """
 
-import argparse
-from functools import partial
-from itertools import chain
+from dataclasses import dataclass
 
 import torch
 
 from diffusers_dtr import training
+from diffusers_dtr.training.config import JSONConfig, LoraConfig, ModelConfig, TextConfig, option
+from diffusers_dtr.training.families import (
+    TEXT_TO_IMAGE_FAMILIES,
+    denoiser_family,
+    frozen_dtype,
+    load_family_denoiser,
+)
 from diffusers_dtr.user_errors import run_script
 
 
+@dataclass(frozen=True)
+class DenoiserConfig(ModelConfig):
+    """What is trained: the denoiser of a pretrained pipeline, or a new one in its place."""
+
+    pretrained_model_name_or_path: str = option(
+        help=f"A pipeline whose denoiser is diffusers' or ours: {', '.join(TEXT_TO_IMAGE_FAMILIES)}."
+    )
+    denoiser_config: JSONConfig = option(
+        None,
+        "Config of a new denoiser to train from scratch with the pipeline's other parts, as JSON or as a JSON file.",
+    )
+
+
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--pretrained_model_name_or_path",
-        required=True,
-        help=f"A pipeline whose denoiser is diffusers' or ours: {', '.join(training.TEXT_TO_IMAGE_FAMILIES)}.",
-    )
-    group.add_argument(
-        "--denoiser_config",
-        type=training.json_config,
-        help="Config of a new denoiser to train from scratch with the pipeline's other parts, as JSON or as a JSON "
-        "file.",
-    )
-    training.add_pretrained_arguments(group)
-    training.add_guidance_arguments(group)
-    training.add_data_arguments(parser, labels=False)
-    training.add_text_arguments(parser)
-    training.add_optimization_arguments(parser)
-    training.add_lora_arguments(parser)
-    training.add_noise_arguments(parser)
-    training.add_objective_arguments(parser)
-    training.add_routing_arguments(parser)
-    training.add_run_arguments(parser)
-    args = parser.parse_args(argv)
-    training.check_arguments(parser, args)
-    training.check_text_to_image_arguments(parser, args)
-    return args
+    parts = {"model": DenoiserConfig, "text": TextConfig, "lora": LoraConfig}
+    return training.parse_config(argv, description=__doc__, **parts)
 
 
-def load_denoiser(args, family, noise_scheduler, vae, accelerator):
-    noise_scheduler = noise_scheduler if family.counts_timesteps else None
-    if args.denoiser_config is None:
-        config = training.pretrained_config(args, family.denoiser, family.routed_class)
-        training.sample_size(args, vae, family.routed_class, config)  # refuses what the denoiser cannot have
-        family.resolution = args.resolution
-        # By the flags of routing, `--route_lora` routes the adapters.
-        unrouted = {"routing_type": "none"} if args.route_lora else None
-        model = family.routed_class.from_pretrained(
-            args.pretrained_model_name_or_path,
-            subfolder=family.denoiser,
-            # What is trained is in full precision, and what is frozen under adapters is not.
-            dtype=torch.float32 if args.rank is None else training.frozen_dtype(accelerator),
-            **training.pretrained_options(args),
-            **(unrouted or training.denoiser_routing(args, noise_scheduler, config)),
-        )
-        training.check_pretrained_denoiser(args, model, vae, family.packing)
-        return model
-    config = args.denoiser_config
-    shape = family.shape(vae, training.sample_size(args, vae, family.routed_class, config), args.learn_sigma)
-    training.check_new_denoiser(args, "denoiser_config", shape)
-    family.resolution = args.resolution
-    return family.routed_class(**{**config, **shape, **training.denoiser_routing(args, noise_scheduler, config)})
-
-
-def main(args):
-    accelerator = training.start_run(args)
+def main(config):
+    accelerator = training.start_run(config)
+    family = denoiser_family(config, TEXT_TO_IMAGE_FAMILIES)
+    # What is not trained is in the precision of the run.
+    dtype = frozen_dtype(accelerator)
 
     # 1. Captioned images, and the autoencoder in whose latent space they are learned
-    family = training.text_to_image_family(args)
-    images = training.load_images(args, label_column=None, caption_column=args.caption_column)
-    frozen_dtype = training.frozen_dtype(accelerator)
-    vae = training.load_vae(args, frozen_dtype).to(accelerator.device)
+    images = training.load_images(config)
+    vae = training.load_vae(config.model, dtype).to(accelerator.device)
 
     # 2. Denoiser and noise schedule
-    noise_scheduler = training.load_noise_scheduler(args)
-    torch.manual_seed(args.seed)
-    model = load_denoiser(args, family, noise_scheduler, vae, accelerator)
-    if args.rank is not None:
-        training.add_lora(model, args, family.lora_layers)
-    pipeline = training.load_text_to_image_pipeline(args, family, model, vae, frozen_dtype)
+    noise_scheduler = training.load_noise_scheduler(config)
+    torch.manual_seed(config.run.seed)
+    config, model = load_family_denoiser(config, family, noise_scheduler, vae, dtype)
 
-    # 3. What a sample is: an image, and one of its captions or, now and then, none
-    channels = training.image_channels(model, vae)
-    dataset = training.CaptionedDataset(
-        training.build_dataset(args, images, channels, vae, accelerator),
-        images.captions,
-        seed=args.seed,
-        proportion_empty=args.proportion_empty_prompts,
-    )
-    held_out = training.held_out_dataset(args, images, channels)
-    if held_out is not None:
-        held_out = training.CaptionedDataset(held_out, held_out.images.captions)
+    # 3. What the denoiser is told of a caption, and how it is sampled
+    data = training.load_data(config, images, model=model, vae=vae)
+    pipeline = training.TextPipeline(config, family, model, data, accelerator)
 
-    # 4. The text encoders, or what they make of every text that will be needed
-    rows = range(min(args.num_validation_images, len(images)))
-    prompts = args.validation_prompts or [images.captions[row][0] for row in rows]
-    captions = [source.captions.all() for source in (dataset, held_out) if source is not None]
-    encode = training.build_text_encoder(args, family, pipeline, chain([""], prompts, *captions), accelerator)
-
-    # 5. What the denoiser is told, and how it is sampled
-    def conditions(batch):
-        return family.conditions(pipeline, encode(batch["caption"]), batch)
-
-    in_turn = [prompts[number % len(prompts)] for number in range(args.num_validation_images)]
-
-    def sample(generator):
-        return training.sample_text_to_image(args, family, pipeline, encode, in_turn, generator)
-
-    # 6. Train
+    # 4. Train
     trainer = training.Trainer(
-        args,
-        accelerator,
         model,
-        family.denoiser,
-        noise_scheduler,
-        images=images,
-        dataset=dataset,
-        held_out_dataset=held_out,
-        vae=vae,
-        conditions=conditions,
-        sample=sample,
-        denoise=partial(family.denoise, pipeline),
+        data,
+        config,
+        pipeline=pipeline,
+        noise_scheduler=noise_scheduler,
+        accelerator=accelerator,
         project_name="text-to-image",
     )
     trainer.train()
-
-    # 7. Save the adapters, or a pipeline whose frozen parts are as they were loaded, in full precision
-    def save(folder):
-        if args.rank is not None:
-            training.save_lora(pipeline, family.denoiser, folder)
-        else:
-            result = training.load_text_to_image_pipeline(args, family, model, training.load_vae(args))
-            training.save_pipeline(result, folder)
-
-    sampling = {"prompt": in_turn[: args.train_batch_size], **training.sampling_arguments(args, family)}
-    trainer.finish(save, sampling)
+    trainer.finish()
 
 
 if __name__ == "__main__":

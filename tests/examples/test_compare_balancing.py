@@ -104,8 +104,8 @@ def test_command_of_every_task_and_method_is_one_of_the_script(task, monkeypatch
     for method in study.METHODS:
         with pytest.raises(InterruptedError):
             study.run(args, method, 5)
-    assert {(args.seed, args.num_clusters) for args in parsed} == {(5, 8)}
-    assert {args.balancing for args in parsed} == {"uniform", "uncertainty", "pcgrad", "nash_mtl"}
+    assert {(config.run.seed, config.objective.num_clusters) for config in parsed} == {(5, 8)}
+    assert {args.objective.balancing for args in parsed} == {"uniform", "uncertainty", "pcgrad", "nash_mtl"}
 
 
 @pytest.mark.slow

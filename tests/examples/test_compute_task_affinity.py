@@ -210,14 +210,14 @@ def test_text_to_image_pipelines_of_diffusers_and_of_ours_are_measured(name, cap
 def test_denoiser_is_told_the_first_captions_of_the_images(name, flags, captioned, tmp_path, monkeypatch):
     images, pipeline, _ = captioned[name]
     script, batches = load_script(SCRIPT), []
-    held_out_samples = script.training.held_out_samples
+    held_out_samples = script.held_out_samples
 
     def spy(*arguments):
         clean, batch = held_out_samples(*arguments)
         batches.append(batch)
         return clean, batch
 
-    monkeypatch.setattr(script.training, "held_out_samples", spy)
+    monkeypatch.setattr(script, "held_out_samples", spy)
     # Fewer captions at a time than images
     flags = [*FAMILIES[name].flags, "--train_batch_size", 3, *flags, *(images for _ in flags)]
     pipelines = script.Pipelines(script.parse_args(arguments(captioned[name], tmp_path / "out", *flags)))

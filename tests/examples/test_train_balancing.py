@@ -21,7 +21,7 @@ from training_runs import (
 )
 
 from diffusers_dtr import DTRTransformer2DModel, training
-from diffusers_dtr.training.loss_history import LossHistory
+from diffusers_dtr.training.run.loss_history import LossHistory
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -208,7 +208,7 @@ def test_missing_torchjd_is_said_before_anything_is_done(images, tmp_path, monke
     with pytest.raises(SystemExit) as exit_info:
         run_main(load_script(SCRIPT), arguments(images, tmp_path / "run", "--balancing", "pcgrad"))
     assert exit_info.value.code == 2
-    assert '--balancing pcgrad needs torchjd: pip install "diffusers-dtr[balancing]"' in capsys.readouterr().err
+    assert '`--balancing pcgrad` needs torchjd: pip install "diffusers-dtr[balancing]"' in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     assert load_script(SCRIPT).parse_args(arguments(images, tmp_path / "run", "--balancing", "uncertainty"))
 

@@ -142,8 +142,8 @@ def test_flags_of_the_resumed_run_count_for_the_learning_rate(images, uninterrup
     script = load_script(SCRIPT)
     build, rates = trainer.build_lr_scheduler, []
 
-    def spy(args, optimizer, step):
-        scheduler = build(args, optimizer, step)
+    def spy(config, optimizer, *steps):
+        scheduler = build(config, optimizer, *steps)
         rates.append([group["lr"] for group in optimizer.param_groups])
         return scheduler
 

@@ -20,7 +20,7 @@ from training_runs import (
     weights,
 )
 
-from diffusers_dtr.training import text_to_image_arguments
+from diffusers_dtr.training.config import data as config_data
 
 
 PIPELINES = {"sd": StableDiffusionPipeline, "pixart": PixArtAlphaPipeline, "sd3": StableDiffusion3Pipeline}
@@ -254,10 +254,10 @@ def test_revision_and_variant_of_a_hub_repository_are_loaded(hub, images, tmp_pa
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--rank", 2, "--use_ema"], "--rank does not go with --use_ema"),
-        (["--rank", 2, "--denoiser_config", {}], "--rank does not go with --denoiser_config"),
-        (["--lora_alpha", 2], "--lora_alpha and --lora_layers have an effect with --rank only"),
-        (["--proportion_empty_prompts", 1.5], r"--proportion_empty_prompts: must be a number in \[0, 1\], got 1.5"),
+        (["--rank", 2, "--use_ema"], "`--rank` does not go with --use_ema"),
+        (["--rank", 2, "--denoiser_config", {}], "`--rank` does not go with --denoiser_config"),
+        (["--lora_alpha", 2], "`--lora_alpha` has an effect with --rank only"),
+        (["--proportion_empty_prompts", 1.5], r"`--proportion_empty_prompts` must be a number in \[0, 1\], got 1.5"),
     ],
 )
 def test_flags_that_do_not_fit_are_refused(flags, message, images, tmp_path, capsys):
@@ -269,9 +269,9 @@ def test_flags_that_do_not_fit_are_refused(flags, message, images, tmp_path, cap
 
 
 def test_missing_peft_is_said_before_anything_is_done(images, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(text_to_image_arguments, "find_spec", lambda name: None if name == "peft" else name)
+    monkeypatch.setattr(config_data, "find_spec", lambda name: None if name == "peft" else name)
     with pytest.raises(SystemExit):
         load_script(SCRIPT).parse_args(
             arguments(images, tmp_path / "run", "--rank", 2, source=("--pretrained_model_name_or_path", "base"))
         )
-    assert '--rank needs peft: pip install "diffusers-dtr[training]"' in capsys.readouterr().err
+    assert '`--rank` needs peft: pip install "diffusers-dtr[training]"' in capsys.readouterr().err

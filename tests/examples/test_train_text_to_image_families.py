@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).parents[1] / "models"))
 
 from tiny_pipelines import PIPELINES
 
-from diffusers_dtr.training import TEXT_TO_IMAGE_FAMILIES
+from diffusers_dtr.training.families import TEXT_TO_IMAGE_FAMILIES
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]

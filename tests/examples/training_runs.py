@@ -73,7 +73,7 @@ def run_main(script: ModuleType, argv: list[str]) -> Path:
         script.main(args)
     finally:
         reset_accelerate()
-    return Path(args.output_dir)
+    return Path(getattr(args, "run", args).output_dir)
 
 
 def reset_accelerate() -> None:

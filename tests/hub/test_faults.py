@@ -16,8 +16,8 @@ from tiny_dit import routed_dit
 
 from diffusers_dtr import DTRPipeline, DTRTransformer2DModel
 from diffusers_dtr.hub import push_run
-from diffusers_dtr.training.background_push import BackgroundPush
-from diffusers_dtr.training.outputs import save_pipeline
+from diffusers_dtr.training.run.background_push import BackgroundPush
+from diffusers_dtr.training.run.outputs import save_pipeline
 
 
 REPO = "owner/tiny"

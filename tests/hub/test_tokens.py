@@ -9,7 +9,7 @@ from tiny_dit import routed_dit
 from diffusers_dtr import DTRPipeline, DTRTransformer2DModel
 from diffusers_dtr.hub import check_token, create_run_repo, push_folder, push_run
 from diffusers_dtr.model_card import fetch_card
-from diffusers_dtr.training.background_push import BackgroundPush
+from diffusers_dtr.training.run.background_push import BackgroundPush
 
 
 REPO = "owner/tiny"

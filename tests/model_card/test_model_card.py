@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from pathlib import Path
@@ -19,10 +18,11 @@ from tiny_dit import routed_dit
 import diffusers_dtr
 from diffusers_dtr import DTRPipeline, DTRTransformer2DModel, DTRUNet2DConditionModel, DTRUNet2DModel
 from diffusers_dtr.model_card import build_model_card, fetch_card, save_metrics, save_model_card
-from diffusers_dtr.training.loss_history import LossHistory
-from diffusers_dtr.training.loss_monitor import ObservedLosses
-from diffusers_dtr.training.outputs import save_record
-from diffusers_dtr.training.record import describe_model, run_record
+from diffusers_dtr.training.config import DataConfig, ModelConfig, RunConfig, TextConfig, TrainingConfig
+from diffusers_dtr.training.run.loss_history import LossHistory
+from diffusers_dtr.training.run.loss_monitor import ObservedLosses
+from diffusers_dtr.training.run.outputs import save_record
+from diffusers_dtr.training.run.record import describe_model, run_record
 
 
 UNET = {
@@ -34,7 +34,6 @@ UNET = {
     "norm_num_groups": 4,
 }
 ARGUMENTS = {
-    "dataset_name": "owner/digits",
     "validation_split": "test",
     "resolution": 8,
     "seed": 5,
@@ -45,16 +44,10 @@ ARGUMENTS = {
     "lr_scheduler": "cosine",
     "use_ema": True,
     "ema_max_decay": 0.99,
-    "cluster_cost": "snr",
     "balancing": "uncertainty",
     "loss_weighting": "min_snr",
     "snr_gamma": 5.0,
-    "timestep_sampling": None,
-    "routing_warmup_steps": 0,
-    "pretrained_model_name_or_path": None,
-    "hub_model_id": None,
     "hub_token": "hf_secret",
-    "output_dir": "/home/me/run",
     "num_clusters": 2,
     "validation_guidance_scale": 1.5,
     "validation_num_inference_steps": 7,
@@ -63,8 +56,10 @@ RESULTS = {"validation_loss": 0.123456, "validation_loss/eighth_0": 0.2, "valida
 
 
 def write_record(folder: Path, model, arguments: dict = {}, **results) -> None:  # noqa: B006 - only read
+    text = TextConfig() if "caption_column" in arguments else None
+    config = TrainingConfig(RunConfig("/home/me/run"), DataConfig("owner/digits"), ModelConfig(), text=text)
     record = run_record(
-        argparse.Namespace(**{**ARGUMENTS, **arguments}),
+        config.replace(**{**ARGUMENTS, **arguments}),
         [
             "examples/train.py",
             "--gradient_accumulation_steps=3",
@@ -73,7 +68,7 @@ def write_record(folder: Path, model, arguments: dict = {}, **results) -> None: 
             "--hub_token",
             "hf_secret",
         ],
-        Accelerator(cpu=True),
+        Accelerator(cpu=True, gradient_accumulation_steps=3),
         3725.0,
         **{"clusters": {"num_clusters": 2, "boundaries": [0, 700, 1000]}, "results": RESULTS, "unreadable_images": []},
         **{"model": describe_model(model), "num_images": 1437, "held_out": {"images": 360}},

@@ -1,18 +1,9 @@
-"""Small pipelines to start from, and the flags that name them."""
-
-import argparse
+"""Small pipelines to start from."""
 
 from diffusers import DiTPipeline, UNet2DModel
 from tiny_dit import plain_dit
 
 from diffusers_dtr import DTRPipeline
-
-
-def flags(**given) -> argparse.Namespace:
-    names = ["pretrained_model_name_or_path", "vae_name_or_path", "revision", "variant", "cache_dir"]
-    names += ["noise_schedule", "num_train_timesteps", "prediction_type"]
-    defaults = {**dict.fromkeys(names), "learn_sigma": False, "validation_num_inference_steps": 50}
-    return argparse.Namespace(**{**defaults, **given})
 
 
 def saved(folder, scheduler, vae=None, **options):

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
-from diffusers_dtr.training.batches import TrainingBatches
+from diffusers_dtr.training.data.batches import TrainingBatches
 from diffusers_dtr.training.randomness import Draw, generator_for
 
 

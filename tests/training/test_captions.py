@@ -7,12 +7,11 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from diffusers_dtr.training import CaptionedDataset
-from diffusers_dtr.training.batches import TrainingBatches
-from diffusers_dtr.training.captions import Captions
-from diffusers_dtr.training.data import load_training_images
-from diffusers_dtr.training.images import ImageTransform
-from diffusers_dtr.training.samples import ImageDataset, collate_samples
+from diffusers_dtr.training.data.batches import TrainingBatches
+from diffusers_dtr.training.data.captions import CaptionedDataset, Captions
+from diffusers_dtr.training.data.images import ImageTransform
+from diffusers_dtr.training.data.samples import ImageDataset, collate_samples
+from diffusers_dtr.training.data.training_images import load_training_images
 
 
 class Rows:

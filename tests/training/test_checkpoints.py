@@ -1,9 +1,7 @@
-import argparse
 import io
 import os
 import pickle
 import shutil
-from argparse import Namespace
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,14 +11,17 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
+from run_config import run_config
 from safetensors.torch import load_file, save_file
 from sudden_death import die_before_every_change
 
-from diffusers_dtr import DTRTransformer2DModel, training
-from diffusers_dtr.training import add_lora, checkpoints
-from diffusers_dtr.training.checkpoints import Checkpoints
+from diffusers_dtr import DTRTransformer2DModel
+from diffusers_dtr.training.config import LoraConfig, RoutingConfig
+from diffusers_dtr.training.lora import add_lora
 from diffusers_dtr.training.objective import build_objective
-from diffusers_dtr.training.resuming import RunState
+from diffusers_dtr.training.run import checkpoints
+from diffusers_dtr.training.run.checkpoints import Checkpoints
+from diffusers_dtr.training.run.resuming import RunState
 
 
 SETTINGS = {"--seed": 0}
@@ -244,7 +245,7 @@ class AdaptedRun(Run):
     def __init__(self, folder: Path, *, seed: int = 0, rank: int = 2):
         super().__init__(folder, use_ema=False)
         torch.manual_seed(seed)
-        add_lora(self.model, Namespace(rank=rank, lora_alpha=None, lora_layers=None, route_lora=False), ("to_q",))
+        add_lora(self.model, LoraConfig(rank=rank), RoutingConfig(), ("to_q",))
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.accelerator.free_memory()
         self.optimizer = self.accelerator.prepare(torch.optim.AdamW(trained, lr=0.1))
@@ -284,11 +285,8 @@ class StatefulRun(Run):
 
     def __init__(self, folder: Path):
         super().__init__(folder)
-        parser = argparse.ArgumentParser()
-        training.add_optimization_arguments(parser)
-        training.add_objective_arguments(parser)
-        args = parser.parse_args(["--balancing", "uncertainty", "--timestep_sampling", "loss"])
-        self.checkpoints.objective = build_objective(args, DDPMScheduler(), self.model, self.accelerator)
+        config = run_config(balancing="uncertainty", timestep_sampling="loss")
+        self.checkpoints.objective = build_objective(config, DDPMScheduler(), self.model, self.accelerator)
 
 
 class Gadget:

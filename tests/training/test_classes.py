@@ -5,9 +5,9 @@ import datasets
 import pytest
 from PIL import Image
 
-from diffusers_dtr.training.classes import match_classes
-from diffusers_dtr.training.data import TrainingImages, training_images
-from diffusers_dtr.training.resuming import RunState, class_settings
+from diffusers_dtr.training.data.classes import match_classes
+from diffusers_dtr.training.data.training_images import TrainingImages, training_images
+from diffusers_dtr.training.run.resuming import RunState, class_settings
 
 
 def make_images(names: list[str], *, named: bool = True) -> TrainingImages:

@@ -1,6 +1,6 @@
-import argparse
 import json
 import logging
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -10,21 +10,24 @@ import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from PIL import Image
+from run_config import run_config
+from tiny_dit import routed_dit
 
-from diffusers_dtr.training import (
-    add_data_arguments,
-    build_dataset,
+from diffusers_dtr.training import TrainingConfig, load_data, load_images
+from diffusers_dtr.training.config import TextConfig
+from diffusers_dtr.training.data.loading import (
     build_loader,
+    clean_samples,
     held_out_dataset,
     held_out_samples,
-    load_images,
 )
-from diffusers_dtr.training.clean_samples import clean_samples
-from diffusers_dtr.training.data import TrainingImages
-from diffusers_dtr.training.samples import UnreadableImages
+from diffusers_dtr.training.data.samples import UnreadableImages
+from diffusers_dtr.training.data.training_images import TrainingImages
 
 
 CPU = torch.device("cpu")
+# A denoiser of grey images
+GREY = routed_dit(in_channels=1, out_channels=1)
 
 
 @pytest.fixture
@@ -37,15 +40,11 @@ def folder(tmp_path) -> Path:
     return tmp_path / "images"
 
 
-def parse(folder: Path, *flags: object) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    add_data_arguments(parser)
-    for name, value in {"seed": 3, "train_batch_size": 4}.items():
-        parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--max_held_out_images", type=int, default=1024)
-    parser.add_argument("--output_dir", default=str(folder.parent / "run"))
-    fixed = ["--train_data_dir", folder, "--cache_dir", folder.parent / "cache", "--resolution", 8]
-    return parser.parse_args([str(value) for value in (*fixed, *flags)])
+def config_of(folder: Path, **options) -> TrainingConfig:
+    """Of labelled images without captions."""
+    folders = {name: str(folder.parent / name.split("_")[0]) for name in ("cache_dir", "output_dir")}
+    fixed = {"train_data_dir": str(folder), **folders, "resolution": 8, "seed": 3, "train_batch_size": 4}
+    return replace(run_config(**{**fixed, **options}), text=None)
 
 
 def tiny_vae() -> AutoencoderKL:
@@ -53,27 +52,27 @@ def tiny_vae() -> AutoencoderKL:
     return AutoencoderKL(in_channels=1, out_channels=1, block_out_channels=(4,), norm_num_groups=2).eval()
 
 
-def batches(args: argparse.Namespace, count: int, *, step: int = 0, accumulation: int = 1, vae=None) -> list[dict]:
-    images = load_images(args, args.label_column)
+def batches(config: TrainingConfig, count: int, *, step: int = 0, accumulation: int = 1, vae=None) -> list[dict]:
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
-    return list(islice(build_loader(args, build_dataset(args, images, 1, vae, accelerator), accelerator, step), count))
+    dataset = load_data(config, model=GREY, vae=vae).dataset
+    return list(islice(build_loader(config, dataset, accelerator, step), count))
 
 
 def test_loader_begins_at_the_batch_of_the_step(folder):
-    args = parse(folder)
-    whole, rest = batches(args, 6, accumulation=2), batches(args, 2, step=2, accumulation=2)
+    config = config_of(folder)
+    whole, rest = batches(config, 6, accumulation=2), batches(config, 2, step=2, accumulation=2)
     for one, other in zip(whole[4:], rest, strict=True):
         assert torch.equal(one["pixel_values"], other["pixel_values"])
 
 
 def test_making_batches_leaves_the_global_random_state_alone(folder):
     state = torch.get_rng_state()
-    batches(parse(folder, "--random_flip"), 3)
+    batches(config_of(folder, random_flip=True), 3)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_pixels_of_a_batch_are_what_is_learned(folder):
-    (batch,) = batches(parse(folder), 1)
+    (batch,) = batches(config_of(folder), 1)
     clean = clean_samples(batch, None, 3, CPU)
     assert clean.shape == (4, 1, 8, 8)
     assert torch.equal(clean, batch["pixel_values"])
@@ -81,36 +80,38 @@ def test_pixels_of_a_batch_are_what_is_learned(folder):
 
 def test_cached_latents_are_the_encoded_pixels(folder):
     vae = tiny_vae()
-    args = parse(folder, "--center_crop", "--random_flip")
-    fresh = batches(args, 4)
-    args.cache_latents = True
-    for batch, cached in zip(fresh, batches(args, 4, vae=vae), strict=True):
+    config = config_of(folder, center_crop=True, random_flip=True, vae_name_or_path="vae")
+    fresh = batches(config, 4)
+    for batch, cached in zip(fresh, batches(config.replace(cache_latents=True), 4, vae=vae), strict=True):
         latents = [clean_samples(samples, vae, 3, CPU) for samples in (batch, cached)]
         torch.testing.assert_close(*latents, rtol=0, atol=1e-5)
         assert torch.equal(cached["labels"], batch["labels"])
 
 
 def test_latents_without_an_autoencoder_cannot_be_cached(folder):
+    pixels = {"pretrained_model_name_or_path": "owner/pixels", "center_crop": True, "cache_latents": True}
     with pytest.raises(ValueError, match="`--cache_latents` needs an autoencoder"):
-        batches(parse(folder, "--center_crop", "--cache_latents"), 1)
+        batches(config_of(folder, **pixels), 1)
 
 
-def held_out(folder: Path, *flags: object, images: TrainingImages | None = None, vae=None):
-    args = parse(folder, *flags)
-    dataset = held_out_dataset(args, images or load_images(args, args.label_column), 1)
-    return held_out_samples(dataset, vae, args.max_held_out_images, args.train_batch_size, CPU)
+def held_out(
+    folder: Path, validation: Path | None = None, *, images: TrainingImages | None = None, vae=None, **options
+):
+    config = config_of(folder, validation_data_dir=str(validation or folder), **options)
+    dataset = held_out_dataset(config, images or load_images(config), 1)
+    return held_out_samples(dataset, vae, config.validation.max_held_out_images, config.run.train_batch_size, CPU)
 
 
 def test_without_validation_data_there_are_no_held_out_images(folder):
-    args = parse(folder)
-    assert held_out_dataset(args, load_images(args, args.label_column), 1) is None
+    config = config_of(folder)
+    assert held_out_dataset(config, load_images(config), 1) is None
 
 
 @pytest.mark.parametrize("latents", [False, True])
 def test_held_out_samples_do_not_depend_on_the_seed_or_the_augmentation(latents, folder):
     vae = tiny_vae() if latents else None
-    plain = held_out(folder, "--validation_data_dir", folder, vae=vae)
-    other = held_out(folder, "--validation_data_dir", folder, "--random_flip", "--seed", 9, vae=vae)
+    plain = held_out(folder, vae=vae)
+    other = held_out(folder, random_flip=True, seed=9, vae=vae)
     assert plain[0].shape == (10, 4 if latents else 1, 8, 8)
     assert plain[1]["labels"].bincount().tolist() == [5, 5]
     assert torch.equal(plain[0], other[0])
@@ -119,63 +120,61 @@ def test_held_out_samples_do_not_depend_on_the_seed_or_the_augmentation(latents,
 
 def test_reading_held_out_images_leaves_the_global_random_state_alone(folder):
     state = torch.get_rng_state()
-    held_out(folder, "--validation_data_dir", folder)
+    held_out(folder)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_every_held_out_image_is_there_once_up_to_the_limit(folder):
-    samples, _ = held_out(folder, "--validation_data_dir", folder)
+    samples, _ = held_out(folder)
     assert len(samples.flatten(1).unique(dim=0)) == 10
-    limited, batch = held_out(folder, "--validation_data_dir", folder, "--max_held_out_images", 6)
+    limited, batch = held_out(folder, max_held_out_images=6)
     assert torch.equal(limited, samples[:6])
     assert len(batch["labels"]) == 6
 
 
 def test_held_out_images_are_encoded_if_latents_are_learned(folder):
-    samples, _ = held_out(folder, "--validation_data_dir", folder, vae=tiny_vae())
+    samples, _ = held_out(folder, vae=tiny_vae())
     assert samples.shape[1] == 4
 
 
 def test_unlabelled_training_needs_no_held_out_labels(folder):
-    images = load_images(parse(folder), None)
-    assert "labels" not in held_out(folder, "--validation_data_dir", folder, images=images)[1]
+    images = load_images(config_of(folder, label_column=None))
+    assert "labels" not in held_out(folder, images=images)[1]
 
 
 def test_so_many_samples_are_drawn_with_the_seed_and_keep_their_classes(folder):
-    def drawn(*flags) -> list[str]:
-        images = load_images(parse(folder, *flags), "label")
+    def drawn(**options) -> list[str]:
+        images = load_images(config_of(folder, **options))
         assert images.id2label == {0: "a", 1: "b"}
         names = [Path(row["image"]["path"]) for row in images.dataset]
         assert [path.parent.name for path in names] == [images.id2label[label] for label in images.labels.tolist()]
         return [path.name for path in names]
 
     every = drawn()
-    some, other = drawn("--max_train_samples", 5), drawn("--max_train_samples", 5, "--seed", 4)
+    some, other = drawn(max_train_samples=5), drawn(max_train_samples=5, seed=4)
     assert len(some) == len(other) == 5
     assert set(some) < set(every)
-    assert some == drawn("--max_train_samples", 5) != other
-    assert drawn("--max_train_samples", 99) == every
+    assert some == drawn(max_train_samples=5) != other
+    assert drawn(max_train_samples=99) == every
 
 
 def test_captions_are_those_of_the_samples_that_are_drawn(folder):
     lines = [json.dumps({"file_name": f"{name}/{n}.png", "text": f"{n}"}) for n in range(10) for name in ["ab"[n % 2]]]
     (folder / "metadata.jsonl").write_text("\n".join(lines))
-    images = load_images(parse(folder, "--max_train_samples", 4), None, "text")
+    config = config_of(folder, max_train_samples=4, label_column=None)
+    images = load_images(replace(config, text=TextConfig()))
     paths = [Path(row["image"]["path"]) for row in images.dataset]
     assert [[path.stem] for path in paths] == [images.captions[row] for row in range(4)]
 
 
 @pytest.mark.parametrize("held_out_too", [False, True])
 def test_images_are_resized_as_the_flag_says(held_out_too, folder):
-    fixed = ("--resolution", 4, "--center_crop", "--validation_data_dir", folder)
     modes = ("nearest", "bilinear", "lanczos")
     results = []
     for mode in modes:
-        args = parse(folder, *fixed, "--image_interpolation_mode", mode)
-        images = load_images(args, "label")
-        dataset = (
-            held_out_dataset(args, images, 1) if held_out_too else build_dataset(args, images, 1, None, Accelerator())
-        )
+        options = {"resolution": 4, "center_crop": True, "image_interpolation_mode": mode}
+        data = load_data(config_of(folder, validation_data_dir=str(folder), **options), model=GREY)
+        dataset = data.held_out if held_out_too else data.dataset
         results.append(dataset[0, 0]["pixel_values"])
     assert not any(torch.equal(results[one], results[other]) for one, other in ((0, 1), (0, 2), (1, 2)))
 
@@ -189,13 +188,13 @@ def put_images(folder: Path, names: str) -> Path:
 
 def test_held_out_images_have_the_labels_that_the_training_images_have_for_their_classes(folder, tmp_path):
     """Folders are numbered in their order: without class a, class b would be taken for it."""
-    _, batch = held_out(folder, "--validation_data_dir", put_images(tmp_path / "validation", "b"))
+    _, batch = held_out(folder, put_images(tmp_path / "validation", "b"))
     assert batch["labels"].tolist() == [1]
 
 
 def test_held_out_images_must_be_of_classes_that_are_trained_on(folder, tmp_path):
     with pytest.raises(ValueError, match=r"must be among a, b, got c\."):
-        held_out(folder, "--validation_data_dir", put_images(tmp_path / "validation", "bc"))
+        held_out(folder, put_images(tmp_path / "validation", "bc"))
 
 
 def test_held_out_numbers_beyond_those_of_the_training_images_are_refused(folder, tmp_path):
@@ -205,9 +204,9 @@ def test_held_out_numbers_beyond_those_of_the_training_images_are_refused(folder
             Image.new("L", (8, 8)).save(tmp_path / split / f"{label}.png")
         lines = [json.dumps({"file_name": f"{label}.png", "label": label}) for label in labels]
         (tmp_path / split / "metadata.jsonl").write_text("\n".join(lines))
-    images = load_images(parse(tmp_path / "train"), "label")
+    images = load_images(config_of(tmp_path / "train"))
     with pytest.raises(ValueError, match="The images have 3 classes, but the model knows 2"):
-        held_out(tmp_path / "train", "--validation_data_dir", tmp_path / "validation", images=images)
+        held_out(tmp_path / "train", tmp_path / "validation", images=images)
 
 
 def test_unreadable_images_are_counted_and_named_once_each(caplog):

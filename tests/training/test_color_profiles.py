@@ -6,8 +6,8 @@ from io import BytesIO
 import pytest
 from PIL import Image, ImageCms
 
-from diffusers_dtr.training.color_profiles import to_srgb
-from diffusers_dtr.training.images import decode_image
+from diffusers_dtr.training.data.color_profiles import to_srgb
+from diffusers_dtr.training.data.images import decode_image
 
 
 # Red, green and blue as XYZ under D50

@@ -1,6 +1,5 @@
 """What of a pretrained pipeline a run starts from: real ones, saved by diffusers."""
 
-import argparse
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,8 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, DDPMScheduler, DiTPipeline
 from huggingface_hub import HfApi
 from huggingface_hub.constants import HF_HUB_CACHE
-from pretrained_pipelines import flags, saved
+from pretrained_pipelines import saved
+from run_config import run_config
 from tiny_dit import plain_dit
 
 from diffusers_dtr import (
@@ -18,11 +18,13 @@ from diffusers_dtr import (
     DTRUNet2DConditionModel,
     DTRUNet2DModel,
 )
-from diffusers_dtr.training import denoiser_routing, load_noise_scheduler, load_vae, pretrained_denoiser, sample_size
-from diffusers_dtr.training.pretrained import pretrained_component
+from diffusers_dtr.training import load_noise_scheduler, load_vae, resolve_resolution
+from diffusers_dtr.training.components import denoiser_routing
+from diffusers_dtr.training.config import ModelConfig
+from diffusers_dtr.training.pretrained import pretrained_component, pretrained_denoiser
+from diffusers_dtr.training.sizes import sample_size
 
 
-ROUTING = ("alpha", "beta", "type", "seed", "timestep_range")
 TWO_BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
 
 
@@ -33,15 +35,15 @@ def vae(**config) -> AutoencoderKL:
 def test_autoencoder_is_the_given_one_or_that_of_the_pipeline_or_none(tmp_path):
     latent = saved(tmp_path / "latent", DDIMScheduler(), vae())
     vae().save_pretrained(tmp_path / "vae")
-    of_pipeline = load_vae(flags(pretrained_model_name_or_path=latent))
+    of_pipeline = load_vae(ModelConfig(pretrained_model_name_or_path=latent))
     assert of_pipeline.config._name_or_path == latent
     assert not of_pipeline.training
     assert not any(parameter.requires_grad for parameter in of_pipeline.parameters())
-    given = load_vae(flags(pretrained_model_name_or_path=latent, vae_name_or_path=str(tmp_path / "vae")))
+    given = load_vae(ModelConfig(pretrained_model_name_or_path=latent, vae_name_or_path=str(tmp_path / "vae")))
     assert given.config._name_or_path == str(tmp_path / "vae")
-    assert load_vae(flags()) is None
+    assert load_vae(ModelConfig()) is None
     pixels = saved(tmp_path / "pixels", DDIMScheduler())
-    assert load_vae(flags(pretrained_model_name_or_path=pixels)) is None
+    assert load_vae(ModelConfig(pretrained_model_name_or_path=pixels)) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -49,7 +51,7 @@ def test_autoencoder_is_the_given_one_or_that_of_the_pipeline_or_none(tmp_path):
 def test_an_autoencoder_that_insists_on_float32_is_loaded_in_it(dtype, force_upcast, tmp_path):
     original = vae(force_upcast=force_upcast)
     original.save_pretrained(tmp_path)
-    loaded = load_vae(flags(vae_name_or_path=str(tmp_path)), dtype)
+    loaded = load_vae(ModelConfig(vae_name_or_path=str(tmp_path)), dtype)
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32 if force_upcast else dtype}
     if force_upcast:  # not rounded on the way
         assert all(map(torch.equal, loaded.state_dict().values(), original.state_dict().values()))
@@ -57,20 +59,20 @@ def test_an_autoencoder_that_insists_on_float32_is_loaded_in_it(dtype, force_upc
 
 def test_variant_of_the_weights_is_loaded(tmp_path):
     folder = saved(tmp_path / "half", DDIMScheduler(), vae(), variant="fp16")
-    assert load_vae(flags(pretrained_model_name_or_path=folder, variant="fp16")) is not None
-    assert load_noise_scheduler(flags(pretrained_model_name_or_path=folder, variant="fp16")) is not None
+    assert load_vae(ModelConfig(pretrained_model_name_or_path=folder, variant="fp16")) is not None
+    assert load_noise_scheduler(run_config(pretrained_model_name_or_path=folder, variant="fp16")) is not None
     with pytest.raises(OSError, match="no file named"):
-        load_vae(flags(pretrained_model_name_or_path=folder))
+        load_vae(ModelConfig(pretrained_model_name_or_path=folder))
 
 
 def test_revision_decides_which_parts_there_are(hub, tmp_path):
     HfApi().create_repo("owner/base")
     old = HfApi().upload_folder(repo_id="owner/base", folder_path=saved(tmp_path / "old", DDIMScheduler(), vae())).oid
     HfApi().upload_folder(repo_id="owner/base", folder_path=saved(tmp_path / "new", DDPMScheduler()))
-    of_old = flags(pretrained_model_name_or_path="owner/base", revision=old)
+    of_old = ModelConfig(pretrained_model_name_or_path="owner/base", revision=old)
     assert pretrained_component(of_old, "scheduler") == "DDIMScheduler"
     assert load_vae(of_old) is not None
-    assert load_vae(flags(pretrained_model_name_or_path="owner/base")) is None
+    assert load_vae(ModelConfig(pretrained_model_name_or_path="owner/base")) is None
 
 
 def test_all_that_is_downloaded_is_kept_in_the_folder_asked_for(hub, tmp_path):
@@ -79,9 +81,9 @@ def test_all_that_is_downloaded_is_kept_in_the_folder_asked_for(hub, tmp_path):
         HfApi().create_repo(name)
         HfApi().upload_folder(repo_id=name, folder_path=folder)
     source = {"pretrained_model_name_or_path": "owner/base", "cache_dir": str(tmp_path / "cache")}
-    load_vae(flags(**source))
-    load_noise_scheduler(flags(**source))
-    load_vae(flags(**source, vae_name_or_path="owner/vae"))
+    load_vae(ModelConfig(**source))
+    load_noise_scheduler(run_config(**source))
+    load_vae(ModelConfig(**source, vae_name_or_path="owner/vae"))
     kept = {path.name for path in (tmp_path / "cache").glob("models--*")}
     assert kept == {"models--owner--base", "models--owner--vae"}
     assert not list(Path(HF_HUB_CACHE).glob("models--*"))
@@ -91,19 +93,25 @@ def test_transformer_under_the_name_that_diffusers_gave_it_first(tmp_path):
     folder = saved(tmp_path / "dit", DDIMScheduler(), vae())
     index = Path(folder) / "model_index.json"
     index.write_text(index.read_text().replace("DiTTransformer2DModel", "Transformer2DModel"))
-    args = flags(pretrained_model_name_or_path=folder)
-    assert pretrained_denoiser(args, {"unet": DTRUNet2DModel, "transformer": DTRTransformer2DModel}) == "transformer"
+    config = ModelConfig(pretrained_model_name_or_path=folder)
+    assert pretrained_denoiser(config, {"unet": DTRUNet2DModel, "transformer": DTRTransformer2DModel}) == "transformer"
     with pytest.raises(ValueError, match=r"with a `unet` of UNet2DModel, plain or routed, got .* {'unet': None}"):
-        pretrained_denoiser(args, {"unet": DTRUNet2DModel})
+        pretrained_denoiser(config, {"unet": DTRUNet2DModel})
+
+
+def resolved(resolution, autoencoder, model_class, config):
+    """The resolution, and the size of what is learned."""
+    config = resolve_resolution(run_config(resolution=resolution), autoencoder, model_class, config)
+    return config.data.resolution, sample_size(config, autoencoder)
 
 
 def test_resolution_is_a_multiple_of_what_autoencoder_and_denoiser_work_on():
     two_levels = {"block_out_channels": (4, 4)}
-    assert sample_size(argparse.Namespace(resolution=10), None, DTRUNet2DModel, two_levels) == 10
+    assert resolved(10, None, DTRUNet2DModel, two_levels) == (10, 10)
     autoencoder = AutoencoderKL(block_out_channels=(4, 4), norm_num_groups=2, **TWO_BLOCKS)
-    assert sample_size(argparse.Namespace(resolution=12), autoencoder, DTRUNet2DModel, two_levels) == 6
+    assert resolved(12, autoencoder, DTRUNet2DModel, two_levels) == (12, 6)
     with pytest.raises(ValueError, match=r"of 4, got 10: .* blocks of 2 latents, which span 2 pixels"):
-        sample_size(argparse.Namespace(resolution=10), autoencoder, DTRUNet2DModel, two_levels)
+        resolved(10, autoencoder, DTRUNet2DModel, two_levels)
 
 
 @pytest.mark.parametrize(
@@ -118,29 +126,26 @@ def test_resolution_is_a_multiple_of_what_autoencoder_and_denoiser_work_on():
 )
 def test_resolution_that_the_denoiser_cannot_have_is_refused(model_class, config, resolution, message):
     with pytest.raises(ValueError, match=f"`--resolution` must be {message}, got {resolution}"):
-        sample_size(argparse.Namespace(resolution=resolution), None, model_class, config)
+        resolved(resolution, None, model_class, config)
 
 
 @pytest.mark.parametrize("resolution", [7, 10])
 def test_conditional_u_net_takes_sizes_that_it_cannot_halve(resolution):
-    assert sample_size(argparse.Namespace(resolution=resolution), None, DTRUNet2DConditionModel, {}) == resolution
+    assert resolved(resolution, None, DTRUNet2DConditionModel, {}) == (resolution, resolution)
 
 
 @pytest.mark.parametrize(("size", "resolution"), [(16, 16), ((24, 24), 24), (None, 32)])
 def test_resolution_is_that_of_the_denoiser_unless_given(size, resolution):
-    args = argparse.Namespace(resolution=None)
-    assert sample_size(args, None, DTRUNet2DModel, {"sample_size": size}) == args.resolution == resolution
+    assert resolved(None, None, DTRUNet2DModel, {"sample_size": size}) == (resolution, resolution)
     autoencoder = AutoencoderKL(block_out_channels=(4, 4), norm_num_groups=2, **TWO_BLOCKS)
-    args = argparse.Namespace(resolution=None)
     if size is not None:
-        sample_size(args, autoencoder, DTRUNet2DModel, {"sample_size": size})
-        assert args.resolution == 2 * resolution
+        assert resolved(None, autoencoder, DTRUNet2DModel, {"sample_size": size}) == (2 * resolution, resolution)
 
 
 @pytest.mark.parametrize("size", [[8, 16], None])
 def test_denoiser_of_latents_without_one_side_needs_a_resolution(size):
     with pytest.raises(ValueError, match=r"`--resolution` must be given: the denoiser's config has `sample_size`="):
-        sample_size(argparse.Namespace(resolution=None), vae(), DTRUNet2DModel, {"sample_size": size})
+        resolved(None, vae(), DTRUNet2DModel, {"sample_size": size})
 
 
 def test_autoencoder_keeps_its_class(tmp_path):
@@ -148,7 +153,7 @@ def test_autoencoder_keeps_its_class(tmp_path):
                            num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))  # fmt: skip
     DiTPipeline(plain_dit(), tiny, DDIMScheduler()).save_pretrained(tmp_path)
     for given in ({"pretrained_model_name_or_path": str(tmp_path)}, {"vae_name_or_path": str(tmp_path / "vae")}):
-        kept = load_vae(flags(**given))
+        kept = load_vae(ModelConfig(**given))
         assert type(kept) is AutoencoderTiny
         assert all(torch.equal(tensor, tiny.state_dict()[name]) for name, tensor in kept.state_dict().items())
 
@@ -156,10 +161,9 @@ def test_autoencoder_keeps_its_class(tmp_path):
 ROUTED_OVER_A_PART = {"routing_timestep_range": [200, 800]}
 
 
-def routing(given, config=None, num_timesteps=1000, **of_flags):
-    args = flags(**of_flags)
-    vars(args).update({f"routing_{name}": given.get(name) for name in ROUTING})
-    return denoiser_routing(args, DDPMScheduler(num_train_timesteps=num_timesteps), config or {})
+def routing(given, config=None, num_timesteps=1000, **options):
+    options |= {f"routing_{name}": value for name, value in given.items()}
+    return denoiser_routing(run_config(**options), DDPMScheduler(num_train_timesteps=num_timesteps), config or {})
 
 
 def test_routing_of_a_new_model_covers_the_schedule_unless_said_otherwise():

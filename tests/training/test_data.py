@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusers_dtr.training.data import load_training_images, training_images
-from diffusers_dtr.training.images import UnreadableImageError
+from diffusers_dtr.training.data.images import UnreadableImageError
+from diffusers_dtr.training.data.training_images import load_training_images, training_images
 
 
 def make_folder(root: Path, classes=("cat", "dog"), per_class: int = 2) -> Path:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 
 import pytest
 import torch
+from run_config import run_config
 from safetensors.torch import save_file
 
 from diffusers_dtr.lora_files import file_routing
-from diffusers_dtr.training.arguments import json_config
+from diffusers_dtr.training.config import ModelConfig
 from diffusers_dtr.training.pretrained import pretrained_class_names, pretrained_component, pretrained_pipeline_class
-from diffusers_dtr.training.resuming import RunState
+from diffusers_dtr.training.run.resuming import RunState
 
 
 NESTED = "[" * 10**5 + "]" * 10**5
@@ -27,8 +27,8 @@ def test_what_is_no_object_is_refused_everywhere(text, tmp_path):
 
     with pytest.raises(ValueError, match="JSON"):
         RunState.read(written("training_state.json"))
-    with pytest.raises(argparse.ArgumentTypeError, match="JSON"):
-        json_config(str(written("config.json")))
+    with pytest.raises(ValueError, match="`--model_config` must be a JSON object"):
+        run_config(model_config=str(written("config.json")))
     written("model_index.json")
     with pytest.raises((ValueError, OSError), match=r"JSON|cannot be made"):
         pretrained_pipeline_class(tmp_path)
@@ -64,16 +64,16 @@ def test_the_state_of_a_run_has_its_types(wrong, tmp_path):
     "unet", ["UNet2DModel", 3, [], ["diffusers"], ["diffusers", 3], {"a": 1}, [["diffusers", "a"]]]
 )
 def test_the_components_of_a_pipeline_have_their_types(unet, tmp_path):
-    args = argparse.Namespace(pretrained_model_name_or_path=str(tmp_path), revision=None, cache_dir=None)
+    config = ModelConfig(str(tmp_path))
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "DDPMPipeline", "unet": unet, "vae": None}))
     if unet:
         with pytest.raises(ValueError, match=r"`model_index\.json` must give `unet` as"):
-            pretrained_component(args, "unet")
-    assert pretrained_component(args, "vae") is None
+            pretrained_component(config, "unet")
+    assert pretrained_component(config, "vae") is None
     for names in (["cat"], {"0": 1}, {"cat": "0"}):
         (tmp_path / "model_index.json").write_text(json.dumps({"id2label": names}))
         with pytest.raises(ValueError, match="id2label"):
-            pretrained_class_names(args)
+            pretrained_class_names(config)
 
 
 @pytest.mark.parametrize("header", ["[]", "{", '{"unet": 3}', f'{{"unet": {NESTED}}}'])

@@ -8,8 +8,8 @@ import datasets
 import pytest
 from PIL import Image, features
 
-from diffusers_dtr.training.data import TrainingImages, load_training_images, training_images
-from diffusers_dtr.training.image_folder import scan_folder, unzip
+from diffusers_dtr.training.data.image_folder import scan_folder, unzip
+from diffusers_dtr.training.data.training_images import TrainingImages, load_training_images, training_images
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from diffusers_dtr.training.images import (
+from diffusers_dtr.training.data.images import (
     INTERPOLATION_MODES,
     Augmentation,
     ImageTransform,

@@ -12,12 +12,12 @@ from tiny_autoencoders import tiny_taesd, tiny_vae
 from torch.utils.data import DataLoader
 
 from diffusers_dtr.latents import encode_images
-from diffusers_dtr.training.batches import TrainingBatches
-from diffusers_dtr.training.data import TrainingImages, load_training_images
-from diffusers_dtr.training.images import ImageTransform, UnreadableImageError
-from diffusers_dtr.training.latents import cache_latents
+from diffusers_dtr.training.data.batches import TrainingBatches
+from diffusers_dtr.training.data.images import ImageTransform, UnreadableImageError
+from diffusers_dtr.training.data.latent_cache import cache_latents
+from diffusers_dtr.training.data.samples import ImageDataset, collate_samples
+from diffusers_dtr.training.data.training_images import TrainingImages, load_training_images
 from diffusers_dtr.training.randomness import posterior_generators
-from diffusers_dtr.training.samples import ImageDataset, collate_samples
 
 
 NORMALISATION = {"scaling_factor": 0.5, "shift_factor": 0.2}

@@ -1,7 +1,6 @@
 import json
 import re
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,9 @@ sys.path.append(str(Path(__file__).parents[1] / "models"))
 from tiny_models import PIXART, SD3, UNET_CONDITION, output
 from tiny_text_encoders import pixart_alpha, stable_diffusion, stable_diffusion_3
 
-from diffusers_dtr.training import add_lora, save_lora
-from diffusers_dtr.training.lora import has_lora, load_adapter, save_adapter
-from diffusers_dtr.training.text_to_image import TEXT_TO_IMAGE_FAMILIES
+from diffusers_dtr.training.config import LoraConfig, RoutingConfig
+from diffusers_dtr.training.families import TEXT_TO_IMAGE_FAMILIES
+from diffusers_dtr.training.lora import add_lora, has_lora, load_adapter, save_adapter, save_lora
 
 
 FAMILIES = [
@@ -28,12 +27,8 @@ FAMILIES = [
 every_family = pytest.mark.parametrize(("family", "build_pipeline"), FAMILIES)
 
 
-def flags(**given) -> Namespace:
-    return Namespace(**{"rank": 2, "lora_alpha": None, "lora_layers": None, "route_lora": False} | given)
-
-
 def with_lora(model, layers=("to_q", "to_v"), **given):
-    add_lora(model, flags(**given), layers)
+    add_lora(model, LoraConfig(**{"rank": 2} | given), RoutingConfig(), layers)
     return model
 
 

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from sudden_death import die_before_every_change
 
-from diffusers_dtr.training.loss_history import LossHistory
-from diffusers_dtr.training.loss_monitor import ObservedLosses
+from diffusers_dtr.training.run.loss_history import LossHistory
+from diffusers_dtr.training.run.loss_monitor import ObservedLosses
 
 
 def observed(step: int) -> ObservedLosses:

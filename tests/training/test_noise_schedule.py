@@ -15,25 +15,27 @@ from diffusers import (
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
-from pretrained_pipelines import flags, saved
+from pretrained_pipelines import saved
+from run_config import run_config
 
 from diffusers_dtr import NoiseLevels
-from diffusers_dtr.training import load_noise_scheduler, sampling_scheduler
+from diffusers_dtr.training import load_noise_scheduler
+from diffusers_dtr.training.noise_schedule import sampling_scheduler
 
 
 def settings(scheduler):
     return {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
 
 
-def result_of(args, latents=False):
-    load_noise_scheduler(args)
-    return sampling_scheduler(args, latents=latents)
+def result_of(config, latents=False):
+    load_noise_scheduler(config)
+    return sampling_scheduler(config, latents=latents)
 
 
 def test_training_noises_as_the_pretrained_pipeline_was_trained(tmp_path):
     sampler = DPMSolverMultistepScheduler(beta_schedule="scaled_linear", num_train_timesteps=50)
-    args = flags(pretrained_model_name_or_path=saved(tmp_path, sampler), prediction_type="v_prediction")
-    scheduler = load_noise_scheduler(args)
+    config = run_config(pretrained_model_name_or_path=saved(tmp_path, sampler), prediction_type="v_prediction")
+    scheduler = load_noise_scheduler(config)
     assert type(scheduler) is DDPMScheduler
     assert scheduler.config.beta_schedule == "scaled_linear"
     assert scheduler.config.num_train_timesteps == 50
@@ -42,21 +44,21 @@ def test_training_noises_as_the_pretrained_pipeline_was_trained(tmp_path):
 
 def test_flow_matching_stays_flow_matching(tmp_path):
     folder = saved(tmp_path, FlowMatchEulerDiscreteScheduler(shift=3.0))
-    scheduler = load_noise_scheduler(flags(pretrained_model_name_or_path=folder))
+    scheduler = load_noise_scheduler(run_config(pretrained_model_name_or_path=folder))
     assert type(scheduler) is FlowMatchEulerDiscreteScheduler
     assert scheduler.config.shift == 3.0
     with pytest.raises(ValueError, match=r"`--prediction_type` must be left out: .* flow matching"):
-        load_noise_scheduler(flags(pretrained_model_name_or_path=folder, prediction_type="epsilon"))
+        load_noise_scheduler(run_config(pretrained_model_name_or_path=folder, prediction_type="epsilon"))
     with pytest.raises(ValueError, match=r"`--learn_sigma` must be left out: .* flow matching"):
-        load_noise_scheduler(flags(pretrained_model_name_or_path=folder, learn_sigma=True))
-    result = sampling_scheduler(flags(pretrained_model_name_or_path=folder), latents=False)
+        load_noise_scheduler(run_config(pretrained_model_name_or_path=folder, learn_sigma=True))
+    result = sampling_scheduler(run_config(pretrained_model_name_or_path=folder), latents=False)
     assert type(result) is FlowMatchEulerDiscreteScheduler
     assert result.config.shift == 3.0
 
 
 def test_variance_exploding_sampler_is_of_the_same_noise_levels(tmp_path):
     folder = saved(tmp_path, EulerDiscreteScheduler(beta_schedule="scaled_linear"))
-    scheduler = load_noise_scheduler(flags(pretrained_model_name_or_path=folder))
+    scheduler = load_noise_scheduler(run_config(pretrained_model_name_or_path=folder))
     assert type(scheduler) is DDPMScheduler
     assert scheduler.config.beta_schedule == "scaled_linear"
 
@@ -75,22 +77,22 @@ def test_noise_levels_that_training_would_not_have_are_refused(tmp_path, schedul
     with pytest.raises(
         ValueError, match=f"`pretrained_model_name_or_path` must be .*, got a {type(scheduler).__name__}"
     ):
-        load_noise_scheduler(flags(pretrained_model_name_or_path=folder))
+        load_noise_scheduler(run_config(pretrained_model_name_or_path=folder))
 
 
 @pytest.mark.parametrize("solver", [DPMSolverMultistepScheduler, UniPCMultistepScheduler])
 def test_flow_matching_is_trained_with_the_shift_that_its_solver_samples_with(tmp_path, solver):
     original = solver(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
-    args = flags(pretrained_model_name_or_path=saved(tmp_path, original))
-    scheduler = load_noise_scheduler(args)
+    config = run_config(pretrained_model_name_or_path=saved(tmp_path, original))
+    scheduler = load_noise_scheduler(config)
     assert type(scheduler) is FlowMatchEulerDiscreteScheduler
     torch.testing.assert_close(NoiseLevels(scheduler).timesteps, NoiseLevels(original).timesteps)
     assert scheduler.config.shift == 3.0
-    assert settings(sampling_scheduler(args, latents=True)) == settings(original)
+    assert settings(sampling_scheduler(config, latents=True)) == settings(original)
 
 
 def test_without_a_pipeline_the_flags_decide():
-    scheduler = load_noise_scheduler(flags(noise_schedule="squaredcos_cap_v2"))
+    scheduler = load_noise_scheduler(run_config(noise_schedule="squaredcos_cap_v2"))
     assert type(scheduler) is DDPMScheduler
     assert scheduler.config.beta_schedule == "squaredcos_cap_v2"
     assert scheduler.config.num_train_timesteps == 1000
@@ -119,7 +121,7 @@ UNUSUAL = [
 @pytest.mark.parametrize("scheduler", UNUSUAL, ids=lambda scheduler: type(scheduler).__name__)
 @pytest.mark.parametrize("latents", [True, False])
 def test_class_and_config_that_no_flag_asks_for_stay(tmp_path, scheduler, latents):
-    result = result_of(flags(pretrained_model_name_or_path=saved(tmp_path, scheduler)), latents)
+    result = result_of(run_config(pretrained_model_name_or_path=saved(tmp_path, scheduler)), latents)
     assert type(result) is type(scheduler)
     assert settings(result) == settings(scheduler)
 
@@ -127,38 +129,38 @@ def test_class_and_config_that_no_flag_asks_for_stay(tmp_path, scheduler, latent
 def test_flags_change_what_they_name_and_nothing_else(tmp_path):
     before = DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
     given = {"prediction_type": "v_prediction", "noise_schedule": "squaredcos_cap_v2"}
-    result = result_of(flags(pretrained_model_name_or_path=saved(tmp_path, before), **given))
+    result = result_of(run_config(pretrained_model_name_or_path=saved(tmp_path, before), **given))
     changed = {"prediction_type": "v_prediction", "beta_schedule": "squaredcos_cap_v2"}
     assert settings(result) == {**settings(before), **changed}
 
 
 def test_variance_that_is_learned_by_a_flag_is_sampled_with(tmp_path):
     folder = saved(tmp_path / "small", DDPMScheduler())
-    args = flags(pretrained_model_name_or_path=folder, learn_sigma=True)
-    assert result_of(args).config.variance_type == "learned_range"
-    assert result_of(flags(learn_sigma=True)).config.variance_type == "learned_range"
+    config = run_config(pretrained_model_name_or_path=folder, learn_sigma=True)
+    assert result_of(config).config.variance_type == "learned_range"
+    assert result_of(run_config(learn_sigma=True)).config.variance_type == "learned_range"
 
 
 @pytest.mark.parametrize("latents", [True, False])
 def test_new_model_is_sampled_by_ddpm_and_pixels_are_clipped(latents):
-    result = result_of(flags(), latents)
+    result = result_of(run_config(), latents)
     assert (type(result), result.config.clip_sample) == (DDPMScheduler, not latents)
 
 
 def test_schedule_that_the_samplers_class_does_not_know_is_refused(tmp_path):
     folder = saved(tmp_path, DDIMScheduler())
     with pytest.raises(ValueError, match=r"`--noise_schedule` must be one of DDIMScheduler's: sigmoid"):
-        load_noise_scheduler(flags(pretrained_model_name_or_path=folder, noise_schedule="sigmoid"))
+        load_noise_scheduler(run_config(pretrained_model_name_or_path=folder, noise_schedule="sigmoid"))
 
 
 @pytest.mark.parametrize("given", [{"noise_schedule": "linear"}, {"num_train_timesteps": 10}])
 def test_betas_that_were_set_one_by_one_are_not_overruled(tmp_path, given):
     betas = torch.linspace(0.01, 0.9, 20).tolist()
     folder = saved(tmp_path, DDPMScheduler(num_train_timesteps=20, beta_schedule="scaled_linear", trained_betas=betas))
-    scheduler = load_noise_scheduler(flags(pretrained_model_name_or_path=folder))
+    scheduler = load_noise_scheduler(run_config(pretrained_model_name_or_path=folder))
     assert scheduler.betas.tolist() == pytest.approx(betas)
     with pytest.raises(ValueError, match=r"must be left out: .* `trained_betas`"):
-        load_noise_scheduler(flags(pretrained_model_name_or_path=folder, **given))
+        load_noise_scheduler(run_config(pretrained_model_name_or_path=folder, **given))
 
 
 # ---- other numbers of timesteps
@@ -172,29 +174,29 @@ def noisiest(scheduler):
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"])
 @pytest.mark.parametrize("num_timesteps", [2, 10, 20, 21, 100, 1000, 4000])
 def test_noisiest_sample_is_noise_for_every_number_of_timesteps(schedule, num_timesteps):
-    scheduler = load_noise_scheduler(flags(noise_schedule=schedule, num_train_timesteps=num_timesteps))
+    scheduler = load_noise_scheduler(run_config(noise_schedule=schedule, num_train_timesteps=num_timesteps))
     assert noisiest(scheduler) < 0.1
     assert scheduler.betas.max() < 1
 
 
 def test_fewer_timesteps_of_a_pretrained_schedule_span_the_same_noise_levels(tmp_path):
     before = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)
-    args = flags(pretrained_model_name_or_path=saved(tmp_path, before), num_train_timesteps=100)
-    result = sampling_scheduler(args, latents=True)
+    config = run_config(pretrained_model_name_or_path=saved(tmp_path, before), num_train_timesteps=100)
+    result = sampling_scheduler(config, latents=True)
     assert noisiest(result) == pytest.approx(noisiest(before), rel=0.1)
     assert (result.config.beta_start, result.config.beta_end) == pytest.approx((0.0085, 0.12))
 
 
 def test_usual_number_of_timesteps_has_the_usual_betas():
-    assert load_noise_scheduler(flags(num_train_timesteps=1000)).config == DDPMScheduler().config
+    assert load_noise_scheduler(run_config(num_train_timesteps=1000)).config == DDPMScheduler().config
 
 
 def test_schedule_that_leaves_an_image_is_refused_when_asked_for_and_named_when_found(tmp_path, caplog):
     with pytest.raises(ValueError, match=r"noisiest of the 1 timesteps 0\.95 .* more `--num_train_timesteps`"):
-        load_noise_scheduler(flags(num_train_timesteps=1))
+        load_noise_scheduler(run_config(num_train_timesteps=1))
     folder = saved(tmp_path, DDPMScheduler(num_train_timesteps=100))
     with caplog.at_level(logging.WARNING):
-        scheduler = load_noise_scheduler(flags(pretrained_model_name_or_path=folder))
+        scheduler = load_noise_scheduler(run_config(pretrained_model_name_or_path=folder))
     assert settings(scheduler) == settings(DDPMScheduler(num_train_timesteps=100))
     assert "noisiest of the 100 timesteps 0.60 of the image is left" in caplog.text
 
@@ -208,19 +210,19 @@ def test_more_validation_steps_than_timesteps_are_refused(tmp_path, of_pretraine
     if of_pretrained:
         given["pretrained_model_name_or_path"] = saved(tmp_path, DPMSolverMultistepScheduler())
     for steps in (1, 20):
-        result_of(flags(validation_num_inference_steps=steps, **given))
+        result_of(run_config(validation_num_inference_steps=steps, **given))
     with pytest.raises(ValueError, match=r"`--validation_num_inference_steps` must be at most the 20 .*, got 21"):
-        result_of(flags(validation_num_inference_steps=21, **given))
+        result_of(run_config(validation_num_inference_steps=21, **given))
 
 
 def test_validation_steps_that_an_offset_pushes_out_of_the_schedule_are_refused(tmp_path):
     scheduler = DDIMScheduler(num_train_timesteps=20, beta_schedule="squaredcos_cap_v2", steps_offset=1)
     source = {"pretrained_model_name_or_path": saved(tmp_path, scheduler)}
-    result_of(flags(validation_num_inference_steps=10, **source))
+    result_of(run_config(validation_num_inference_steps=10, **source))
     with pytest.raises(ValueError, match=r"less the `steps_offset` of DDIMScheduler, got 20"):
-        result_of(flags(validation_num_inference_steps=20, **source))
+        result_of(run_config(validation_num_inference_steps=20, **source))
 
 
 def test_flow_matching_takes_any_number_of_validation_steps(tmp_path):
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=20)
-    result_of(flags(validation_num_inference_steps=50, pretrained_model_name_or_path=saved(tmp_path, scheduler)))
+    result_of(run_config(validation_num_inference_steps=50, pretrained_model_name_or_path=saved(tmp_path, scheduler)))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from run_config import run_config
 from safetensors.torch import load_file, save_file
 
-from diffusers_dtr import DTRTransformer2DModel, NoiseLevels, TaskAffinity, training
+from diffusers_dtr import DTRTransformer2DModel, NoiseLevels, TaskAffinity
+from diffusers_dtr.objective.adaptive_sampling import AdaptiveTimestepSampler
 from diffusers_dtr.objective.clustered_loss import ClusteredLossOutput
 from diffusers_dtr.objective.weighting import WEIGHTINGS
 from diffusers_dtr.training.objective import build_objective
@@ -19,28 +21,21 @@ from diffusers_dtr.training.optimizer import build_optimizer
 
 BATCH = 8
 STATEFUL = [
-    ("--balancing", "uncertainty"),
-    ("--balancing", "continuous_uncertainty"),
-    ("--balancing", "pcgrad"),
-    ("--balancing", "nash_mtl"),
-    ("--timestep_sampling", "loss"),
-    ("--timestep_sampling", "variance"),
+    {"balancing": "uncertainty"},
+    {"balancing": "continuous_uncertainty"},
+    {"balancing": "pcgrad"},
+    {"balancing": "nash_mtl"},
+    {"timestep_sampling": "loss"},
+    {"timestep_sampling": "variance"},
 ]
-
-
-def parse(*flags: object) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    training.add_optimization_arguments(parser)
-    training.add_objective_arguments(parser)
-    return parser.parse_args([str(flag) for flag in ("--train_batch_size", BATCH, "--num_clusters", 4, *flags)])
 
 
 class Setup:
     """An objective with all that it is built from."""
 
-    def __init__(self, *flags: object, scheduler: SchedulerMixin | None = None, **noise_schedule: object):
-        self.args = parse(*flags)
-        accumulation = self.args.gradient_accumulation_steps or 1
+    def __init__(self, scheduler: SchedulerMixin | None = None, **options: object):
+        config = run_config(**{"train_batch_size": BATCH, "num_clusters": 4, **options})
+        accumulation = config.run.gradient_accumulation_steps or 1
         self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
         torch.manual_seed(0)
         self.model = DTRTransformer2DModel(
@@ -52,9 +47,9 @@ class Setup:
             sample_size=4,
             num_embeds_ada_norm=2,
         )
-        scheduler = scheduler or DDPMScheduler(**noise_schedule)
-        self.objective = build_objective(self.args, scheduler, self.model, self.accelerator)
-        self.optimizer = build_optimizer(self.args, self.model, self.objective.loss_fn)
+        scheduler = scheduler or DDPMScheduler()
+        self.objective = build_objective(config, scheduler, self.model, self.accelerator)
+        self.optimizer = build_optimizer(config.optimizer, self.model, self.objective.loss_fn)
 
     def sample(self, step: int, part: int, num_parts: int, batch_size: int = BATCH) -> torch.Tensor:
         return self.objective.sample_timesteps(batch_size, 0, step, part, num_parts, torch.device("cpu"))
@@ -77,7 +72,7 @@ class Setup:
 @pytest.fixture
 def quick_fit(monkeypatch):
     """Timesteps follow the losses after two steps; they do after fifty."""
-    monkeypatch.setitem(training.objective.AdaptiveTimestepSampler.__init__.__kwdefaults__, "interval", 2)
+    monkeypatch.setitem(AdaptiveTimestepSampler.__init__.__kwdefaults__, "interval", 2)
 
 
 def counts(setup: Setup, timesteps: torch.Tensor) -> list[int]:
@@ -94,20 +89,20 @@ def test_without_balancing_clusters_are_drawn_by_their_width():
     assert max(drawn) - min(drawn) > 20
 
 
-@pytest.mark.parametrize("flags", [("--balancing", "uncertainty"), ("--timestep_sampling", "clusters")])
-def test_with_balancing_or_on_request_clusters_are_drawn_equally(flags):
-    setup = Setup(*flags)
+@pytest.mark.parametrize("options", [{"balancing": "uncertainty"}, {"timestep_sampling": "clusters"}])
+def test_with_balancing_or_on_request_clusters_are_drawn_equally(options):
+    setup = Setup(**options)
     assert counts(setup, setup.sample(0, 0, 1)) == [2, 2, 2, 2]
 
 
 def test_balanced_clusters_are_drawn_uniformly_on_request():
-    setup = Setup("--balancing", "uncertainty", "--timestep_sampling", "uniform")
+    setup = Setup(balancing="uncertainty", timestep_sampling="uniform")
     assert torch.equal(setup.sample(3, 0, 1, batch_size=100), Setup().sample(3, 0, 1, batch_size=100))
 
 
 @pytest.mark.parametrize("step", range(3))
 def test_micro_batches_of_a_step_are_parts_of_one_stratified_draw(step):
-    setup = Setup("--balancing", "uncertainty")
+    setup = Setup(balancing="uncertainty")
     parts = [setup.sample(step, part, 4, batch_size=1) for part in range(4)]
     assert counts(setup, torch.cat(parts)) == [1, 1, 1, 1]
     assert not torch.equal(torch.cat(parts), torch.cat([setup.sample(step + 1, part, 4, 1) for part in range(4)]))
@@ -116,7 +111,7 @@ def test_micro_batches_of_a_step_are_parts_of_one_stratified_draw(step):
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_gradients_are_compared_between_all_clusters_in_every_forward_call(num_processes, monkeypatch):
     monkeypatch.setattr(Accelerator, "num_processes", num_processes)
-    setup = Setup("--balancing", "pcgrad", "--train_batch_size", 4 // num_processes)
+    setup = Setup(balancing="pcgrad", train_batch_size=4 // num_processes)
     num_parts = 3 * num_processes
     parts = [setup.sample(step, part, num_parts, 4 // num_processes) for step in (0, 1) for part in range(num_parts)]
     calls = torch.cat(parts).reshape(6, 4)
@@ -127,19 +122,19 @@ def test_gradients_are_compared_between_all_clusters_in_every_forward_call(num_p
 def test_gradient_balancing_with_fewer_samples_than_clusters_is_refused():
     message = r"`--balancing pcgrad` compares .* all 4 clusters .* got 3: use a larger `--train_batch_size` or fewer"
     with pytest.raises(ValueError, match=message):
-        Setup("--balancing", "pcgrad", "--train_batch_size", 3)
-    Setup("--balancing", "uncertainty", "--train_batch_size", 3)
+        Setup(balancing="pcgrad", train_batch_size=3)
+    Setup(balancing="uncertainty", train_batch_size=3)
 
 
 def test_gradient_weights_are_used_for_as_many_optimizer_steps_as_asked_for():
     """Not for as many forward calls, of which a step may have several."""
-    flags = ("--balancing", "mgda", "--balancing_update_every", 3, "--gradient_accumulation_steps", 2)
-    assert Setup(*flags).objective.loss_fn.balancing.update_every == 6
-    assert Setup(*flags[:2]).objective.loss_fn.balancing.update_every == 1
+    options = {"balancing_update_every": 3, "gradient_accumulation_steps": 2}
+    assert Setup(balancing="mgda", **options).objective.loss_fn.balancing.update_every == 6
+    assert Setup(balancing="mgda").objective.loss_fn.balancing.update_every == 1
 
 
 def test_order_of_projections_is_drawn_from_the_seed_of_the_run():
-    assert Setup("--balancing", "pcgrad", "--seed", 7).objective.loss_fn.balancing.seed == 7
+    assert Setup(balancing="pcgrad", seed=7).objective.loss_fn.balancing.seed == 7
 
 
 # ---- timesteps that follow the losses
@@ -147,7 +142,7 @@ def test_order_of_projections_is_drawn_from_the_seed_of_the_run():
 
 @pytest.mark.parametrize("statistic", ["loss", "variance"])
 def test_timesteps_come_to_follow_the_loss_and_weights_correct_for_it(statistic, quick_fit):
-    setup = Setup("--timestep_sampling", statistic)
+    setup = Setup(timestep_sampling=statistic)
     everything = torch.arange(1000)
     assert torch.equal(setup.objective.sample_weights(everything), torch.ones(1000))
     for number in range(2):
@@ -163,8 +158,8 @@ def test_timesteps_come_to_follow_the_loss_and_weights_correct_for_it(statistic,
 @pytest.mark.parametrize(("statistic", "preferred"), [("loss", 0), ("variance", 1)])
 def test_timesteps_follow_the_statistic_that_was_asked_for(statistic, preferred, quick_fit):
     """Losses are large and alike in the first cluster, small and scattered in the second."""
-    setup = Setup("--timestep_sampling", statistic, "--num_clusters", 2, "--cluster_cost", "uniform")
-    out = argparse.Namespace(per_sample=torch.tensor([9.0, 9.0, 0.0, 2.0]))
+    setup = Setup(timestep_sampling=statistic, num_clusters=2, cluster_cost="uniform")
+    out = SimpleNamespace(per_sample=torch.tensor([9.0, 9.0, 0.0, 2.0]))
     for _ in range(2):
         setup.objective.observe(setup.accelerator, torch.tensor([10, 20, 510, 520]), out)
     assert setup.objective.sampler.shares.argmax() == preferred
@@ -183,12 +178,12 @@ def test_density_stays_as_it_is_in_the_middle_of_a_step(quick_fit):
         for row in rows:
             with setup.accelerator.accumulate(setup.model):
                 part = slice(row * size, row * size + size)
-                out = argparse.Namespace(per_sample=per_sample.flatten()[part])
+                out = SimpleNamespace(per_sample=per_sample.flatten()[part])
                 setup.objective.observe(setup.accelerator, timesteps.flatten()[part], out)
 
-    whole = Setup("--timestep_sampling", "loss")
+    whole = Setup(timestep_sampling="loss")
     observe(whole, range(2), 2 * BATCH)
-    divided = Setup("--timestep_sampling", "loss", "--gradient_accumulation_steps", 2)
+    divided = Setup(timestep_sampling="loss", gradient_accumulation_steps=2)
     observe(divided, range(3), BATCH)
     before = divided.objective.sample_weights(torch.arange(1000))
     assert torch.equal(before, torch.ones(1000))
@@ -198,10 +193,10 @@ def test_density_stays_as_it_is_in_the_middle_of_a_step(quick_fit):
 
 
 def test_observing_keeps_no_graph():
-    setup = Setup("--timestep_sampling", "loss", "--gradient_accumulation_steps", 2)
+    setup = Setup(timestep_sampling="loss", gradient_accumulation_steps=2)
     with setup.accelerator.accumulate(setup.model):
         per_sample = torch.ones(BATCH, requires_grad=True) * 2
-        setup.objective.observe(setup.accelerator, torch.arange(BATCH), argparse.Namespace(per_sample=per_sample))
+        setup.objective.observe(setup.accelerator, torch.arange(BATCH), SimpleNamespace(per_sample=per_sample))
     assert len(setup.objective._observed) == 1
     assert not any(losses.requires_grad for _, losses in setup.objective._observed)
 
@@ -212,7 +207,7 @@ def test_observing_keeps_no_graph():
 @pytest.mark.parametrize("scheduler", [DDPMScheduler(), FlowMatchEulerDiscreteScheduler()], ids=["DDPM", "flow"])
 def test_every_weighting_is_another_loss(scheduler):
     weightings = {*WEIGHTINGS} - ({"logit_normal"} if isinstance(scheduler, DDPMScheduler) else set())
-    losses = {Setup("--loss_weighting", name, scheduler=scheduler).step(0).loss.item() for name in weightings}
+    losses = {Setup(loss_weighting=name, scheduler=scheduler).step(0).loss.item() for name in weightings}
     assert len(losses) == len(weightings)
 
 
@@ -220,23 +215,23 @@ def test_weighting_for_flow_matching_is_refused_with_another_schedule():
     with pytest.raises(
         ValueError, match="`--loss_weighting logit_normal` is for flow matching, got epsilon prediction"
     ):
-        Setup("--loss_weighting", "logit_normal")
+        Setup(loss_weighting="logit_normal")
 
 
 def test_record_has_the_boundaries():
-    described = Setup("--num_clusters", 2, "--cluster_cost", "uniform").objective.describe()
+    described = Setup(num_clusters=2, cluster_cost="uniform").objective.describe()
     assert described["num_clusters"] == 2
     assert list(described["boundaries"]) == [0, 500, 1000]
 
 
-@pytest.mark.parametrize("flags", STATEFUL, ids=" ".join)
-def test_state_goes_on_to_the_bit(flags, quick_fit, tmp_path):
-    whole = Setup(*flags)
+@pytest.mark.parametrize("options", STATEFUL, ids=str)
+def test_state_goes_on_to_the_bit(options, quick_fit, tmp_path):
+    whole = Setup(**options)
     for number in range(3):
         whole.step(number)
     save_file(whole.objective.state_dict(), tmp_path / "objective.safetensors")
     torch.save([whole.model.state_dict(), whole.optimizer.state_dict()], tmp_path / "others.pt")
-    resumed = Setup(*flags)
+    resumed = Setup(**options)
     resumed.objective.load_state_dict(load_file(tmp_path / "objective.safetensors"))
     model, optimizer = torch.load(tmp_path / "others.pt")
     resumed.model.load_state_dict(model)
@@ -252,26 +247,26 @@ def assert_equal_state(one: dict[str, torch.Tensor], other: dict[str, torch.Tens
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("options", "message"),
     [
-        (("--num_clusters", 2), "must be of clusters with the boundaries"),
-        (("--cluster_cost", "uniform"), "must be of clusters with the boundaries"),
-        (("--balancing", "continuous_uncertainty"), "must be of a loss with this balancing, got another's"),
-        (("--timestep_sampling", "loss"), "must be of the same timestep sampling, got that of another"),
+        ({"num_clusters": 2}, "must be of clusters with the boundaries"),
+        ({"cluster_cost": "uniform"}, "must be of clusters with the boundaries"),
+        ({"balancing": "continuous_uncertainty"}, "must be of a loss with this balancing, got another's"),
+        ({"timestep_sampling": "loss"}, "must be of the same timestep sampling, got that of another"),
     ],
 )
-def test_state_of_another_objective_is_refused(flags, message):
-    states = [Setup("--balancing", "uncertainty", *some).objective.state_dict() for some in ((), flags)]
+def test_state_of_another_objective_is_refused(options, message):
+    states = [Setup(**{"balancing": "uncertainty", **some}).objective.state_dict() for some in ({}, options)]
     with pytest.raises(ValueError, match=message):
-        Setup("--balancing", "uncertainty", *flags).objective.load_state_dict(states[0])
+        Setup(**{"balancing": "uncertainty", **options}).objective.load_state_dict(states[0])
     with pytest.raises(ValueError, match=message):
-        Setup("--balancing", "uncertainty").objective.load_state_dict(states[1])
+        Setup(balancing="uncertainty").objective.load_state_dict(states[1])
 
 
 def test_state_of_other_boundaries_is_refused():
     state = Setup().objective.state_dict()
     with pytest.raises(ValueError, match="must be of clusters with the boundaries"):
-        Setup(beta_schedule="squaredcos_cap_v2").objective.load_state_dict(state)
+        Setup(DDPMScheduler(beta_schedule="squaredcos_cap_v2")).objective.load_state_dict(state)
 
 
 def planted_affinity(path, boundaries: tuple[int, ...]) -> str:
@@ -292,11 +287,11 @@ def planted_affinity(path, boundaries: tuple[int, ...]) -> str:
 
 def test_clusters_are_those_whose_gradients_get_along(tmp_path):
     path = planted_affinity(tmp_path / "affinity.safetensors", (0, 13, 20, 21, 50))
-    flags = ["--cluster_cost", "affinity", "--affinity_path", path]
-    assert Setup(*flags, num_train_timesteps=50).objective.clusters.boundaries == (0, 13, 20, 21, 50)
+    options = {"cluster_cost": "affinity", "affinity_path": path}
+    assert Setup(DDPMScheduler(num_train_timesteps=50), **options).objective.clusters.boundaries == (0, 13, 20, 21, 50)
     with pytest.raises(ValueError, match="another noise schedule: 50 training timesteps, not 60"):
-        Setup(*flags, num_train_timesteps=60)
+        Setup(DDPMScheduler(num_train_timesteps=60), **options)
     with pytest.raises(ValueError, match="another noise schedule: a log SNR of"):
-        Setup(*flags, num_train_timesteps=50, beta_schedule="squaredcos_cap_v2")
+        Setup(DDPMScheduler(num_train_timesteps=50, beta_schedule="squaredcos_cap_v2"), **options)
     with pytest.raises(ValueError, match="must be a task affinity file"):
-        Setup("--cluster_cost", "affinity", "--affinity_path", tmp_path / "nothing.safetensors")
+        Setup(cluster_cost="affinity", affinity_path=str(tmp_path / "nothing.safetensors"))

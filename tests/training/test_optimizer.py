@@ -1,16 +1,16 @@
-import argparse
-
 import pytest
 import torch
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
+from run_config import run_config
 
 from diffusers_dtr import cluster_timesteps
 from diffusers_dtr.objective.clustered_loss import ClusteredLoss
-from diffusers_dtr.training.optimizer import build_lr_scheduler, build_optimizer, check_warm_ups
+from diffusers_dtr.training.config import OptimizerConfig
+from diffusers_dtr.training.optimizer import build_lr_scheduler, build_optimizer
 
 
-def flags(**changes) -> argparse.Namespace:
+def optimizer_config(**changes) -> OptimizerConfig:
     values = {
         "learning_rate": 0.1,
         "adam_beta1": 0.8,
@@ -18,22 +18,21 @@ def flags(**changes) -> argparse.Namespace:
         "adam_weight_decay": 0.01,
         "adam_epsilon": 1e-6,
         "lr_scheduler": "cosine",
-        "lr_warmup_steps": 3,
-        "lr_num_cycles": None,
-        "lr_power": None,
-        "max_train_steps": 10,
+        "lr_warmup_steps": 0 if changes.get("lr_scheduler") == "constant" else 3,
     }
-    return argparse.Namespace(**{**values, **changes})
+    return OptimizerConfig(**{**values, **changes})
 
 
-def make_optimizer(args: argparse.Namespace, balancing: str = "uniform", scale: float = 1.0) -> torch.optim.AdamW:
+def make_optimizer(config: OptimizerConfig, balancing: str = "uniform", scale: float = 1.0) -> torch.optim.AdamW:
     scheduler = DDPMScheduler()
     loss_fn = ClusteredLoss(scheduler, cluster_timesteps(scheduler, 2, "uniform"), balancing=balancing)
-    return build_optimizer(args, torch.nn.Linear(2, 2), loss_fn, scale)
+    return build_optimizer(config, torch.nn.Linear(2, 2), loss_fn, scale)
 
 
-def run(args: argparse.Namespace, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
-    scheduler = build_lr_scheduler(args, optimizer, steps.start)
+def run(
+    config: OptimizerConfig, optimizer: torch.optim.Optimizer, steps: range, max_train_steps: int = 10
+) -> list[float]:
+    scheduler = build_lr_scheduler(config, optimizer, max_train_steps, steps.start)
     rates = []
     for _ in steps:
         rates.append(optimizer.param_groups[0]["lr"])
@@ -59,7 +58,7 @@ SCHEDULES = [
 @pytest.mark.parametrize(("name", "options"), SCHEDULES)
 def test_every_schedule_is_that_of_diffusers_over_the_whole_run(name, options, learning_rate, balancing):
     given = {f"lr_{option}": value for option, value in options.items()}
-    args = flags(lr_scheduler=name, learning_rate=learning_rate, max_train_steps=40, **given)
+    config = optimizer_config(lr_scheduler=name, learning_rate=learning_rate, **given)
     plain = torch.optim.AdamW(torch.nn.Linear(2, 2).parameters(), lr=learning_rate)
     theirs = get_scheduler(name, plain, num_warmup_steps=3, num_training_steps=40, **options)
     rates = []
@@ -67,25 +66,24 @@ def test_every_schedule_is_that_of_diffusers_over_the_whole_run(name, options, l
         rates.append(plain.param_groups[0]["lr"])
         plain.step()
         theirs.step()
-    assert run(args, make_optimizer(args, balancing), range(41)) == rates
+    assert run(config, make_optimizer(config, balancing), range(41), 40) == rates
 
 
 def test_restarts_and_powers_differ_from_the_schedules_without_them():
     def rates(**changes):
-        args = flags(max_train_steps=40, **changes)
-        return run(args, make_optimizer(args), range(41))
+        config = optimizer_config(**changes)
+        return run(config, make_optimizer(config), range(41), 40)
 
     assert rates(lr_scheduler="cosine_with_restarts", lr_num_cycles=2) != rates(lr_scheduler="cosine")
     assert rates(lr_scheduler="polynomial", lr_power=2.0) != rates(lr_scheduler="polynomial")
 
 
 def test_learning_rate_is_scaled_as_a_whole():
-    args = flags(lr_scheduler="polynomial", learning_rate=1e-4)
-    scaled = make_optimizer(args, scale=8)
+    config = optimizer_config(lr_scheduler="polynomial", learning_rate=1e-4)
+    scaled = make_optimizer(config, scale=8)
     assert scaled.defaults["lr"] == scaled.param_groups[0]["initial_lr"] == 8e-4
-    assert run(args, scaled, range(10)) == run(
-        flags(lr_scheduler="polynomial", learning_rate=8e-4), make_optimizer(flags(learning_rate=8e-4)), range(10)
-    )
+    larger = optimizer_config(lr_scheduler="polynomial", learning_rate=8e-4)
+    assert run(config, scaled, range(10)) == run(larger, make_optimizer(larger), range(10))
 
 
 @pytest.mark.parametrize(
@@ -96,49 +94,52 @@ def test_learning_rate_is_scaled_as_a_whole():
     ],
 )
 def test_warm_ups_end_within_the_run(changes, message):
-    check_warm_ups(flags(lr_warmup_steps=9, routing_warmup_steps=10))
+    options = {"lr_scheduler": "cosine", "lr_warmup_steps": 9, "routing_warmup_steps": 10}
+    assert run_config(**options, num_train_epochs=5).with_max_train_steps(8, 4).run.max_train_steps == 10
     with pytest.raises(ValueError, match=message):
-        check_warm_ups(flags(**{"lr_warmup_steps": 9, "routing_warmup_steps": 10, **changes}))
+        run_config(**{**options, **changes}, num_train_epochs=5).with_max_train_steps(8, 4)
+    with pytest.raises(ValueError, match=message):
+        run_config(**{**options, **changes}, max_train_steps=10)
 
 
 @pytest.mark.parametrize("name", ["constant", "constant_with_warmup", "linear", "cosine", "polynomial"])
 def test_learning_rate_begun_in_the_middle_is_that_of_the_whole_run_to_the_bit(name):
-    args = flags(lr_scheduler=name)
-    whole = run(args, make_optimizer(args), range(10))
+    config = optimizer_config(lr_scheduler=name)
+    whole = run(config, make_optimizer(config), range(10))
     for start in range(1, 10):
-        assert run(args, make_optimizer(args), range(start, 10)) == whole[start:]
+        assert run(config, make_optimizer(config), range(start, 10)) == whole[start:]
 
 
 def test_learning_rate_rises_to_its_peak_and_falls():
-    args = flags()
-    rates = run(args, make_optimizer(args), range(10))
+    config = optimizer_config()
+    rates = run(config, make_optimizer(config), range(10))
     assert rates[0] == 0
     assert rates[3] == max(rates) == 0.1
     assert rates == sorted(rates[:3]) + sorted(rates[3:], reverse=True)
 
 
 def test_hyperparameters_are_the_flags():
-    (group,) = make_optimizer(flags()).param_groups
+    (group,) = make_optimizer(optimizer_config()).param_groups
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.1, (0.8, 0.9), 1e-6, 0.01)
 
 
 def test_loaded_state_keeps_moments_and_steps_but_not_old_hyperparameters():
-    args = flags()
-    old = make_optimizer(args)
+    config = optimizer_config()
+    old = make_optimizer(config)
     for parameter in old.param_groups[0]["params"]:
         parameter.grad = torch.ones_like(parameter)
-    run(args, old, range(2))
-    new = make_optimizer(flags(learning_rate=0.02, adam_beta1=0.5))
+    run(config, old, range(2))
+    new = make_optimizer(optimizer_config(learning_rate=0.02, adam_beta1=0.5))
     new.load_state_dict(old.state_dict())
     assert [state["step"] for state in new.state.values()] == [2, 2]
     assert new.param_groups[0]["betas"] == (0.5, 0.9)
-    assert run(flags(learning_rate=0.02), new, range(5, 6))[0] == pytest.approx(
-        0.2 * run(args, make_optimizer(args), range(5, 6))[0]
+    assert run(optimizer_config(learning_rate=0.02), new, range(5, 6))[0] == pytest.approx(
+        0.2 * run(config, make_optimizer(config), range(5, 6))[0]
     )
 
 
 def test_balancing_learns_at_a_rate_of_its_own():
-    rates = [group["initial_lr"] for group in make_optimizer(flags(), "uncertainty").param_groups]
+    rates = [group["initial_lr"] for group in make_optimizer(optimizer_config(), "uncertainty").param_groups]
     assert rates[0] == 0.1
     assert len(rates) == 2
     assert rates[1] != 0.1

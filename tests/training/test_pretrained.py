@@ -1,14 +1,12 @@
-from argparse import Namespace
-
 import pytest
 
-from diffusers_dtr.training import pretrained_options
+from diffusers_dtr.training.config import ModelConfig
+from diffusers_dtr.training.pretrained import pretrained_options
 
 
 def test_variant_that_a_folder_has_no_weights_of_is_refused(tmp_path):
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "diffusion_pytorch_model.fp16-00001-of-00002.safetensors").touch()
-    flags = {"pretrained_model_name_or_path": str(tmp_path), "revision": None, "cache_dir": None}
-    assert pretrained_options(Namespace(**flags, variant="fp16"))["variant"] == "fp16"
+    assert pretrained_options(ModelConfig(str(tmp_path), variant="fp16"))["variant"] == "fp16"
     with pytest.raises(ValueError, match=r"`--variant` must be one that .* has weights of, .* got 'bf16'"):
-        pretrained_options(Namespace(**flags, variant="bf16"))
+        pretrained_options(ModelConfig(str(tmp_path), variant="bf16"))

@@ -1,6 +1,5 @@
 """What a checkpoint stands for, and what of it a resumed run may change."""
 
-import argparse
 import json
 import logging
 from dataclasses import replace
@@ -10,30 +9,21 @@ import numpy as np
 import pytest
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
+from run_config import run_config
 from tiny_dit import routed_dit
 
-from diffusers_dtr import training
-from diffusers_dtr.training import arguments, resuming, text_to_image_arguments
-from diffusers_dtr.training.captions import Captions
-from diffusers_dtr.training.data import TrainingImages
-from diffusers_dtr.training.resuming import IMAGES_PER_STEP, RunState, run_settings
+from diffusers_dtr.training.data.captions import Captions
+from diffusers_dtr.training.data.training_images import TrainingImages
+from diffusers_dtr.training.run import resuming
+from diffusers_dtr.training.run.resuming import IMAGES_PER_STEP, RunState, run_settings
 
 
-def parse(*flags: object) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    for add in {**vars(arguments), **vars(text_to_image_arguments)}.values():
-        if getattr(add, "__name__", "").startswith("add_"):
-            add(parser)
-    parser.add_argument("--pretrained_model_name_or_path")
-    parser.add_argument("--class_dropout_prob", type=float)
-    for flag in resuming._MODEL_FLAGS:
-        parser.add_argument(f"--{flag}", type=training.json_config)
-    return parser.parse_args(["--output_dir", "run", *map(str, flags)])
-
-
-def settings(*flags: object, routing: dict | None = None, schedule: dict | None = None, **others: object) -> dict:
+def settings(
+    options: dict | None = None, *, routing: dict | None = None, schedule: dict | None = None, **others: object
+) -> dict:
     model, scheduler = routed_dit(**(routing or {})), DDPMScheduler(**(schedule or {}))
-    return run_settings(parse("--resolution", 32, *flags), model, scheduler, Accelerator(cpu=True), **others)
+    config = run_config(**{"resolution": 32, **(options or {})})
+    return run_settings(config, model, scheduler, Accelerator(cpu=True), **others)
 
 
 def go_on(before: dict, after: dict, allow: bool = False) -> list[dict]:
@@ -44,7 +34,7 @@ def go_on(before: dict, after: dict, allow: bool = False) -> list[dict]:
 
 
 def test_every_flag_that_a_resumed_run_may_change_exists():
-    known = vars(parse()).keys()
+    known = run_config().options.keys()
     assert known >= resuming._OUTPUT_FLAGS
     assert known >= resuming._ADJUSTABLE_FLAGS
     assert not resuming._OUTPUT_FLAGS & resuming._ADJUSTABLE_FLAGS
@@ -58,24 +48,25 @@ def test_every_flag_that_a_resumed_run_may_change_exists():
         ({"schedule": {"beta_start": 1e-3}}, "`beta_start of the noise scheduler` was 0.0001 and is 0.001 now"),
         ({"routing": {"routing_beta": 0.5}}, "`--routing_beta` was 0.8 and is 0.5 now"),
         ({"routing": {"class_dropout_prob": 0.5}}, "`--class_dropout_prob` was 0.1 and is 0.5 now"),
-        (["--loss_weighting", "min_snr"], "`--loss_weighting` was constant and is min_snr now"),
-        (["--random_flip"], "`--random_flip` was False and is True now"),
-        (["--resolution", 16], "`--resolution` was 32 and is 16 now"),
-        (["--use_ema"], "`--use_ema` was False and is True now"),
-        (["--rank", 4], "`--rank` was None and is 4 now"),
-        (["--dataset_name", "mnist"], "`--dataset_name` was None and is mnist now"),
+        ({"options": {"loss_weighting": "min_snr"}}, "`--loss_weighting` was constant and is min_snr now"),
+        ({"options": {"random_flip": True}}, "`--random_flip` was False and is True now"),
+        ({"options": {"resolution": 16}}, "`--resolution` was 32 and is 16 now"),
+        ({"options": {"use_ema": True}}, "`--use_ema` was False and is True now"),
+        ({"options": {"rank": 4}}, "`--rank` was None and is 4 now"),
+        ({"options": {"dataset_name": "mnist", "train_data_dir": None}}, "`--dataset_name` was None and is mnist now"),
         ({"images": 7}, "`images` was None and is 7 now"),
     ],
     ids=str,
 )
 def test_another_objective_model_or_data_is_refused_unless_allowed(after, message):
-    after = settings(**after) if isinstance(after, dict) else settings(*after)
+    after = settings(**after)
     with pytest.raises(
         ValueError, match="start a run in another `--output_dir`, or pass `--allow_changed_settings`"
     ) as error:
         go_on(settings(), after)
     assert message in str(error.value)
-    (change,) = go_on(settings(), after, allow=True)
+    changes = go_on(settings(), after, allow=True)
+    (change,) = (change for change in changes if change["setting"] != "--train_data_dir")  # which is elsewhere
     assert change["step"] == 10
     assert message == f"`{change['setting']}` was {change['before']} and is {change['after']} now"
 
@@ -127,34 +118,35 @@ def test_what_balancing_has_learned_cannot_go_on_with_other_clusters():
     with pytest.raises(
         ValueError, match=r"`--num_clusters` was 8 and is 4 now: .* made with or start .* in another `--output_dir`\.$"
     ):
-        go_on(settings(), settings("--num_clusters", 4), allow=True)
+        go_on(settings(), settings({"num_clusters": 4}), allow=True)
 
 
 @pytest.mark.parametrize(
-    "flags",
+    ("name", "value"),
     [
-        ("--learning_rate", 1e-5),
-        ("--ema_max_decay", 0.5),
-        ("--max_grad_norm", 2.0),
-        ("--max_train_steps", 100),
-        ("--train_batch_size", 4),
+        ("learning_rate", 1e-5),
+        ("ema_max_decay", 0.5),
+        ("max_grad_norm", 2.0),
+        ("max_train_steps", 100),
+        ("train_batch_size", 4),
     ],
 )
-def test_hyperparameters_may_change_and_the_change_is_remembered(flags):
-    (change,) = go_on(settings(), settings(*flags))
-    assert (change["setting"], change["after"]) == flags
+def test_hyperparameters_may_change_and_the_change_is_remembered(name, value):
+    averaged = {"use_ema": True}
+    (change,) = go_on(settings(averaged), settings({**averaged, name: value}))
+    assert (change["setting"], change["after"]) == (f"--{name}", value)
 
 
 @pytest.mark.parametrize(
-    "flags",
-    [("--report_to", "none"), ("--output_dir", "elsewhere"), ("--validation_steps", 3), ("--hub_token", "hf_x")],
+    "options",
+    [{"report_to": "none"}, {"output_dir": "elsewhere"}, {"validation_steps": 3}, {"hub_token": "hf_x"}],
 )
-def test_outputs_are_no_part_of_it(flags):
-    assert go_on(settings(), settings(*flags)) == []
+def test_outputs_are_no_part_of_it(options):
+    assert go_on(settings(), settings(options)) == []
 
 
 def test_flags_that_say_what_is_so_anyway_are_no_change():
-    assert go_on(settings(), settings("--prediction_type", "epsilon", "--routing_beta", 0.8)) == []
+    assert go_on(settings(), settings({"prediction_type": "epsilon", "routing_beta": 0.8})) == []
 
 
 def test_a_flag_that_the_older_run_did_not_know_is_no_change_while_it_is_off():
@@ -162,7 +154,7 @@ def test_a_flag_that_the_older_run_did_not_know_is_no_change_while_it_is_off():
     del before["--random_flip"], before["--snr_gamma"]
     assert go_on(before, settings()) == []
     with pytest.raises(ValueError, match="`--random_flip` was None and is True now"):
-        go_on(before, settings("--random_flip"))
+        go_on(before, settings({"random_flip": True}))
 
 
 def test_another_batch_size_says_which_images_are_skipped_or_seen_again(caplog):
@@ -178,7 +170,7 @@ def test_a_folder_that_has_moved_is_the_same(tmp_path):
     for parent in ("one", "other"):
         (tmp_path / parent / "model").mkdir(parents=True)
     before, after = (
-        settings("--pretrained_model_name_or_path", tmp_path / name / "model") for name in ("one", "other")
+        settings({"pretrained_model_name_or_path": str(tmp_path / name / "model")}) for name in ("one", "other")
     )
     assert before == after
     assert str(tmp_path) not in json.dumps(before)

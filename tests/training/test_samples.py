@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from diffusers_dtr.training.batches import TrainingBatches
-from diffusers_dtr.training.data import TrainingImages, training_images
-from diffusers_dtr.training.images import ImageTransform, UnreadableImageError
-from diffusers_dtr.training.samples import ImageDataset, collate_samples
+from diffusers_dtr.training.data.batches import TrainingBatches
+from diffusers_dtr.training.data.images import ImageTransform, UnreadableImageError
+from diffusers_dtr.training.data.samples import ImageDataset, collate_samples
+from diffusers_dtr.training.data.training_images import TrainingImages, training_images
 
 
 TRANSFORM = ImageTransform(resolution=8, random_flip=True)

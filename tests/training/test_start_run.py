@@ -1,17 +1,15 @@
 """What flags and accelerate's configuration can both decide has one value."""
 
-from argparse import Namespace
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from run_config import run_config
 
-from diffusers_dtr.training.run import agree_with_accelerate
-
-
-FLAGS = {"compile": False, "mixed_precision": None, "gradient_checkpointing": False}
+from diffusers_dtr.training.run.start import agree_with_accelerate
 
 
 @pytest.fixture(autouse=True)
@@ -28,24 +26,26 @@ def reset():
 
 
 def settle(
-    given: int | None = None, *, deepspeed: dict | None = None, fsdp: Namespace | None = None, **flags: object
-) -> Namespace:
-    """What the flags are in the end; with a DeepSpeed configuration, without DeepSpeed itself."""
-    args = Namespace(gradient_accumulation_steps=given, train_batch_size=4, max_grad_norm=0.5, **FLAGS | flags)
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=given or 1, mixed_precision=args.mixed_precision)
-    plugin = None if deepspeed is None else Namespace(deepspeed_config=deepspeed)
+    given: int | None = None, *, deepspeed: dict | None = None, fsdp: SimpleNamespace | None = None, **flags: object
+) -> int:
+    """The steps of accumulation in the end; with a DeepSpeed configuration, without DeepSpeed itself."""
+    options = {"gradient_accumulation_steps": given, "train_batch_size": 4, "max_grad_norm": 0.5}
+    config = run_config(**options, **flags)
+    accelerator = Accelerator(
+        cpu=True, gradient_accumulation_steps=given or 1, mixed_precision=config.run.mixed_precision
+    )
+    plugin = None if deepspeed is None else SimpleNamespace(deepspeed_config=deepspeed)
     states = patch.multiple(AcceleratorState, create=True, deepspeed_plugin=plugin, fsdp_plugin=fsdp)
     with states:
-        agree_with_accelerate(args, accelerator)
-    assert accelerator.gradient_accumulation_steps == args.gradient_accumulation_steps
-    return args
+        agree_with_accelerate(config, accelerator)
+    return accelerator.gradient_accumulation_steps
 
 
 @pytest.mark.parametrize(("given", "environment", "settled"), [(None, None, 1), (3, None, 3), (None, 2, 2), (2, 2, 2)])
 def test_accumulation_comes_from_the_flag_or_the_environment(given, environment, settled, monkeypatch):
     if environment is not None:
         monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", str(environment))
-    assert settle(given).gradient_accumulation_steps == settled
+    assert settle(given) == settled
 
 
 def test_a_flag_and_an_environment_that_disagree_are_both_named(monkeypatch):
@@ -65,12 +65,12 @@ def test_a_model_is_compiled_by_one_of_the_two(monkeypatch):
 
 def test_deepspeed_gets_what_its_file_leaves_open():
     config = {"gradient_clipping": "auto"}
-    assert settle(2, deepspeed=config).gradient_accumulation_steps == 2
+    assert settle(2, deepspeed=config) == 2
     assert config == {"gradient_clipping": 0.5, "train_micro_batch_size_per_gpu": 4}
 
 
 def test_accumulation_may_come_from_a_deepspeed_file():
-    assert settle(deepspeed={"gradient_accumulation_steps": 3}).gradient_accumulation_steps == 3
+    assert settle(deepspeed={"gradient_accumulation_steps": 3}) == 3
 
 
 @pytest.mark.parametrize(
@@ -87,9 +87,11 @@ def test_a_flag_and_a_deepspeed_file_that_disagree_are_both_named(name, message)
 
 
 def test_half_precision_that_needs_a_gpu_is_refused_on_a_cpu():
-    accelerator = Namespace(mixed_precision="fp16", device=torch.device("cpu"), state=Namespace(fsdp_plugin=None))
+    accelerator = SimpleNamespace(
+        mixed_precision="fp16", device=torch.device("cpu"), state=SimpleNamespace(fsdp_plugin=None)
+    )
     with pytest.raises(ValueError, match="`--mixed_precision fp16` needs a GPU"):
-        agree_with_accelerate(Namespace(**FLAGS), accelerator)
+        agree_with_accelerate(run_config(), accelerator)
 
 
 @pytest.mark.parametrize(("flag", "environment"), [("no", "bf16"), ("bf16", "fp16")])
@@ -103,11 +105,11 @@ def test_a_precision_that_differs_from_the_environments_is_refused(flag, environ
 @pytest.mark.parametrize(("flag", "environment"), [(None, "bf16"), ("bf16", "bf16"), ("bf16", "no"), ("no", "no")])
 def test_a_precision_comes_from_the_flag_or_the_environment(flag, environment, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", environment)  # the launcher's default is "no"
-    assert settle(mixed_precision=flag).mixed_precision == flag
+    settle(mixed_precision=flag)
 
 
 def test_activations_are_computed_twice_by_one_of_the_two():
-    fsdp = Namespace(activation_checkpointing=True)
+    fsdp = SimpleNamespace(activation_checkpointing=True)
     with pytest.raises(ValueError, match="`--gradient_checkpointing` and `fsdp_activation_checkpointing`"):
         settle(fsdp=fsdp, gradient_checkpointing=True)
     settle(fsdp=fsdp)

@@ -11,7 +11,7 @@ sys.path.append(str(Path(__file__).parents[1] / "models"))
 from tiny_text_encoders import clip_text_model, clip_tokenizer
 from transformers import CLIPTokenizer
 
-from diffusers_dtr.training.text_embeddings import CachedTextEmbeddings, cache_text_embeddings
+from diffusers_dtr.training.data.text_embeddings import CachedTextEmbeddings, cache_text_embeddings
 
 
 TEXTS = {"", "one", "two", "a handwritten three", "four"}

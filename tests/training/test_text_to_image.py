@@ -1,5 +1,4 @@
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from huggingface_hub import HfApi
+from run_config import run_config
 
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))
@@ -16,14 +16,8 @@ from tiny_models import PIXART, SD3, UNET_CONDITION
 from tiny_text_encoders import pixart_alpha, stable_diffusion, stable_diffusion_3
 
 from diffusers_dtr import DTRPipeline
-from diffusers_dtr.training import (
-    build_text_encoder,
-    frozen_dtype,
-    load_text_to_image_pipeline,
-    sample_text_to_image,
-    text_to_image_family,
-)
-from diffusers_dtr.training.text_to_image_families import TEXT_TO_IMAGE_FAMILIES
+from diffusers_dtr.training.families import TEXT_TO_IMAGE_FAMILIES, denoiser_family, frozen_dtype
+from diffusers_dtr.training.families.parts import build_text_encoder, load_family_pipeline, sample_texts
 
 
 PROMPTS = ["a one", "two", "three"]
@@ -44,41 +38,33 @@ def accelerator(request):
 
 
 @pytest.fixture
-def args(tmp_path):
-    options = {
-        "guidance_scale": 2.0,
-        "max_sequence_length": None,
-        "cache_text_embeddings": False,
-        "learn_sigma": False,
-    }
-    source = {"pretrained_model_name_or_path": str(tmp_path / "base"), "revision": None, "variant": None}
-    noise = {"noise_schedule": None, "num_train_timesteps": None, "prediction_type": None}
-    size = {"resolution": 8, "train_batch_size": 2, "output_dir": str(tmp_path), "cache_dir": None}
+def config(tmp_path):
+    source = {"pretrained_model_name_or_path": str(tmp_path / "base"), "output_dir": str(tmp_path)}
     sampling = {"validation_guidance_scale": 3.0, "validation_num_inference_steps": 3}
-    return Namespace(**options, **source, **noise, **size, **sampling)
+    return run_config(**source, **sampling, guidance_scale=2.0, resolution=8, train_batch_size=2)
 
 
-def build(name, args, accelerator, prompts=PROMPTS):
+def build(name, config, accelerator, prompts=PROMPTS):
     pipeline = PIPELINES[name]()
     pipeline.set_progress_bar_config(disable=True)
-    family = TEXT_TO_IMAGE_FAMILIES[type(pipeline).__name__](args.resolution)
-    return pipeline, family, build_text_encoder(args, family, pipeline, {"", *prompts}, accelerator)
+    family = TEXT_TO_IMAGE_FAMILIES[type(pipeline).__name__](config.data.resolution)
+    return pipeline, family, build_text_encoder(config, family, pipeline, {"", *prompts}, accelerator)
 
 
-def load(name, args, accelerator):
+def load(name, config, accelerator):
     """As the script does, in the precision of the run."""
-    if not Path(args.pretrained_model_name_or_path).exists():
-        PIPELINES[name]().save_pretrained(args.pretrained_model_name_or_path)
-    base, family = PIPELINES[name](), text_to_image_family(args)
+    if not Path(config.model.pretrained_model_name_or_path).exists():
+        PIPELINES[name]().save_pretrained(config.model.pretrained_model_name_or_path)
+    base, family = PIPELINES[name](), denoiser_family(config, TEXT_TO_IMAGE_FAMILIES)
     dtype = frozen_dtype(accelerator)
-    pipeline = load_text_to_image_pipeline(args, family, getattr(base, family.denoiser), base.vae, dtype)
-    return pipeline, build_text_encoder(args, family, pipeline, PROMPTS, accelerator)
+    pipeline = load_family_pipeline(config, family, getattr(base, family.denoiser), base.vae, dtype)
+    return pipeline, build_text_encoder(config, family, pipeline, PROMPTS, accelerator)
 
 
 @every_family
-def test_denoiser_is_told_in_training_what_its_pipeline_tells_it(name, args, accelerator):
-    args.max_sequence_length = None if name == "sd" else 12
-    pipeline, family, encode = build(name, args, accelerator)
+def test_denoiser_is_told_in_training_what_its_pipeline_tells_it(name, config, accelerator):
+    config = config.replace(max_sequence_length=None if name == "sd" else 12)
+    pipeline, family, encode = build(name, config, accelerator)
     said = {}
     getattr(pipeline, family.denoiser).register_forward_pre_hook(
         lambda module, positional, keywords: said.update(keywords), with_kwargs=True
@@ -95,11 +81,11 @@ def test_denoiser_is_told_in_training_what_its_pipeline_tells_it(name, args, acc
 
 @every_family
 @pytest.mark.parametrize("cached", [False, True])
-def test_validation_images_are_those_of_the_pipeline(name, cached, args, accelerator):
-    args.cache_text_embeddings, args.train_batch_size = cached, 3
+def test_validation_images_are_those_of_the_pipeline(name, cached, config, accelerator):
+    config = config.replace(cache_text_embeddings=cached, train_batch_size=3)
     expected_pipeline = PIPELINES[name]()
-    pipeline, family, encode = build(name, args, accelerator)
-    images = sample_text_to_image(args, family, pipeline, encode, PROMPTS, torch.Generator().manual_seed(0))
+    pipeline, family, encode = build(name, config, accelerator)
+    images = sample_texts(config, family, pipeline, encode, PROMPTS, torch.Generator().manual_seed(0))
     expected_pipeline.set_progress_bar_config(disable=True)
     expected = expected_pipeline(
         PROMPTS,
@@ -116,54 +102,56 @@ def test_validation_images_are_those_of_the_pipeline(name, cached, args, acceler
 
 
 @every_family
-def test_validation_takes_batches_no_larger_than_those_of_training(name, args, accelerator):
-    pipeline, family, encode = build(name, args, accelerator)
+def test_validation_takes_batches_no_larger_than_those_of_training(name, config, accelerator):
+    pipeline, family, encode = build(name, config, accelerator)
     sizes = []
     getattr(pipeline, family.denoiser).register_forward_pre_hook(
         lambda module, positional, keywords: sizes.append(len(keywords["encoder_hidden_states"])), with_kwargs=True
     )
-    images = sample_text_to_image(args, family, pipeline, encode, PROMPTS, torch.Generator())
+    images = sample_texts(config, family, pipeline, encode, PROMPTS, torch.Generator())
     assert len(images) == 3
     assert set(sizes) == {2, 4}  # guided: twice
 
 
 @every_family
-def test_text_encoders_are_gone_once_their_embeddings_are_cached(name, args, accelerator):
-    args.cache_text_embeddings = True
-    pipeline, _, encode = build(name, args, accelerator)
+def test_text_encoders_are_gone_once_their_embeddings_are_cached(name, config, accelerator):
+    config = config.replace(cache_text_embeddings=True)
+    pipeline, _, encode = build(name, config, accelerator)
     left = {part for part in pipeline.components if part.startswith("text_encoder")}
     assert all(getattr(pipeline, part) is None for part in left)
     assert all(len(embeddings) == 3 for embeddings in encode(PROMPTS).values())
 
 
-def change_weights(pipeline, args):
+def change_weights(pipeline, config):
     pipeline.text_encoder.get_input_embeddings().weight.data[0, 0] += 1
+    return config
 
 
-def change_tokens(pipeline, args):
+def change_tokens(pipeline, config):
     pipeline.tokenizer.pad_token = "a"
+    return config
 
 
-def change_length(pipeline, args):
-    args.max_sequence_length = 7
+def change_length(pipeline, config):
+    return config.replace(max_sequence_length=7)
 
 
 @pytest.mark.parametrize("change", [change_weights, change_tokens, change_length])
-def test_embeddings_of_another_encoder_or_length_are_not_taken_from_the_cache(change, args, accelerator):
-    args.cache_text_embeddings, args.max_sequence_length = True, 12
+def test_embeddings_of_another_encoder_or_length_are_not_taken_from_the_cache(change, config, accelerator):
+    config = config.replace(cache_text_embeddings=True, max_sequence_length=12)
     for number_of_caches in (1, 2):
         pipeline = PIPELINES["pixart"]()
         if number_of_caches == 2:
-            change(pipeline, args)
-        family = TEXT_TO_IMAGE_FAMILIES[type(pipeline).__name__](args.resolution)
-        encode = build_text_encoder(args, family, pipeline, {"", *PROMPTS}, accelerator)
-        assert encode(PROMPTS)["prompt_embeds"].shape[1] == args.max_sequence_length
-        assert len(list(Path(args.output_dir, "text_embeddings").iterdir())) == number_of_caches
+            config = change(pipeline, config)
+        family = TEXT_TO_IMAGE_FAMILIES[type(pipeline).__name__](config.data.resolution)
+        encode = build_text_encoder(config, family, pipeline, {"", *PROMPTS}, accelerator)
+        assert encode(PROMPTS)["prompt_embeds"].shape[1] == config.text.max_sequence_length
+        assert len(list(Path(config.run.output_dir, "text_embeddings").iterdir())) == number_of_caches
 
 
 @pytest.mark.parametrize("accelerator", ["bf16"], indirect=True)
-def test_text_encoders_are_frozen_and_in_the_precision_of_the_run(args, accelerator):
-    pipeline, encode = load("sd", args, accelerator)
+def test_text_encoders_are_frozen_and_in_the_precision_of_the_run(config, accelerator):
+    pipeline, encode = load("sd", config, accelerator)
     assert not any(parameter.requires_grad for parameter in pipeline.text_encoder.parameters())
     assert not pipeline.text_encoder.training
     assert pipeline.text_encoder.dtype == frozen_dtype(accelerator) == torch.bfloat16
@@ -172,22 +160,22 @@ def test_text_encoders_are_frozen_and_in_the_precision_of_the_run(args, accelera
 
 @pytest.mark.parametrize("accelerator", ["fp16", "bf16"], indirect=True)
 @pytest.mark.parametrize("cached", [False, True])
-def test_what_a_text_encoder_keeps_in_float32_stays_there(cached, args, accelerator):
-    args.cache_text_embeddings, args.max_sequence_length = cached, 12
+def test_what_a_text_encoder_keeps_in_float32_stays_there(cached, config, accelerator):
+    config = config.replace(cache_text_embeddings=cached, max_sequence_length=12)
     base = PIPELINES["pixart"]()
     with torch.no_grad():  # as in T5-XXL: what `wo` returns is beyond float16's 65504
         for block in base.text_encoder.encoder.block:
             block.layer[1].DenseReluDense.wo.weight[0] *= 3e7
-    base.save_pretrained(args.pretrained_model_name_or_path)
+    base.save_pretrained(config.model.pretrained_model_name_or_path)
     expected = base.encode_prompt("a one", False, device="cpu", max_sequence_length=12)[0]
-    pipeline, encode = load("pixart", args, accelerator)
+    pipeline, encode = load("pixart", config, accelerator)
     error = (encode(["a one"])["prompt_embeds"].float() - expected).norm() / expected.norm()
     assert error < {"fp16": 2e-3, "bf16": 2e-2}[accelerator.mixed_precision]
     assert pipeline.transformer.dtype == torch.float32
 
 
-def test_pixart_is_told_the_size_of_its_images_where_it_wants_to_know(args, accelerator):
-    pipeline, family, encode = build("pixart", args, accelerator)
+def test_pixart_is_told_the_size_of_its_images_where_it_wants_to_know(config, accelerator):
+    pipeline, family, encode = build("pixart", config, accelerator)
     wants = PIXART.routed(use_additional_conditions=True, attention_head_dim=12, cross_attention_dim=24)
     inputs = {"hidden_states": torch.ones(3, 4, 8, 8), "timestep": torch.tensor([5, 50, 500])}
     told = [type(family)(size).conditions(pipeline, encode(PROMPTS), {}) for size in (8, 512)]
@@ -199,14 +187,14 @@ def test_pixart_is_told_the_size_of_its_images_where_it_wants_to_know(args, acce
 
 
 @every_family
-def test_pipeline_keeps_its_parts_but_for_denoiser_autoencoder_and_noise_schedule(name, args):
+def test_pipeline_keeps_its_parts_but_for_denoiser_autoencoder_and_noise_schedule(name, config):
     base = PIPELINES[name]()
-    base.save_pretrained(args.pretrained_model_name_or_path)
+    base.save_pretrained(config.model.pretrained_model_name_or_path)
     if name != "sd3":
-        args.prediction_type = "v_prediction"
-    family = text_to_image_family(args)
+        config = config.replace(prediction_type="v_prediction")
+    family = denoiser_family(config, TEXT_TO_IMAGE_FAMILIES)
     model, vae = getattr(base, family.denoiser), base.vae
-    pipeline = load_text_to_image_pipeline(args, family, model, vae)
+    pipeline = load_family_pipeline(config, family, model, vae)
     assert type(pipeline) is type(base)
     assert getattr(pipeline, family.denoiser) is model
     assert pipeline.vae is vae
@@ -215,32 +203,32 @@ def test_pipeline_keeps_its_parts_but_for_denoiser_autoencoder_and_noise_schedul
     assert base.components.keys() == pipeline.components.keys()
 
 
-def test_revision_decides_what_kind_a_pipeline_is(hub, args, tmp_path):
+def test_revision_decides_what_kind_a_pipeline_is(hub, config, tmp_path):
     HfApi().create_repo("owner/base")
     PIPELINES["sd"]().save_pretrained(tmp_path / "old")
-    args.revision = HfApi().upload_folder(repo_id="owner/base", folder_path=tmp_path / "old").oid
+    old = HfApi().upload_folder(repo_id="owner/base", folder_path=tmp_path / "old").oid
     PIPELINES["pixart"]().save_pretrained(tmp_path / "new")
     HfApi().upload_folder(repo_id="owner/base", folder_path=tmp_path / "new")
-    args.pretrained_model_name_or_path = "owner/base"
-    assert type(text_to_image_family(args)) is TEXT_TO_IMAGE_FAMILIES["StableDiffusionPipeline"]
+    config = config.replace(pretrained_model_name_or_path="owner/base", revision=old)
+    assert type(denoiser_family(config, TEXT_TO_IMAGE_FAMILIES)) is TEXT_TO_IMAGE_FAMILIES["StableDiffusionPipeline"]
 
 
-def test_pipeline_of_another_kind_is_refused(args):
+def test_pipeline_of_another_kind_is_refused(config):
     DTRPipeline(stable_diffusion(None).scheduler, unet=UNET_CONDITION.routed()).save_pretrained(
-        args.pretrained_model_name_or_path
+        config.model.pretrained_model_name_or_path
     )
     with pytest.raises(ValueError, match=r"must be a pipeline of StableDiffusionPipeline, .*, got DTRPipeline"):
-        text_to_image_family(args)
+        denoiser_family(config, TEXT_TO_IMAGE_FAMILIES)
 
 
 @every_family
-def test_resolution_that_the_pipeline_cannot_sample_is_refused(name, args):
+def test_resolution_that_the_pipeline_cannot_sample_is_refused(name, config):
     base = PIPELINES[name]()
-    base.save_pretrained(args.pretrained_model_name_or_path)
-    args.resolution = 15
-    family = text_to_image_family(args)
+    base.save_pretrained(config.model.pretrained_model_name_or_path)
+    config = config.replace(resolution=15)
+    family = denoiser_family(config, TEXT_TO_IMAGE_FAMILIES)
     with pytest.raises(ValueError, match=r"`--resolution` must be a multiple of \d+, got 15"):
-        load_text_to_image_pipeline(args, family, getattr(base, family.denoiser), base.vae)
+        load_family_pipeline(config, family, getattr(base, family.denoiser), base.vae)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +238,7 @@ def test_resolution_that_the_pipeline_cannot_sample_is_refused(name, args):
         ({"learn_sigma": True}, "`--learn_sigma` must be left out: a StableDiffusionPipeline cannot sample"),
     ],
 )
-def test_flags_that_the_family_has_no_use_for_are_refused(flag, message, args):
-    PIPELINES["sd"]().save_pretrained(args.pretrained_model_name_or_path)
+def test_flags_that_the_family_has_no_use_for_are_refused(flag, message, config):
+    PIPELINES["sd"]().save_pretrained(config.model.pretrained_model_name_or_path)
     with pytest.raises(ValueError, match=message):
-        text_to_image_family(Namespace(**{**vars(args), **flag}))
+        denoiser_family(config.replace(**flag), TEXT_TO_IMAGE_FAMILIES)

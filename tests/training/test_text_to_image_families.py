@@ -1,7 +1,6 @@
 """Every family's denoiser is told and asked in training what its own pipeline tells and asks it."""
 
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers.utils import make_image_grid
+from run_config import run_config
 
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))
@@ -18,12 +18,8 @@ from tiny_pipelines import PIPELINES
 
 from diffusers_dtr.latents import latent_channels
 from diffusers_dtr.noise_levels import NoiseLevels
-from diffusers_dtr.training import (
-    TEXT_TO_IMAGE_FAMILIES,
-    TEXT_TO_VIDEO_FAMILIES,
-    build_text_encoder,
-    sample_text_to_image,
-)
+from diffusers_dtr.training.families import TEXT_TO_IMAGE_FAMILIES, TEXT_TO_VIDEO_FAMILIES
+from diffusers_dtr.training.families.parts import build_text_encoder, sample_texts
 
 
 PROMPTS = ["a one", "two", "number three"]
@@ -117,10 +113,10 @@ def test_validation_images_are_those_of_the_pipeline(name, cached, accelerator, 
     tiny = PIPELINES[name]
     pipeline, family = tiny.pipeline(), family_of(tiny)
     scale = 3.0 if family.guided else 1.0
-    sizes = {"resolution": tiny.size, "train_batch_size": len(PROMPTS), "output_dir": tmp_path}
+    sizes = {"resolution": tiny.size, "train_batch_size": len(PROMPTS), "output_dir": str(tmp_path)}
     texts = {"max_sequence_length": tiny.max_sequence_length, "cache_text_embeddings": cached}
     sampling = {"validation_guidance_scale": scale, "validation_num_inference_steps": 2}
-    args = Namespace(**sizes, **texts, **sampling)
+    config = run_config(**sizes, **texts, **sampling)
     call = {**tiny.call, **family.guidance(scale)}
     if "negative_prompt" in call:
         call["negative_prompt"] = [""] * len(PROMPTS)
@@ -128,8 +124,8 @@ def test_validation_images_are_those_of_the_pipeline(name, cached, accelerator, 
     (expected,) = pipeline(prompt=[*PROMPTS], **call, generator=torch.Generator().manual_seed(0))
     if isinstance(expected[0], list):  # of frames
         expected = [make_image_grid(frames, rows=1, cols=5) for frames in expected]
-    encode = build_text_encoder(args, family, pipeline, {"", *PROMPTS}, accelerator)
-    images = sample_text_to_image(args, family, pipeline, encode, PROMPTS, torch.Generator().manual_seed(0))
+    encode = build_text_encoder(config, family, pipeline, {"", *PROMPTS}, accelerator)
+    images = sample_texts(config, family, pipeline, encode, PROMPTS, torch.Generator().manual_seed(0))
     assert len(images) == len(expected) == 3
     for one, other in zip(images, expected, strict=True):
         assert np.abs(np.asarray(one, dtype=int) - np.asarray(other)).max() <= 1  # grey values of 255

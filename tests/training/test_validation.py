@@ -1,11 +1,10 @@
-import argparse
-
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
+from run_config import run_config
 
 from diffusers_dtr import DenoisingLoss, NoiseLevels, TaskAffinity, cluster_timesteps
 from diffusers_dtr.training import HeldOutLoss
@@ -211,7 +210,9 @@ def test_an_epoch_ends_in_the_step_that_sees_its_last_image(images_per_step, epo
 
 
 def test_what_cannot_be_sampled_names_the_flags_of_validation():
-    args = argparse.Namespace(resolution=8, validation_num_inference_steps=1, max_sequence_length=None)
-    with pytest.raises(ValueError, match="with `--resolution 8`, `--validation_num_inference_steps 1`: IndexError: "):
-        try_sampling(lambda: ()[0], args)
-    try_sampling(lambda: [], args)
+    config = run_config(resolution=8, validation_num_inference_steps=1)
+    with pytest.raises(
+        ValueError, match=r"with .*`--resolution 8`, `--validation_num_inference_steps 1`.*: IndexError: "
+    ):
+        try_sampling(lambda: ()[0], config)
+    try_sampling(lambda: [], config)

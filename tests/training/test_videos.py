@@ -11,9 +11,9 @@ import torch
 from PIL import ExifTags, Image
 from test_color_profiles import icc_profile
 
-from diffusers_dtr.training.images import ImageTransform, UnreadableImageError, decode_image
-from diffusers_dtr.training.samples import ImageDataset
-from diffusers_dtr.training.videos import TrainingVideos, Video, VideoTransform, load_training_videos
+from diffusers_dtr.training.data.images import ImageTransform, UnreadableImageError, decode_image
+from diffusers_dtr.training.data.samples import ImageDataset
+from diffusers_dtr.training.data.videos import TrainingVideos, Video, VideoTransform, load_training_videos
 
 
 def frames(count: int) -> list[Image.Image]:

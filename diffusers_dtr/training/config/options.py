@@ -1,0 +1,105 @@
+"""What the options of a run are made of: frozen dataclasses whose fields are checked, and become flags of a script.
+
+An option `x` is the flag `--x` on the command line, the key `x` of a YAML or JSON file, and an argument in Python. Its
+annotation says its type and range, so that it is checked the same way wherever it comes from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import MISSING, field, fields
+from functools import cache
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from ...config_types import check_types, shortened
+from ...ranges import COUNT, FINITE, NON_NEGATIVE, POSITIVE, SEED, SHARE, WHOLE, Range
+
+
+Count = Annotated[int, COUNT]
+Whole = Annotated[int, WHOLE]
+Seed = Annotated[int, SEED]
+Positive = Annotated[float, POSITIVE]
+NonNegative = Annotated[float, NON_NEGATIVE]
+Finite = Annotated[float, FINITE]
+Share = Annotated[float, SHARE]
+BelowOne = Annotated[float, Range("[0, 1)")]
+
+
+def option(default: Any = MISSING, help: str | None = None, **argparse_options: Any) -> Any:
+    """A field of [`Options`].
+
+    Args:
+        default: Its default; without one it is required.
+        help: What `--help` says of it.
+        **argparse_options: What else `add_argument` takes, such as `nargs`.
+    """
+    if help is not None and default not in (MISSING, None, False):
+        help = f"{help} Default {default}."
+    return field(default=default, metadata={"help": help, **argparse_options})
+
+
+class Options:
+    """Base of the parts of a run's configuration: checks every field's type, choices and range.
+
+    Raises:
+        ValueError: If a field is of another type, or outside its range or choices.
+    """
+
+    def __post_init__(self):
+        hints = _hints(type(self))
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        for name, value in values.items():
+            if value is None and type(None) in get_args(hints[name]):
+                continue
+            flag = f"--{name}"
+            for allowed in _limits(hints[name]):
+                for item in value if isinstance(value, list | tuple) else (value,):
+                    if item not in allowed:
+                        among = allowed if isinstance(allowed, Range) else f"one of {', '.join(map(str, allowed))}"
+                        raise ValueError(f"`{flag}` must be {among}, got {shortened(item)}.")
+            check_types({flag: _plain_hints(type(self))[name]}, {flag: value}, "a run")
+
+    def is_default(self, name: str) -> bool:
+        """Whether a field has its default.
+
+        Args:
+            name: Of the field.
+        """
+        (item,) = (item for item in fields(self) if item.name == name)
+        return getattr(self, name) == item.default
+
+    def effect_only(self, needed: bool, condition: str, *names: str) -> None:
+        """Refuse fields that were given although they have no effect.
+
+        Args:
+            needed: Whether they have one.
+            condition: When they have one, for the error.
+            *names: Of the fields.
+
+        Raises:
+            ValueError: If one of them is not its default.
+        """
+        for name in () if needed else names:
+            if not self.is_default(name):
+                raise ValueError(f"`--{name}` has an effect {condition} only.")
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls, include_extras=True)
+
+
+@cache
+def _plain_hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def _limits(hint: Any) -> Iterator[Range | tuple]:
+    """The ranges and choices in an annotation."""
+    if get_origin(hint) is Annotated:
+        yield from (extra for extra in hint.__metadata__ if isinstance(extra, Range))
+    elif get_origin(hint) is Literal:
+        yield get_args(hint)
+    else:
+        for part in get_args(hint):
+            yield from _limits(part)

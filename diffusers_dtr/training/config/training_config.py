@@ -1,0 +1,252 @@
+"""All of a run's configuration: put together in Python, or parsed from flags and a YAML or JSON file."""
+
+from __future__ import annotations
+
+import json
+import math
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from ...atomic_files import replace_text
+from ...config_types import read_object, shortened
+from .data import DataConfig, LoraConfig, ModelConfig, TextConfig, VideoConfig
+from .learning import EMAConfig, NoiseConfig, ObjectiveConfig, OptimizerConfig, RoutingConfig
+from .options import Options
+from .running import GuidedValidationConfig, HubConfig, RunConfig, ValidationConfig
+
+
+# Where diffusers' polynomial schedule ends; it must begin above.
+POLYNOMIAL_END = 1e-7
+_NOT_SAVED = ("hub_token", "resume_from_checkpoint", "allow_changed_settings")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The configuration of a run, in parts. No option is in two of them.
+
+    Args:
+        run: Folder, steps, precision and log.
+        data: Images or videos.
+        model: What is trained, and which pretrained parts.
+        optimizer: AdamW and the learning rate.
+        ema: Average of the weights.
+        noise: Noise schedule.
+        objective: Weighting, clusters and balancing.
+        routing: Denoising Task Routing.
+        validation: Sample grids and held-out loss.
+        hub: What is pushed.
+        text: Captions, or None without.
+        lora: Adapters.
+
+    Raises:
+        ValueError: If parts do not fit each other.
+    """
+
+    run: RunConfig
+    data: DataConfig | VideoConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
+    validation: ValidationConfig = field(default_factory=GuidedValidationConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
+    text: TextConfig | None = None
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+    def __post_init__(self):
+        model = self.model
+        if getattr(self.data, "cache_latents", False) and not (
+            model.vae_name_or_path or model.pretrained_model_name_or_path
+        ):
+            raise ValueError(
+                "`--cache_latents` needs --vae_name_or_path, or a pretrained pipeline that has an autoencoder."
+            )
+        if self.run.max_train_steps is not None:
+            check_warm_ups(self, self.run.max_train_steps)
+        lowest = POLYNOMIAL_END / (self.run.train_batch_size if self.optimizer.scale_lr else 1)
+        if self.optimizer.lr_scheduler == "polynomial" and self.optimizer.learning_rate <= lowest:
+            raise ValueError(
+                f"`--learning_rate` must be above {lowest:g}, where --lr_scheduler polynomial ends, got "
+                f"{self.optimizer.learning_rate:g}."
+            )
+        if self.run.report_to == "wandb" and self.hub.hub_token is not None:
+            raise ValueError(
+                "`--report_to wandb` uploads the command line, and --hub_token with it: use `hf auth login`."
+            )
+        self._check_adapters()
+
+    def _check_adapters(self) -> None:
+        if self.lora.rank is None:
+            return
+        if self.lora.route_lora and self.routing.routing_warmup_steps:
+            raise ValueError("`--routing_warmup_steps` is of the denoiser, which --route_lora leaves unrouted.")
+        if self.ema.use_ema:
+            raise ValueError(
+                "`--rank` does not go with --use_ema: the average would be of all weights, not of the adapters."
+            )
+        if getattr(self.model, "denoiser_config", None) is not None:
+            raise ValueError(
+                "`--rank` does not go with --denoiser_config: adapters need a denoiser that is trained already."
+            )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All options by name, of all parts."""
+        return {name: getattr(part, name) for part in self._parts() for name in _names(type(part))}
+
+    def replace(self, **changes: Any) -> TrainingConfig:
+        """The same configuration with other values of some options.
+
+        Args:
+            **changes: By the options' names.
+        """
+        parts = {}
+        for item in fields(self):
+            part = getattr(self, item.name)
+            names = [] if part is None else _names(type(part))
+            mine = {name: changes.pop(name) for name in names if name in changes}
+            parts[item.name] = replace(part, **mine) if mine else part
+        if changes:
+            raise TypeError(f"A run has no options {', '.join(changes)}.")
+        return TrainingConfig(**parts)
+
+    def with_max_train_steps(self, num_images: int, images_per_step: int) -> TrainingConfig:
+        """The same configuration with a number of steps: that of its epochs, unless it has one.
+
+        Args:
+            num_images: Images of an epoch.
+            images_per_step: Images of all processes and forward calls of an optimizer step.
+
+        Raises:
+            ValueError: If a warm-up would not end before the run.
+        """
+        steps = self.run.max_train_steps
+        if steps is None:
+            steps = math.ceil(self.run.num_train_epochs * num_images / images_per_step)
+        return self.replace(max_train_steps=steps)
+
+    def save(self, path: Path) -> None:
+        """Write the options that are not the default as JSON that [`parse_config`] reads; no token, and no resumption.
+
+        Args:
+            path: The file.
+        """
+        given = {
+            name: getattr(part, name)
+            for part in self._parts()
+            for name in _names(type(part))
+            if name not in _NOT_SAVED and not part.is_default(name)
+        }
+        replace_text(path, json.dumps(given, indent=2, ensure_ascii=False) + "\n")
+
+    def _parts(self) -> Iterator[Options]:
+        parts = (getattr(self, item.name) for item in fields(self))
+        return (part for part in parts if part is not None)
+
+
+def check_warm_ups(config: TrainingConfig, num_steps: int) -> None:
+    """Refuse what would rise or fall until after the run.
+
+    Args:
+        config: The run's configuration.
+        num_steps: Optimizer steps of the run.
+
+    Raises:
+        ValueError: Naming the option, its value and the number of steps.
+    """
+    warmup, routing = config.optimizer.lr_warmup_steps, config.routing.routing_warmup_steps
+    if warmup >= num_steps:
+        raise ValueError(
+            f"`--lr_warmup_steps` must be below the {num_steps} steps of the run, got {warmup}: the learning rate "
+            "would never be at its peak."
+        )
+    if routing > num_steps:
+        raise ValueError(
+            f"`--routing_warmup_steps` must be at most the {num_steps} steps of the run, got {routing}: it would end "
+            "before its target."
+        )
+
+
+def parse_config(
+    argv: Sequence[str] | None = None, *, description: str | None = None, **parts: type[Options]
+) -> TrainingConfig:
+    """Parse a script's flags and the file that its `--config` names, or exit with a message.
+
+    Args:
+        argv: The flags; those of the process by default.
+        description: The script's.
+        **parts: Classes of parts of [`TrainingConfig`] by its names, where they are not the usual ones. Captions and
+            adapters have flags only if they are given.
+    """
+    parts = _USUAL_PARTS | parts
+    parser = HfArgumentParser(
+        list(parts.values()),
+        usage="%(prog)s [--config FILE] [options; --help lists them]",  # else a screen of flags before every error
+        description=description,
+        allow_abbrev=False,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--config", help="YAML or JSON file of options, such as a run's run_config.json. Flags take precedence."
+    )
+    try:
+        _take_defaults(parser, _options_of_file(argv), parts.values())
+        unknown = parser.parse_known_args(argv)[1]
+        if unknown:
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        values = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+        return TrainingConfig(**dict(zip(parts, values, strict=False)))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _options_of_file(argv: Sequence[str] | None) -> dict[str, Any]:
+    finder = ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config")
+    path = finder.parse_known_args(argv)[0].config
+    if path is None:
+        return {}
+    path = Path(path)
+    try:  # YAML would read some numbers and characters of JSON otherwise
+        values = read_object(path) if path.suffix == ".json" else yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ValueError(f"`--config` must be a YAML or JSON file of options, got {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"`--config` must be a file of options by name, got {path} with {shortened(values)}.")
+    return values
+
+
+def _take_defaults(parser: ArgumentParser, values: dict[str, Any], parts: Iterable[type[Options]]) -> None:
+    known = {name for part in parts for name in _names(part)}
+    unknown = sorted(map(str, values.keys() - known))
+    if unknown:
+        raise ValueError(f"`--config` must be a file of this script's options, got {shortened(unknown)} in it.")
+    parser.set_defaults(**values)
+    for action in parser._actions:  # argparse has no public way to what is required
+        action.required = action.required and action.dest not in values
+
+
+def _names(part: type[Options]) -> list[str]:
+    return [item.name for item in fields(part)]
+
+
+_USUAL_PARTS: dict[str, type[Options]] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "run": RunConfig,
+    "optimizer": OptimizerConfig,
+    "ema": EMAConfig,
+    "noise": NoiseConfig,
+    "objective": ObjectiveConfig,
+    "routing": RoutingConfig,
+    "validation": GuidedValidationConfig,
+    "hub": HubConfig,
+}

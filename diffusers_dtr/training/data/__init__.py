@@ -1,0 +1,16 @@
+"""Images, videos and captions: found, decoded, cached and put into batches."""
+
+from .captions import CaptionedDataset
+from .classes import match_classes
+from .loading import TrainingData, build_loader, held_out_samples, load_data, load_images
+
+
+__all__ = [
+    "CaptionedDataset",
+    "TrainingData",
+    "build_loader",
+    "held_out_samples",
+    "load_data",
+    "load_images",
+    "match_classes",
+]

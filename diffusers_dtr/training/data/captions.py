@@ -1,0 +1,117 @@
+"""Captions of images: which of them a sample gets, and whether it gets none, are functions of its place in the run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Any
+
+import datasets
+import torch
+from torch.utils.data import Dataset
+
+from ..randomness import Draw, generator_for
+
+
+_ROWS_AT_ONCE = 10_000
+
+
+class Captions:
+    """The captions of a dataset, one or several per row, read as they are needed.
+
+    Args:
+        dataset: A map-style dataset.
+        column: One of its columns, of strings or lists of strings. An empty string is a caption too.
+
+    Raises:
+        ValueError: If the column holds something else, or a row has no caption.
+    """
+
+    def __init__(self, dataset: datasets.Dataset, column: str):
+        feature = dataset.features[column]
+        value = getattr(feature, "feature", feature)  # what a list is a list of
+        if not isinstance(value, datasets.Value) or "string" not in value.dtype:
+            raise ValueError(
+                f"`caption_column` must hold strings or lists of strings, got {column!r}, which holds {feature}. "
+                "Choose another with `--caption_column`."
+            )
+        self.column = column
+        self._rows = dataset.select_columns([column]).with_format(None)
+        for row, captions in enumerate(self._by_row()):
+            if not captions or None in captions:
+                raise ValueError(
+                    f"`caption_column` must have a caption in every row, got {captions or 'none'} in row {row} of "
+                    f"{column!r}. Caption the image, or leave it out."
+                )
+
+    def select(self, rows: Sequence[int]) -> Captions:
+        """Those of some rows, in their order."""
+        return Captions(self._rows.select(rows), self.column)
+
+    def __getitem__(self, row: int) -> list[str]:
+        """The captions of a row."""
+        return _as_list(self._rows[row][self.column])
+
+    def all(self) -> Iterator[str]:
+        """The captions of all rows, read a few at a time."""
+        return chain.from_iterable(self._by_row())
+
+    def fingerprint(self) -> str:
+        """A hash of the captions of all rows, in their order."""
+        digest = hashlib.sha256()
+        for captions in self._by_rows():
+            digest.update(json.dumps(captions).encode())
+        return digest.hexdigest()[:16]
+
+    def _by_row(self) -> Iterator[list[str]]:
+        return chain.from_iterable(self._by_rows())
+
+    def _by_rows(self) -> Iterator[list[list[str]]]:
+        for rows in self._rows.iter(_ROWS_AT_ONCE):
+            yield [*map(_as_list, rows[self.column])]
+
+
+def _as_list(captions: str | list[str] | None) -> list[str]:
+    return [captions] if isinstance(captions, str) else captions or []
+
+
+class CaptionedDataset(Dataset):
+    """Adds a `caption` to the samples of a dataset of images or latents.
+
+    Args:
+        dataset: Its samples tell the `row` that they are of.
+        captions: Of its rows.
+        seed: Seed of the run, >= 0: one of a row's captions is drawn, depending on (seed, epoch, index) alone. None
+            gives every row its first caption.
+        proportion_empty: Share of samples whose caption is replaced by an empty one, in [0, 1], drawn likewise.
+
+    Raises:
+        ValueError: For a `proportion_empty` outside [0, 1], or one above 0 without a seed.
+    """
+
+    def __init__(self, dataset: Dataset, captions: Captions, seed: int | None = None, proportion_empty: float = 0.0):
+        if not 0 <= proportion_empty <= 1:
+            raise ValueError(f"`proportion_empty` must be in [0, 1], got {proportion_empty}.")
+        if seed is None and proportion_empty > 0:
+            raise ValueError("`seed` must be given for captions to be replaced at random, got None.")
+        self.dataset = dataset
+        self.captions = captions
+        self.seed = seed
+        self.proportion_empty = proportion_empty
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
+        """The sample of an (epoch, index) with its `caption`."""
+        sample = self.dataset[item]
+        captions = self.captions[sample["row"]]
+        if self.seed is None:
+            return sample | {"caption": captions[0]}
+        generator = generator_for(Draw.CAPTION, self.seed, *item)
+        # In float32 the product could round up to the number of captions.
+        drop, choice = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+        caption = "" if drop < self.proportion_empty else captions[int(choice * len(captions))]
+        return sample | {"caption": caption}

@@ -1,0 +1,108 @@
+"""Which class is which: the classes of images, matched by name with those that a model knows already."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from ...pipelines.class_labels import classes_by_name
+from .training_images import TrainingImages
+
+
+logger = logging.getLogger(__name__)
+
+
+def match_classes(
+    images: TrainingImages, id2label: Mapping[int | str, str] | None, num_classes: int, *, new_classes: bool = False
+) -> tuple[TrainingImages, bool]:
+    """Give images the labels that a model has for classes of their names.
+
+    Where only one of them has names, or none, and as many classes, the numbers are taken to agree: nothing tells.
+
+    Args:
+        images: Labelled images.
+        id2label: The model's names of classes, or None; names separated by commas are synonyms.
+        num_classes: The model's number of classes.
+        new_classes: Whether there may be classes that the model does not know. They get the labels from `num_classes`
+            on; if it knows none of them, those that they have.
+
+    Returns:
+        The images, and whether the model's classes are among theirs.
+
+    Raises:
+        ValueError: If a name may be one of several classes, or several names are one class, or for a class that the
+            model does not know where there must not be any.
+    """
+    known = {int(label): name for label, name in (id2label or {}).items() if int(label) < num_classes}
+    if not known or images.id2label is None:
+        return _match_by_number(images, known, num_classes, new_classes)
+    found = _known_labels(images.id2label, known)
+    new = [label for label in images.id2label if label not in found]
+    if new and not new_classes:
+        raise ValueError(
+            f"The classes of the images must be among {_first(known.values())}, got "
+            f"{_first(images.id2label[label] for label in new)}."
+        )
+    if not found:
+        logger.warning(
+            f"None of the classes {_first(images.id2label.values())} is known to the pretrained model "
+            f"({_first(known.values())}): all of them are new classes."
+        )
+        return images, False
+    found |= {label: num_classes + place for place, label in enumerate(new)}
+    names = known | {found[label]: images.id2label[label] for label in new}
+    logger.info(f"{len(images.id2label) - len(new)} classes are known to the pretrained model by their names.")
+    if new:
+        logger.warning(f"New classes, from label {num_classes} on: {_first(names[found[label]] for label in new)}.")
+    labels = np.array([found[label] for label in range(images.num_classes)])[images.labels]
+    return replace(images, labels=labels, num_classes=num_classes + len(new), id2label=names), True
+
+
+def _match_by_number(
+    images: TrainingImages, known: dict[int, str], num_classes: int, new_classes: bool
+) -> tuple[TrainingImages, bool]:
+    if images.num_classes == num_classes or (images.num_classes < num_classes and not new_classes):
+        if known or images.id2label is not None:
+            logger.warning("Only one of the model and the images names its classes: their numbers are taken to agree.")
+        names = known or (images.id2label if images.num_classes == num_classes else None)
+        return replace(images, num_classes=num_classes, id2label=names or None), True
+    if not new_classes:
+        raise ValueError(f"The images have {images.num_classes} classes, but the model knows {num_classes}.")
+    logger.warning(
+        f"The {images.num_classes} classes of the images are new ones: the pretrained model has {num_classes}, and "
+        "only names of both would tell which are the same."
+    )
+    return images, False
+
+
+def _known_labels(names: Mapping[int, str], known: Mapping[int, str]) -> dict[int, int]:
+    """The model's label of each class that it knows."""
+    if dict(names) == dict(known):
+        return {label: label for label in names}  # even if names are repeated
+    by_name = classes_by_name(known)
+    found: dict[int, int] = {}
+    for label, name in names.items():
+        candidates = [other for other in by_name.get(name, []) if known[other] == name] or by_name.get(name)
+        if candidates is None:
+            parts = [part.strip() for part in name.split(",")]
+            candidates = sorted({other for part in parts for other in by_name.get(part, [])})
+        if len(candidates) > 1:
+            options = ", ".join(f"{other} ({known[other]})" for other in candidates)
+            raise ValueError(f"The class {name!r} of the images may be each of the model's {options}: rename it.")
+        if candidates:
+            found[label] = candidates[0]
+    for label in set(found.values()):
+        same = [names[other] for other in found if found[other] == label]
+        if len(same) > 1:
+            raise ValueError(
+                f"The classes {', '.join(same)} of the images are one class of the model, {known[label]}: merge them."
+            )
+    return found
+
+
+def _first(names, count: int = 10) -> str:
+    names = list(names)
+    return ", ".join(names[:count]) + (f", … ({len(names)} in all)" if len(names) > count else "")

@@ -1,0 +1,310 @@
+"""What of a folder is trained on: every file in it is used, or counted with the reason why it is not."""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+import zipfile
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import datasets
+from PIL import Image
+
+from ...caches import build_folder, content_key
+
+
+logger = logging.getLogger(__name__)
+
+_METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+IMAGE, METADATA = "image", "of metadata that no flag asks for"
+_HIDDEN, OTHER = "hidden", "not of a format that Pillow opens"
+_BROKEN, _CYCLE = "links that lead nowhere", "links to a folder that they are in"
+# Pillow tells these formats, but decodes none of their files.
+_STUBS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
+_SPLITS = {"train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing"}
+_EXAMPLES = 3
+
+
+@dataclass(frozen=True)
+class FoundFile:
+    """A file of a folder.
+
+    Attributes:
+        path: Where it is.
+        place: Its path in the folder, as though zip files were unpacked where they lie.
+        kind: Whether it is an image or of metadata, or why it is neither.
+    """
+
+    path: str
+    place: str
+    kind: str
+
+    @property
+    def top_folder(self) -> str | None:
+        """The folder at the top that it is in, or None for a file at the top."""
+        top, slash, _ = self.place.partition("/")
+        return top if slash else None
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """The endings of files that Pillow opens, in lower case, such as ".png"."""
+    Image.init()
+    return frozenset(
+        suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN and name not in _STUBS
+    )
+
+
+def scan_folder(folder: str | os.PathLike, cache_dir: str | os.PathLike | None = None) -> list[FoundFile]:
+    """All files of a folder, also of what links in it lead to and of its zip files, in the order of their places.
+
+    Args:
+        folder: The folder.
+        cache_dir: Where zip files are unpacked; by default where 🤗 datasets keeps what it prepares.
+
+    Raises:
+        OSError: If something in it cannot be read.
+        ValueError: For a damaged or encrypted zip file.
+    """
+    files: list[FoundFile] = []
+
+    def visit(path: str, place: str, hidden: bool, above: frozenset[str]) -> None:
+        inode = os.path.realpath(path)
+        if inode in above:
+            files.append(FoundFile(path, place.rstrip("/"), _CYCLE))
+            return
+        with os.scandir(path) as entries:
+            for entry in entries:
+                is_hidden = hidden or entry.name.startswith(".") or entry.name == "__MACOSX"
+                if entry.is_dir():
+                    visit(entry.path, f"{place}{entry.name}/", is_hidden, above | {inode})
+                elif not is_hidden and entry.is_file() and entry.name.lower().endswith(".zip"):
+                    visit(unzip(entry.path, cache_dir), place, False, above | {inode})
+                else:
+                    kind = _HIDDEN if is_hidden else _kind(entry)
+                    files.append(FoundFile(entry.path, place + entry.name, kind))
+
+    visit(os.path.abspath(folder), "", False, frozenset())
+    return sorted(files, key=lambda file: (file.place.split("/"), file.path))
+
+
+def _kind(entry: os.DirEntry) -> str:
+    if not entry.is_file():
+        return _BROKEN
+    if entry.name in _METADATA_NAMES:
+        return METADATA
+    return IMAGE if os.path.splitext(entry.name)[1].lower() in image_suffixes() else OTHER
+
+
+def unzip(archive: str, cache_dir: str | os.PathLike | None = None) -> str:
+    """The folder into which a zip file was unpacked, once for each of its versions.
+
+    Args:
+        archive: Its path.
+        cache_dir: As in [`scan_folder`].
+
+    Raises:
+        ValueError: If it is damaged or encrypted.
+    """
+    status = os.stat(archive)
+    key = content_key({"path": os.path.realpath(archive), "size": status.st_size, "time": status.st_mtime_ns}, [])
+    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).absolute() / "unzipped" / key
+
+    def unpack(partial: Path) -> None:
+        with zipfile.ZipFile(archive) as file:
+            file.extractall(partial / "files")
+
+    try:
+        build_folder(folder, unpack)
+    except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:  # damaged, encrypted, of a rare method
+        raise ValueError(f"The zip file {archive} cannot be unpacked: {error}.") from error
+    return str(folder / "files")
+
+
+def load_image_folder(
+    folder: str | os.PathLike,
+    *,
+    image_column: str = "image",
+    label_column: str | None = None,
+    caption_column: str | None = None,
+    min_classes: int = 2,
+    cache_dir: str | os.PathLike | None = None,
+) -> datasets.Dataset:
+    """The images of a folder as a dataset, with labels or captions, if they are asked for.
+
+    Labels and captions come from the folder's metadata files, as in the imagefolder of 🤗 datasets. Without labels
+    there, the folders at the top are the classes, however deep in them images lie. Without both, all images are used.
+
+    Args:
+        folder: The folder; what it holds is logged.
+        image_column: Name of the column of images.
+        label_column: Name of the column of labels, or None.
+        caption_column: Name of the column of captions, or None.
+        min_classes: How many folders at the top there must be where they are the classes.
+        cache_dir: As in [`scan_folder`], and where `datasets` keeps what it prepares.
+
+    Raises:
+        ValueError: If there are no such images. It says what was found.
+    """
+    files = scan_folder(folder, cache_dir)
+    images = [file for file in files if file.kind == IMAGE]
+    metadata = [file for file in files if file.kind == METADATA]
+    column = caption_column or label_column
+    if not images and not metadata:
+        raise ValueError(f"{_named(folder)} must hold images, found {found(files)}.")
+    if column is not None and metadata:
+        rows = _read_metadata(folder, metadata, cache_dir)
+        if caption_column is not None or column in rows.column_names:
+            return _with_metadata(folder, files, rows, image_column)
+    if caption_column is not None:
+        raise ValueError(
+            f"{_named(folder)} must have a metadata.jsonl, with `file_name` and {caption_column!r} of every image, "
+            f"found {found(files)} and no metadata file. Choose the column with `--caption_column`."
+        )
+    if label_column is None:
+        classes = None
+    else:
+        images = [file for file in images if file.top_folder is not None]
+        classes = sorted({file.top_folder for file in images})
+        _check_classes(folder, files, classes, min_classes)
+    report(folder, files, {file.path for file in images}, "not in a class folder", classes)
+    columns = {image_column: [file.path for file in images]}
+    features = {image_column: datasets.Value("string")}
+    if classes is not None:
+        numbers = {name: number for number, name in enumerate(classes)}
+        columns[label_column] = [numbers[file.top_folder] for file in images]
+        features[label_column] = datasets.ClassLabel(names=classes)
+    dataset = datasets.Dataset.from_dict(columns, datasets.Features(features))
+    return _fingerprinted(dataset.cast_column(image_column, datasets.Image()), images)
+
+
+def report(
+    folder: str | os.PathLike,
+    files: Iterable[FoundFile],
+    used: set[str],
+    unused_images: str,
+    classes: Iterable[str] | None = None,
+) -> None:
+    """Log how many files of a folder are used, and how many are not and why, with examples.
+
+    Args:
+        folder: The folder.
+        files: Of [`scan_folder`].
+        used: Paths of those that are used.
+        unused_images: Why an image is not.
+        classes: Its folders that are classes, if they are. Others at the top are named as empty.
+    """
+    files = list(files)
+    left_out: dict[str, list[str]] = {}
+    for file in files:
+        if file.path not in used:
+            reason = unused_images if file.kind == IMAGE else file.kind
+            left_out.setdefault(reason, []).append(file.place)
+    parts = [f"{len(places)} {reason} ({_examples(places)})" for reason, places in left_out.items()]
+    number = len(files) - sum(map(len, left_out.values()))
+    left_out_are = f"; left out are {', '.join(parts)}" if parts else ""
+    logger.info(f"{os.fspath(folder)}: {number} of {_count(len(files), 'file')} used{left_out_are}.")
+    if classes is not None:
+        with os.scandir(folder) as entries:
+            folders = {entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")}
+        empty = sorted(folders - set(classes) - {"__MACOSX"})
+        if empty:
+            logger.warning("Folders without images are no classes: %s.", ", ".join(empty))
+
+
+def _check_classes(folder: str | os.PathLike, files: list[FoundFile], classes: list[str], least: int) -> None:
+    if len(classes) < least:
+        number = {1: "one class folder", 2: "two class folders"}[least]
+        hint = "Without classes, use train_unconditional.py."
+        if len(classes) == 1:
+            hint = f"If the folders in it are the classes, name {os.path.join(os.fspath(folder), classes[0])}. {hint}"
+        raise ValueError(f"{_named(folder)} must have at least {number} of images, found {found(files)}. {hint}")
+    nested = {file.top_folder for file in files if file.kind == IMAGE and file.place.count("/") > 1}
+    if nested.issuperset(classes) and {name.lower() for name in classes} <= _SPLITS:
+        raise ValueError(
+            f"{_named(folder)} must have a folder per class, found {', '.join(classes)}, which are splits that "
+            f"hold folders. Name one of these, such as {os.path.join(os.fspath(folder), classes[0])}."
+        )
+
+
+def _read_metadata(folder, metadata: list[FoundFile], cache_dir) -> datasets.Dataset:
+    def read(file: FoundFile) -> datasets.Dataset:
+        files = {"train": glob.escape(file.path)}
+        return datasets.load_dataset("imagefolder", data_files=files, split="train", cache_dir=cache_dir)
+
+    try:
+        # One by one, because `datasets` puts several in an order that differs between processes.
+        return datasets.concatenate_datasets([read(file) for file in metadata])
+    except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        places = _examples([file.place for file in metadata])
+        raise ValueError(f"{_named(folder)} has metadata that cannot be read, {places}: {error}") from error
+
+
+def _with_metadata(folder, files: list[FoundFile], rows: datasets.Dataset, image_column: str) -> datasets.Dataset:
+    if not isinstance(rows.features.get(image_column), datasets.Image):
+        return rows  # the caller tells the columns that there are
+    listed = [path for path in image_paths(rows, image_column) if path is not None]
+    by_path = {file.path: file for file in files}
+    missing = [path for path in listed if path not in by_path]
+    if missing:
+        raise ValueError(
+            f"{_named(folder)} has metadata that list {_count(len(missing), 'image')} which cannot be found: "
+            f"{_examples(missing)}."
+        )
+    read = {file.path for file in files if file.kind == METADATA}
+    report(folder, files, {*listed, *read}, "not listed in the metadata")
+    return _fingerprinted(rows, [by_path[path] for path in listed])
+
+
+def image_paths(dataset: datasets.Dataset, column: str) -> list[str | None]:
+    """The path of every row's image; None where it has none.
+
+    Args:
+        dataset: A map-style dataset.
+        column: A column of images.
+    """
+    rows = dataset.select_columns([column]).with_format("arrow")[:].column(column)
+    return [path for chunk in rows.chunks for path in chunk.field("path").to_pylist()]
+
+
+def _fingerprinted(dataset: datasets.Dataset, images: Iterable[FoundFile]) -> datasets.Dataset:
+    """Named by its files as they are now, so that what is made of them is made anew when they change."""
+    states = [(file.place, status.st_size, status.st_mtime_ns) for file in images if (status := os.stat(file.path))]
+    labels = [str(feature) for feature in dataset.features.values()]
+    dataset._fingerprint = content_key({"files": states, "features": labels}, [])
+    return dataset
+
+
+def _named(folder: str | os.PathLike) -> str:
+    return f"The image folder {os.fspath(folder)!r}"
+
+
+def found(files: list[FoundFile]) -> str:
+    """What a folder holds, in a few words."""
+    images = [file for file in files if file.kind == IMAGE]
+    counts = Counter(file.top_folder for file in images if file.top_folder is not None)
+    parts = [f"{name!r} ({_count(count, 'image')})" for name, count in list(counts.items())[:_EXAMPLES]]
+    if len(counts) > _EXAMPLES:
+        parts.append(f"{len(counts) - _EXAMPLES} more folders")
+    loose = sum(file.top_folder is None for file in images)
+    if loose:
+        parts.append(f"{_count(loose, 'image')} in the folder itself")
+    others = Counter(file.kind for file in files if file.kind not in (IMAGE, METADATA))
+    for kind, count in others.items():
+        parts.append(
+            f"{_count(count, 'file')} {kind} ({_examples([file.place for file in files if file.kind == kind])})"
+        )
+    return ", ".join(parts) or "nothing"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _examples(places: list[str]) -> str:
+    return ", ".join(places[:_EXAMPLES]) + (", …" if len(places) > _EXAMPLES else "")

@@ -1,0 +1,261 @@
+"""From an encoded image of whatever kind to a tensor: decode with Pillow, resize, crop, flip."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from io import BytesIO
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from ..config.data import INTERPOLATION_MODES
+from .color_profiles import to_srgb
+
+
+logger = logging.getLogger(__name__)
+
+_MODES = {1: "L", 3: "RGB"}
+
+# Resized as a whole up to this ratio of sides, as torchvision does; of longer images only what the crop shows.
+_MAX_WHOLE_RATIO = 4
+
+_MAX_12_BIT, _MAX_16_BIT = 2**12 - 1, 2**16 - 1
+# Their files tell the value of white, and Pillow scales it to that of 16 bits.
+_SCALED_FORMATS = ("PPM", "JPEG2000")
+
+
+class UnreadableImageError(ValueError):
+    """An image is truncated, missing or not an image, or its values have no defined range."""
+
+
+def decode_image(encoded: Mapping[str, bytes | str | None] | None) -> Image.Image:
+    """Decodes an image and turns it upright, as its EXIF data tell.
+
+    Args:
+        encoded: The row of an undecoded image column of 🤗 datasets: `bytes`, or the `path` of a local file.
+
+    Returns:
+        An image of mode L, RGB or RGBA, in sRGB: an embedded ICC profile is converted. Grey values of 16 bits are
+        scaled to 8; a file in which none is above 4095 holds 12 bits.
+
+    Raises:
+        UnreadableImageError: If there is no image, or one that Pillow cannot decode to the end, or its values have no
+            defined range.
+    """
+    if encoded is None:
+        raise UnreadableImageError("the row has none")
+    return decode_frames(encoded["path"] if encoded["bytes"] is None else BytesIO(encoded["bytes"]), [0])[0]
+
+
+def decode_frames(source: str | os.PathLike | BinaryIO, numbers: Sequence[int]) -> list[Image.Image]:
+    """Decodes frames of a file that may have several, such as a GIF, each as [`decode_image`] does.
+
+    Args:
+        source: The file.
+        numbers: Which frames, ascending, >= 0.
+
+    Raises:
+        UnreadableImageError: As [`decode_image`], or if there is no such frame.
+    """
+    with decoding(), Image.open(source) as image:
+        return [_decode_frame(image, number) for number in numbers]
+
+
+@contextmanager
+def decoding(prefix: str = "") -> Iterator[None]:
+    """Around what decodes a file: whatever goes wrong is a fault of the file.
+
+    Args:
+        prefix: Of the error.
+
+    Raises:
+        UnreadableImageError: In place of all errors but those of memory.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    except UnreadableImageError as error:
+        raise UnreadableImageError(f"{prefix}{error}") from error
+    except Exception as error:  # damaged files lead decoders into errors of almost every type
+        raise UnreadableImageError(f"{prefix}{type(error).__name__}: {error}") from error
+
+
+def _decode_frame(image: Image.Image, number: int) -> Image.Image:
+    if number:  # formats with one frame need not seek
+        image.seek(number)
+    layout, scaled = str(image.tile), image.format in _SCALED_FORMATS
+    return _to_8_bit(ImageOps.exif_transpose(image), layout, scaled)
+
+
+def _to_8_bit(image: Image.Image, layout: str, scaled: bool) -> Image.Image:
+    """An image of mode L, RGB or RGBA, in sRGB.
+
+    Args:
+        image: Of any mode.
+        layout: How Pillow describes the pixels in the file.
+        scaled: Whether its values fill their range.
+    """
+    profile = image.info.get("icc_profile")
+    # Mode I is what some decoders make of 16-bit grey.
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        grey, alpha = _grey_of_16_bits(image, scaled)
+    elif image.mode == "F":
+        raise ValueError("floating-point grey values have no defined range")
+    elif image.mode in ("LA", "La") or "LA;16" in layout or (image.mode == "L" and image.has_transparency_data):
+        grey, alpha = _checked(image.convert("LA"), layout).split()
+    elif image.mode in ("L", "CMYK"):
+        return to_srgb(image, profile)
+    else:
+        mode = "RGBA" if image.has_transparency_data else "RGB"
+        return to_srgb(_checked(image.convert(mode), layout), profile)
+    grey = to_srgb(grey, profile)
+    return grey if alpha is None else Image.merge("RGBA", (grey, grey, grey, alpha))
+
+
+def _grey_of_16_bits(image: Image.Image, scaled: bool) -> tuple[Image.Image, Image.Image | None]:
+    """Grey of 8 bits, and what is opaque of it. Pillow's own conversion clips at 255."""
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > _MAX_16_BIT:
+        raise ValueError(f"grey values from {values.min()} to {values.max()} are not 16-bit")
+    white = _MAX_16_BIT
+    if not scaled and 0 < values.max() <= _MAX_12_BIT:
+        _say_once("Grey images of 16 bits without a value above 4095 are taken for 12-bit data: 4095 is white.")
+        white = _MAX_12_BIT
+    grey = Image.fromarray(np.round(values * 255 / white).astype(np.uint8))
+    transparent = image.info.get("transparency")
+    alpha = None if transparent is None else Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
+    return grey, alpha
+
+
+def _checked(image: Image.Image, layout: str) -> Image.Image:
+    """Refuse 12-bit values in a file of 16 bits that Pillow reads as 8, dropping the lower half."""
+    if ";16" not in layout:
+        return image
+    highest = max(image.getchannel(band).getextrema()[1] for band in image.getbands() if band != "A")
+    if 0 < highest <= _MAX_12_BIT >> 8:
+        raise ValueError("the values are of 16 bits, but none is above 4095; if they are of 12, multiply them by 16")
+    return image
+
+
+@cache
+def _say_once(message: str) -> None:
+    logger.warning(message)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What is drawn for one sample.
+
+    Attributes:
+        flip: Whether the image is mirrored.
+        crop: Where the crop lies between left and right and between top and bottom, each in [0, 1). None is the
+            centre.
+    """
+
+    flip: bool = False
+    crop: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """From a decoded image to a tensor: resize, crop, flip.
+
+    Args:
+        resolution: Height and width of the result.
+        channels: 1 (grey) or 3 (RGB).
+        center_crop: Whether to crop the middle rather than a random part.
+        random_flip: Whether to mirror half of the images.
+        interpolation: How images are resized, one of `INTERPOLATION_MODES`.
+
+    Raises:
+        ValueError: For an argument that is out of range.
+    """
+
+    resolution: int
+    channels: int = 3
+    center_crop: bool = False
+    random_flip: bool = False
+    interpolation: str = "bilinear"
+
+    def __post_init__(self):
+        if self.resolution < 1:
+            raise ValueError(f"`resolution` must be at least 1, got {self.resolution}.")
+        if self.channels not in _MODES:
+            raise ValueError(f"`channels` must be 1 (grey) or 3 (RGB), got {self.channels}.")
+        if self.interpolation not in INTERPOLATION_MODES:
+            raise ValueError(
+                f"`interpolation` must be one of {', '.join(INTERPOLATION_MODES)}, got {self.interpolation!r}."
+            )
+
+    def draw(self, generator: torch.Generator) -> Augmentation:
+        """Draws a sample's augmentation. The flip does not depend on whether the crop is random."""
+        flip, left, top = torch.rand(3, generator=generator).tolist()
+        return Augmentation(self.random_flip and flip < 0.5, None if self.center_crop else (left, top))
+
+    def micro_conditions(self, size: tuple[int, int], augmentation: Augmentation) -> dict[str, torch.Tensor]:
+        """What Stable Diffusion XL is told of an image's past.
+
+        Args:
+            size: Width and height of the image before it is transformed.
+            augmentation: Which crop and whether to flip.
+
+        Returns:
+            `original_size`, height and width, and `crop_top_left`, how many of the resized image's rows and columns
+            lie before the crop, in the mirrored image if it is mirrored; `(2,)` each.
+        """
+        resized = self._resized(size)
+        left, top = self._corner(resized, augmentation.crop)
+        left = resized[0] - self.resolution - left if augmentation.flip else left
+        return {"original_size": torch.tensor(size[::-1]), "crop_top_left": torch.tensor((top, left))}
+
+    def __call__(self, image: Image.Image, augmentation: Augmentation) -> torch.Tensor:
+        """Makes a tensor of an image.
+
+        The shorter side becomes `resolution`, with antialiasing: what torchvision's `Resize` does to a Pillow image.
+        What is transparent becomes white.
+
+        Args:
+            image: Of mode L, RGB or RGBA.
+            augmentation: Which crop and whether to flip.
+
+        Returns:
+            `(channels, resolution, resolution)`, float32 in [-1, 1].
+        """
+        if image.mode == "RGBA":
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        image = image.convert(_MODES[self.channels])
+        image = self._resize_and_crop(image, augmentation.crop)
+        pixels = torch.from_numpy(np.array(image)).view(self.resolution, self.resolution, self.channels)
+        pixels = pixels.flip(1) if augmentation.flip else pixels
+        return pixels.permute(2, 0, 1).float().div_(127.5).sub_(1).contiguous()
+
+    def _resize_and_crop(self, image: Image.Image, crop: tuple[float, float] | None) -> Image.Image:
+        size = self._resized(image.size)
+        mode = Image.Resampling[self.interpolation.upper()]
+        corner = self._corner(size, crop)
+        box = [*corner, *(start + self.resolution for start in corner)]
+        if max(size) <= _MAX_WHOLE_RATIO * self.resolution:
+            return image.resize(size, mode).crop(box)
+        # A 1×10 000 image would become one of 512×5 120 000. The part has the same pixels, up to rounding.
+        scales = [before / after for before, after in zip(image.size, size, strict=True)] * 2
+        part = [min(place * scale, end) for place, scale, end in zip(box, scales, image.size * 2, strict=True)]
+        return image.resize((self.resolution, self.resolution), mode, box=part)
+
+    def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
+        short, long = sorted(size)
+        long = int(self.resolution * long / short)
+        return (self.resolution, long) if size[0] <= size[1] else (long, self.resolution)
+
+    def _corner(self, size: tuple[int, int], crop: tuple[float, float] | None) -> list[int]:
+        room = [length - self.resolution for length in size]
+        if crop is None:
+            return [round(pixels / 2) for pixels in room]
+        return [int(place * (pixels + 1)) for place, pixels in zip(crop, room, strict=True)]

@@ -1,0 +1,260 @@
+"""Which images, labels and captions to train on: found by 🤗 datasets and checked before training starts."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass, replace
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+
+from ..randomness import Draw, generator_for
+from .captions import Captions
+from .image_folder import METADATA, image_paths, load_image_folder, report, scan_folder, unzip
+from .images import UnreadableImageError, decode_image
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingImages:
+    """Encoded images and what is known of them, as [`load_training_images`] returns them.
+
+    Attributes:
+        dataset: Its rows hold encoded images, under `image_column`.
+        image_column: Name of the column.
+        labels: `(rows,)`, int64, or None without labels.
+        num_classes: Labels are in [0, num_classes). None without labels.
+        id2label: Names of the classes, or None if the dataset has none.
+        captions: Of every row, or None without.
+    """
+
+    dataset: datasets.Dataset
+    image_column: str
+    labels: np.ndarray | None = None
+    num_classes: int | None = None
+    id2label: dict[int, str] | None = None
+    captions: Captions | None = None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @property
+    def classes(self) -> list[int]:
+        """The labels that the images have, in ascending order."""
+        return np.unique(self.labels).tolist()
+
+    @property
+    def file_names(self) -> list[str]:
+        """Of every row, without folders; empty where it has none."""
+        return [os.path.basename(path or "") for path in image_paths(self.dataset, self.image_column)]
+
+    def draw(self, count: int, seed: int) -> TrainingImages:
+        """Some of the images, drawn without replacement, with the classes of all.
+
+        Args:
+            count: How many; all of them if there are no more.
+            seed: Seed of the run, >= 0.
+        """
+        order = torch.randperm(len(self), generator=generator_for(Draw.SUBSET, seed, 0, 0))
+        rows = order[:count].sort().values.numpy()
+        return replace(
+            self,
+            dataset=self.dataset.select(rows),
+            labels=None if self.labels is None else self.labels[rows],
+            captions=None if self.captions is None else self.captions.select(rows),
+        )
+
+    def name(self, row: int) -> str:
+        """What to call a row's image in a message: the row, and its path if it has one."""
+        path = (self.dataset[row][self.image_column] or {}).get("path")
+        return f"{path} (row {row})" if path else f"row {row}"
+
+    def read(self, row: int) -> Image.Image:
+        """Decodes a row's image, see [`~diffusers_dtr.training.data.images.decode_image`].
+
+        Raises:
+            UnreadableImageError: If it cannot be decoded. The message names it.
+        """
+        try:
+            return decode_image(self.dataset[row][self.image_column])
+        except UnreadableImageError as error:
+            raise UnreadableImageError(
+                f"The image {self.name(row)} cannot be read: {error}. Mend it or leave it out, or pass "
+                "`--unreadable_images skip` to train without such images."
+            ) from error
+
+
+def load_training_images(
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    train_data_dir: str | os.PathLike | None = None,
+    split: str = "train",
+    image_column: str = "image",
+    label_column: str | None = "label",
+    caption_column: str | None = None,
+    min_classes: int = 2,
+    cache_dir: str | os.PathLike | None = None,
+) -> TrainingImages:
+    """Finds images, and checks their columns, labels and captions without decoding any.
+
+    Args:
+        dataset_name: A dataset on the Hub, or a local folder that `datasets.load_dataset` can read.
+        dataset_config_name: Configuration of the dataset.
+        train_data_dir: A folder of class folders, or of images with a metadata.jsonl, or of images; see
+            [`~diffusers_dtr.training.data.image_folder.load_image_folder`].
+        split: Which split, as in `load_dataset` ("train", "train[:1000]"). All of a `train_data_dir` is "train".
+        image_column: Column of images.
+        label_column: Column of labels, class labels or integers. None for training without labels.
+        caption_column: Column of captions, one or several strings per row. None for training without captions.
+        min_classes: How many class folders there must be, where folders are classes.
+        cache_dir: Where `datasets` keeps what it prepares.
+
+    Raises:
+        ValueError: Unless exactly one of `dataset_name` and `train_data_dir` is given; if a column is missing or of a
+            wrong type; if a label is missing or negative; if a caption is missing; if there are no images, or in a
+            folder none that could be used, of which it says what it holds.
+    """
+    if (dataset_name is None) == (train_data_dir is None):
+        given = "neither" if dataset_name is None else "both"
+        raise ValueError(f"Exactly one of `dataset_name` and `train_data_dir` must be given, got {given}.")
+    if train_data_dir is None:
+        dataset = datasets.load_dataset(dataset_name, dataset_config_name, split=split, cache_dir=cache_dir)
+    else:
+        if not os.path.isdir(train_data_dir):
+            raise ValueError(f"`train_data_dir` must be a folder, got {os.fspath(train_data_dir)!r}.")
+        if split != "train":
+            raise ValueError(f"`split` must be 'train' for a folder of images, which has no other, got {split!r}.")
+        dataset = load_image_folder(
+            train_data_dir,
+            image_column=image_column,
+            label_column=label_column,
+            caption_column=caption_column,
+            min_classes=min_classes,
+            cache_dir=cache_dir,
+        )
+    images = training_images(dataset, image_column, label_column, caption_column)
+    images = replace(images, dataset=_unzipped(images.dataset, image_column, cache_dir))
+    if dataset_name is not None and os.path.isdir(dataset_name):
+        _report_files(dataset_name, split, set(image_paths(images.dataset, image_column)), cache_dir)
+    return images
+
+
+def _report_files(folder: str, split: str, used: set[str | None], cache_dir: str | os.PathLike | None) -> None:
+    files = scan_folder(folder, cache_dir)
+    if used.isdisjoint(file.path for file in files):
+        return  # the images are in tables
+    metadata = {file.path for file in files if file.kind == METADATA}
+    report(folder, files, used | metadata, f"not in the split {split!r} as 🤗 datasets reads the folder")
+
+
+def _unzipped(dataset: datasets.Dataset, column: str, cache_dir: str | os.PathLike | None) -> datasets.Dataset:
+    """The same images, but those of zip files as files: finding one in a zip file takes as long as listing it."""
+
+    def local(path: str | None) -> str | None:
+        inside, _, archive = (path or "").removeprefix("zip://").partition("::")
+        return os.path.join(unzip(archive, cache_dir), inside) if os.path.isfile(archive) else path
+
+    paths = image_paths(dataset, column)
+    if not any(path is not None and path.startswith("zip://") for path in paths):
+        return dataset
+    result = datasets.Dataset.from_dict(
+        {column: [local(path) for path in paths]}, datasets.Features({column: datasets.Value("string")})
+    ).cast_column(column, dataset.features[column])
+    result._fingerprint = dataset._fingerprint
+    return result
+
+
+def training_images(
+    dataset: datasets.Dataset,
+    image_column: str = "image",
+    label_column: str | None = "label",
+    caption_column: str | None = None,
+) -> TrainingImages:
+    """The second half of [`load_training_images`], for a dataset that is loaded already.
+
+    Args:
+        dataset: A map-style dataset.
+        image_column: Column of images.
+        label_column: Column of labels, or None.
+        caption_column: Column of captions, or None.
+
+    Raises:
+        ValueError: As [`load_training_images`].
+    """
+    if len(dataset) == 0:
+        raise ValueError("`dataset` must have at least one row, got an empty one.")
+    _check_column(dataset, image_column, "image_column")
+    feature = dataset.features[image_column]
+    if not isinstance(feature, datasets.Image):
+        raise ValueError(
+            f"`image_column` must name a column of images, got {image_column!r}, which holds {feature}. Choose the "
+            "column with `--image_column`, or cast it to `datasets.Image()`."
+        )
+    images = dataset.select_columns([image_column]).with_format(None)
+    # Undecoded, so that a file that cannot be decoded can be named.
+    images = images.cast_column(image_column, datasets.Image(decode=False))
+    captions = None
+    if caption_column is not None:
+        _check_column(dataset, caption_column, "caption_column")
+        captions = Captions(dataset, caption_column)
+    if label_column is None:
+        return TrainingImages(images, image_column, captions=captions)
+    _check_column(dataset, label_column, "label_column")
+    names = getattr(dataset.features[label_column], "names", None)
+    labels = _read_labels(dataset, label_column)
+    num_classes = int(labels.max()) + 1 if names is None else len(names)
+    _check_labels(labels, num_classes, label_column)
+    id2label = None if names is None else dict(enumerate(names))
+    _describe_classes(labels, num_classes, id2label)
+    return TrainingImages(images, image_column, labels, num_classes, id2label, captions)
+
+
+def _check_column(dataset: datasets.Dataset, column: str, argument: str) -> None:
+    if column not in dataset.column_names:
+        raise ValueError(
+            f"`{argument}` must be one of the dataset's columns, {', '.join(dataset.column_names)}, got {column!r}. "
+            f"Choose another with `--{argument}`."
+        )
+
+
+def _read_labels(dataset: datasets.Dataset, column: str) -> np.ndarray:
+    feature = dataset.features[column]
+    if not isinstance(feature, (datasets.ClassLabel, datasets.Value)) or "int" not in feature.dtype:
+        raise ValueError(
+            f"`label_column` must hold class labels or integers, got {column!r}, which holds {feature}. Choose "
+            "another with `--label_column`, or make class labels of it with `dataset.class_encode_column`."
+        )
+    labels = dataset.select_columns([column]).with_format("arrow")[:].column(column)
+    if labels.null_count:
+        row = int(np.argmax(labels.is_null().to_numpy()))
+        raise ValueError(f"`label_column` must have a label in every row, got none in row {row} of {column!r}.")
+    return labels.to_numpy().astype(np.int64)
+
+
+def _describe_classes(labels: np.ndarray, num_classes: int, id2label: dict[int, str] | None) -> None:
+    names = [str(number) if id2label is None else id2label[number] for number in range(num_classes)]
+    logger.info(f"{num_classes} classes: {_first(names)}.")
+    seen = np.zeros(num_classes, bool)
+    seen[labels] = True
+    if not seen.all():
+        without = [names[number] for number in np.flatnonzero(~seen)]
+        logger.warning(f"{len(without)} of them have no image: {_first(without)}.")
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
+
+
+def _check_labels(labels: np.ndarray, num_classes: int, column: str) -> None:
+    wrong = (labels < 0) | (labels >= num_classes)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise ValueError(
+            f"`label_column` must hold labels in [0, {num_classes}), got {labels[row]} in row {row} of {column!r} "
+            f"({int(wrong.sum())} such rows). Choose another with `--label_column`."
+        )

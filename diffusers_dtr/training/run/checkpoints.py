@@ -1,0 +1,255 @@
+"""Checkpoints that are either complete or not there, and resuming from them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import ModelMixin
+from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ...atomic_files import PARTIAL_SUFFIX, remove_folder
+from ...run_record import CHECKPOINT_PREFIX
+from ..ema import averaged_weights, load_average
+from ..interruption import not_finite
+from ..lora import has_lora, load_adapter, save_adapter
+from ..objective import Objective
+from .resuming import RunState
+
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "training_state.json"
+_OBJECTIVE_FILE = "objective.safetensors"
+
+_CHECKPOINT = re.compile(rf"{CHECKPOINT_PREFIX}(\d+)")
+
+
+class Checkpoints:
+    """The checkpoints of one run: `output_dir/checkpoint-<step>` holding all that accelerate saves, model and EMA.
+
+    A checkpoint is written beside its final name and renamed when complete, and renamed away before it is deleted: a
+    process that dies at any moment leaves no half of one under a name that counts. Loading one runs no code that is in
+    it: weights and the objective's state are safetensors, and pickles are read as tensors and plain values only.
+
+    Args:
+        accelerator: Its prepared optimizer is saved, and whatever is registered with it.
+        output_dir: The run's folder.
+        model_name: Folder of the model inside a checkpoint ("transformer" or "unet"), as in a saved pipeline.
+        model: The model itself, on which the optimizer works. Of one with LoRA adapters these alone are saved, as
+            `<model_name>_lora`.
+        ema: Average of the model's weights, saved as `<model_name>_ema`, or None.
+        total_limit: How many checkpoints to keep; the oldest go once a new one is complete. None keeps all.
+        objective: What balancing and sampling of timesteps have learned, or None.
+
+    Raises:
+        ValueError: For a `total_limit` below 1.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        output_dir: str | Path,
+        model_name: str,
+        model: ModelMixin,
+        ema: EMAModel | None = None,
+        total_limit: int | None = None,
+        objective: Objective | None = None,
+    ):
+        if total_limit is not None and total_limit < 1:
+            raise ValueError(f"`checkpoints_total_limit` must be at least 1, got {total_limit}.")
+        self.accelerator = accelerator
+        self.output_dir = Path(output_dir)
+        self.model_name = model_name
+        self.model = model
+        self.ema = ema
+        self.objective = objective
+        self.total_limit = total_limit
+        accelerator.register_save_state_pre_hook(self._save_models)
+        accelerator.register_load_state_pre_hook(self._load_models)
+
+    def save(self, state: RunState) -> Path:
+        """Write the checkpoint of a step; all processes must call this.
+
+        Args:
+            state: Its `global_step`, and what else is to be known on resuming.
+
+        Returns:
+            The checkpoint's folder.
+
+        Raises:
+            FloatingPointError: If a weight is not finite; it names the last good checkpoint.
+        """
+        step = state.global_step
+        # A finite loss can have gradients that are not, and the next loss would be too late for this checkpoint.
+        if not torch.stack([weight.isfinite().all() for weight in self.model.parameters()]).all():
+            raise not_finite("The weights were", step, self.latest())
+        final = self.output_dir / f"{CHECKPOINT_PREFIX}{step}"
+        partial = final.with_name(final.name + PARTIAL_SUFFIX)
+        if self.accelerator.is_main_process:
+            # Of this step or any other: what a process left that died here.
+            for abandoned in self.output_dir.glob(f"{CHECKPOINT_PREFIX}*{PARTIAL_SUFFIX}"):
+                shutil.rmtree(abandoned)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(partial))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            state.write(partial / STATE_FILE)
+            if final.exists():
+                remove_folder(final)
+            partial.rename(final)
+            logger.info("Saved %s", final)
+            if self.total_limit is not None:
+                for old in list(self._complete().values())[: -self.total_limit]:
+                    remove_folder(old)
+        self.accelerator.wait_for_everyone()
+        return final
+
+    def latest(self) -> Path | None:
+        """The complete checkpoint of the highest step, or None."""
+        return next(reversed(self._complete().values()), None)
+
+    def resume(
+        self, resume_from_checkpoint: str | None, settings: dict, allow_changed_settings: bool = False
+    ) -> RunState:
+        """Load a checkpoint into everything prepared.
+
+        Args:
+            resume_from_checkpoint: A checkpoint's folder, or its name in the run's folder, or "latest", or None to
+                load nothing. "latest" in a run without any checkpoint loads nothing either.
+            settings: Of [`~diffusers_dtr.training.run.resuming.run_settings`], compared with the checkpoint's.
+            allow_changed_settings: Whether those that define objective or data may differ.
+
+        Returns:
+            The run's state so far, with these settings; that of a new run where nothing was loaded.
+
+        Raises:
+            ValueError: If the folder is not a complete checkpoint, has no averaged weights for a run that averages, or
+                not the adapters that a run trains, if settings differ that must not, or if the run's folder holds
+                checkpoints of later steps.
+        """
+        path = self._find(resume_from_checkpoint)
+        if path is None:
+            return RunState(settings=settings)
+        state = RunState.read(path / STATE_FILE)
+        # They would be taken for this run's: by `latest`, and by what counts how many to keep.
+        later = [other.name for step, other in self._complete().items() if step > state.global_step]
+        if later:
+            raise ValueError(
+                f"`resume_from_checkpoint`={resume_from_checkpoint!r} is of step {state.global_step}, but "
+                f"{self.output_dir} holds {', '.join(later)}. Remove what is later, or choose another `--output_dir`."
+            )
+        state.go_on(settings, allow_changed_settings)
+        if self.ema is not None and not (path / self._ema_name).is_dir():
+            raise ValueError(
+                f"`use_ema` must be what it was: the checkpoint {path} has no averaged weights to go on with."
+            )
+        if not (path / self._model_folder).is_dir():
+            raise ValueError(
+                f"`rank` must be what it was: the checkpoint {path} has no {self._model_folder} to go on with."
+            )
+        with _weights_only():
+            self.accelerator.load_state(str(path))
+        if self.ema is not None:
+            load_average(self.ema, self.model, _read_weights(path / self._ema_name), state.global_step)
+        if self.objective is not None:
+            self.objective.load_state_dict(_read_weights(path, _OBJECTIVE_FILE))
+        # Forward calls since the last optimizer step, had the number of them in a step not changed.
+        self.accelerator.step = 0
+        logger.info("Resumed from %s", path)
+        return state
+
+    def _find(self, resume_from_checkpoint: str | None) -> Path | None:
+        if resume_from_checkpoint is None:
+            return None
+        if resume_from_checkpoint == "latest":
+            path = self.latest()
+            if path is None:
+                logger.info("No checkpoint in the output folder yet: starting from the beginning.")
+            return path
+        path = Path(resume_from_checkpoint)
+        path = path if path.is_dir() else self.output_dir / resume_from_checkpoint
+        if not (path / STATE_FILE).is_file():
+            raise ValueError(
+                f"`resume_from_checkpoint` must be a complete checkpoint or `latest`, got {resume_from_checkpoint!r}. "
+                f"Complete ones here: {', '.join(p.name for p in self._complete().values()) or 'none'}."
+            )
+        return path
+
+    def _complete(self) -> dict[int, Path]:
+        by_step = {
+            int(match[1]): path
+            for path in self.output_dir.glob(f"{CHECKPOINT_PREFIX}*")
+            if (match := _CHECKPOINT.fullmatch(path.name)) and (path / STATE_FILE).is_file()
+        }
+        return dict(sorted(by_step.items()))
+
+    @property
+    def _model_folder(self) -> str:
+        return f"{self.model_name}_lora" if has_lora(self.model) else self.model_name
+
+    @property
+    def _ema_name(self) -> str:
+        return f"{self.model_name}_ema"
+
+    def _save_models(self, models, weights, output_dir) -> None:
+        if self.accelerator.is_main_process:
+            save = save_adapter if has_lora(self.model) else type(self.model).save_pretrained
+            save(self.model, Path(output_dir) / self._model_folder)
+            if self.ema is not None:
+                # Not `EMAModel.save_pretrained`, whose config has values that no model takes.
+                with averaged_weights(self.ema, self.model):
+                    self.model.save_pretrained(Path(output_dir) / self._ema_name)
+            if self.objective is not None:
+                save_file(self.objective.state_dict(), Path(output_dir) / _OBJECTIVE_FILE)
+        # What is popped here accelerate does not save a second time.
+        weights.clear()
+
+    def _load_models(self, models, input_dir) -> None:
+        models.clear()
+        folder = Path(input_dir) / self._model_folder
+        if has_lora(self.model):
+            load_adapter(self.model, folder)
+        else:
+            _load_weights(self.model, folder)
+
+
+def _read_weights(folder: Path, pattern: str = "*.safetensors") -> dict[str, torch.Tensor]:
+    """All tensors of a folder, over however many files they were spread."""
+    files = sorted(folder.glob(pattern))
+    if not files:
+        raise ValueError(f"{folder} must hold {pattern}, but has none.")
+    try:
+        return {name: tensor for file in files for name, tensor in load_file(file).items()}
+    except SafetensorError as error:
+        raise ValueError(f"{folder} must hold whole safetensors files, got a damaged one: {error}") from error
+
+
+def _load_weights(model: ModelMixin, folder: Path) -> None:
+    try:
+        model.load_state_dict(_read_weights(folder))
+    except RuntimeError as error:
+        raise ValueError(f"{folder} must hold the weights of this model, got others: {error}") from error
+
+
+@contextmanager
+def _weights_only() -> Iterator[None]:
+    """Let `torch.load` read tensors and plain values only, whatever its caller says."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before

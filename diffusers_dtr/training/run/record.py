@@ -1,0 +1,92 @@
+"""What a run was: its settings, versions, hardware and results, for the record that is saved with the pipeline.
+
+Whatever is written here may be published: it has no token, and no path of the machine that it was made on.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ...models.routed_model import RoutedModelMixin
+from ...run_record import public_command, publishable
+from ..config import TrainingConfig
+
+
+_PACKAGES = ("diffusers-dtr", "torch", "diffusers", "transformers", "accelerate", "datasets")
+
+
+def tracker_config(config: TrainingConfig) -> dict[str, int | float | str]:
+    """The arguments of a run as trackers take them: numbers and strings only, as [`publishable`] leaves them."""
+    arguments = publishable(config.options)
+    return {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in arguments.items()}
+
+
+def describe_model(model: RoutedModelMixin) -> dict[str, Any]:
+    """What a record says of the denoiser; all that is known of it where adapters alone are saved.
+
+    Args:
+        model: The denoiser, unwrapped.
+
+    Returns:
+        Its `class`, `num_parameters`, `num_trained_parameters`, `routed_widths`, and `config`: its routing and size.
+    """
+    names = ("num_attention_heads", "attention_head_dim", "block_out_channels", "num_layers", "sample_size")
+    config = {key: value for key, value in model.config.items() if key.startswith("routing_") or key in names}
+    return {
+        "class": type(model).__name__,
+        "num_parameters": model.num_parameters(),
+        "num_trained_parameters": model.num_parameters(only_trainable=True),
+        "routed_widths": list(model.routed_widths),
+        "config": config,
+    }
+
+
+def run_record(
+    config: TrainingConfig, argv: Sequence[str], accelerator: Accelerator, seconds: float, **results
+) -> dict[str, Any]:
+    """Describe a finished run.
+
+    Args:
+        config: The run's configuration.
+        argv: Its command line.
+        accelerator: What it ran on.
+        seconds: How long it took, what was done before a resumption included.
+        **results: JSON-serialisable results to add.
+
+    Returns:
+        A JSON-serialisable record, without secrets or paths of this machine.
+    """
+    launcher = ["accelerate", "launch"]
+    if accelerator.num_processes > 1:
+        launcher += ["--num_processes", str(accelerator.num_processes)]
+    if accelerator.mixed_precision != "no" and config.run.mixed_precision is None:
+        launcher += ["--mixed_precision", accelerator.mixed_precision]
+    steps = accelerator.gradient_accumulation_steps
+    arguments = publishable({**config.options, "gradient_accumulation_steps": steps})
+    if steps > 1 and not any(argument.startswith("--gradient_accumulation_steps") for argument in argv):
+        # Of accelerate's configuration, which whoever types the command again may not have
+        argv = [*argv, "--gradient_accumulation_steps", str(steps)]
+    return {
+        "command": public_command(argv, launcher),
+        "arguments": arguments,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        "hardware": _hardware(accelerator.device),
+        "num_processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+        "seconds": round(seconds, 1),
+        **publishable(results),
+    }
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    processor = platform.processor() or platform.machine()
+    return f"{processor} CPU, {os.cpu_count()} cores" if device.type == "cpu" else f"{processor}, {device.type}"
