@@ -133,7 +133,7 @@ def parsed_by(path: Path, patch: pytest.MonkeyPatch) -> object:
 def parsers() -> dict[str, argparse.ArgumentParser]:
     """The parsers of all scripts and commands, by name."""
 
-    def capture(parser, *arguments):
+    def capture(parser, *arguments, **options):
         raise _Parsed(parser)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -157,13 +157,18 @@ def parts() -> set[type[Options]]:
         return {*_USUAL_PARTS.values()}.union(*(parsed_by(path, patch) for path in TRAINING_SCRIPTS))
 
 
+def flags() -> dict[str, tuple[argparse.ArgumentParser, argparse.Action]]:
+    """Those that are no options of a configuration."""
+    found = {}
+    for name, parser in parsers().items():
+        options = {item.name for part in getattr(parser, "dataclass_types", ()) for item in fields(part)}
+        actions = (action for action in parser._actions if action.dest not in options)
+        found |= {f"{name} {action.dest}": (parser, action) for action in actions}
+    return found
+
+
 def numeric_flags() -> dict[str, tuple[argparse.ArgumentParser, argparse.Action]]:
-    return {
-        f"{name} {action.dest}": (parser, action)
-        for name, parser in parsers().items()
-        for action in parser._actions
-        if isinstance(action.type, Range)
-    }
+    return {name: pair for name, pair in flags().items() if isinstance(pair[1].type, Range)}
 
 
 def numeric_options() -> dict[str, tuple[type[Options], str]]:
@@ -187,10 +192,9 @@ def range_of(part: type[Options], name: str) -> Range:
 
 
 def test_every_number_has_a_range():
-    types = {f"{name} {action.dest}": action.type for name, parser in parsers().items() for action in parser._actions}
+    types = {name: action.type for name, (_, action) in flags().items()}
     assert [name for name, kind in types.items() if kind in (int, float)] == []
-    defaults = {f"{name} {action.dest}": action for name, parser in parsers().items() for action in parser._actions}
-    numbers = [name for name, action in defaults.items() if type(action.default) in (int, float)]
+    numbers = [name for name, (_, action) in flags().items() if type(action.default) in (int, float)]
     assert [name for name in numbers if not isinstance(types[name], Range)] == []
     for part, name in numeric_options().values():
         assert range_of(part, name).kind in {*_leaves(get_type_hints(part)[name])}, name

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from diffusers_dtr.training import interruption
-from diffusers_dtr.training.run.interruption import Interruption
+from diffusers_dtr.training.interruption import Interruption
 
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]

@@ -211,8 +211,6 @@ def test_an_epoch_ends_in_the_step_that_sees_its_last_image(images_per_step, epo
 
 def test_what_cannot_be_sampled_names_the_flags_of_validation():
     config = run_config(resolution=8, validation_num_inference_steps=1)
-    with pytest.raises(
-        ValueError, match=r"with .*`--resolution 8`, `--validation_num_inference_steps 1`.*: IndexError: "
-    ):
+    with pytest.raises(ValueError, match=r"`--resolution 8`.*`--validation_num_inference_steps 1`.*: IndexError"):
         try_sampling(lambda: ()[0], config)
     try_sampling(lambda: [], config)
