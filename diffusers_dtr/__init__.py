@@ -15,7 +15,6 @@ from .models.presets import DIT_PRESETS
 from .models.route import route, unroute
 from .models.routed_blocks import Stream
 from .models.transformer import RoutedTransformerMixin
-from .models.unet import DTRUNet2DConditionModel, DTRUNet2DModel
 from .noise_levels import NoiseLevels
 from .objective.adaptive_sampling import AdaptiveTimestepSampler
 from .objective.clustered_loss import ClusteredLoss

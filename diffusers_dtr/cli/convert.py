@@ -16,7 +16,7 @@ from ..conversion.checkpoint_file import CHECKPOINT_WEIGHTS, OriginalCheckpoint,
 from ..conversion.masks import MASK_BUFFER
 from ..conversion.run_settings import OriginalRun, original_run
 from ..models.dit import DTRTransformer2DModel
-from ..models.per_block_embedders import PER_BLOCK_CLASS_NAMES
+from ..models.dit_block import PER_BLOCK_CLASS_NAMES
 from ..pipelines.pipeline_dtr import DTRPipeline
 from ..ranges import COUNT, Range
 from ..routing import ALPHA_RANGE, BETA_RANGE

@@ -1,12 +1,16 @@
 """Routed LoRA: the rank channels of an adapter are routed, and the pretrained model is as it was.
 
 With ΔW = B·A of rank r, an adapter adds B·(m_t ⊙ A·x): the timestep's window of the r channels between A and B. The
-windows are those of Denoising Task Routing (arXiv 2310.07138). The nearest published method, T-LoRA (arXiv
-2507.05964), shrinks the rank as the noise grows instead: its windows differ in size, which this formula cannot hold.
+windows are those of Denoising Task Routing (arXiv 2310.07138). Where timesteps are per frame or token, a layer of the
+image stream has a window for each, and any other, of text or sound, that of the noisiest timestep. The nearest
+published method, T-LoRA (arXiv 2507.05964), shrinks the rank as the noise grows instead: its windows differ in size,
+which this formula cannot hold.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Hashable
 from functools import cache
 from typing import Any
 
@@ -15,10 +19,10 @@ from diffusers import ModelMixin
 from torch import nn
 
 from ..routing import ChannelRouting
-from .change_class import change_class, check_class_can_change
-from .derived_class import DerivedModule, derived_class, signed_as
+from .derived_class import DerivedModule, change_class, check_class_can_change, derived_class, signed_as
+from .family import ROUTING_PARAMETERS, Family, check_routing_names
 from .route import family_of
-from .scope import rank_mask, scope_checkpointing, unscope_checkpointing
+from .scope import scope_checkpointing, token_mask
 from .scoped_model import ScopedModel, ScopedRoutingMixin, scoped_class
 
 
@@ -30,16 +34,7 @@ class _UnfusableLayer(DerivedModule):
     """An adapted layer of which an adapter is routed."""
 
 
-def route_adapter(
-    model: ModelMixin,
-    adapter_name: str = "default",
-    *,
-    routing_alpha: float = 4.0,
-    routing_beta: float = 0.5,
-    routing_type: str = "dtr",
-    routing_seed: int = 0,
-    routing_timestep_range: tuple[float, float] | None = None,
-) -> ModelMixin:
+def route_adapter(model: ModelMixin, adapter_name: str = "default", **routing: Any) -> ModelMixin:
     """Route the rank channels of a LoRA adapter, in place.
 
     At `routing_beta=1.0` the adapter is the plain one, to the bit. The model itself is untouched at every share, and
@@ -48,52 +43,46 @@ def route_adapter(
     Args:
         model: A denoiser with the adapter (`model.add_adapter`, `pipeline.load_lora_weights`), routed or not.
         adapter_name: The adapter's name.
-        routing_alpha: As in [`~diffusers_dtr.routing_mask`].
-        routing_beta: Share of the rank channels that are active.
-        routing_type: "dtr", "random" or "none".
-        routing_seed: Seed of random routing.
-        routing_timestep_range: The timesteps between which the window slides. None for those of the model's family.
+        **routing: As for [`route`], of the rank channels, of which half are active by default.
 
     Returns:
         `model`.
 
     Raises:
-        TypeError: For a model of no known family.
-        ValueError: If it has no LoRA adapter of that name, the adapter is fused, another kind of LoRA (DoRA, that of
-            an embedding) or of a layer that its family has among the `packed`, or the routing does not exist. The
-            model is then as it was.
+        TypeError: For a model of no known family, and unknown names in `routing`.
+        ValueError: If it has no LoRA adapter of that name, the adapter is fused, padded for hot-swapping, another kind
+            of LoRA (DoRA, that of an embedding) or of a layer that its family has among the `packed`, or the routing
+            does not exist. The model is then as it was.
     """
     family = family_of(model)
-    _check_layers(model, adapter_name, family.packed)
+    check_routing_names(routing)
+    _check_layers(model, adapter_name, family)
     layers = _adapted_layers(model, adapter_name)
     if not layers:
         known = ", ".join(getattr(model, "peft_config", {})) or "none"
         raise ValueError(f"`adapter_name` must be a LoRA adapter of the model ({known}), got {adapter_name!r}.")
-    if any(stream.batch_dim for stream in family.streams.values() if not isinstance(stream, int)):
+    if any(family.stream_of(block).batch_dim for block in family.streams):
         raise ValueError(
             f"Adapters of a `{type(model).__name__}` cannot be routed: its first axis is not the samples'."
         )
-    if any(adapter_name in layer.merged_adapters for layer in layers):
+    if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(f"`adapter_name`={adapter_name!r} is fused into the weights: call `unfuse_lora` first.")
-    routing = ChannelRouting(
-        routing_alpha,
-        routing_beta,
-        routing_type,
-        routing_seed,
-        family.range_of({"routing_timestep_range": None, **model.config})
-        if routing_timestep_range is None
-        else routing_timestep_range,
-        widths={layer.r[adapter_name] for layer in layers},
-    )
+    if any(layer.lora_A[adapter_name].weight.shape[0] != layer.r[adapter_name] for layer in layers.values()):
+        raise ValueError(f"`adapter_name`={adapter_name!r} was padded by `enable_lora_hotswap`: load it without.")
+    values = {name: value.default for name, value in ROUTING_PARAMETERS.items()} | {"routing_beta": 0.5} | routing
+    if values["routing_timestep_range"] is None:
+        values["routing_timestep_range"] = family.range_of(model.config)
+    channels = ChannelRouting(*values.values(), widths={layer.r[adapter_name] for layer in layers.values()})
     check_class_can_change(model)
     unroute_adapter(model, adapter_name)
     if not isinstance(model, (ScopedRoutingMixin, ScopedModel)):
         change_class(model, scoped_class(type(model), family.timestep))
         scope_checkpointing(model)
-    model.routed_adapters = {**vars(model).get("routed_adapters", {}), adapter_name: routing}
-    for layer in layers:
-        projection = layer.lora_A[adapter_name]
-        change_class(projection, _routed_projection_class(type(projection), adapter_name, layer.r[adapter_name]))
+    model.routed_adapters = {**vars(model).get("routed_adapters", {}), adapter_name: channels}
+    for name, layer in layers.items():
+        projection, sees_image = layer.lora_A[adapter_name], not _is_one(family.other_streams, name)
+        key = (adapter_name, layer.r[adapter_name], sees_image)
+        change_class(projection, _routed_projection_class(type(projection), key))
         if not isinstance(layer, _UnfusableLayer):
             change_class(layer, _unfusable_class(type(layer)))
     return model
@@ -113,7 +102,7 @@ def unroute_adapter(model: ModelMixin, adapter_name: str = "default") -> ModelMi
     if adapter_name not in adapters:
         return model
     remaining = {name: routing for name, routing in adapters.items() if name != adapter_name}
-    for layer in _adapted_layers(model, adapter_name):
+    for layer in _adapted_layers(model, adapter_name).values():
         projection = layer.lora_A[adapter_name]
         if isinstance(projection, _RoutedProjection):
             change_class(projection, projection.unrouted_class)
@@ -123,7 +112,7 @@ def unroute_adapter(model: ModelMixin, adapter_name: str = "default") -> ModelMi
     if not remaining:
         del model.routed_adapters
         if isinstance(model, ScopedModel):
-            unscope_checkpointing(model)
+            scope_checkpointing(model, False)
             change_class(model, model.unrouted_class)
     return model
 
@@ -131,16 +120,20 @@ def unroute_adapter(model: ModelMixin, adapter_name: str = "default") -> ModelMi
 def adapter_routing(model: ModelMixin, adapter_name: str = "default") -> dict[str, Any] | None:
     """The arguments with which [`route_adapter`] routed an adapter, or None for a plain one."""
     # The layers know: an adapter that was deleted may have been followed by a plain one of its name.
-    is_routed = any(_is_routed(layer, adapter_name) for layer in _adapted_layers(model, adapter_name))
+    is_routed = any(_is_routed(layer, adapter_name) for layer in _adapted_layers(model, adapter_name).values())
     return model.routed_adapters[adapter_name].config if is_routed else None
 
 
-def _adapted_layers(model: nn.Module, adapter_name: str) -> list[nn.Module]:
+def _adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, nn.Module]:
     """The layers that an adapter adapts by two projections."""
-    return [module for module in model.modules() if adapter_name in getattr(module, "lora_A", ())]
+    return {name: module for name, module in model.named_modules() if adapter_name in getattr(module, "lora_A", ())}
 
 
-def _check_layers(model: nn.Module, adapter_name: str, packed: frozenset[str]) -> None:
+def _is_one(pattern: str | None, name: str) -> bool:
+    return bool(pattern and re.search(pattern, name))
+
+
+def _check_layers(model: nn.Module, adapter_name: str, family: Family) -> None:
     """Refuse an adapter of which a layer has no rank channels that belong to one sample."""
     for name, layer in model.named_modules():
         is_embedding = adapter_name in getattr(layer, "lora_embedding_A", ())
@@ -151,7 +144,7 @@ def _check_layers(model: nn.Module, adapter_name: str, packed: frozenset[str]) -
                 f"`adapter_name`={adapter_name!r} must be plain LoRA, got {kind} of `{name}`: only a product of two "
                 "projections, and nothing else, has rank channels to route."
             )
-        if adapter_name in getattr(layer, "lora_A", ()) and not packed.isdisjoint(name.split(".")):
+        if adapter_name in getattr(layer, "lora_A", ()) and _is_one(family.packed, name):
             raise ValueError(
                 f"`adapter_name`={adapter_name!r} cannot be routed in `{name}` of a `{type(model).__name__}`, which "
                 "is called with the tokens of all samples in one row: leave it out of its `target_modules`."
@@ -159,18 +152,16 @@ def _check_layers(model: nn.Module, adapter_name: str, packed: frozenset[str]) -
 
 
 @cache
-def _routed_projection_class(plain: type[nn.Module], adapter_name: str, rank: int) -> type[nn.Module]:
+def _routed_projection_class(plain: type[nn.Module], key: Hashable) -> type[nn.Module]:
     plain_forward, is_convolution = plain.forward, issubclass(plain, nn.modules.conv._ConvNd)
 
     @signed_as(plain_forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = plain_forward(self, *args, **kwargs)
-        mask = rank_mask(output, (adapter_name, rank), channel_dim=1 if is_convolution else -1)
+        mask = token_mask(output, channel_dim=1 if is_convolution else -1, key=key)
         return output if mask is None else output * mask
 
-    return derived_class(
-        _RoutedProjection, plain, (_routed_projection_class, (plain, adapter_name, rank)), forward=forward
-    )
+    return derived_class(_RoutedProjection, plain, (_routed_projection_class, (plain, key)), forward=forward)
 
 
 @cache

@@ -1,13 +1,14 @@
-"""Classes made at run time of the classes of modules, with another forward method and nothing else changed.
+"""Classes made at run time of the classes of modules, and modules that become of another class, hooks and all.
 
-Their names are those of the plain classes, because much is looked up by the name of a module's class: what must not be
-split over devices, what is compiled by itself, what an engine shards, what a saved pipeline records.
+Names are those of the plain classes, because much is looked up by the name of a module's class: what must not be split
+over devices, what is compiled by itself, what an engine shards, what a saved pipeline records.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from inspect import signature
+from collections.abc import Callable, Iterator
+from inspect import signature, unwrap
+from types import MethodType
 from typing import Any, ClassVar
 
 from torch import nn
@@ -56,18 +57,47 @@ def signed_as(plain: Callable) -> Callable[[Callable], Callable]:
 def derived_class(
     kind: type[DerivedModule], plain: type[nn.Module], made_by: tuple[Callable, tuple], **methods: Callable
 ) -> type[nn.Module]:
-    """A subclass of the same name.
+    """A subclass of the same name, made by the function and the arguments `made_by`, that overrides some methods."""
+    about = {"unrouted_class": plain, "made_by": made_by, "__module__": plain.__module__, "__doc__": plain.__doc__}
+    return type(plain.__name__, (kind, plain), {**about, **methods})
 
-    Args:
-        kind: What it is made for.
-        plain: The class that it is made of.
-        made_by: The function that makes it, and its arguments.
-        **methods: What it overrides, `forward` above all.
+
+def check_class_can_change(model: nn.Module) -> None:
+    """Refuse a model with a module whose forward method was replaced by something unknown.
+
+    Raises:
+        TypeError: Saying what was found.
     """
-    attributes = {
-        "unrouted_class": plain,
-        "made_by": made_by,
-        "__module__": plain.__module__,
-        "__doc__": plain.__doc__,
-    }
-    return type(plain.__name__, (kind, plain), {**attributes, **methods})
+    for module in model.modules():
+        if "forward" in vars(module) and not any(_held_forwards(module)):
+            replaced = vars(module)["forward"]
+            name = getattr(replaced, "__qualname__", None) or type(replaced).__name__
+            raise TypeError(
+                f"The forward method of a `{type(module).__name__}` was replaced by `{name}`, "
+                "which is no hook of accelerate or diffusers. Route the model before that, or unwrap it first, as "
+                "`accelerator.unwrap_model(model, keep_fp32_wrapper=False)` does."
+            )
+
+
+def change_class(module: nn.Module, new: type[nn.Module]) -> None:
+    """Make a module, which [`check_class_can_change`] has passed, one of a subclass, or of the class it subclasses."""
+    held = list(_held_forwards(module))
+    module.__class__ = new
+    for holder, name in held:
+        holder[name] = MethodType(new.forward, module)
+
+
+def _held_forwards(module: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
+    """Where accelerate's and diffusers' hooks hold the forward method that they replaced, as dictionaries and keys.
+
+    There is no public way to give them another.
+    """
+    hooks = vars(module).get("_diffusers_hook")
+    # accelerate leaves the undecorated one behind when it takes mixed precision off a model.
+    own = (type(module).forward, unwrap(type(module).forward))
+    holders = [vars(module), *(vars(reference) for reference in (hooks._fn_refs if hooks else ()))]
+    for holder in holders:
+        for name in ("forward", "_old_forward", "original_forward"):
+            method = holder.get(name)
+            if isinstance(method, MethodType) and method.__func__ in own:
+                yield holder, name

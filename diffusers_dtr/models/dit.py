@@ -9,7 +9,7 @@ from typing import Any
 import accelerate
 import torch
 import torch.nn.functional as F
-from diffusers import DiTTransformer2DModel, ModelMixin
+from diffusers import DiTTransformer2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
@@ -19,9 +19,14 @@ from torch import nn
 
 from ..config_types import built_from_file
 from .call_timesteps import timestep_batch
-from .dit_block import DTRTransformerBlock, TimestepLabelEmbedding, unpatchify
-from .dit_initialization import initialize_dit
-from .per_block_embedders import PER_BLOCK_CLASS_NAMES, share_embedders
+from .dit_block import (
+    PER_BLOCK_CLASS_NAMES,
+    DTRTransformerBlock,
+    TimestepLabelEmbedding,
+    initialize_dit,
+    share_embedders,
+    unpatchify,
+)
 from .presets import DIT_PRESETS
 from .routed_model import RoutedModelMixin
 
@@ -34,24 +39,12 @@ class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMi
     per block, so it has the original DiT's parameter count, and a training sample's label is dropped in all blocks or
     in none. New models are initialised as DiT is (adaLN-Zero). And inputs may be rectangular.
 
-    Parameters:
-        num_attention_heads (`int`, defaults to 16): Number of attention heads.
-        attention_head_dim (`int`, defaults to 72): Channels per head; the width C is their product.
-        in_channels (`int`, defaults to 4): Channels of the input.
+    Parameters are those of the base class, with its defaults, and:
+        sample_size (`int`, defaults to 32): Side of the (latent) images that the position table is made for.
         out_channels (`int`, *optional*): Channels of the output; twice `in_channels` where the model learns its
             variance. Defaults to `in_channels`.
-        num_layers (`int`, defaults to 28): Number of blocks.
-        dropout (`float`, defaults to 0.0): Dropout probability inside the blocks.
-        norm_num_groups (`int`, defaults to 32): Kept for the base class's configs; DiT has no group normalisation.
-        attention_bias (`bool`, defaults to `True`): Whether query, key and value projections have a bias.
-        sample_size (`int`, defaults to 32): Side of the (latent) images that the position table is made for.
-        patch_size (`int`, defaults to 2): Side of the patches that become tokens.
-        activation_fn (`str`, defaults to `"gelu-approximate"`): Activation of the MLPs.
         num_embeds_ada_norm (`int`, *optional*, defaults to 1000): Number of classes, or None for an unconditional
             model.
-        upcast_attention (`bool`, defaults to `False`): Whether attention is computed in float32.
-        norm_type (`str`, defaults to `"ada_norm_zero"`): The only value there is.
-        norm_elementwise_affine (`bool`, defaults to `False`): Whether the norm before the MLP has parameters.
         norm_eps (`float`, defaults to 1e-5): Epsilon of the norm before the MLP. The original DiT uses 1e-6.
         class_dropout_prob (`float`, defaults to 0.1): Probability with which a label is replaced by the null class in
             training mode, for classifier-free guidance. At 0 there is no null class.
@@ -135,18 +128,7 @@ class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMi
         )
         self.emb = TimestepLabelEmbedding(self.inner_dim, num_embeds_ada_norm, class_dropout_prob, freq_shift)
         self.transformer_blocks = nn.ModuleList(
-            DTRTransformerBlock(
-                self.inner_dim,
-                num_attention_heads,
-                attention_head_dim,
-                dropout=dropout,
-                attention_bias=attention_bias,
-                activation_fn=activation_fn,
-                upcast_attention=upcast_attention,
-                norm_elementwise_affine=norm_elementwise_affine,
-                norm_eps=norm_eps,
-            )
-            for _ in range(num_layers)
+            DTRTransformerBlock(self.inner_dim, self.config) for _ in range(num_layers)
         )
         self.norm_out = nn.LayerNorm(self.inner_dim, elementwise_affine=False, eps=1e-6)
         self.proj_out_1 = nn.Linear(self.inner_dim, 2 * self.inner_dim)
@@ -274,50 +256,32 @@ class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMi
 
     @classmethod
     def from_transformer(cls, transformer: DiTTransformer2DModel, **routing) -> DTRTransformer2DModel:
-        """The routed model with the weights of a plain one, which is left as it is.
-
-        Args:
-            transformer: A [`~diffusers.DiTTransformer2DModel`] whose blocks' embedders are identical, as they are in
-                published checkpoints.
-            **routing: Config values that the plain model does not have: `routing_alpha`, `routing_beta`, ...
-
-        Returns:
-            A model with copies of the weights, on the same device, of the same dtype and in the same mode.
+        """As [`RoutedTransformerMixin.from_transformer`].
 
         Raises:
-            TypeError: If `transformer` is of another class, or a name in `routing` is not one of a config value.
             ValueError: If the embedders of a block differ from those of the first one; it names the block.
         """
         if not isinstance(transformer, DiTTransformer2DModel):
             raise TypeError(f"`transformer` must be a `DiTTransformer2DModel`, got a `{type(transformer).__name__}`.")
-        return cls._from_state(transformer, cls._routed_state_dict(transformer), copy=True, **routing)
-
-    @staticmethod
-    def _routed_state_dict(source: DiTTransformer2DModel) -> dict[str, torch.Tensor]:
-        """The weights of a plain model, or of one of this class, under the names of this class."""
-        return share_embedders(source.state_dict())
+        return cls._from_state(transformer, copy=True, **routing)
 
     @classmethod
-    def _from_state(
-        cls, source: ModelMixin, state_dict: dict[str, torch.Tensor], *, copy: bool, **config
-    ) -> ModelMixin:
-        """A model of this class with the config and mode of `source`, but for `config`, and exactly these weights."""
+    def _from_state(cls, source: DiTTransformer2DModel, *, copy: bool, **config) -> DTRTransformer2DModel:
+        """A model of this class with the config, mode and weights of `source`, but for `config`."""
         # Not `from_config`, which ignores unknown names, and new values of what the source had left at its default.
         # Unknown names in the source's config are those of older diffusers, which loading keeps.
         known = signature(cls).parameters
         source_config = {name: value for name, value in source.config.items() if name in known}
         with accelerate.init_empty_weights():
             model = cls(**{**source_config, **config})
+        state_dict = share_embedders(source.state_dict())
         if copy:
             state_dict = {key: value.clone() for key, value in state_dict.items()}
         model.load_state_dict(state_dict, strict=True, assign=True)
-        buffers = dict(source.named_buffers())
-        for name, buffer in list(model.named_buffers()):
-            if name in buffers:
-                module, _, attribute = name.rpartition(".")
-                value = buffers[name].clone() if copy else buffers[name]
-                assert buffer.shape == value.shape
-                setattr(model.get_submodule(module), attribute, value)
+        # Those that no state dict has.
+        for name, value in source.named_buffers():
+            module, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(module), attribute, value.clone() if copy else value)
         return model.train(source.training)
 
     @classmethod
@@ -352,5 +316,5 @@ class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMi
         plain, info = DiTTransformer2DModel.from_pretrained(
             pretrained_model_name_or_path, output_loading_info=True, **kwargs
         )
-        model = cls._from_state(plain, cls._routed_state_dict(plain), copy=False, **overrides)
+        model = cls._from_state(plain, copy=False, **overrides)
         return (model, info) if with_info else model

@@ -1,10 +1,13 @@
-"""The block of a DiT (arXiv 2212.09748, adaLN-Zero), routed as a whole, and the embedding that conditions it."""
+"""The parts of a DiT (arXiv 2212.09748, adaLN-Zero): its routed block, what conditions it, and how it begins."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
+from diffusers.configuration_utils import FrozenDict
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import LabelEmbedding, TimestepEmbedding, Timesteps
@@ -14,14 +17,16 @@ from torch import nn
 from ..routing import routed_residual
 
 
+# `Transformer2DModel` is what configs from before diffusers 0.28 say, facebook/DiT-XL-2-256 among them.
+PER_BLOCK_CLASS_NAMES = ("DiTTransformer2DModel", "Transformer2DModel")
+
+_EMBEDDER = re.compile(r"transformer_blocks\.(\d+)\.norm1\.emb\.(.+)")
+
+
 class TimestepLabelEmbedding(nn.Module):
     """The sum of a timestep's and a class label's embedding, with labels dropped at random in training mode.
 
-    Args:
-        embedding_dim: Width of the embedding.
-        num_classes: Number of classes, or None for a model without labels.
-        class_dropout_prob: Probability with which a sample's label becomes the null class in training mode.
-        freq_shift: Sinusoid frequencies are 10000 ** (-i / (128 - freq_shift)).
+    Without `num_classes` there are no labels. Sinusoid frequencies are 10000 ** (-i / (128 - freq_shift)).
     """
 
     def __init__(self, embedding_dim: int, num_classes: int | None, class_dropout_prob: float, freq_shift: int):
@@ -41,32 +46,24 @@ class TimestepLabelEmbedding(nn.Module):
 
 
 class DTRTransformerBlock(nn.Module):
-    """A DiT block (adaLN-Zero) that is routed as a whole: attention and MLP both work on the masked stream."""
+    """A DiT block (adaLN-Zero) that is routed as a whole: attention and MLP both work on the masked stream.
 
-    def __init__(
-        self,
-        dim: int,
-        num_attention_heads: int,
-        attention_head_dim: int,
-        dropout: float,
-        attention_bias: bool,
-        activation_fn: str,
-        upcast_attention: bool,
-        norm_elementwise_affine: bool,
-        norm_eps: float,
-    ):
+    Its config is that of the [`DTRTransformer2DModel`].
+    """
+
+    def __init__(self, dim: int, config: FrozenDict):
         super().__init__()
         self.norm1 = AdaLayerNormZero(dim)
         self.attn1 = Attention(
             query_dim=dim,
-            heads=num_attention_heads,
-            dim_head=attention_head_dim,
-            dropout=dropout,
-            bias=attention_bias,
-            upcast_attention=upcast_attention,
+            heads=config.num_attention_heads,
+            dim_head=config.attention_head_dim,
+            dropout=config.dropout,
+            bias=config.attention_bias,
+            upcast_attention=config.upcast_attention,
         )
-        self.norm3 = nn.LayerNorm(dim, norm_eps, norm_elementwise_affine)
-        self.ff = FeedForward(dim, dropout=dropout, activation_fn=activation_fn)
+        self.norm3 = nn.LayerNorm(dim, config.norm_eps, config.norm_elementwise_affine)
+        self.ff = FeedForward(dim, dropout=config.dropout, activation_fn=config.activation_fn)
 
     def forward(
         self,
@@ -75,17 +72,7 @@ class DTRTransformerBlock(nn.Module):
         mask: torch.Tensor | None,
         cross_attention_kwargs: dict[str, Any] | None = None,
     ) -> torch.Tensor:
-        """Route and transform the tokens.
-
-        Args:
-            hidden_states: `(batch, tokens, dim)`.
-            conditioning: `(batch, dim)`.
-            mask: Bool `(batch, 1, dim)`, or None for the unrouted block.
-            cross_attention_kwargs: Passed on to the attention processor.
-
-        Returns:
-            `(batch, tokens, dim)`.
-        """
+        """Transform `(batch, tokens, dim)`, with conditioning `(batch, dim)` and a mask `(batch, 1, dim)` or None."""
         return routed_residual(self._transform, hidden_states, mask, conditioning, cross_attention_kwargs or {})
 
     def _transform(self, hidden_states, conditioning, cross_attention_kwargs):
@@ -97,16 +84,56 @@ class DTRTransformerBlock(nn.Module):
 
 
 def unpatchify(tokens: torch.Tensor, height: int, width: int, patch_size: int) -> torch.Tensor:
-    """Images of tokens, each of which is a patch.
+    """Images `(batch, channels, height * patch_size, width * patch_size)` of tokens that are patches.
 
-    Args:
-        tokens: `(batch, height * width, patch_size * patch_size * channels)`, row by row, channels innermost.
-        height: Patches from top to bottom.
-        width: Patches from left to right.
-        patch_size: Side of a patch.
-
-    Returns:
-        `(batch, channels, height * patch_size, width * patch_size)`.
+    They are `(batch, height * width, patch_size * patch_size * channels)`, row by row, channels innermost.
     """
     patches = tokens.unflatten(2, (patch_size, patch_size, -1)).unflatten(1, (height, width))
     return torch.einsum("nhwpqc->nchpwq", patches).flatten(4, 5).flatten(2, 3)
+
+
+def initialize_dit(model: ModelMixin) -> None:
+    """Initialise as the original DiT does (arXiv 2212.09748, Section 3.2, adaLN-Zero); diffusers leaves that out.
+
+    Blocks begin as the identity, and a new model predicts zero.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.constant_(module.bias, 0)
+    for block in model.transformer_blocks:
+        # The original's query, key and value are one matrix, whose fan-out is three times as large.
+        for projection in (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v):
+            nn.init.xavier_uniform_(projection.weight, gain=2**-0.5)
+        nn.init.constant_(block.norm1.linear.weight, 0)
+    nn.init.xavier_uniform_(model.pos_embed.proj.weight.flatten(1))
+    nn.init.constant_(model.pos_embed.proj.bias, 0)
+    for parameter in model.emb.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.02)
+    nn.init.constant_(model.proj_out_1.weight, 0)
+    nn.init.constant_(model.proj_out_2.weight, 0)
+
+
+def share_embedders(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Replace the embedders, which diffusers' DiT repeats in all blocks, by one, under the name `emb`.
+
+    Raises:
+        ValueError: Naming the block and the tensor, if a block's embedder is not identical to the first block's.
+    """
+    shared = {}
+    for key, value in state_dict.items():
+        match = _EMBEDDER.fullmatch(key)
+        if match is None:
+            shared[key] = value
+            continue
+        block, name = match.groups()
+        first = shared.setdefault(f"emb.{name}", value)
+        if not torch.equal(first, value):
+            raise ValueError(
+                f"The embedder of block {block} differs from that of block 0 in `{name}`. A model that embeds its "
+                "conditioning once cannot represent a checkpoint in which diffusers' per-block embedders were trained "
+                "apart; use one in which they are identical, as in the published DiT weights."
+            )
+    return shared

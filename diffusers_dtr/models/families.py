@@ -1,4 +1,4 @@
-"""The declarations: one for every denoiser of diffusers that can be routed and has no file of its own.
+"""The declarations: one for every denoiser of diffusers that can be routed.
 
 Text that comes into a block as an argument of its own is not routed. Where a model puts text and image tokens into one
 stream, as Z-Image and the single blocks of Flux.2 do, that stream is routed whole: a block sees a window of channels,
@@ -20,7 +20,7 @@ from types import new_class
 import diffusers
 from diffusers.loaders import PeftAdapterMixin
 
-from .family import Family
+from .family import OTHER_STREAMS, Family
 from .routed_blocks import Stream
 from .scoped_model import ScopedRoutingMixin
 from .transformer import RoutedTransformerMixin
@@ -34,6 +34,12 @@ _ONE_MINUS_SIGMA = {"timestep_range": (1.0, 0.0)}
 
 _BLOCKS = {"blocks": ["transformer_blocks"]}
 _DOUBLE_AND_SINGLE = {"blocks": ["transformer_blocks", "single_transformer_blocks"]}
+
+# Its layers in LTX-2, and embedders of timesteps of which there may be one per sample.
+_SOUND = (
+    r"\b(audio_(?!to_video_attn)\w+|audio_to_video_attn\.to_[kv]|video_to_audio_attn\.to_(q|out|gate_logits)"
+    r"|prompt_adaln|av_cross_attn_\w+)\b"
+)
 
 # By class of diffusers.
 TRANSFORMERS = {
@@ -83,7 +89,7 @@ TRANSFORMERS = {
         timestep="timesteps",
         blocks=["double_stream_blocks", "single_stream_blocks"],
         streams={"HiDreamBlock": 0},
-        packed=frozenset({"experts"}),
+        packed=r"\bexperts\b",
     ),
     "HunyuanImageTransformer2DModel": Family(**_SIGMA_1000),
     "HunyuanVideo15Transformer3DModel": Family(
@@ -107,7 +113,9 @@ TRANSFORMERS = {
         width="model_dim",
     ),
     "Krea2Transformer2DModel": Family(**_SIGMA),
-    "LTX2VideoTransformer3DModel": Family(**_SIGMA_1000, streams={"LTX2VideoTransformerBlock": 0}),
+    "LTX2VideoTransformer3DModel": Family(
+        **_SIGMA_1000, streams={"LTX2VideoTransformerBlock": 0}, other_streams=f"{OTHER_STREAMS}|{_SOUND}"
+    ),
     "LTXVideoTransformer3DModel": Family(**_SIGMA_1000),
     "LatteTransformer3DModel": Family(blocks=["transformer_blocks", "temporal_transformer_blocks"]),
     "LongCatAudioDiTTransformer": Family(**_ONE_MINUS_SIGMA, width="dit_dim"),
@@ -137,7 +145,9 @@ TRANSFORMERS = {
     ),
     "SanaVideoTransformer3DModel": Family(**_SIGMA_1000, **_BLOCKS),
     "SanaWMLTX2RefinerTransformer3DModel": Family(**_SIGMA_1000),
-    "SanaWMTransformer3DModel": Family(**_SIGMA_1000, width="hidden_size"),
+    "SanaWMTransformer3DModel": Family(
+        **_SIGMA_1000, width="hidden_size", other_streams=r"\b(y_embedder|cross_attn\.kv_linear)\b"
+    ),
     "SkyReelsV2Transformer3DModel": Family(**_SIGMA_1000),
     "StableAudio3DiTModel": Family(**_SIGMA, width="embed_dim"),
     "StableAudioDiTModel": Family(**_SIGMA, **_BLOCKS),
@@ -149,11 +159,13 @@ TRANSFORMERS = {
         timestep="t",
         blocks=["noise_refiner", "layers"],
         width="dim",
-        packed=frozenset({"all_x_embedder", "cap_embedder", "siglip_embedder"}),
+        packed=r"\b(all_x|cap|siglip)_embedder\b",
     ),
 }
 UNETS = {
     "I2VGenXLUNet": Family(),
+    "UNet2DConditionModel": Family(),
+    "UNet2DModel": Family(),
     "UNet3DConditionModel": Family(),
     "UNetMotionModel": Family(),
     # ln(σ) / 4 for σ from 0.002 to 700.

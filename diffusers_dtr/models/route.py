@@ -8,10 +8,11 @@ import diffusers
 from diffusers import ModelMixin
 from diffusers.utils.torch_utils import is_compiled_module
 
+from .derived_class import plain_type
 from .families import TRANSFORMERS, UNETS, routed_class
 from .family import Family
 from .routed_model import RoutedModelMixin
-from .scoped_model import ScopedModel, ScopedRoutingMixin
+from .scoped_model import ScopedRoutingMixin
 
 
 def route(model: ModelMixin, **routing: Any) -> ModelMixin:
@@ -19,6 +20,8 @@ def route(model: ModelMixin, **routing: Any) -> ModelMixin:
 
     The model may be quantised, on the meta device, offloaded, spread over devices, or have LoRA adapters. A model that
     is routed is routed anew, with the values given.
+    A pipeline records a component's class when it is assigned: write `pipe.transformer = route(pipe.transformer)`, or what
+    the pipeline saves is loaded as the plain model.
 
     Args:
         model: A denoiser of diffusers, or one whose routed class was declared (see [`Family`]).
@@ -35,7 +38,7 @@ def route(model: ModelMixin, **routing: Any) -> ModelMixin:
         raise TypeError("`model` must be a model, got what `torch.compile` made of one. Route it before compiling it.")
     if isinstance(model, RoutedModelMixin) and not isinstance(model, ScopedRoutingMixin):
         raise TypeError(f"`model` is routed by nature: make another `{type(model).__name__}` with `from_transformer`.")
-    return _class_for(_plain_class(model))._routed_in_place(model, routing)
+    return _class_for(model)._routed_in_place(model, routing)
 
 
 def unroute(model: ModelMixin) -> ModelMixin:
@@ -67,16 +70,11 @@ def family_of(model: ModelMixin) -> Family:
         TypeError: For a model of no known family.
     """
     is_own = isinstance(model, RoutedModelMixin) and not isinstance(model, ScopedRoutingMixin)
-    return Family() if is_own else _class_for(_plain_class(model)).family
+    return Family() if is_own else _class_for(model).family
 
 
-def _plain_class(model: ModelMixin) -> type[ModelMixin]:
-    if isinstance(model, ScopedRoutingMixin):
-        return model.plain_class
-    return model.unrouted_class if isinstance(model, ScopedModel) else type(model)
-
-
-def _class_for(plain: type[ModelMixin]) -> type[ScopedRoutingMixin]:
+def _class_for(model: ModelMixin) -> type[ScopedRoutingMixin]:
+    plain = model.plain_class if isinstance(model, ScopedRoutingMixin) else plain_type(model)
     name = plain.__name__
     if not issubclass(plain, ModelMixin):
         raise TypeError(

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..routing import routed_residual
 from .derived_class import DerivedModule, derived_class, signed_as
-from .scope import channel_mask, token_mask
+from .scope import token_mask
 
 
 @dataclass(frozen=True)
@@ -36,26 +36,13 @@ class RoutedBlock(DerivedModule):
 
 @cache
 def routed_block_class(plain: type[nn.Module], stream: Stream) -> type[nn.Module]:
-    """The routed class of a residual block.
-
-    Args:
-        plain: Class of the block, which has its own residual connections.
-        stream: Where its image stream is.
-
-    Returns:
-        A subclass of the same name, and of the same parameters and outputs.
-
-    Raises:
-        ValueError: If the block has no such argument.
-        TypeError: If it is a wrapper around a block.
-    """
-    parameters, plain_forward = dict(list(signature(plain.forward).parameters.items())[1:]), plain.forward
-    arguments = list(parameters)
-    if all(parameter.kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD) for parameter in parameters.values()):
+    """The routed class of a block, which has its own residual connections; a TypeError for a wrapper around one."""
+    plain_forward = plain.forward
+    _, *parameters = signature(plain_forward).parameters.values()
+    if all(parameter.kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD) for parameter in parameters):
         raise TypeError(f"A `{plain.__name__}` wraps a block, whose arguments it hides. Route the model before that.")
+    arguments = [parameter.name for parameter in parameters]
     name = stream.argument or arguments[0]
-    if name not in arguments:
-        raise ValueError(f"`argument` must be one of `{plain.__name__}`: {', '.join(arguments)}, got {name!r}.")
     position = arguments.index(name)
 
     @signed_as(plain_forward)
@@ -82,30 +69,23 @@ def routed_block_class(plain: type[nn.Module], stream: Stream) -> type[nn.Module
 
 
 def _place(plain: type[nn.Module], stream: Stream, output: tuple) -> int:
-    if stream.output is None:
+    if stream.output is None or stream.output >= len(output):
         raise TypeError(
             f"`{plain.__name__}` returns {len(output)} values: the model's `Family` must say in `streams` which of "
-            "them is the image stream."
+            f"them, from 0 on, is the image stream, got {stream.output}."
         )
     return stream.output
 
 
 @cache
 def masked_class(plain: type[nn.Module]) -> type[nn.Module]:
-    """The class of a module that sees only the active channels of its input, such as the first norm of a branch.
-
-    Args:
-        plain: Class of the module, called with `(batch, channels, ...)` alone.
-
-    Returns:
-        A subclass of the same name.
-    """
+    """The class of a module `(batch, channels, ...)` that sees only active channels, such as a branch's first norm."""
     plain_forward = plain.forward
 
     @signed_as(plain_forward)
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Call the base class's module with the active channels of `(batch, channels, ...)`."""
-        mask = channel_mask(hidden_states)
+        mask = token_mask(hidden_states, channel_dim=1)
         return plain_forward(self, hidden_states if mask is None else hidden_states * mask)
 
     return derived_class(RoutedBlock, plain, (masked_class, (plain,)), forward=forward)

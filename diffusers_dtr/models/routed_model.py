@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from functools import cache, wraps
+from itertools import chain
 from typing import Any, ClassVar
 
 from diffusers import ModelMixin
+from torch import nn
 
 from ..config_types import built_from_file, check_types, constructor_types
 from ..diffusers_registration import register_lora_scales
@@ -14,23 +16,32 @@ from ..hub import check_token
 from ..hub_mixin import HubMixin
 from ..routing import ChannelRouting
 from .family import ROUTING_PARAMETERS, ROUTING_TYPES
-from .missing_weights import check_no_weights_missing
 
 
 @cache
 def config_types(model_class: type[RoutedModelMixin]) -> dict[str, Any]:
-    """What a routed model's config may hold, for [`~diffusers_dtr.config_types.check_types`].
-
-    Args:
-        model_class: The routed class.
-
-    Returns:
-        Type hints by name.
-    """
+    """Type hints of what the config of a routed class may hold, for [`~diffusers_dtr.config_types.check_types`]."""
     routing = {name: ROUTING_TYPES[name] for name in ROUTING_PARAMETERS}
     # A derived constructor has no annotations of its own.
     derived = hasattr(model_class.__init__, "__signature__")
     return {**constructor_types(model_class.plain_class if derived else model_class), **routing}
+
+
+def check_no_weights_missing(model: nn.Module) -> None:
+    """Refuse a model that was loaded without all of its weights: diffusers leaves them without data, and warns.
+
+    One that is spread over devices keeps some of its weights elsewhere, and is not looked at.
+
+    Raises:
+        ValueError: If parameters or buffers have no data; it names the first of them.
+    """
+    tensors = () if hasattr(model, "hf_device_map") else chain(model.named_parameters(), model.named_buffers())
+    missing = [name for name, tensor in tensors if tensor.is_meta]
+    if missing:
+        raise ValueError(
+            f"The weights of a {type(model).__name__} must have what its config tells of, but {missing[0]} is missing"
+            + (f", and {len(missing) - 1} more." if len(missing) > 1 else ".")
+        )
 
 
 class RoutedModelMixin(HubMixin):
@@ -93,16 +104,8 @@ class RoutedModelMixin(HubMixin):
 
     def _init_routing(self, widths: set[int]) -> None:
         """Read the routing from the config; call it before any layer is built, so that a bad value costs nothing."""
-        config = self.config
         self.routed_widths = tuple(sorted(widths))
-        self.routing = ChannelRouting(
-            alpha=config.routing_alpha,
-            beta=config.routing_beta,
-            routing_type=config.routing_type,
-            seed=config.routing_seed,
-            timestep_range=config.routing_timestep_range,
-            widths=widths,
-        )
+        self.routing = ChannelRouting(*(self.config[name] for name in ROUTING_PARAMETERS), widths=widths)
 
     def set_routing_beta(self, beta: float | None) -> None:
         """Route with another share of active channels from now on; None returns to `config.routing_beta`.

@@ -11,14 +11,14 @@ import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
-# By what is routed (a width of the residual stream), bool `(batch, width)` or `(batch, n, width)`; None where nothing
-# is.
+# By what is routed, bool `(batch, width)` or `(batch, n, width)`; None where nothing is.
 Masks = Mapping[Hashable, torch.Tensor | None]
 
 
@@ -33,11 +33,7 @@ _running = _Running()
 
 @contextmanager
 def scope(masks: Masks | None) -> Iterator[None]:
-    """The length of a forward call.
-
-    Args:
-        masks: What [`current_mask`] finds in this thread meanwhile.
-    """
+    """The length of a forward call, in which [`token_mask`] finds these masks in this thread."""
     outer = _running.masks
     _running.masks = masks
     try:
@@ -46,19 +42,28 @@ def scope(masks: Masks | None) -> Iterator[None]:
         _running.masks = outer
 
 
-def current_mask(key: Hashable) -> torch.Tensor | None:
-    """The mask of the forward call that is running in this thread.
+def token_mask(
+    hidden_states: torch.Tensor | None, batch_dim: int = 0, channel_dim: int = -1, key: Hashable | None = None
+) -> torch.Tensor | None:
+    """The mask for a stream, of the forward call that is running in this thread.
 
     Args:
-        key: What is routed: the number of channels of a block's input.
+        hidden_states: `(batch, ..., width)`, or with its axes elsewhere. Where the model folds frames or positions
+            into the batch, each sample's stand together. With timesteps `(batch, n)`, its tokens are n groups of equal
+            size, in order. None where a call has no such stream.
+        batch_dim: Axis of the samples.
+        channel_dim: Axis of what is routed; 1 for images and videos.
+        key: What is routed. None for the width of the residual stream.
 
     Returns:
-        Bool `(batch, width)`, `(batch, n, width)` where the timesteps are `(batch, n)`, or None where the model is not
-        routed.
+        Bool, of a shape that broadcasts with `hidden_states`, on its device; or None where the model is not routed.
 
     Raises:
         RuntimeError: Outside a routed model's forward call, and for a width that the model does not have.
+        ValueError: If the timesteps do not divide the tokens.
     """
+    if hidden_states is None:
+        return None
     masks = _running.masks
     if masks is None:
         raise RuntimeError(
@@ -66,95 +71,32 @@ def current_mask(key: Hashable) -> torch.Tensor | None:
             "its blocks; to recompute activations use the model's `enable_gradient_checkpointing`, not a wrapper "
             "around blocks."
         )
+    key = hidden_states.shape[channel_dim] if key is None else key
     if key not in masks:
         raise RuntimeError(f"A routed block has {key} channels, but its model routes {', '.join(map(str, masks))}.")
-    return masks[key]
-
-
-def token_mask(hidden_states: torch.Tensor | None, batch_dim: int = 0) -> torch.Tensor | None:
-    """This call's mask for tokens.
-
-    Args:
-        hidden_states: `(batch, ..., width)`. Where the model folds frames or positions into the batch, each sample's
-            stand together. With timesteps `(batch, n)`, its tokens are n groups of equal size, in order. None where a
-            call has no such stream.
-        batch_dim: Axis of the samples.
-
-    Returns:
-        Bool, of a shape that broadcasts with `hidden_states`, on its device; or None.
-
-    Raises:
-        ValueError: If the timesteps do not divide the tokens.
-    """
-    if hidden_states is None:
+    if masks[key] is None:
         return None
-    mask = current_mask(hidden_states.shape[-1])
-    return None if mask is None else _channels_last(mask, hidden_states, batch_dim)
+    mask, moved = masks[key].to(hidden_states.device), (batch_dim, channel_dim)
+    return _spread(mask, hidden_states.movedim(moved, (0, -1)).shape).movedim((0, -1), moved)
 
 
-def _channels_second(mask: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-    mask = _unfolded(mask.to(hidden_states.device), hidden_states.shape[0])
-    return mask.reshape(*mask.shape, *(1,) * (hidden_states.ndim - 2))
-
-
-def _channels_last(mask: torch.Tensor, hidden_states: torch.Tensor, batch_dim: int = 0) -> torch.Tensor:
-    mask = _unfolded(mask.to(hidden_states.device), hidden_states.shape[batch_dim])
+def _spread(mask: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """A mask in a shape that broadcasts with `(batch, ..., width)`, where the batch may have tokens folded into it."""
+    samples, rows = mask.shape[0], shape[0]
+    if rows % samples:
+        raise ValueError(f"A batch of {rows} rows cannot be routed by the timesteps of {samples} samples.")
     if mask.ndim == 2:
-        return mask.reshape([mask.shape[0] if dim == batch_dim else 1 for dim in range(hidden_states.ndim - 1)] + [-1])
-    tokens = hidden_states.shape[1:-1].numel()
+        mask = mask if samples in (1, rows) else mask.repeat_interleave(rows // samples, dim=0)
+        return mask.reshape(mask.shape[0], *(1,) * (len(shape) - 2), -1)
+    tokens = shape[:-1].numel() // samples
     if tokens % mask.shape[1]:
         raise ValueError(f"`timestep` must divide the {tokens} tokens of a sample, got {mask.shape[1]} per sample.")
     mask = mask if tokens == mask.shape[1] else mask.repeat_interleave(tokens // mask.shape[1], dim=1)
-    return mask.reshape(mask.shape[0], *hidden_states.shape[1:])
-
-
-def channel_mask(hidden_states: torch.Tensor) -> torch.Tensor | None:
-    """This call's mask for images or videos.
-
-    Args:
-        hidden_states: `(batch, channels, ...)`. Frames may be folded into the batch, each sample's together.
-
-    Returns:
-        Bool, of a shape that broadcasts with `hidden_states`, on its device; or None.
-    """
-    mask = current_mask(hidden_states.shape[1])
-    return None if mask is None else _channels_second(mask, hidden_states)
-
-
-def rank_mask(output: torch.Tensor, key: Hashable, channel_dim: int = -1) -> torch.Tensor | None:
-    """This call's mask for the rank channels of an adapter.
-
-    Args:
-        output: Of the adapter's first projection, `(batch, ..., rank)`, or `(batch, rank, ...)` of a convolution.
-        key: The adapter's name and rank.
-        channel_dim: -1, or 1 for a convolution.
-
-    Returns:
-        Bool, of a shape that broadcasts with `output`, on its device; or None.
-    """
-    mask = current_mask(key)
-    if mask is None:
-        return None
-    if channel_dim == 1:
-        return _channels_second(mask, output)
-    # Without an axis of tokens, as of embedded timesteps, they are rows as samples are.
-    return _channels_last(mask.flatten(0, -2) if output.ndim == 2 else mask, output)
-
-
-def _unfolded(mask: torch.Tensor, batch: int) -> torch.Tensor:
-    """The mask of every row of a batch into which each sample's frames are folded."""
-    samples = mask.shape[0]
-    if batch % samples:
-        raise ValueError(f"A batch of {batch} rows cannot be routed by the timesteps of {samples} samples.")
-    return mask if batch == samples or samples == 1 else mask.repeat_interleave(batch // samples, dim=0)
+    return mask.reshape(shape)
 
 
 class ScopedCheckpointing:
-    """A gradient checkpointing function that runs a block again with the masks of its own forward call.
-
-    Args:
-        function: Called as `function(block, *args, **kwargs)`.
-    """
+    """A gradient checkpointing function `function(block, ...)` that runs a block again with its own call's masks."""
 
     def __init__(self, function: Callable):
         self.function = function
@@ -167,8 +109,8 @@ class ScopedCheckpointing:
         return self.function(block, *args, **kwargs)
 
 
-class ScopedCheckpointingMixin:
-    """A model that turns gradient checkpointing on with the masks of each call; to be named before its class."""
+class ScopedMixin:
+    """A model within whose forward calls there are masks; to be named before its class."""
 
     def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable | None = None) -> None:
         """Recompute blocks during backward, with the masks of the forward call that they belong to.
@@ -177,29 +119,38 @@ class ScopedCheckpointingMixin:
             gradient_checkpointing_func: Called as `gradient_checkpointing_func(block, *args)`. Defaults to
                 `torch.utils.checkpoint.checkpoint` without reentrant autograd.
         """
-        if gradient_checkpointing_func is None:
-            gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-        super().enable_gradient_checkpointing(ScopedCheckpointing(gradient_checkpointing_func))
+        super().enable_gradient_checkpointing(gradient_checkpointing_func or partial(checkpoint, use_reentrant=False))
+        scope_checkpointing(self)
+
+    def load_lora_adapter(
+        self,
+        pretrained_model_name_or_path_or_dict: Any,
+        prefix: str | None = "transformer",
+        hotswap: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Load a LoRA adapter as diffusers does.
+
+        Raises:
+            ValueError: If a routed one is to be swapped, or padded for swapping; it would lose its routing in silence.
+        """
+        routed = vars(self).get("routed_adapters", {})
+        if routed and (
+            self._prepare_lora_hotswap_kwargs is not None or (hotswap and kwargs.get("adapter_name") in routed)
+        ):
+            raise ValueError(
+                f"Adapters that are routed ({', '.join(routed)}) cannot be hot-swapped: `unroute_adapter` them first, "
+                "or load another under a name of its own, with `load_routed_lora` and without `enable_lora_hotswap`."
+            )
+        super().load_lora_adapter(pretrained_model_name_or_path_or_dict, prefix, hotswap, **kwargs)
 
 
-def scope_checkpointing(model: nn.Module) -> None:
-    """Give each call's masks to checkpointing that is on already."""
-    for module, function in _checkpointing(model):
-        if not isinstance(function, ScopedCheckpointing):
-            module._gradient_checkpointing_func = ScopedCheckpointing(function)
-
-
-def unscope_checkpointing(model: nn.Module) -> None:
-    """Undo [`scope_checkpointing`]."""
-    for module, function in _checkpointing(model):
-        if isinstance(function, ScopedCheckpointing):
-            module._gradient_checkpointing_func = function.function
-
-
-def _checkpointing(model: nn.Module) -> list[tuple[nn.Module, Callable]]:
-    """Where gradient checkpointing is or was on, and the function for it."""
-    functions = ((module, vars(module).get("_gradient_checkpointing_func")) for module in model.modules())
-    return [(module, function) for module, function in functions if function is not None]
+def scope_checkpointing(model: nn.Module, is_scoped: bool = True) -> None:
+    """Give each call's masks to checkpointing that is on already, or undo that."""
+    for module in model.modules():
+        function = vars(module).get("_gradient_checkpointing_func")
+        if function is not None and isinstance(function, ScopedCheckpointing) != is_scoped:
+            module._gradient_checkpointing_func = ScopedCheckpointing(function) if is_scoped else function.function
 
 
 def _run_in_scope(masks: Masks, block: Callable, *args, **kwargs):

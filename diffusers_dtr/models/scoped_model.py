@@ -19,15 +19,14 @@ from torch import nn
 
 from ..routing import ChannelRouting
 from .call_timesteps import argument, timestep_batch
-from .change_class import change_class, check_class_can_change
-from .derived_class import DerivedModule, derived_class, signed_as
-from .family import ROUTING_PARAMETERS, Family, routing_parameters
+from .derived_class import DerivedModule, change_class, check_class_can_change, derived_class, signed_as
+from .family import ROUTING_PARAMETERS, Family, check_family, check_routing_names, routing_parameters
 from .routed_blocks import RoutedBlock
 from .routed_model import RoutedModelMixin
-from .scope import ScopedCheckpointingMixin, scope, scope_checkpointing, unscope_checkpointing
+from .scope import ScopedMixin, scope, scope_checkpointing
 
 
-class ScopedRoutingMixin(ScopedCheckpointingMixin, RoutedModelMixin):
+class ScopedRoutingMixin(ScopedMixin, RoutedModelMixin):
     """Routes the blocks of a model in place, through the [`scope`] of its forward calls.
 
     A subclass names the plain class beside a mixin of this kind, and its family:
@@ -35,16 +34,25 @@ class ScopedRoutingMixin(ScopedCheckpointingMixin, RoutedModelMixin):
 
     Attributes:
         family: What is special about the model.
+        is_unet: Whether it is routed by residual units and not by blocks.
     """
 
     family: ClassVar[Family]
+    is_unet: ClassVar[bool] = False
     # By plain class; see `diffusers_dtr.route`.
     routed_classes: ClassVar[dict[type[ModelMixin], type[ScopedRoutingMixin]]] = {}
 
     def __init_subclass__(cls, family: Family | None = None, **kwargs: Any):
         super().__init_subclass__(**kwargs)
-        if family is None:
+        is_declared = hasattr(cls, "plain_class")
+        if family is None and (hasattr(cls, "family") or not is_declared):  # of a routed class, or a mixin
             return
+        if not is_declared or cls.__mro__.index(ScopedRoutingMixin) > cls.__mro__.index(cls.plain_class):
+            raise TypeError(
+                f"`{cls.__name__}` must name the class that it routes, after the mixin: "
+                f"`class {cls.__name__}(RoutedTransformerMixin, MyModel, family=Family(...))`."
+            )
+        check_family(family, cls.plain_class, cls.is_unet)
         cls.family = family
         cls.__init__ = _derived_constructor(cls.plain_class, family)
         cls.forward = _scoped_forward(cls.plain_class, family.timestep)
@@ -83,11 +91,7 @@ class ScopedRoutingMixin(ScopedCheckpointingMixin, RoutedModelMixin):
     @classmethod
     def _routed_in_place(cls, model: ModelMixin, routing: Mapping[str, Any]) -> ModelMixin:
         """The same model, routed. Everything that can be wrong is found before anything is changed."""
-        unknown = routing.keys() - ROUTING_PARAMETERS.keys()
-        if unknown:
-            raise TypeError(
-                f"Routing has no `{min(unknown)}`; it has {', '.join(f'`{name}`' for name in ROUTING_PARAMETERS)}."
-            )
+        check_routing_names(routing)
         defaults = {name: parameter.default for name, parameter in routing_parameters(cls.family).items()}
         config = {name: model.config.get(name, default) for name, default in defaults.items()} | dict(routing)
         config["routing_timestep_range"] = cls.family.range_of({**model.config, **config})
@@ -110,7 +114,7 @@ class ScopedRoutingMixin(ScopedCheckpointingMixin, RoutedModelMixin):
     def _unrouted_in_place(self) -> ModelMixin:
         """The same model, of its plain class."""
         self._unroute_units()
-        unscope_checkpointing(self)
+        scope_checkpointing(self, False)
         del self.routing, self.routed_widths
         # diffusers has no public way to take back a config value.
         self._internal_dict = FrozenDict(
@@ -140,43 +144,34 @@ def _derived_constructor(plain_class: type[ModelMixin], family: Family) -> Calla
 
 
 def _masks(model: ModelMixin, timesteps: torch.Tensor) -> dict[Hashable, torch.Tensor | None]:
-    """All masks of one forward call: of the residual stream, by width, and of adapters, by name and rank."""
+    """All masks of one forward call, by width; of adapters by name, rank and whether a layer sees the image stream."""
     masks = {}
     for name, routing in vars(model).get("routed_adapters", {}).items():
-        masks |= {(name, rank): routing.mask(timesteps, rank) for rank in routing.widths}
+        low, high = routing.timestep_range
+        for rank in routing.widths:
+            masks[name, rank, True] = masks[name, rank, False] = routing.mask(timesteps, rank)
+            if timesteps.ndim > 1:
+                noisiest = timesteps.amax(1) if low < high else timesteps.amin(1)
+                masks[name, rank, False] = routing.mask(noisiest, rank)
     if isinstance(model, ScopedRoutingMixin):
         masks |= {width: model.routing.mask(timesteps, width) for width in model.routed_widths}
     return masks
 
 
-class ScopedModel(ScopedCheckpointingMixin, DerivedModule):
+class ScopedModel(ScopedMixin, DerivedModule):
     """A model of a class that is not routed itself, but has routed adapters."""
 
 
 @cache
 def scoped_class(plain_class: type[ModelMixin], timestep: str) -> type[ModelMixin]:
-    """The class of a model within whose forward calls there are masks.
-
-    Args:
-        plain_class: Its own class.
-        timestep: Name of the argument of its forward method.
-    """
+    """The class of a model within whose forward calls there are masks, by its own and by what `timestep` is called."""
     forward = _scoped_forward(plain_class, timestep)
     return derived_class(ScopedModel, plain_class, (scoped_class, (plain_class, timestep)), forward=forward)
 
 
 def _scoped_forward(plain_class: type[ModelMixin], timestep_name: str) -> Callable:
-    """The forward method of a model, within the scope of its call's masks.
-
-    Raises:
-        ValueError: If it has no such argument as the family says.
-    """
+    """The forward method of a model, within the scope of its call's masks."""
     arguments = list(signature(plain_class.forward).parameters)[1:]
-    if timestep_name not in arguments:
-        raise ValueError(
-            f"`timestep` of the family must be an argument of `{plain_class.__name__}.forward`, "
-            f"{', '.join(arguments)}, got {timestep_name!r}."
-        )
     position = arguments.index(timestep_name)
     # The function and not the class's attribute, which the compiler does not follow for every class.
     plain_forward = plain_class.forward

@@ -11,8 +11,7 @@ from diffusers import ModelMixin
 from torch import nn
 
 from ..diffusers_registration import block_metadata, register_block
-from .change_class import change_class
-from .derived_class import plain_type
+from .derived_class import change_class, plain_type
 from .routed_blocks import Stream, routed_block_class
 from .scoped_model import ScopedRoutingMixin
 
@@ -22,28 +21,47 @@ class RoutedTransformerMixin(ScopedRoutingMixin):
 
     @classmethod
     def _widths(cls, config: Mapping[str, Any]) -> set[int]:
-        return {math.prod(config[name.strip()] for name in cls.family.width.split("*"))}
+        return {math.prod(config[name] for name in cls.family.widths)}
 
     @classmethod
     def _units(cls, model: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:
         """The routed blocks, in order, and their routed classes."""
+        lists = {name: child for name, child in model.named_modules() if isinstance(child, nn.ModuleList)}
         if cls.family.blocks is not None:
-            lists = [model.get_submodule(name) for name in cls.family.blocks]
+            named = cls.family.blocks
         else:
-            names = set(cls.plain_class._repeated_blocks)
-            lists = [
-                child
-                for child in model.children()
+            repeated = set(cls.plain_class._repeated_blocks)
+            named = [
+                name
+                for name, blocks in lists.items()
                 # Blocks that are wrapped as well, to be refused.
-                if isinstance(child, nn.ModuleList)
-                and any(type(part).__name__ in names for block in child for part in (block, *block.children()))
+                if "." not in name
+                and any(type(part).__name__ in repeated for block in blocks for part in (block, *block.children()))
             ]
-        if not any(len(blocks) for blocks in lists):
+        if not lists.keys() >= set(named):
+            there = ", ".join(name for name in lists if not any(part.isdigit() for part in name.split(".")))
+            raise ValueError(
+                f"`blocks` of the family of `{cls.plain_class.__name__}` must be its lists, {there}, got {named}."
+            )
+        if not any(len(lists[name]) for name in named):
             raise ValueError(
                 f"No blocks of the `{type(model).__name__}` were found to route. Route it before they are sharded "
                 "or replaced, or name them in `blocks` of its `Family`."
             )
-        return [(block, _routed_block(plain_type(block), cls.family.streams)) for blocks in lists for block in blocks]
+        return [(block, cls._routed_block(plain_type(block))) for name in named for block in lists[name]]
+
+    @classmethod
+    def _routed_block(cls, plain: type[nn.Module]) -> type[nn.Module]:
+        """The routed class of a block, which diffusers' caches know as they know the plain one."""
+        metadata, stream = block_metadata(plain), cls.family.stream_of(plain.__name__)
+        if stream is None and metadata is not None:
+            # The registry's default name is not always that of the argument.
+            named = metadata.hidden_states_argument_name in signature(plain.forward).parameters
+            argument = metadata.hidden_states_argument_name if named else None
+            stream = Stream(argument, metadata.return_hidden_states_index)
+        routed = routed_block_class(plain, stream or Stream())
+        register_block(routed, metadata)
+        return routed
 
     def _route_units(self, units: list[tuple[nn.Module, type[nn.Module]]]) -> None:
         for block, routed_class in units:
@@ -65,19 +83,3 @@ class RoutedTransformerMixin(ScopedRoutingMixin):
             ValueError: For a routing that does not exist.
         """
         return cls._from_plain(transformer, "transformer", routing)
-
-
-def _routed_block(plain: type[nn.Module], streams: Mapping[str, int | Stream]) -> type[nn.Module]:
-    """The routed class of a block, which diffusers' caches know as they know the plain one."""
-    metadata = block_metadata(plain)
-    stream = streams.get(plain.__name__)
-    if isinstance(stream, int):
-        stream = Stream(output=stream)
-    elif stream is None and metadata is not None:
-        # The registry's default name is not always that of the argument.
-        named = metadata.hidden_states_argument_name in signature(plain.forward).parameters
-        argument = metadata.hidden_states_argument_name if named else None
-        stream = Stream(argument, metadata.return_hidden_states_index)
-    routed = routed_block_class(plain, stream or Stream())
-    register_block(routed, metadata)
-    return routed

@@ -12,12 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from diffusers import ModelMixin, UNet2DConditionModel, UNet2DModel
-from diffusers.loaders import PeftAdapterMixin
+from diffusers import ModelMixin
 from torch import nn
 
-from .change_class import change_class
-from .family import Family
+from .derived_class import change_class
 from .routed_blocks import masked_class
 from .scoped_model import ScopedRoutingMixin
 
@@ -44,6 +42,8 @@ class NoNorm(nn.Identity):
 
 class RoutedUNetMixin(ScopedRoutingMixin):
     """Routes a U-Net; to be named before the plain class."""
+
+    is_unet = True
 
     @classmethod
     def _widths(cls, config: Mapping[str, Any]) -> set[int]:
@@ -75,51 +75,12 @@ class RoutedUNetMixin(ScopedRoutingMixin):
 
     @classmethod
     def from_unet(cls, unet: ModelMixin, **routing: Any) -> ModelMixin:
-        """The routed model with the weights of a plain one, which is left as it is.
-
-        Args:
-            unet: A model of the diffusers class that this one routes.
-            **routing: Config values that the plain model does not have: `routing_alpha`, `routing_beta`, ...
-
-        Returns:
-            A model with copies of the weights, on the same device, of the same dtype and in the same mode.
+        """As [`RoutedTransformerMixin.from_transformer`], of a U-Net.
 
         Raises:
-            TypeError: If `unet` is of another class, a name in `routing` is not one of a config value, or the U-Net
-                has blocks whose units cannot be routed, such as those of K-diffusion.
-            ValueError: For a routing that does not exist.
+            TypeError: For blocks whose units cannot be routed, such as those of K-diffusion, too.
         """
         return cls._from_plain(unet, "unet", routing)
-
-
-class DTRUNet2DModel(RoutedUNetMixin, UNet2DModel, PeftAdapterMixin, family=Family()):
-    """The U-Net of DDPM (arXiv 2006.11239) and ADM (arXiv 2105.05233) with Denoising Task Routing (arXiv 2310.07138).
-
-    Unlike the base class it takes LoRA adapters directly (`add_adapter`, `load_lora_adapter`).
-
-    Parameters:
-        sample_size, ...: All config values of [`~diffusers.UNet2DModel`].
-        routing_alpha, ...: The routing, as in [`DTRTransformer2DModel`].
-
-    Raises:
-        ValueError: For a routing that does not exist (see [`~diffusers_dtr.routing.check_routing`]), before any
-            memory is spent.
-        TypeError: For a block type whose units cannot be routed.
-    """
-
-
-class DTRUNet2DConditionModel(RoutedUNetMixin, UNet2DConditionModel, family=Family()):
-    """The text-conditional U-Net of Stable Diffusion 1, 2 and XL with Denoising Task Routing (arXiv 2310.07138).
-
-    Parameters:
-        sample_size, ...: All config values of [`~diffusers.UNet2DConditionModel`].
-        routing_alpha, ...: The routing, as in [`DTRTransformer2DModel`].
-
-    Raises:
-        ValueError: For a routing that does not exist (see [`~diffusers_dtr.routing.check_routing`]), before any
-            memory is spent.
-        TypeError: For a block type whose units cannot be routed, such as those of K-diffusion.
-    """
 
 
 def _first_norms(unet: nn.Module) -> Iterator[tuple[nn.Module, str, int]]:

@@ -13,7 +13,7 @@ from torch import nn
 from ..config_types import built_from_file
 from ..hub import check_token
 from ..hub_mixin import HubMixin
-from ..models.missing_weights import check_no_weights_missing
+from ..models.routed_model import check_no_weights_missing
 from .model_index import check_model_index
 
 

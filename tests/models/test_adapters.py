@@ -232,6 +232,61 @@ def test_embedded_timesteps_of_frames_are_routed_by_themselves():
     assert not torch.allclose(run(route_adapter(model), arguments), expected)
 
 
+# By class: timesteps of a sample, a layer of the image stream, and those of others.
+STREAMS = [
+    ("WanTransformer3DModel", (18,), "attn1.to_q", ["attn2.to_k", "text_embedder.linear_1"]),
+    ("SkyReelsV2Transformer3DModel", (3,), "attn2.to_q", ["attn2.to_v"]),
+    (
+        "LTX2VideoTransformer3DModel",
+        (12,),
+        "video_to_audio_attn.to_k",
+        ["attn2.to_k", "audio_ff.net.2", "prompt_adaln.linear"],
+    ),
+    ("SanaWMLTX2RefinerTransformer3DModel", (12,), "ff.net.2", ["attn2.to_k", "caption_projection.linear_1"]),
+    ("SanaWMTransformer3DModel", (1, 3), "cross_attn.q_linear", ["cross_attn.kv_linear", "y_proj.fc1"]),
+    ("SanaVideoTransformer3DModel", (12,), "patch_embedding", ["attn2.to_k"]),
+    ("CosmosTransformer3DModel", (1, 2, 1, 1), "attn1.to_k", ["attn2.to_k"]),
+]
+
+
+@pytest.mark.parametrize("captions", [5, 36])
+@pytest.mark.parametrize(("name", "shape", "image", "others"), STREAMS)
+def test_tokens_of_the_image_have_their_own_windows_and_others_that_of_the_noisiest(
+    name, shape, image, others, captions
+):
+    """However long captions are: 36 is a multiple of all numbers of timesteps."""
+    model = build(name)
+    inject_adapter_in_model(LoraConfig(r=4, target_modules=[image, *others], init_lora_weights=False), model)
+    route_adapter(model, routing_beta=0.5, routing_alpha=1.0)
+    low, high = adapter_routing(model)["routing_timestep_range"]
+    timestep = low + (high - low) * torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
+    arguments = {**inputs(name), "timestep": timestep}
+    if "audio_hidden_states" in arguments:
+        arguments["audio_timestep"] = torch.tensor([300.0, 700.0])
+    for key, text in inputs(name).items():
+        if "encoder" in key:
+            axis = -1 if "mask" in key else -2
+            arguments[key] = torch.cat([text.narrow(axis, 0, 1)] * captions, dim=axis)
+    seen = {}
+    for layer, module in model.named_modules():
+        if layer.endswith("lora_A.default"):
+            module.register_forward_hook(lambda _, args, out, layer=layer: (seen.setdefault(layer, out != 0), None)[1])
+    run(model, arguments)
+    windows = routing_mask(timestep.flatten(), 4, alpha=1.0, beta=0.5, timestep_range=(low, high)).unflatten(
+        0, (2, -1)
+    )
+    noisiest = routing_mask(timestep.flatten(1).amax(1), 4, alpha=1.0, beta=0.5, timestep_range=(low, high))
+    assert {target for target in (image, *others) if any(f"{target}.lora_A" in layer for layer in seen)} >= {image}
+    for layer, found in seen.items():
+        found = found.movedim(1, -1) if found.ndim == 5 and image == "patch_embedding" in layer else found
+        found = found.reshape(2, -1, 4)
+        if f"{image}.lora_A" in layer:
+            expected = windows.repeat_interleave(found.shape[1] // windows.shape[1], dim=1)
+        else:
+            expected = noisiest[:, None].expand_as(found)
+        assert torch.equal(found, expected), layer
+
+
 # Files.
 
 

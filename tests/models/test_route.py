@@ -1,20 +1,19 @@
 """Routing a model in place, whatever was done to it before, and taking it back."""
 
 import copy
-import pickle
 from inspect import Parameter, signature
 
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
-from diffusers import FluxTransformer2DModel, ModelMixin, SD3Transformer2DModel
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers.configuration_utils import register_to_config
 from peft import LoraConfig
 from tiny_models import DIT, FLUX, PIXART, SCOPED_FAMILIES, UNET, output
 from torch import nn
 
 import diffusers_dtr
-from diffusers_dtr import Family, RoutedTransformerMixin, Stream, route, unroute
+from diffusers_dtr import Family, RoutedTransformerMixin, route, unroute
 
 
 every_family = pytest.mark.parametrize("family", SCOPED_FAMILIES, ids=lambda family: family.routed_class.__name__)
@@ -200,25 +199,6 @@ def test_a_transformer_with_other_weights_than_diffusers_is_named():
         route(DIT.routed())
 
 
-def test_a_declaration_that_names_no_argument_of_its_blocks_changes_nothing():
-    class Misdeclared(PaintModel):
-        pass
-
-    class DTRMisdeclared(
-        RoutedTransformerMixin,
-        Misdeclared,
-        family=Family("t", blocks=["layers"], streams={"PaintBlock": Stream("image")}, width="hidden_size"),
-    ):
-        pass
-
-    model = Misdeclared()
-    modules = classes(model)
-    with pytest.raises(ValueError, match="must be one of `PaintBlock`: x, got 'image'"):
-        route(model)
-    assert classes(model) == modules
-    assert "routing_beta" not in model.config
-
-
 def test_a_model_in_which_no_block_is_found_is_refused():
     model = FLUX.plain()
     for block in (*model.transformer_blocks, *model.single_transformer_blocks):
@@ -232,68 +212,6 @@ def test_a_model_in_which_no_block_is_found_is_refused():
 def test_unrouting_a_plain_model_changes_nothing():
     model = UNET.plain()
     assert unroute(model) is model
-
-
-# Models of other libraries.
-
-
-class PaintBlock(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.linear = nn.Linear(width, width)
-
-    def forward(self, x):
-        return x + self.linear(x)
-
-
-class PaintModel(ModelMixin, ConfigMixin):
-    @register_to_config
-    def __init__(self, hidden_size: int = 16, depth: int = 2):
-        super().__init__()
-        self.layers = nn.ModuleList(PaintBlock(hidden_size) for _ in range(depth))
-
-    def forward(self, tokens, t):
-        for layer in self.layers:
-            tokens = layer(tokens)
-        return tokens
-
-
-class UndeclaredModel(PaintModel):
-    pass
-
-
-class DTRPaintModel(
-    RoutedTransformerMixin, PaintModel, family=Family(timestep="t", blocks=["layers"], width="hidden_size")
-):
-    """A model of another library, routed."""
-
-
-def test_a_declared_model_of_another_library_is_routed(tmp_path):
-    model, tokens = PaintModel(), torch.randn(2, 3, 16)
-    route(model, routing_beta=0.5, routing_alpha=1.0)
-    assert type(model) is DTRPaintModel
-    found = model(tokens, torch.tensor([0.0, 999.0]))
-    mask = torch.tensor([[1.0] * 8 + [0.0] * 8, [0.0] * 8 + [1.0] * 8])[:, None]
-    expected = tokens
-    for layer in model.layers:
-        expected = expected + layer.linear(expected * mask)
-    torch.testing.assert_close(found, expected)
-    model.save_pretrained(tmp_path)
-    loaded = DTRPaintModel.from_pretrained(tmp_path)
-    torch.testing.assert_close(loaded(tokens, torch.tensor([0.0, 999.0])), expected)
-    assert torch.equal(pickle.loads(pickle.dumps(model))(tokens, t=3), model(tokens, t=3))
-
-
-def test_a_model_of_no_known_family_is_told_how_to_be_declared():
-    with pytest.raises(TypeError, match=r"`UndeclaredModel`.*Declare it.*family=Family\(blocks="):
-        route(UndeclaredModel())
-
-
-def test_a_declaration_that_does_not_fit_is_an_error():
-    with pytest.raises(ValueError, match=r"argument of `UndeclaredModel.forward`, tokens, t, got 'timestep'"):
-
-        class DTRUndeclaredModel(RoutedTransformerMixin, UndeclaredModel, family=Family(blocks=["layers"])):
-            pass
 
 
 # What is derived.
