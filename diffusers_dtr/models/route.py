@@ -20,8 +20,8 @@ def route(model: ModelMixin, **routing: Any) -> ModelMixin:
 
     The model may be quantised, on the meta device, offloaded, spread over devices, or have LoRA adapters. A model that
     is routed is routed anew, with the values given.
-    A pipeline records a component's class when it is assigned, `pipe.transformer = route(pipe.transformer)`; what it saves
-    without that is loaded as the plain model.
+    A pipeline records a component's class when it is assigned, `pipe.transformer = route(pipe.transformer)`; what it
+    saves without that is loaded as the plain model.
 
     Args:
         model: A denoiser of diffusers, or one whose routed class was declared (see [`Family`]).
