@@ -126,6 +126,7 @@ def test_boundaries_are_bars_that_tile_the_noise_levels():
     odd = [(1, clean, halfway[100]), (1, halfway[100], halfway[600]), (1, halfway[600], noisy)]
     assert bars == [pytest.approx(bar) for bar in even + odd]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["even", "odd"]
+    assert [text.get_text().strip() for text in ax.texts] == ["0", "500", "0", "100", "600"]
 
 
 def test_gaps_are_bars_side_by_side_with_their_intervals():

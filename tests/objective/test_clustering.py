@@ -63,12 +63,20 @@ def test_snr_cost_is_distance_in_log_snr(num_clusters):
     assert clusters.boundaries == brute_force(12, num_clusters, lambda c, t: abs(log_snr[t] - log_snr[c]))
 
 
-def test_pure_noise_joins_the_last_cluster_moves_no_edge_and_is_no_cluster_alone():
-    scheduler = DDPMScheduler(num_train_timesteps=13, beta_end=0.5, rescale_betas_zero_snr=True)
+@pytest.mark.parametrize(
+    ("config", "first"),
+    [
+        ({"beta_end": 0.5, "rescale_betas_zero_snr": True}, 0),
+        ({"trained_betas": [0.0, *[0.01 * t for t in range(1, 13)]]}, 1),
+    ],
+    ids=["noise", "signal"],
+)
+def test_pure_noise_or_signal_joins_the_cluster_at_its_end_moves_no_edge_and_is_no_cluster_alone(config, first):
+    scheduler = DDPMScheduler(num_train_timesteps=13, **config)
     log_snr = log_snr_of(scheduler)
-    assert log_snr[-1] == -torch.inf
-    finite = brute_force(12, 4, lambda c, t: abs(log_snr[t] - log_snr[c]))
-    assert cluster_timesteps(scheduler, 4).boundaries == (*finite[:-1], 13)
+    assert torch.tensor(log_snr).isinf().nonzero().tolist() == [[0 if first else 12]]
+    finite = brute_force(12, 4, lambda c, t: abs(log_snr[first + t] - log_snr[first + c]))
+    assert cluster_timesteps(scheduler, 4).boundaries == (0, *(first + edge for edge in finite[1:-1]), 13)
     with pytest.raises(ValueError, match=r"`num_clusters`.*\[1, 12\].*finite log SNR"):
         cluster_timesteps(scheduler, 13)
 
