@@ -1,4 +1,4 @@
-"""Between images or videos and the latents that a denoiser is trained on: encode, normalise, decode."""
+"""From images or videos to the normalised latents that a denoiser is trained on, and back."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class LatentNormalization:
 
     @classmethod
     def from_vae(cls, vae: ModelMixin) -> LatentNormalization:
-        """What the VAE's config says, read as diffusers' pipelines read it.
+        """The normalisation in a VAE's config, read as diffusers' pipelines read it.
 
         `scaling_factor` and `shift_factor` are Stable Diffusion 3's: (z - shift_factor) * scaling_factor.
         `latents_mean` and `latents_std`, one number per channel, are those of Stable Diffusion XL, Qwen-Image and Wan,
@@ -91,7 +91,7 @@ def _beside(latents: torch.Tensor, value: float | torch.Tensor) -> float | torch
 
 
 def _patch_size(vae: ModelMixin) -> tuple[int, int] | None:
-    """Flux.2's latents are normalised, and denoised, in patches that its autoencoder knows of and does not make."""
+    """Size of the patches of Flux.2's latents, which its pipeline makes and not its autoencoder; None for others."""
     return tuple(vae.config.patch_size) if isinstance(getattr(vae, "bn", None), nn.BatchNorm2d) else None
 
 

@@ -228,7 +228,7 @@ def check_routing(
     timestep_range: Sequence[float] = DEFAULT_TIMESTEP_RANGE,
     num_channels: int | None = None,
 ) -> None:
-    """Raise a ValueError for settings that are no routing, or leave none of `num_channels` channels active."""
+    """Raise a ValueError for invalid settings, or a share that leaves none of `num_channels` channels active."""
     ALPHA_RANGE.check(routing_alpha=alpha)
     BETA_RANGE.check(routing_beta=beta)
     if routing_type not in ROUTING_TYPES:

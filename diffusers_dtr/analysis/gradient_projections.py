@@ -109,7 +109,7 @@ class CountSketch:
 
 
 class CoordinateBlock:
-    """Some coordinates of a gradient as they are: inner products add up, exactly, over the blocks of a gradient.
+    """A block of a gradient's coordinates: inner products add up exactly over all blocks.
 
     Args:
         slices: Which coordinates of which parameters, flattened.

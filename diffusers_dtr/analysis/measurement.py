@@ -130,7 +130,7 @@ def _key(gradients: TimestepGradients) -> str:
 
 
 def _read_features(files: Sequence[Path]) -> Tensor:
-    """What is measured at all timesteps, `(4, n, size)`; never twice in memory."""
+    """The projected gradients at all timesteps, `(4, n, size)`, read without a second copy in memory."""
     first = load_file(files[0])["features"]
     features = first.new_empty(len(first), len(files), first.shape[1])
     for index, file in enumerate(files):

@@ -257,7 +257,7 @@ def load_task_affinity(path: str | PathLike, levels: NoiseLevels | None = None) 
 
 
 def _difference(affinity: TaskAffinity, levels: NoiseLevels) -> str | None:
-    """What tells the noise levels of an affinity from these; None if they are the same."""
+    """How the noise levels of an affinity differ from these; None if they do not."""
     if len(affinity.training_timesteps) != len(levels.timesteps):
         return f"{len(affinity.training_timesteps)} training timesteps, not {len(levels.timesteps)}"
     shift = (affinity.training_timesteps - levels.timesteps).abs().max()
@@ -300,7 +300,7 @@ def _measured_timesteps(levels: NoiseLevels, timesteps: int | Sequence[float] | 
 
 
 def _numbers(timesteps: Tensor, grid: Tensor) -> Tensor:
-    """Where timesteps lie in the training grid: whole numbers on it, shares between two neighbours between them."""
+    """Fractional indices of timesteps in the training grid."""
     lower = (torch.searchsorted(grid, timesteps, right=True) - 1).clamp(0, len(grid) - 2)
     return lower + (timesteps - grid[lower]) / (grid[lower + 1] - grid[lower])
 

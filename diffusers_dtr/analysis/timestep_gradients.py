@@ -21,7 +21,7 @@ NUM_PARTS = 4
 
 
 class DenoisingBatch:
-    """The images and noise that every gradient is of, in `NUM_PARTS` equal parts.
+    """The images and noise that all gradients are taken over, in `NUM_PARTS` equal parts.
 
     Part p has the images p, p + 4, p + 8, ..., so that images sorted by class spread over the parts.
 

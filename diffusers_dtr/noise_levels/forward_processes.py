@@ -230,7 +230,7 @@ def prediction_type_of(scheduler: SchedulerMixin, process: ForwardProcess) -> st
 
 
 def _own_config(scheduler: SchedulerMixin) -> dict[str, Any]:
-    """The settings that the scheduler's class has: `from_config` also keeps those of the class that it came from."""
+    """The settings of the scheduler's own class, without those that `from_config` keeps of another class."""
     names = inspect.signature(type(scheduler)).parameters
     return {name: value for name, value in scheduler.config.items() if name in names}
 

@@ -90,28 +90,19 @@ class AdaptiveTimestepSampler:
         fitted = fitted / fitted.sum() if fitted.sum() > 0 else uniform
         return self.floor * uniform + (1 - self.floor) * fitted
 
-    def sample(
-        self,
-        batch_size: int,
-        *,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-        process_index: int = 0,
-        num_processes: int = 1,
-    ) -> torch.Tensor:
+    def sample(self, batch_size: int, **options: Any) -> torch.Tensor:
         """Draw timesteps of the current density, stratified over the clusters.
 
-        Arguments, result and errors are those of [`TimestepClusters.sample`]. Processes draw one global batch together
-        if they were updated alike.
+        Processes draw one global batch together if they were updated alike.
+
+        Args:
+            batch_size: Timesteps to return, >= 1.
+            **options: The `generator`, `device` and others of [`TimestepClusters.sample`], with its errors.
+
+        Returns:
+            `(batch_size,)`, as there.
         """
-        return self.clusters.sample(
-            batch_size,
-            shares=self.shares,
-            generator=generator,
-            device=device,
-            process_index=process_index,
-            num_processes=num_processes,
-        )
+        return self.clusters.sample(batch_size, shares=self.shares, **options)
 
     def density(self, timesteps: torch.Tensor) -> torch.Tensor:
         """Current density of these timesteps relative to uniform ones, as [`TimestepClusters.density`]."""

@@ -232,7 +232,7 @@ def _torchjd() -> ModuleType:
 
 
 def _weighting_of_gramian(weighting: str | Weighting | WeightedAggregator, num_clusters: int) -> Weighting:
-    """What maps a `(k, k)` Gramian to `(k,)` weights, for any of the ways to name a weighting."""
+    """The torchjd weighting from a `(k, k)` Gramian to `(k,)` weights, by its name or from an instance."""
     torchjd = _torchjd()
     if isinstance(weighting, str):
         weighting = _named_weighting(weighting, num_clusters)
