@@ -147,8 +147,8 @@ def train(args, folder, flags):
     with log.open("w", encoding="utf-8") as stream:
         done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT)
     if done.returncode != 0:
-        end = log.read_text(encoding="utf-8", errors="replace")[-2000:]
-        raise RuntimeError(f"{shlex.join(command)} failed. The end of {log}:\n{end}")
+        sys.stderr.write(log.read_text(encoding="utf-8", errors="replace")[-2000:])
+        raise ChildProcessError(f"{shlex.join(command)} failed. Above is the end of {log}.")
     print(f"Trained {folder}", flush=True)
 
 

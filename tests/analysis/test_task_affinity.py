@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from tiny_dit import NUM_CLASSES, routed_dit, with_random_weights
 from torch import nn
 
-from diffusers_dtr import DenoisingLoss, NoiseLevels, TaskAffinity, cluster_timesteps
+from diffusers_dtr import DenoisingLoss, NoiseLevels, TaskAffinity
 from diffusers_dtr.analysis import Workspace, load_task_affinity
 
 
@@ -222,12 +222,6 @@ def test_interpolation_goes_by_numbers_on_grids_that_are_not_even():
     grid = torch.tensor([1.0, 10.0, 100.0, 1000.0], dtype=torch.float64)
     found = TaskAffinity(torch.tensor([[1.0, 0.4], [0.4, 1.0]]).double(), grid[[0, 3]], grid, -grid, 1.0, "plain")
     torch.testing.assert_close(found.full_matrix()[0], torch.tensor([1.0, 0.8, 0.6, 0.4]).double())
-
-
-def test_planted_clusters_are_found_through_the_matrix():
-    groups = torch.tensor([0, 0, 0, 1, 1, 1, 1, 2, 2, 2])
-    found = affinity((groups[:, None] == groups).double(), range(10))
-    assert cluster_timesteps(10, 3, cost=found.full_matrix()).boundaries == (0, 3, 7, 10)
 
 
 # --- the file --------------------------------------------------------------------------------------------------------

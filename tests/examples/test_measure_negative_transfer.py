@@ -287,14 +287,17 @@ def test_runs_and_files_of_other_settings_are_not_taken(script, measured, data, 
     assert measured.path.read_bytes() == before
 
 
-def test_failed_run_is_named_with_what_it_said(script, data, tmp_path, monkeypatch):
+def test_failed_run_is_named_with_what_it_said(script, data, tmp_path, monkeypatch, capsys):
     def run(command, stdout, **options):
         stdout.write("something went wrong")
         return subprocess.CompletedProcess(command, 1)
 
     monkeypatch.setattr(script, "subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
-    with pytest.raises(RuntimeError, match=r"train_class_conditional\.py(.|\n)*failed(.|\n)*went wrong"):
+    with pytest.raises(
+        ChildProcessError, match=r"train_class_conditional\.py .* failed\. Above is the end of .*log\.txt"
+    ):
         main(script, data, tmp_path / "tiny.json", "--work_dir", tmp_path / "runs")
+    assert "something went wrong" in capsys.readouterr().err
 
 
 @pytest.mark.slow
