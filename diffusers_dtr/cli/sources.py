@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 
 from ..config_types import built_from_file, read_object
-from ..hub import check_token
+from ..hub.pushing import check_token
 
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"

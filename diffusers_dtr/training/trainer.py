@@ -15,7 +15,7 @@ from diffusers import ModelMixin, SchedulerMixin
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..model_card import save_model_card
+from ..model_card.card import save_model_card
 from ..routing import warmed_up_beta
 from ..run_record import RUN_CONFIG
 from .config import TrainingConfig

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from diffusers_dtr.model_card import build_model_card
-from diffusers_dtr.usage_code import wrap_command
+from diffusers_dtr.model_card.usage_code import wrap_command
 
 
 NASTY = [

@@ -337,3 +337,8 @@ def test_every_kind_of_data_is_saved_with_what_it_requires(tmp_path):
     config.save(tmp_path / "run_config.json")
     again = parse_config(["--config", str(tmp_path / "run_config.json")], data=VideoConfig, text=TextConfig)
     assert again == config
+
+
+def test_paths_may_be_path_objects(tmp_path):
+    config = run_config(output_dir=tmp_path / "run", train_data_dir=tmp_path)
+    assert (config.run.output_dir, config.data.train_data_dir) == (str(tmp_path / "run"), str(tmp_path))

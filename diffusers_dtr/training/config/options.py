@@ -6,6 +6,7 @@ annotation says its type and range, so that it is checked the same way wherever 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import MISSING, field, fields
 from functools import cache
@@ -47,8 +48,11 @@ class Options:
 
     def __post_init__(self):
         hints = _hints(type(self))
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        for name, value in values.items():
+        for name in (item.name for item in fields(self)):
+            value = getattr(self, name)
+            if isinstance(value, os.PathLike):
+                value = os.fspath(value)
+                object.__setattr__(self, name, value)
             if value is None and type(None) in get_args(hints[name]):
                 continue
             flag = f"--{name}"

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...hub import check_token, default_repo, describe, push_folder
+from ...hub.pushing import check_token, default_repo, describe, push_folder
 from ...run_record import PUSH_SNAPSHOTS
 
 

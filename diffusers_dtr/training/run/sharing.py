@@ -7,8 +7,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ...hub import create_run_repo, push_run, retry
-from ...model_card import build_model_card, fetch_card, save_model_card
+from ...hub.pushing import create_run_repo, push_run, retry
+from ...model_card.card import build_model_card, fetch_card, save_model_card
 from ..config import HubConfig
 from .background_push import BackgroundPush
 from .outputs import save_record

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DynamoBackend, ProjectConfiguration, parse_choice_from_env
 
-from ...hub import create_run_repo
+from ...hub.pushing import create_run_repo
 from ..config import TrainingConfig
 from .lock import lock_run_folder
 from .outputs import check_output_dir

@@ -9,8 +9,8 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, ModelCard, ModelCardData
 
-from .config_types import COMMON_TYPES, built_from_file, check_types
-from .hub import check_destination, check_token, push_folder
+from ..config_types import COMMON_TYPES, built_from_file, check_types
+from .pushing import check_destination, check_token, push_folder
 
 
 class HubMixin:

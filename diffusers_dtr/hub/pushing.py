@@ -16,10 +16,8 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabl
 from huggingface_hub.hf_api import ModelInfo
 from huggingface_hub.utils import filter_repo_objects
 
-from .run_record import PRIVATE_FILES, published_path
+from ..run_record import PRIVATE_FILES, published_path
 
-
-__all__ = ["create_run_repo", "push_run"]
 
 logger = logging.getLogger(__name__)
 

@@ -22,19 +22,16 @@ from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundErr
 from huggingface_hub.utils import yaml_dump
 from markupsafe import Markup
 
-from .atomic_files import replace_text, replacing
-from .config_types import read_cleaned, without_controls
-from .hub import check_token
-from .run_record import LOCAL_PREFIX, LOSSES_PICTURE, METRICS_FILE, RECORD_FILE, public_command, publishable
+from ..atomic_files import replace_text, replacing
+from ..config_types import read_cleaned, without_controls
+from ..hub.pushing import check_token
+from ..run_record import LOCAL_PREFIX, LOSSES_PICTURE, METRICS_FILE, RECORD_FILE, public_command, publishable
+from ..visualization import copy_drawing, draw_routing_masks, spaced_grid
 from .trained_model import Metric, TrainedModel, is_repo_id
 from .usage_code import usage_code, wrap_command
-from .visualization import copy_drawing, draw_routing_masks, spaced_grid
 
 
 logger = logging.getLogger(__name__)
-
-__all__ = ["build_model_card", "fetch_card", "save_metrics", "save_model_card"]
-
 
 CARD_FILE = "README.md"
 _MASKS, _SAMPLES = "figures/routing_masks.png", "figures/samples.png"
@@ -250,7 +247,7 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        loader=jinja2.PackageLoader("diffusers_dtr", ""),
+        loader=jinja2.PackageLoader("diffusers_dtr.model_card", ""),
     )
     environment.filters |= {
         "code": _code_span,
@@ -259,7 +256,7 @@ def _template() -> jinja2.Template:
         "duration": _duration,
         "settings": _settings,
     }
-    return environment.get_template("model_card.md.jinja")
+    return environment.get_template("template.md.jinja")
 
 
 # All that Markdown or the Hub's renderer would take for more than text.

@@ -22,13 +22,13 @@ from huggingface_hub import hf_hub_download
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from .atomic_files import replacing
-from .config_types import check_types, parse_object
-from .models.adapters import adapter_routing, route_adapter
-from .models.family import ROUTING_PARAMETERS
-from .models.route import route, unroute
-from .routing import ChannelRouting
-from .run_record import LORA_FILE
+from ..atomic_files import replacing
+from ..config_types import check_types, parse_object
+from ..routing import ChannelRouting
+from ..run_record import LORA_FILE
+from .adapters import adapter_routing, route_adapter
+from .family import ROUTING_PARAMETERS
+from .route import route, unroute
 
 
 _HEADER_KEY = "diffusers_dtr_routing"

@@ -11,9 +11,9 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 import diffusers_dtr
 
-from .config_types import parse_cleaned, read_cleaned
-from .routing import DEFAULT_TIMESTEP_RANGE, check_routing
-from .run_record import (
+from ..config_types import parse_cleaned, read_cleaned
+from ..routing import DEFAULT_TIMESTEP_RANGE, check_routing
+from ..run_record import (
     HISTORY_FILE,
     LOCAL_PREFIX,
     LORA_FILE,
