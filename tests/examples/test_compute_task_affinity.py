@@ -249,9 +249,9 @@ def test_unconditional_pipeline_is_measured(inputs, tmp_path):
     [
         (("--timesteps", 1, 2), "at most one of --num_timesteps and --timesteps"),
         (("--num_timesteps", 3), "must be at least 4 timesteps, got 3"),
-        (("--dataset_name", "other"), "exactly one of --dataset_name and --train_data_dir"),
+        (("--dataset_name", "other"), "Exactly one of --dataset_name and --train_data_dir"),
         (("--pretrained_model_name_or_path", "a", "b", "--checkpoints", 1), "--checkpoints are those of one"),
-        (("--cache_latents",), "of no use"),
+        (("--cache_latents", "--center_crop"), "of no use"),
         (("--dataloader_num_workers", 1), "of no use"),
         (("--parameters", "["), "--parameters: must be a regular expression, got '[': unterminated character set"),
         (("--output_dir", "PLAIN"), f"already holds {RESULT}"),
