@@ -15,15 +15,7 @@ PARTIAL_SUFFIX = ".partial"
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """A place to write a file, which then replaces the one that there may be.
-
-    Args:
-        path: The file, in a folder that exists.
-
-    Yields:
-        A path beside it, of this process alone, that ends in `.partial`. If writing fails it goes away, and what was
-        at `path` stays.
-    """
+    """A path ending in `.partial`, beside the file that it replaces at the end; if writing fails, the file stays."""
     path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
     try:
@@ -35,29 +27,14 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def replace_text(path: str | os.PathLike, text: str) -> None:
-    """Write a file of UTF-8 whatever the locale, as [`replacing`] does.
-
-    Args:
-        path: The file, in a folder that exists.
-        text: All that it is to hold.
-    """
+    """Replace a file by a text, in UTF-8 whatever the locale."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def creating(path: str | os.PathLike) -> Iterator[Path]:
-    """A place to write a file or folder that is not there yet.
-
-    Args:
-        path: The file or folder. Missing folders above it are made.
-
-    Yields:
-        A path of the same name in a folder beside it, which goes away if writing fails.
-
-    Raises:
-        FileExistsError: If something of that name exists, before writing or by then.
-    """
+    """A path for a new file or folder, moved to its place at the end; FileExistsError if that is taken by then."""
     path = Path(path)
     _check_new(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,14 +55,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def move_contents(source: Path, target: Path, aside: Path, last: str) -> None:
-    """Move all that is in a folder into another one by renaming, and remove it.
-
-    Args:
-        source: A complete folder.
-        target: Its entries of the same names are deleted at the end; others stay.
-        aside: Where these are meanwhile; what is there is deleted.
-        last: The entry without which nobody reads `target`. The old one is taken away first, the new one comes last.
-    """
+    """Move a folder's entries into another by renaming, through `aside`; `last` makes the target readable again."""
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     if (target / last).exists():
@@ -107,7 +77,7 @@ def _check_new(path: Path) -> None:
 
 
 def _synchronize(path: Path) -> None:
-    """Have a file, or those right in a folder, on the disk: after a power cut the name could have half the content."""
+    """Flush a file, or those right in a folder, to disk: a power cut could leave the name without the content."""
     for file in [path, *path.iterdir()] if path.is_dir() else [path]:
         if file.is_file():
             with open(file, "rb+") as opened:

@@ -23,23 +23,13 @@ def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 
 def content_key(description: dict[str, Any], modules: Iterable[torch.nn.Module]) -> str:
-    """The cache key of what some models make of some input: 32 hexadecimal digits.
-
-    Args:
-        description: All that the result depends on beside the models' weights, JSON-serialisable.
-        modules: The models.
-    """
+    """The cache key of what some models make of some input: 32 hexadecimal digits."""
     weights = [fingerprint(sorted(module.state_dict().items())) for module in modules]
     return hashlib.sha256(json.dumps([description, weights], sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def build_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Make a folder unless it is there, by an atomic write.
-
-    Args:
-        folder: The folder. Runs that make it at the same time must make the same.
-        write: Called with an empty folder, which it fills.
-    """
+    """Make a folder unless it is there, by an atomic write; concurrent runs must write the same into it."""
     if folder.exists():
         return
     try:

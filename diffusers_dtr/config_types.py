@@ -54,19 +54,10 @@ _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u
 
 
 def check_types(hints: Mapping[str, Any], values: Mapping[str, Any], where: str) -> None:
-    """Refuse values that are not of their types.
+    """Refuse values that are not of their types; values without a hint, and hints without a value, are passed over.
 
     Numbers must be finite, integers must fit in 64 bits, an integer is a number too, and true is neither. How long a
-    tuple is stays open, as in diffusers' annotations. A `TypedDict` may lack keys and
-    have others, and so may those of a list.
-
-    Args:
-        hints: Type hints by name.
-        values: Values by name. Those without a hint are not looked at, and not every hint needs a value.
-        where: What they are values of, for the error.
-
-    Raises:
-        ValueError: Naming the value, its type, and what came.
+    tuple is stays open, as in diffusers' annotations. A `TypedDict` may lack keys and have others.
     """
     for name, hint in hints.items():
         if name in values:
@@ -87,17 +78,7 @@ def _check(value: Any, hint: Any, what: str) -> None:
 
 @cache
 def constructor_types(cls: type) -> dict[str, Any]:
-    """What a constructor takes, for [`check_types`].
-
-    Annotations of diffusers are not always right, and published configs go beyond them. So what is the default is
-    allowed too, and so is null for a truth value.
-
-    Args:
-        cls: The class.
-
-    Returns:
-        Type hints by name.
-    """
+    """The types of a constructor's arguments by name, widened by what published configs are known to hold."""
     annotations = get_type_hints(cls.__init__)
     hints = {}
     for name, parameter in [*signature(cls.__init__).parameters.items()][1:]:
@@ -115,31 +96,12 @@ def constructor_types(cls: type) -> dict[str, Any]:
 
 
 def read_object(path: Path, name: str | None = None, hints: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Read a file that holds one JSON object.
-
-    Args:
-        path: The file.
-        name: What it is called in errors. By default as it is called on the disk.
-        hints: Types of the values, see [`check_types`].
-
-    Raises:
-        OSError: If the file cannot be read.
-        ValueError: If it holds anything else, or a value is of another type.
-    """
+    """The JSON object in a file, with values of these types."""
     return parse_object(path.read_bytes(), name or path.name, hints)
 
 
 def parse_object(text: str | bytes, name: str, hints: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Read one JSON object.
-
-    Args:
-        text: The JSON, in UTF-8.
-        name: What it is called in errors.
-        hints: Types of the values, see [`check_types`].
-
-    Raises:
-        ValueError: If it is anything else, or a value is of another type.
-    """
+    """The JSON object in a text, with values of these types; `name` is the file's in errors."""
     value = _parsed(text, name)
     if not isinstance(value, dict):
         raise ValueError(f"`{name}` must hold a JSON object, got {type(value).__name__}.")
@@ -148,30 +110,12 @@ def parse_object(text: str | bytes, name: str, hints: Mapping[str, Any] | None =
 
 
 def read_cleaned(path: Path, hint: Any, default: Any) -> Any:
-    """The content of a file that will be shown to people, as [`parse_cleaned`] gives it.
-
-    Args:
-        path: The file.
-        hint: As in [`parse_cleaned`].
-        default: What is returned if there is no such file.
-    """
+    """The content of a file as `parse_cleaned` gives it, or a default if there is no such file."""
     return parse_cleaned(path.read_bytes(), hint, path.name) if path.is_file() else default
 
 
 def parse_cleaned(text: str | bytes, hint: Any, name: str) -> Any:
-    """Read JSON that will be shown to people.
-
-    Args:
-        text: The JSON, in UTF-8.
-        hint: Its type, see [`check_types`].
-        name: What it is called in errors.
-
-    Returns:
-        The content, without keys that are null and without control characters; NaN and infinities are null.
-
-    Raises:
-        ValueError: If it is no JSON, or a value is of another type.
-    """
+    """JSON that will be shown to people: without control characters and null keys; NaN and infinities are null."""
     value = _parsed(text, name, _cleaned)
     _check(value, hint, f"`{name}`")
     return value
@@ -202,14 +146,7 @@ def _cleaned(value: Any) -> Any:
 
 @contextmanager
 def built_from_file(what: str) -> Iterator[None]:
-    """Around what makes an object of values from a file: whatever goes wrong there is a fault of the file.
-
-    Args:
-        what: What is made of it, for the error.
-
-    Raises:
-        ValueError: In place of the errors of programs, such as a TypeError. Those of values, files and memory stay.
-    """
+    """Around what makes an object of values from a file: a program's error there is a ValueError of the file."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError):

@@ -118,14 +118,7 @@ def public_command(argv: Sequence[str], launcher: Sequence[str] = ("accelerate",
 
 
 def published_path(path: str) -> str:
-    """Where a file goes in a repository: TensorBoard puts the name of the machine into those of its files.
-
-    Args:
-        path: Relative, with `/`.
-
-    Returns:
-        The path, without the machine in its last component.
-    """
+    """The path of a file in a repository: TensorBoard's names lose the name of the machine."""
     return _EVENT_FILE.sub(r"\1\2", path)
 
 

@@ -42,17 +42,7 @@ def run_script(main: Callable[..., Any], *args: Any, **kwargs: Any) -> NoReturn:
 
 
 def exit_code(program: str, main: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
-    """Run a program's main function; an error of its user becomes one line on stderr.
-
-    Args:
-        program: What the line begins with.
-        main: Called with the other arguments. What it raises and is none of `USER_ERRORS` is raised.
-        *args: Passed on.
-        **kwargs: Passed on.
-
-    Returns:
-        0, or 2 after an error of the user.
-    """
+    """Run a program's main function; 0, or 2 after an error of its user, which becomes one line on stderr."""
     try:
         main(*args, **kwargs)
     except USER_ERRORS as error:

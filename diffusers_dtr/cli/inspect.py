@@ -69,19 +69,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def describe(source: Source) -> dict[str, Any]:
-    """What a saved pipeline, model, checkpoint or adapter is, of JSON types.
-
-    Args:
-        source: Where it is.
-
-    Returns:
-        `pipeline`, `step` (of a checkpoint), `denoiser` (class, folder, number of parameters, dtypes, classes),
-        `adapters` (what LoRA adapters are for, their ranks and sizes), `routing`, `clusters`, `scheduler` and `vae`;
-        None where there is no such thing.
-
-    Raises:
-        ValueError: If there is neither a denoiser nor adapters, or a file is not what it should be.
-    """
+    """The description of a saved pipeline, model, checkpoint or adapter, of JSON types; None for what it lacks."""
     index = source.read_json(PIPELINE_INDEX) or {}
     state = source.read_json(STATE_FILE, {"global_step": int}) or {}
     record = source.read_json(RECORD_FILE, _RECORD_TYPES) or {}

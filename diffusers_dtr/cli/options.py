@@ -10,17 +10,7 @@ from .command import COMMANDS
 
 
 def new_parser(subparsers, name: str, description: str, example: str) -> argparse.ArgumentParser:
-    """Add the parser of a command.
-
-    Args:
-        subparsers: What `ArgumentParser.add_subparsers` returned.
-        name: The command.
-        description: What it does, for its own help.
-        example: Command lines that show it, for the end of its help.
-
-    Returns:
-        The parser.
-    """
+    """Add the parser of a command, whose help ends with example command lines."""
     return subparsers.add_parser(
         name,
         help=COMMANDS[name],

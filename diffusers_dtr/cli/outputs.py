@@ -14,16 +14,7 @@ from ..run_record import publishable
 
 @contextmanager
 def new_output(path: str | Path, suffix: str | None = None) -> Iterator[Path]:
-    """A place to write a command's output, as [`~diffusers_dtr.atomic_files.creating`] does.
-
-    Args:
-        path: The name.
-        suffix: What the name must end in.
-
-    Raises:
-        FileExistsError: If something of that name exists.
-        ValueError: If it ends otherwise.
-    """
+    """A path to write a command's output to, as `creating` yields it; its name must end in `suffix`."""
     if suffix is not None and Path(path).suffix != suffix:
         raise ValueError(f"The output must end in `{suffix}`, got {str(path)!r}.")
     with creating(path) as partial:
@@ -31,11 +22,7 @@ def new_output(path: str | Path, suffix: str | None = None) -> Iterator[Path]:
 
 
 def forget_local_paths(pipeline: DiffusionPipeline) -> None:
-    """Take the paths of this machine out of a pipeline's configs, where diffusers keeps what it was loaded from.
-
-    Args:
-        pipeline: Its config and those of its components change. Names of repositories stay.
-    """
+    """Take this machine's paths out of a pipeline's configs, where diffusers keeps what it was loaded from."""
     for part in (pipeline, *pipeline.components.values()):
         if isinstance(part, ConfigMixin) and part.config.get("_name_or_path") is not None:
             part.register_to_config(_name_or_path=publishable(part.config["_name_or_path"], "_name_or_path"))

@@ -16,28 +16,14 @@ from ..routing import ChannelRouting
 
 
 def routed_model_class(config: Mapping[str, Any]) -> type[RoutedModelMixin] | None:
-    """The class that a config names, or None if it is not a routed one of this package.
-
-    Args:
-        config: Content of a saved model's `config.json`.
-    """
+    """The class that a `config.json` names, or None if it is not a routed one of this package."""
     name = config.get("_class_name")
     found = getattr(diffusers_dtr, name, None) if isinstance(name, str) else None
     return found if isinstance(found, type) and issubclass(found, RoutedModelMixin) else None
 
 
 def saved_routing(config: Mapping[str, Any]) -> tuple[ChannelRouting, tuple[int, ...]] | None:
-    """The routing that a config describes.
-
-    Args:
-        config: Content of a saved model's `config.json`.
-
-    Returns:
-        The routing and the widths of the routed blocks, in ascending order, or None if the model is not routed.
-
-    Raises:
-        ValueError: If values are of the wrong type, or the routing does not exist.
-    """
+    """The routing of a `config.json` and the widths of its routed blocks, or None if the model is not routed."""
     model_class = routed_model_class(config)
     if model_class is None:
         return None

@@ -24,12 +24,7 @@ _WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says of its content.
-
-    Attributes:
-        tensors: dtype, such as "F32", and shape, by name.
-        metadata: Texts by name.
-    """
+    """The dtypes and shapes of the tensors in a safetensors file, by name."""
 
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -55,30 +50,12 @@ class Source(ABC):
         """The header of a safetensors file, or None if there is none of this path."""
 
     def read_json(self, path: str, types: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
-        """The JSON object in a file, or None if there is none of this path.
-
-        Args:
-            path: The file.
-            types: Of its values, see [`~diffusers_dtr.config_types.check_types`].
-
-        Raises:
-            ValueError: If the file holds anything else, or a value is of another type.
-        """
+        """The JSON object in a file, with values of these types, or None if there is no such file."""
         file = self.local_file(path)
         return None if file is None else read_object(file, path, types)
 
     def parameter_counts(self, folder: str) -> dict[str, int]:
-        """How many parameters a saved model has of each dtype, in one file or several.
-
-        Args:
-            folder: The model's folder, ending in `/`, or "" for the whole source.
-
-        Returns:
-            Numbers by dtype; empty if there are no safetensors weights of the usual name.
-
-        Raises:
-            ValueError: If the index of the files names one elsewhere, or one that is not there.
-        """
+        """How many parameters a saved model has of each dtype; `folder` ends in `/` or is empty."""
         name = f"{_WEIGHTS}.index.json"
         index = self.read_json(folder + name, {"weight_map": dict})
         if index is None:
@@ -148,17 +125,7 @@ class Repository(Source):
 
 
 def open_source(name: str, revision: str | None = None, token: str | None = None) -> Source:
-    """A folder of that name, or else a repository.
-
-    Args:
-        name: Path of a folder, or name of a repository.
-        revision: Branch, tag or commit of the repository.
-        token: Access token, or None for the one that is logged in.
-
-    Raises:
-        ValueError: If there is no such folder and no repository can have that name, if `revision` is given for a
-            folder, or for an invalid `token`.
-    """
+    """A folder of that name, or else a repository on the Hub."""
     if not Path(name).is_dir():
         try:
             validate_repo_id(name)

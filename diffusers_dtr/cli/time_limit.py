@@ -17,14 +17,7 @@ class NoAnswerError(OSError):
 
 @contextmanager
 def waiting_at_most(seconds: float) -> Iterator[None]:
-    """Give up on a request that has no answer after this time, retries included. Transfers may take longer.
-
-    Args:
-        seconds: For all requests of this process, > 0.
-
-    Raises:
-        NoAnswerError: Instead of waiting longer.
-    """
+    """Give up on a request that has no answer after this time, retries included. Transfers may take longer."""
     session, patience = get_session(), _Patience(seconds)
     before, after = session.event_hooks.get("request", ()), session.event_hooks.get("response", ())
 

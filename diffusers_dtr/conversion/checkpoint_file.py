@@ -85,19 +85,14 @@ def load_original_checkpoint(path: str | Path, weights: str | None = None) -> di
 
 
 class OriginalCheckpoint(NamedTuple):
-    """Contents of a file of the authors' code.
-
-    Attributes:
-        state_dict: The tensors by their names in the file, on the CPU.
-        settings: Of its run, by their paths; None for a file that is a state dict and nothing else.
-    """
+    """A state dict, and the settings of its run by their paths: None where the file is a state dict alone."""
 
     state_dict: dict[str, torch.Tensor]
     settings: dict[str, Setting] | None
 
 
 def read_original_checkpoint(path: str | Path, weights: str | None = None) -> OriginalCheckpoint:
-    """Read weights and settings of a file; see [`load_original_checkpoint`] for arguments and errors."""
+    """Read weights and settings of a file; see `load_original_checkpoint` for arguments and errors."""
     if weights is not None and weights not in CHECKPOINT_WEIGHTS:
         raise ValueError(f"`weights` must be one of {', '.join(CHECKPOINT_WEIGHTS)}, got {weights!r}.")
     path = Path(path)
@@ -148,7 +143,7 @@ def _load(path: Path):
 
 
 def _copied(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Without repeated masks: all blocks may have the same table, which is read once and never copied."""
+    """The state dict with each mask once: all blocks may share one table, which is read once and never copied."""
     masks = {name: value for name, value in state_dict.items() if name.endswith(f".{MASK_BUFFER}")}
     distinct = {id(value): name for name, value in masks.items()}
     return {name: value for name, value in state_dict.items() if name not in masks or distinct[id(value)] == name}

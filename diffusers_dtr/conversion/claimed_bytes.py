@@ -10,15 +10,7 @@ import torch
 
 
 def check_archive(path: Path) -> None:
-    """Raise an error for a compressed zip file: `torch.save` writes none, and it can grow a thousandfold.
-
-    Args:
-        path: A file. One that is no zip file, or a damaged one, is left to whoever reads it.
-
-    Raises:
-        OSError: If it cannot be read.
-        ValueError: If members are compressed.
-    """
+    """Refuse a compressed zip file: `torch.save` writes none, and it can grow a thousandfold."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
@@ -32,15 +24,7 @@ def check_archive(path: Path) -> None:
 
 
 def check_claims(state_dict: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Raise an error for tensors that would take more memory, if copied, than the file has bytes.
-
-    Args:
-        state_dict: Tensors of the file.
-        path: The file.
-
-    Raises:
-        ValueError: If a tensor is without data or not dense, or if all of them claim more bytes than the file has.
-    """
+    """Refuse tensors that would take more memory, if copied, than the file has bytes."""
     claimed = 0
     for name, tensor in state_dict.items():
         if tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:

@@ -24,38 +24,14 @@ _ROUNDING = 1e-12
 
 
 def mask_table(num_timesteps: int, num_channels: int, alpha: float, beta: float) -> torch.Tensor:
-    """The masks of all timesteps, as DTR's code saves them.
-
-    Args:
-        num_timesteps: T, at least 2.
-        num_channels: C.
-        alpha: As in [`~diffusers_dtr.routing_mask`].
-        beta: As in [`~diffusers_dtr.routing_mask`].
-
-    Returns:
-        Float32 `(num_timesteps, num_channels)`, 1 where a channel is active.
-    """
+    """The masks of all timesteps as DTR's code saves them: float32 `(num_timesteps, num_channels)`, 1 is active."""
     timesteps = torch.arange(num_timesteps)
     limits = (0, num_timesteps - 1)
     return routing_mask(timesteps, num_channels, alpha=alpha, beta=beta, timestep_range=limits).float()
 
 
 def read_mask_tables(tables: Iterable[torch.Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Infer the routing of a checkpoint from the masks of its blocks.
-
-    The share of active channels and the exponent are the shortest decimals that give exactly these masks.
-
-    Args:
-        tables: `(timesteps, channels)` for every block.
-        given: Values of the routing's config that are known already; they have to give the same masks.
-
-    Returns:
-        `routing_type`, `routing_alpha`, `routing_beta` and `routing_timestep_range`.
-
-    Raises:
-        ValueError: If the blocks differ, the masks are no sliding windows (random routing is none), or `given` gives
-            others.
-    """
+    """Infer the routing config of a checkpoint from its blocks' masks; `given` values must give the same masks."""
     first, *others = tables
     if any(not torch.equal(first, other) for other in others):
         raise ValueError(

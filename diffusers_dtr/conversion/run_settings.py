@@ -38,14 +38,7 @@ class Recorded:
 
 
 def read_settings(checkpoint: Mapping[str, Any]) -> dict[str, Setting]:
-    """The settings of a training checkpoint by their paths, such as "config.general.schedule_name".
-
-    Args:
-        checkpoint: As the restricted unpickler returns it, with [`Recorded`] objects.
-
-    Raises:
-        ValueError: If there are more, or more deeply nested, than any of the authors' files has.
-    """
+    """The settings of a training checkpoint by their paths, such as `config.general.schedule_name`."""
     settings: dict[str, Setting] = {}
     places = {name: checkpoint[name] for name in _PLACES if name in checkpoint}
     for number, (path, value) in enumerate(_leaves("", places, 0)):
@@ -72,15 +65,7 @@ def _leaves(path: str, value: Any, depth: int) -> Iterator[tuple[str, Any]]:
 
 @dataclass(frozen=True)
 class OriginalRun:
-    """What a file's settings say about its model; None where they do not.
-
-    Attributes:
-        noise_schedule: `beta_schedule` of diffusers' schedulers.
-        reason: Where that is known from.
-        num_train_timesteps: Number of timesteps T.
-        image_size: Side of the training images in pixels.
-        vae: Repository of the autoencoder in whose latent space it was trained.
-    """
+    """What a file's settings say about its model, in the terms of diffusers; None where they do not."""
 
     noise_schedule: str | None = None
     reason: str | None = None
@@ -90,14 +75,7 @@ class OriginalRun:
 
 
 def original_run(settings: Mapping[str, Setting]) -> OriginalRun:
-    """Interpret the settings of a file.
-
-    Args:
-        settings: Of [`read_settings`].
-
-    Raises:
-        ValueError: If they name a noise schedule that diffusers does not have.
-    """
+    """Interpret the settings of a file."""
     schedule, reason = _noise_schedule(settings)
     vae = _VAES.get(str(_named(settings, "vae")))
     if "args.mtl_method" in settings:  # ANT's script for one GPU has another than that for several

@@ -18,11 +18,7 @@ class HubMixin:
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> dict | tuple:
-        """Load a config as diffusers does.
-
-        Raises:
-            ValueError: For an invalid `token`, and for a config that is no JSON object.
-        """
+        """Load a config as diffusers does, and refuse an invalid `token` or a config that is no JSON object."""
         check_token(kwargs.get("token"))
         with built_from_file(f"The config of a {cls.__name__}"):
             loaded = super().load_config(pretrained_model_name_or_path, **kwargs)
@@ -95,7 +91,7 @@ class HubMixin:
         create_pr: bool = False,
         subfolder: str | None = None,
     ) -> CommitInfo:
-        """What diffusers' `save_pretrained(..., push_to_hub=True)` ends with."""
+        """The push at the end of diffusers' `save_pretrained(..., push_to_hub=True)`."""
         message = commit_message or f"Upload {type(self).__name__}"
         where = {"token": token, "create_pr": create_pr, "path_in_repo": subfolder or ""}
         return push_folder(working_dir, repo_id, message, **where)

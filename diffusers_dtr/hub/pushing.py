@@ -49,36 +49,15 @@ def push_folder(
     attempts: int | None = 5,
     pause: Callable[[float], bool] | None = None,
 ) -> CommitInfo:
-    """Commit the files of a folder, in one commit, where `HfApi.upload_folder` may make several.
+    """Commit the files of a folder in one commit, or none if nothing differs; returns the branch's last commit then.
 
-    Weights replace those of the same name and variant in the repository, whatever their format and number of shards:
-    an index left over from earlier shards would be loaded instead of the new weights. `_name_or_path` is left out of
-    configs, because it can be a path on this machine, and the machine's name out of those of TensorBoard's files.
+    Weights replace those of the same name and variant, whatever their format and number of shards: a left-over index
+    would be loaded instead of them. Paths of this machine, and its name, are left out. With `mirror`, what else is at
+    `path_in_repo` is deleted; files in `keep` are added only if they are missing.
 
-    Every attempt compares the folder with the branch's last commit and builds on that one alone. An earlier attempt
-    whose answer was lost has left nothing to commit then. A pull request would be opened twice: it is tried again only
-    if the Hub says that it has done nothing.
-
-    Args:
-        folder: Its files must not change meanwhile.
-        repo_id: Model repository, which is made if need be; without a `/` in the user's namespace.
-        message: Commit message.
-        token: Token, or None for the one that is logged in.
-        private: Whether a new repository is private. None for what its owner has as default.
-        revision: Branch, made from `main` if there is none of that name. Default `main`.
-        create_pr: Whether to open a pull request against `main` instead.
-        path_in_repo: Folder of the repository that the files go to. Default its root.
-        ignore_patterns: Files that are left out, as relative paths in which `*` matches `/` too.
-        mirror: Whether to delete what else the repository has at `path_in_repo`, which must then be given.
-        keep: Files, by their path in the repository, that are added only if it has none of that name.
-        attempts: As in [`retry`].
-        pause: As in [`retry`].
-
-    Returns:
-        The commit. Where no file differs from the repository's, none is made, and this is the branch's last one.
-
-    Raises:
-        ValueError: For a `revision` with `create_pr`, or an invalid `token`.
+    Every attempt compares the folder with the branch's last commit and builds on that one alone, so that one whose
+    answer was lost has left nothing to commit. A pull request would be opened twice: it is tried again only if the
+    Hub says that it has done nothing.
     """
     check_destination(token, revision, create_pr)
     api, branch, target = HfApi(token=token), revision or "main", PurePosixPath(path_in_repo)
@@ -116,11 +95,7 @@ def _head(api: HfApi, repo_id: str, branch: str) -> ModelInfo:
 
 
 def weights_name(path: str) -> str | None:
-    """What all files have in common that weights of one name and variant can consist of; None for other files.
-
-    `unet/model.fp16-00001-of-00002.safetensors`, `unet/model.safetensors.index.fp16.json` and `unet/model.fp16.bin`
-    are all `unet/model.fp16`.
-    """
+    """What all files of the same weights have in common, such as `unet/model.fp16`; None for other files."""
     folder, _, name = path.rpartition("/")
     words = re.sub(r"-\d{5}-of-\d{5}", "", name).split(".")
     formats = {"safetensors", "bin"}
@@ -130,7 +105,7 @@ def weights_name(path: str) -> str | None:
 
 
 def _without_local_keys(path: Path) -> Path | bytes:
-    """A file as it is, or without what a config says of where on this machine it was loaded from."""
+    """A file as it is, or a config without the place on this machine that it was loaded from."""
     if path.suffix != ".json" or b"name_or_path" not in path.read_bytes():
         return path
     config = json.loads(path.read_bytes())
@@ -169,19 +144,7 @@ def retry(
     pause: Callable[[float], bool] | None = None,
     may_pass: Callable[[BaseException], bool] = is_transient,
 ) -> T:
-    """Call something again for as long as it fails for reasons that may pass.
-
-    Args:
-        action: What to call. What it raises at last, or at once if waiting would not help, is raised.
-        what: What it does, for the log.
-        attempts: How often to call it at most. None for no limit.
-        pause: Called with the seconds to wait, which double from 2 to 64 or are those that the Hub asks for; it
-            returns whether to try again. By default it sleeps.
-        may_pass: Whether to try again after an error.
-
-    Returns:
-        What `action` returns.
-    """
+    """Call something again, 2 to 64 s later, while its error may pass and `pause`, given the seconds, returns True."""
     for attempt in itertools.count(1):
         try:
             return action()
@@ -197,22 +160,14 @@ def retry(
 
 
 def check_token(token: str | bool | None) -> str | bool | None:
-    """The token, if it can be one: the HTTP library repeats others, such as one with a line break, in its errors.
-
-    Raises:
-        ValueError: For an invalid `token`. The message does not repeat it.
-    """
+    """The token; an invalid one is refused here, because the HTTP library would repeat it in its error."""
     if isinstance(token, str) and not re.fullmatch(r"[!-~]+", token):
         raise ValueError("`token` must be printable ASCII characters without white space; the one given is not.")
     return token
 
 
 def check_destination(token: str | None, revision: str | None, create_pr: bool) -> None:
-    """Check what can be wrong with a push before there is anything to push.
-
-    Raises:
-        ValueError: For a `revision` with `create_pr`, or an invalid `token`.
-    """
+    """Check what can be wrong with a push before there is anything to push."""
     check_token(token)
     if create_pr and revision not in (None, "main"):
         raise ValueError(f"`revision`={revision!r} and `create_pr` exclude each other: a pull request is to main.")

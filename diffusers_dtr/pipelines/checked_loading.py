@@ -22,11 +22,7 @@ class CheckedPipelineMixin(HubMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
-        """Load from a folder or repository as diffusers does, with its arguments.
-
-        Raises:
-            ValueError: For an invalid `token`, and for files of which no pipeline can be made.
-        """
+        """Load as diffusers does; refuse an invalid `token`, and files that do not make up a whole pipeline."""
         with built_from_file(f"A {cls.__name__}"):
             pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         for component in pipeline.components.values():
@@ -47,11 +43,7 @@ class CheckedPipelineMixin(HubMixin):
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> dict | tuple:
-        """Load `model_index.json` as diffusers does, and refuse one that names what is not this pipeline's.
-
-        Raises:
-            ValueError: If it names an unknown component, another library or a path. Nothing of it is imported.
-        """
+        """Load `model_index.json`, and refuse one that names other components, libraries or paths."""
         loaded = super().load_config(pretrained_model_name_or_path, **kwargs)
         path = Path(pretrained_model_name_or_path)
         config = loaded[0] if isinstance(loaded, tuple) else loaded

@@ -11,14 +11,7 @@ from diffusers import DiffusionPipeline
 
 
 def classes_by_name(id2label: Mapping[str, str] | None) -> dict[str, list[int]]:
-    """The classes that each name stands for.
-
-    Args:
-        id2label: Names by class, as in a pipeline's config. Names separated by commas are synonyms.
-
-    Returns:
-        In alphabetical order; a name that is repeated in `id2label` has more than one class.
-    """
+    """The classes that each name or synonym stands for, in alphabetical order."""
     classes: dict[str, list[int]] = {}
     for key, names in (id2label or {}).items():
         for name in dict.fromkeys([names, *(part.strip() for part in names.split(","))]):
@@ -27,11 +20,7 @@ def classes_by_name(id2label: Mapping[str, str] | None) -> dict[str, list[int]]:
 
 
 def names_of_classes(pipeline: DiffusionPipeline) -> dict[int | str, str] | None:
-    """What a pipeline calls its classes, or None.
-
-    Args:
-        pipeline: Its config has `id2label`, or it has `labels`: classes by name, as a `DiTPipeline`.
-    """
+    """The class names of a pipeline with `id2label`, or with `labels` as a `DiTPipeline`; or None."""
     if pipeline.config.get("id2label") is not None:
         return dict(pipeline.config["id2label"])
     names: dict[int, list[str]] = {}
@@ -41,15 +30,7 @@ def names_of_classes(pipeline: DiffusionPipeline) -> dict[int | str, str] | None
 
 
 def class_named(name: str, classes: Mapping[str, list[int]]) -> int:
-    """The class that a name stands for.
-
-    Args:
-        name: One of `classes`.
-        classes: What [`classes_by_name`] returns.
-
-    Raises:
-        ValueError: If the name is unknown or stands for more than one class.
-    """
+    """The class that a name stands for."""
     if name not in classes:
         known = ", ".join(list(classes)[:20]) or "none, because the pipeline has no `id2label`"
         number = f" A class's number is an int: {int(name)}, without quotes." if name.isdecimal() else ""
@@ -60,16 +41,7 @@ def class_named(name: str, classes: Mapping[str, list[int]]) -> int:
 
 
 def checked_number(label: int, num_classes: int, classes: Mapping[str, list[int]]) -> int:
-    """A class's number, if there is such a class.
-
-    Args:
-        label: The number.
-        num_classes: Number of the denoiser's classes.
-        classes: What [`classes_by_name`] returns.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """A class's number, if there is such a class."""
     if not 0 <= label < num_classes:
         named = f" The class named {str(label)!r} is a string, in quotes." if str(label) in classes else ""
         raise ValueError(
@@ -86,23 +58,7 @@ def labels_of_images(
     num_classes: int | None,
     null_class: int | None,
 ) -> tuple[int, list[int] | None]:
-    """How many images are asked for, and of which classes.
-
-    Args:
-        class_labels: One class per image, integers for their numbers and strings for their names, which may be
-            decimals of another number; or None for images without a label.
-        num_images: How many images, where no labels say so; 1 by default.
-        classes: What [`classes_by_name`] returns.
-        num_classes: Number of the denoiser's classes, or None if it is unconditional.
-        null_class: The label that the denoiser takes for "no label", if it has one.
-
-    Returns:
-        The number of images, and their labels unless the denoiser is unconditional.
-
-    Raises:
-        ValueError: If the denoiser has no such class, or has classes and none is given, or both arguments are given.
-        TypeError: For `class_labels` that are neither integers nor names.
-    """
+    """How many images are asked for, and their labels, or None for an unconditional denoiser."""
     if class_labels is None:
         count = 1 if num_images is None else num_images
         label = _label_of_unlabelled(num_classes, null_class)

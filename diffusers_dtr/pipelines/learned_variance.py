@@ -10,11 +10,7 @@ from ..noise_levels import uses_learned_variance
 
 
 def check_channels(denoiser: ModelMixin, scheduler: SchedulerMixin) -> None:
-    """The denoiser must predict what the scheduler's step takes, with a variance only to use or to drop.
-
-    Raises:
-        ValueError: Naming the numbers of channels that are allowed, and that of the denoiser.
-    """
+    """Refuse a denoiser whose output is not the prediction, with a variance that the scheduler uses or drops."""
     config = denoiser.config
     name, variance_type = type(scheduler).__name__, scheduler.config.get("variance_type")
     channels = config.in_channels
@@ -28,18 +24,14 @@ def check_channels(denoiser: ModelMixin, scheduler: SchedulerMixin) -> None:
 
 
 def scheduler_of_chosen_channels(scheduler: SchedulerMixin) -> SchedulerMixin:
-    """The scheduler, or one like it whose step leaves alone the channels that have already been chosen for it."""
+    """The scheduler, or one like it whose step leaves alone the channels already chosen for it."""
     if not _keeps_three_channels(scheduler):
         return scheduler
     return type(scheduler).from_config(scheduler.config, variance_type=None)
 
 
 def _keeps_three_channels(scheduler: SchedulerMixin) -> bool:
-    """Whether the scheduler's step drops a learned variance by taking three channels, whatever it is given.
-
-    The DPM-Solvers and SASolver do so. Others can have the value in their config too, from the scheduler that theirs
-    was made of, but have no such argument.
-    """
+    """Whether the step drops a learned variance by taking three channels, as DPM-Solvers and SASolver do."""
     if (
         uses_learned_variance(scheduler)
         or "variance_type" not in inspect.signature(type(scheduler).__init__).parameters

@@ -24,17 +24,7 @@ LIBRARIES = ("diffusers", "diffusers_dtr", "transformers")
 
 
 def check_model_index(index: dict[str, Any], folder: Path, pipeline_class: type[DiffusionPipeline]) -> None:
-    """Refuse what is no component of the pipeline, or would be code from elsewhere, and configs of wrong types.
-
-    Args:
-        index: Content of `model_index.json`.
-        folder: Where it is. A component may name a module that lies in its own folder there, which diffusers loads
-            only with `trust_remote_code=True`. Configs of the components that lie there are checked.
-        pipeline_class: What is to be loaded.
-
-    Raises:
-        ValueError: If a component is unknown, or of another library or a path, or a value is of the wrong type.
-    """
+    """Refuse unknown components, code from other libraries or paths, and configs of wrong types."""
     known = constructor_types(pipeline_class)
     values = {name: hint for name, hint in known.items() if not _is_component(hint)}
     check_types({**values, "id2label": dict[str, str] | None}, index, "`model_index.json`")
@@ -79,16 +69,7 @@ def _check_class(name: str, value: Any, folder: Path) -> None:
 
 
 def load_model_index(name_or_path: str | os.PathLike, **options: Any) -> dict[str, Any]:
-    """The `model_index.json` of any pipeline of diffusers.
-
-    Args:
-        name_or_path: Folder, or id on the Hub.
-        **options: What `load_config` of diffusers takes, such as `revision`.
-
-    Raises:
-        OSError: If there is none.
-        ValueError: If it is no such index.
-    """
+    """The `model_index.json` of any pipeline of diffusers, in a folder or on the Hub."""
     with built_from_file("A pipeline"):
         index = DiffusionPipeline.load_config(name_or_path, **options)
     if not isinstance(index, dict):
@@ -98,15 +79,7 @@ def load_model_index(name_or_path: str | os.PathLike, **options: Any) -> dict[st
 
 
 def component_class_name(index: dict[str, Any], name: str) -> str | None:
-    """The class of a pipeline's component, or None if it has none of that name.
-
-    Args:
-        index: Content of a `model_index.json`.
-        name: The component.
-
-    Raises:
-        ValueError: If the index has something else of that name.
-    """
+    """The class of a pipeline's component, or None if it has none of that name."""
     value = index.get(name) or [None, None]
     if value == [None, None]:
         return None
@@ -116,10 +89,6 @@ def component_class_name(index: dict[str, Any], name: str) -> str | None:
 
 
 def pipeline_class_name(index: dict[str, Any]) -> str | None:
-    """The class of a pipeline, which a pipeline that ships its code records with the code's file.
-
-    Args:
-        index: Content of a `model_index.json`.
-    """
+    """The class of a pipeline; one that ships its code records it behind the code's file."""
     name = index.get("_class_name")
     return name[-1] if isinstance(name, list) and name else name or None

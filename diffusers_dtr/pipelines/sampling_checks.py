@@ -23,11 +23,7 @@ def check_sampling(
     max_batch_size: int | None,
     callback_tensors: Sequence[str],
 ) -> None:
-    """Refuse numbers, generators and names that no sampling has.
-
-    Raises:
-        ValueError: Naming the argument, what is allowed, and what came.
-    """
+    """Refuse numbers, generators and names that no sampling has."""
     if num_images < 1:
         raise ValueError(f"`num_images` or `class_labels` must ask for at least one image, got {num_images}.")
     if num_inference_steps < 1:
@@ -50,11 +46,7 @@ def check_guidance(
     is_labelled: bool,
     null_class: int | None,
 ) -> None:
-    """Refuse guidance of what has no label, or away from a null class that there is not.
-
-    Raises:
-        ValueError: Naming the argument, what is allowed, and what came.
-    """
+    """Refuse guidance without labels, or without a null class to be guided away from."""
     if guidance_scale > 1 and null_class is None:
         raise ValueError(
             f"`guidance_scale` must be 1, got {guidance_scale}: the denoiser has no null class to be guided away "
@@ -69,12 +61,7 @@ def check_guidance(
 
 
 def size_multiple(model_class: type[ModelMixin], config: Mapping[str, Any]) -> int:
-    """What the sides of a denoiser's input must be a multiple of.
-
-    Args:
-        model_class: The denoiser's class.
-        config: Its whole config.
-    """
+    """What the sides of a denoiser's input must be a multiple of."""
     if issubclass(model_class, UNet2DModel):
         # It halves its input between one level and the next, and must double it again to the same size.
         return 2 ** (len(config["block_out_channels"]) - 1)
@@ -85,17 +72,7 @@ def size_multiple(model_class: type[ModelMixin], config: Mapping[str, Any]) -> i
 def checked_size(
     denoiser: ModelMixin, vae_scale_factor: int, height: int | None, width: int | None
 ) -> tuple[int, int]:
-    """Height and width of the denoiser's input for images of so many pixels.
-
-    Args:
-        denoiser: A transformer, or a U-Net.
-        vae_scale_factor: Pixels that one of its own spans along each side.
-        height: Pixels; the denoiser's own size by default.
-        width: As `height`.
-
-    Raises:
-        ValueError: If the denoiser has no size of its own, or cannot have this one.
-    """
+    """Height and width of the denoiser's input for images of so many pixels; its own size by default."""
     config, denoiser = denoiser.config, unwrap_module(denoiser)
     sample_size = config.sample_size
     sizes = list(sample_size) if isinstance(sample_size, (tuple, list)) else [sample_size, sample_size]
