@@ -13,7 +13,7 @@ from ..latents import latent_channels
 from ..models.dit import DTRTransformer2DModel
 from ..models.routed_model import RoutedModelMixin
 from ..routing import DEFAULT_TIMESTEP_RANGE
-from .config import ModelConfig, TrainingConfig
+from .config import ModelConfig, RoutingConfig, TrainingConfig
 from .data.classes import match_classes
 from .data.training_images import TrainingImages
 from .noise_schedule import pretrained_scheduler
@@ -24,7 +24,7 @@ from .pretrained import (
     pretrained_denoiser,
     pretrained_options,
 )
-from .sizes import resolve_resolution, sample_size
+from .sizes import default_config, resolve_resolution, sample_size
 
 
 def load_vae(config: ModelConfig, dtype: torch.dtype = torch.float32) -> ModelMixin | None:
@@ -80,6 +80,31 @@ def denoiser_routing(
     )
 
 
+def check_direction(
+    config: RoutingConfig, model_class: type[RoutedModelMixin], model_config: Mapping[str, Any]
+) -> None:
+    """Refuse a range of timesteps that runs against what the denoiser is called with.
+
+    Args:
+        config: How it is routed.
+        model_class: Its class.
+        model_config: Its config, as far as it is not the default.
+
+    Raises:
+        ValueError: If the cleanest and the noisiest timestep are the wrong way round.
+    """
+    given = config.routing_timestep_range
+    if given is None:
+        return
+    own = {**default_config(model_class), **model_config, "routing_timestep_range": None}
+    cleanest, noisiest = model_class.family.range_of(own)
+    if (given[0] < given[1]) != (cleanest < noisiest):
+        raise ValueError(
+            f"`--routing_timestep_range` must go from the cleanest to the noisiest timestep, as from {cleanest:g} to "
+            f"{noisiest:g} for {model_class.__name__}, got {given[0]:g} to {given[1]:g}."
+        )
+
+
 def load_denoiser(
     config: TrainingConfig,
     model_classes: Mapping[str, type[RoutedModelMixin]],
@@ -113,6 +138,7 @@ def load_denoiser(
         path = None
     name, own = new
     config = resolve_resolution(config, vae, model_classes[name], own)
+    check_direction(config.routing, model_classes[name], own)
     values = {"sample_size": sample_size(config, vae), **denoiser_routing(config, noise_scheduler, own), **given}
     if path is not None:
         options = pretrained_options(config.model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,8 @@ _FLAGS = {
 # Sampling begins at pure noise. The noisiest timestep of the usual schedules has 0.004 (cosine) to 0.07 (Stable
 # Diffusion) of the image left.
 _MAX_NOISIEST_ALPHA = 0.1
+# Where zero terminal SNR is asked for, Euler's and DPM-Solver's schedulers have this much left of the image.
+_LOWEST_LOG_SNR = math.log(2**-24)
 
 
 def load_noise_scheduler(config: TrainingConfig) -> SchedulerMixin:
@@ -143,7 +146,7 @@ def _same_noise_levels(one: SchedulerMixin, other: SchedulerMixin) -> bool:
     return (
         one.prediction_type == other.prediction_type
         and torch.equal(one.timesteps, timesteps)
-        and torch.allclose(one.log_snr(timesteps), other.log_snr(timesteps))
+        and torch.allclose(*(levels.log_snr(timesteps).clamp(min=_LOWEST_LOG_SNR) for levels in (one, other)))
     )
 
 

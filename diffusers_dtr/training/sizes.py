@@ -34,7 +34,7 @@ def resolve_resolution(
         ValueError: If latents do not fill the images, or the denoiser cannot have latents or images of this size.
     """
     factor = 1 if vae is None else vae_scale_factor(vae)
-    model_config = {**_defaults(model_class), **model_config}
+    model_config = {**default_config(model_class), **model_config}
     resolution = config.data.resolution
     if resolution is None:
         resolution = _own_resolution(model_config.get("sample_size"), vae)
@@ -76,7 +76,8 @@ def _own_resolution(sample_size: int | list[int] | None, vae: ModelMixin | None)
     return sides.pop() * (1 if vae is None else vae_scale_factor(vae))
 
 
-def _defaults(model_class: type[ModelMixin]) -> dict[str, Any]:
+def default_config(model_class: type[ModelMixin]) -> dict[str, Any]:
+    """The config of a model without arguments."""
     return {name: parameter.default for name, parameter in inspect.signature(model_class).parameters.items()}
 
 

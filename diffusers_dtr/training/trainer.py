@@ -81,7 +81,11 @@ class Trainer:
     ):
         self._start_time = time.perf_counter()
         self.accelerator = accelerator = accelerator or start_run(config)
-        self.config = config = config.replace(gradient_accumulation_steps=accelerator.gradient_accumulation_steps)
+        # What a run is started again with has what accelerate has decided
+        self.config = config = config.replace(
+            gradient_accumulation_steps=accelerator.gradient_accumulation_steps,
+            mixed_precision=accelerator.mixed_precision,
+        )
         self.model, self.data = model, data
         if data.vae is not None:
             data.vae.to(accelerator.device)

@@ -11,6 +11,7 @@ from pretrained_pipelines import saved
 from run_config import run_config
 from tiny_dit import plain_dit
 
+from diffusers_dtr import DTRLumina2Transformer2DModel as DTRLumina2
 from diffusers_dtr import (
     DTRPixArtTransformer2DModel,
     DTRSD3Transformer2DModel,
@@ -19,7 +20,7 @@ from diffusers_dtr import (
     DTRUNet2DModel,
 )
 from diffusers_dtr.training import load_noise_scheduler, load_vae, resolve_resolution
-from diffusers_dtr.training.components import denoiser_routing
+from diffusers_dtr.training.components import check_direction, denoiser_routing
 from diffusers_dtr.training.config import ModelConfig
 from diffusers_dtr.training.pretrained import pretrained_component, pretrained_denoiser
 from diffusers_dtr.training.sizes import sample_size
@@ -190,3 +191,12 @@ def test_routing_over_all_of_a_schedule_follows_it_to_another_number_of_timestep
     assert routing({}, over_all, num_timesteps=500, **source) == {"routing_timestep_range": (0, 499)}
     with pytest.raises(ValueError, match=r"`--routing_timestep_range` must be given: .* over \[200, 800\] of 1000"):
         routing({}, ROUTED_OVER_A_PART, num_timesteps=500, **source)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "right"), [(DTRUNet2DModel, [0, 9]), (DTRSD3Transformer2DModel, [0, 9]), (DTRLumina2, [0.9, 0.0])]
+)
+def test_a_range_runs_as_the_timesteps_of_the_family_do(model_class, right):
+    check_direction(run_config(routing_timestep_range=right).routing, model_class, {})
+    with pytest.raises(ValueError, match="must go from the cleanest to the noisiest timestep"):
+        check_direction(run_config(routing_timestep_range=right[::-1]).routing, model_class, {})

@@ -67,8 +67,14 @@ REFUSED = [
         "`--validation_prompts` of a run must be a list of strings or null, got 'a cat'",
     ),
     ({"routing_timestep_range": 3}, "`--routing_timestep_range` of a run must be a list of numbers or null, got 3"),
-    ({"routing_timestep_range": [1.0]}, "`--routing_timestep_range` must be T_MIN < T_MAX, got [1.0]"),
-    ({"routing_timestep_range": [9, 9]}, "`--routing_timestep_range` must be T_MIN < T_MAX, got [9, 9]"),
+    (
+        {"routing_timestep_range": [1.0]},
+        "of the cleanest and the noisiest step, got [1.0]",
+    ),
+    (
+        {"routing_timestep_range": [9, 9]},
+        "of the cleanest and the noisiest step, got [9, 9]",
+    ),
     ({"lr_scheduler": "piecewise_constant"}, "`--lr_scheduler` must be one of constant, constant_with_warmup, linear"),
     ({"report_to": "pigeon"}, "`--report_to` must be one of tensorboard, wandb, trackio, none, got 'pigeon'"),
     ({"dataset_name": "mnist", "train_data_dir": "images"}, "Exactly one of --dataset_name and --train_data_dir must"),
@@ -262,6 +268,11 @@ def test_options_come_from_a_file_and_flags_take_precedence(name, tmp_path):
     config = parse(*file, "--seed", 4, "--use_ema", "false", required=REQUIRED[2:])
     expected = {**values, "seed": 4, "use_ema": False, "train_data_dir": "images"}
     assert expected.items() <= config.options.items()
+
+
+def test_a_bare_no_of_yaml_is_the_choice_of_that_name(tmp_path):
+    (tmp_path / "options.yaml").write_text("mixed_precision: no\n")
+    assert parse("--config", tmp_path / "options.yaml").run.mixed_precision == "no"
 
 
 def test_a_number_of_yaml_may_have_an_exponent_alone(tmp_path):

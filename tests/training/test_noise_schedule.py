@@ -226,3 +226,11 @@ def test_validation_steps_that_an_offset_pushes_out_of_the_schedule_are_refused(
 def test_flow_matching_takes_any_number_of_validation_steps(tmp_path):
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=20)
     result_of(run_config(validation_num_inference_steps=50, pretrained_model_name_or_path=saved(tmp_path, scheduler)))
+
+
+@pytest.mark.parametrize("sampler", [EulerDiscreteScheduler, DPMSolverMultistepScheduler, DDIMScheduler])
+def test_zero_terminal_snr_is_learned_whichever_scheduler_samples(sampler, tmp_path):
+    options = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "beta_schedule": "scaled_linear"}
+    config = run_config(pretrained_model_name_or_path=saved(tmp_path, sampler(**options)))
+    levels = NoiseLevels(load_noise_scheduler(config))
+    assert levels.alpha(levels.timesteps[-1:]).item() < 3e-4

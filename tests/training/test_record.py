@@ -73,11 +73,11 @@ def test_the_command_has_what_accelerate_was_configured_with():
         device = Accelerator(cpu=True).device
 
     configured, typed = (
-        run_record(run_config(mixed_precision=precision), ["train.py"], Configured, 1.0)["command"]
-        for precision in (None, "bf16")
+        run_record(run_config(mixed_precision="bf16"), ["train.py", *flags], Configured, 1.0)["command"]
+        for flags in ([], ["--mixed-precision=bf16"])
     )
     assert configured == "accelerate launch --num_processes 2 --mixed_precision bf16 train.py"
-    assert typed == "accelerate launch --num_processes 2 train.py"
+    assert typed == "accelerate launch --num_processes 2 train.py --mixed-precision=bf16"
 
 
 def test_the_command_has_the_accumulation_of_the_environment():

@@ -204,3 +204,9 @@ def test_of_a_thousand_classes_that_differ_three_are_named():
     ) as error:
         go_on(before, after)
     assert len(str(error.value)) < 500
+
+
+def test_a_fingerprint_that_a_checkpoint_of_another_version_lacks_is_no_difference():
+    assert go_on({"--seed": 0}, {"--seed": 0, "fingerprint of captions": "78"}) == []
+    with pytest.raises(ValueError, match="`fingerprint of captions` was 77 and is 78 now"):
+        go_on({"fingerprint of captions": "77"}, {"fingerprint of captions": "78"})

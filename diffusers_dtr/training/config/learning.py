@@ -172,7 +172,7 @@ class RoutingConfig(Options):
         "Timesteps at which the channel window stands at the first and last channels. Default all of the noise "
         "schedule.",
         nargs=2,
-        metavar=("T_MIN", "T_MAX"),
+        metavar=("CLEANEST", "NOISIEST"),
     )
     routing_warmup_steps: Whole = option(
         0, "Steps over which the share falls from 1, the unrouted model, to its target."
@@ -180,9 +180,12 @@ class RoutingConfig(Options):
 
     def __post_init__(self):
         super().__post_init__()
-        low_high = self.routing_timestep_range
-        if low_high is not None and not (len(low_high) == 2 and low_high[0] < low_high[1]):
-            raise ValueError(f"`--routing_timestep_range` must be T_MIN < T_MAX, got {list(low_high)}.")
+        ends = self.routing_timestep_range
+        if ends is not None and not (len(ends) == 2 and ends[0] != ends[1]):
+            raise ValueError(
+                "`--routing_timestep_range` must be two timesteps, those of the cleanest and the noisiest step, got "
+                f"{list(ends)}."
+            )
 
     @property
     def given(self) -> dict[str, Any]:

@@ -229,6 +229,9 @@ def _take_defaults(parser: ArgumentParser, values: dict[str, Any], parts: Iterab
     unknown = sorted(map(str, values.keys() - known))
     if unknown:
         raise ValueError(f"`--config` must be a file of this script's options, got {shortened(unknown)} in it.")
+    # YAML reads a bare `no`, which is a choice of `mixed_precision`, as false.
+    words = {action.dest for action in parser._actions if "no" in (action.choices or ())}
+    values = {name: "no" if value is False and name in words else value for name, value in values.items()}
     parser.set_defaults(**values)
     for action in parser._actions:  # argparse has no public way to what is required
         action.required = action.required and action.dest not in values

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ...latents import decode_latents
 from ...run_record import TEXT_EMBEDDINGS
-from ..components import check_new_denoiser, check_pretrained_denoiser, denoiser_routing
+from ..components import check_direction, check_new_denoiser, check_pretrained_denoiser, denoiser_routing
 from ..config import TrainingConfig
 from ..data.text_embeddings import TextEncoder, cache_text_embeddings
 from ..lora import add_lora
@@ -81,6 +81,7 @@ def load_family_denoiser(
     own = pretrained_config(config.model, family.denoiser, model_class) if new is None else new
     config = resolve_resolution(config, vae, model_class, own)
     family.resolution = config.data.resolution
+    check_direction(config.routing, model_class, own)
     routing = denoiser_routing(config, noise_scheduler if family.counts_timesteps else None, own)
     if new is not None:
         shape = family.shape(vae, sample_size(config, vae), config.noise.learn_sigma)

@@ -66,16 +66,14 @@ def run_record(
     launcher = ["accelerate", "launch"]
     if accelerator.num_processes > 1:
         launcher += ["--num_processes", str(accelerator.num_processes)]
-    if accelerator.mixed_precision != "no" and config.run.mixed_precision is None:
+    # Of accelerate's configuration, which whoever types the command again may not have
+    if accelerator.mixed_precision != "no" and not _is_typed("--mixed_precision", argv):
         launcher += ["--mixed_precision", accelerator.mixed_precision]
-    steps = accelerator.gradient_accumulation_steps
-    arguments = publishable({**config.options, "gradient_accumulation_steps": steps})
-    if steps > 1 and not any(argument.startswith("--gradient_accumulation_steps") for argument in argv):
-        # Of accelerate's configuration, which whoever types the command again may not have
-        argv = [*argv, "--gradient_accumulation_steps", str(steps)]
+    if accelerator.gradient_accumulation_steps > 1 and not _is_typed("--gradient_accumulation_steps", argv):
+        argv = [*argv, "--gradient_accumulation_steps", str(accelerator.gradient_accumulation_steps)]
     return {
         "command": public_command(argv, launcher),
-        "arguments": arguments,
+        "arguments": publishable(config.options),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
         "hardware": _hardware(accelerator.device),
         "num_processes": accelerator.num_processes,
@@ -83,6 +81,10 @@ def run_record(
         "seconds": round(seconds, 1),
         **publishable(results),
     }
+
+
+def _is_typed(flag: str, argv: Sequence[str]) -> bool:
+    return any(argument.partition("=")[0].replace("-", "_") == flag.replace("-", "_") for argument in argv)
 
 
 def _hardware(device: torch.device) -> str:

@@ -218,10 +218,11 @@ def run_settings(
 
 
 def _changes(before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, Any]]:
-    """Settings that differ. One that a run of another version did not have is the same if it is off."""
+    """Settings that differ. One that a run of another version did not have is the same if off, or a fingerprint."""
     return [
         {"setting": name, "before": before.get(name), "after": after.get(name)}
         for name in dict.fromkeys([*before, *after])
+        if name in before or not name.startswith("fingerprint")
         if (before[name] != after[name] if name in before and name in after else before.get(name, after.get(name)))
     ]
 
