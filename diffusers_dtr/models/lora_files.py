@@ -8,6 +8,7 @@ diffusers warns of that by the layer's name.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Mapping
@@ -30,6 +31,8 @@ from .adapters import adapter_routing, route_adapter
 from .family import ROUTING_PARAMETERS
 from .route import route, unroute
 
+
+logger = logging.getLogger(__name__)
 
 _HEADER_KEY = "diffusers_dtr_routing"
 _WARNING_LAYER = "this_lora_is_routed_load_it_with_diffusers_dtr.load_routed_lora"
@@ -138,6 +141,8 @@ def load_routed_lora(
     source = Path(source) if os.path.exists(source) else Path(hf_hub_download(str(source), weight_name, **kwargs))
     path = source / weight_name if source.is_dir() else source
     routing = file_routing(path)
+    if not routing:
+        logger.warning(f"{path} does not say that its adapters are routed: they are loaded as plain ones.")
     is_pipeline = isinstance(target, DiffusionPipeline)
     if is_pipeline and not hasattr(target, "load_lora_weights"):
         raise ValueError(

@@ -131,15 +131,20 @@ class ScopedRoutingMixin(ScopedMixin, RoutedModelMixin):
 def _derived_constructor(plain_class: type[ModelMixin], family: Family) -> Callable[..., None]:
     """A constructor with the arguments of the plain one and the routing's, all of which become the config."""
     plain = signature(plain_class.__init__).parameters
+    arguments = Signature([*plain.values(), *routing_parameters(family).values()])
 
     def __init__(self, *args: Any, **kwargs: Any):
+        try:
+            arguments.bind(self, *args, **kwargs)
+        except TypeError as error:  # in the words of Python's own, which name the function
+            raise TypeError(f"{type(self).__name__}.__init__() {error}") from None
         self.register_to_config(routing_timestep_range=family.range_of(self.config))
         self._init_routing(self._widths(self.config))
         # Through the config, which has all values by name; the plain constructor registers them again.
         plain_class.__init__(self, **{name: self.config[name] for name in plain if name in self.config})
         self._route_units(self._units(self))
 
-    __init__.__signature__ = Signature([*plain.values(), *routing_parameters(family).values()])
+    __init__.__signature__ = arguments
     return register_to_config(__init__)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -147,7 +148,7 @@ def load_denoiser(
         return config, model.train()
     channels = own.get("in_channels", 3) if vae is None else latent_channels(vae)
     shape = {"in_channels": channels, "out_channels": 2 * channels if config.noise.learn_sigma else channels, **given}
-    check_new_denoiser(config.model, shape)
+    check_new_denoiser(config.model, model_classes[name], shape)
     return config, model_classes[name](**{**own, **shape, **values})
 
 
@@ -160,18 +161,23 @@ _DECIDED_BY = {
 }
 
 
-def check_new_denoiser(config: ModelConfig, shape: Mapping[str, Any]) -> None:
-    """Refuse a new denoiser's config that contradicts what follows from the data and the options.
+def check_new_denoiser(config: ModelConfig, model_class: type[ModelMixin], shape: Mapping[str, Any]) -> None:
+    """Refuse a new denoiser's config with unknown names, or against what follows from the data and the options.
 
     Args:
         config: Has the denoiser's config as an option.
+        model_class: The denoiser's class.
         shape: The config values that follow. `sample_size` is that of `--resolution`, whatever the config has.
 
     Raises:
-        ValueError: If the config has another value for one of them.
+        ValueError: If the config has a name that there is not, or another value for one of them.
     """
     for flag in (item.name for item in fields(config) if item.name.endswith("_config")):
-        given = getattr(config, flag) or {}
+        given, known = getattr(config, flag) or {}, default_config(model_class)
+        for name in given.keys() - known.keys():
+            close = get_close_matches(name, known, n=1)
+            hint = f" Did you mean `{close[0]}`?" if close else ""
+            raise ValueError(f"`--{flag}` must have arguments of {model_class.__name__}, got `{name}`.{hint}")
         for name in shape.keys() & given.keys() & _DECIDED_BY.keys():
             if given[name] != shape[name]:
                 raise ValueError(

@@ -231,6 +231,8 @@ def try_sampling(sample: Callable[[], list[Image.Image]], config: TrainingConfig
             logger.exception("Validation failed")  # it may be a bug, which the message alone would hide
         given = {name: config.options.get(name) for name in _SAMPLING_FLAGS}
         flags = ", ".join(f"`--{name} {value}`" for name, value in given.items() if value is not None)
+        if config.options.get("denoiser_config") is not None:
+            flags += ", a new denoiser by `--denoiser_config`"
         raise ValueError(f"Validation cannot sample with {flags}: {type(error).__name__}: {error}") from error
 
 

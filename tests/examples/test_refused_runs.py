@@ -82,3 +82,11 @@ def test_a_process_that_is_refused_ends_with_one_line(path, tmp_path):
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith(f"{path.name}: ")
     assert [*tmp_path.iterdir()] == []
+
+
+def test_a_name_in_a_config_that_there_is_not_is_refused_with_the_one_meant(images, tmp_path, capsys):
+    refuse(images, tmp_path, ["--model_config", {**MODEL, "num_layer": 2}])
+    message = (
+        "`--model_config` must have arguments of DTRTransformer2DModel, got `num_layer`. Did you mean `num_layers`?"
+    )
+    assert message in capsys.readouterr().err.splitlines()[-1]

@@ -29,6 +29,7 @@ from tiny_models import (
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
 
+import diffusers_dtr
 from diffusers_dtr.models.scope import token_mask
 
 
@@ -519,3 +520,11 @@ def test_first_compiled_call_of_a_process_is_not_compiled_again(fresh_process):
         """
     )
     assert found == [1, 8, 8, 8]
+
+
+@pytest.mark.parametrize(
+    "name", ["UNet2DModel", "UNet2DConditionModel", "FluxTransformer2DModel", "WanTransformer3DModel"]
+)
+def test_an_argument_that_there_is_not_is_refused_as_diffusers_does(name):
+    with pytest.raises(TypeError, match=rf"DTR{name}.__init__\(\) got an unexpected keyword argument 'in_channel'"):
+        getattr(diffusers_dtr, f"DTR{name}")(in_channel=1)

@@ -54,7 +54,7 @@ def match_classes(
         return images, False
     found |= {label: num_classes + place for place, label in enumerate(new)}
     names = known | {found[label]: images.id2label[label] for label in new}
-    logger.info(f"{len(images.id2label) - len(new)} classes are known to the pretrained model by their names.")
+    logger.info(f"Classes that the model knows by their names: {len(images.id2label) - len(new)}.")
     if new:
         logger.warning(f"New classes, from label {num_classes} on: {_first(names[found[label]] for label in new)}.")
     labels = np.array([found[label] for label in range(images.num_classes)])[images.labels]

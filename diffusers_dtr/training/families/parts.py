@@ -79,13 +79,15 @@ def load_family_denoiser(
     new = getattr(config.model, "denoiser_config", None)
     model_class = family.routed_class
     own = pretrained_config(config.model, family.denoiser, model_class) if new is None else new
+    if new is not None:
+        check_new_denoiser(config.model, model_class, {})
     config = resolve_resolution(config, vae, model_class, own)
     family.resolution = config.data.resolution
     check_direction(config.routing, model_class, own)
     routing = denoiser_routing(config, noise_scheduler if family.counts_timesteps else None, own)
     if new is not None:
         shape = family.shape(vae, sample_size(config, vae), config.noise.learn_sigma)
-        check_new_denoiser(config.model, shape)
+        check_new_denoiser(config.model, model_class, shape)
         return config, model_class(**{**new, **shape, **routing})
     model = model_class.from_pretrained(
         config.model.pretrained_model_name_or_path,

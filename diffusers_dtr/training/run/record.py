@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
@@ -72,7 +73,7 @@ def run_record(
     if accelerator.gradient_accumulation_steps > 1 and not _is_typed("--gradient_accumulation_steps", argv):
         argv = [*argv, "--gradient_accumulation_steps", str(accelerator.gradient_accumulation_steps)]
     return {
-        "command": public_command(argv, launcher),
+        "command": public_command(argv, launcher) if _is_script(argv) else "",
         "arguments": publishable(config.options),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
         "hardware": _hardware(accelerator.device),
@@ -81,6 +82,11 @@ def run_record(
         "seconds": round(seconds, 1),
         **publishable(results),
     }
+
+
+def _is_script(argv: Sequence[str]) -> bool:
+    """Whether it is a script's command line, and not that of a notebook or an interactive session."""
+    return argv[0].endswith(".py") and hasattr(sys.modules["__main__"], "__file__")
 
 
 def _is_typed(flag: str, argv: Sequence[str]) -> bool:
