@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler
 
 from ..config_types import built_from_file, read_object
 from ..conversion import convert_original_dit, original_dit_state_dict
-from ..conversion.checkpoint_file import CHECKPOINT_WEIGHTS, OriginalCheckpoint, read_original_checkpoint
+from ..conversion.checkpoint_file import CHECKPOINT_WEIGHTS, read_original_checkpoint
 from ..conversion.masks import MASK_BUFFER
 from ..conversion.run_settings import OriginalRun, original_run
 from ..models.dit import DTRTransformer2DModel
@@ -35,21 +36,12 @@ _IMAGENET_CLASSES = 1000
 _FILE_SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
 _HALF_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 
-# The flags that each kind of source has a use for.
+# Flags that have an effect for each kind of source.
 _ROUTING = ("routing_alpha", "routing_beta")
 _HUB = ("revision", "token")
 _FILE_FLAGS = (
-    "weights",
-    "num_attention_heads",
-    "class_dropout_prob",
-    "noise_schedule",
-    "num_train_timesteps",
-    "vae_name_or_path",
-    "no_vae",
-    "labels",
-    "no_labels",
-    *_ROUTING,
-    "token",
+    *("weights", "num_attention_heads", "class_dropout_prob", "noise_schedule", "num_train_timesteps"),
+    *("vae_name_or_path", "no_vae", "labels", "no_labels", *_ROUTING, "token"),
 )
 _EXAMPLE = f"""\
   diffusers-dtr convert 0400000.pt dit-l-dtr
@@ -136,25 +128,23 @@ def run(args: argparse.Namespace) -> None:
         with new_output(args.output, suffix=".pt") as path:
             torch.save(original_dit_state_dict(_load_transformer(args)), path)
     else:
-        convert, used = (_from_file, _FILE_FLAGS) if source.is_file() else (_from_pipeline, (*_ROUTING, *_HUB))
-        _check_flags(args, used, "a file" if source.is_file() else "a pipeline")
+        _check_flags(args, *((_FILE_FLAGS, "a file") if source.is_file() else ((*_ROUTING, *_HUB), "a pipeline")))
         with new_output(args.output) as path:
-            pipeline = convert(args)
+            if source.is_file():
+                pipeline = _from_file(args)
+            else:
+                parts = {"transformer": _load_transformer(args), "revision": args.revision, "token": args.token}
+                pipeline = DTRPipeline.from_pretrained(args.source, **parts)
             forget_local_paths(pipeline)
             pipeline.save_pretrained(path)
     print(args.output)
 
 
 def _check_flags(args: argparse.Namespace, used: tuple[str, ...], source: str) -> None:
-    """A flag that would have no effect is a mistake."""
     given = [name for name in (*_FILE_FLAGS, "revision") if getattr(args, name) not in (None, False)]
     useless = [f"`--{name}`" for name in given if name not in used]
     if useless:
         raise ValueError(f"{', '.join(useless)} would have no effect for {source}, and must be left out.")
-
-
-def _given(args: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
 # ---- from a checkpoint of the authors' code
@@ -163,8 +153,9 @@ def _given(args: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:
 def _from_file(args: argparse.Namespace) -> DTRPipeline:
     checkpoint = read_original_checkpoint(args.source, args.weights)
     run = original_run(checkpoint.settings or {})
-    schedule = _noise_schedule(args, checkpoint, run)
-    is_masked, config = _is_masked(checkpoint), _given(args, _ROUTING)
+    config = {name: getattr(args, name) for name in _ROUTING if getattr(args, name) is not None}
+    is_masked = any(name.endswith(f".{MASK_BUFFER}") for name in checkpoint.state_dict)
+    schedule = _noise_schedule(args, checkpoint.settings is None and not is_masked, run)
     timesteps = args.num_train_timesteps or (None if is_masked else run.num_train_timesteps)
     if timesteps is not None:
         config["routing_timestep_range"] = (0, timesteps - 1)
@@ -182,14 +173,10 @@ def _from_file(args: argparse.Namespace) -> DTRPipeline:
     )
 
 
-def _is_masked(checkpoint: OriginalCheckpoint) -> bool:
-    return any(name.endswith(f".{MASK_BUFFER}") for name in checkpoint.state_dict)
-
-
-def _noise_schedule(args: argparse.Namespace, checkpoint: OriginalCheckpoint, run: OriginalRun) -> str:
-    """The schedule that is given or known; where it is not given, it is said."""
+def _noise_schedule(args: argparse.Namespace, is_published: bool, run: OriginalRun) -> str:
+    """The schedule that is given or known; where it is not given, it is printed."""
     schedule, reason = run.noise_schedule, run.reason
-    if schedule is None and checkpoint.settings is None and not _is_masked(checkpoint):
+    if schedule is None and is_published:
         schedule, reason = "linear", "the default of DiT's code, whose published files are such state dicts"
     if args.noise_schedule is not None:
         if run.noise_schedule not in (None, args.noise_schedule):
@@ -220,62 +207,51 @@ def _scheduler(transformer: DTRTransformer2DModel, beta_schedule: str, latents: 
     )
 
 
+@contextmanager
+def _instead(what: str, flags: str) -> Iterator[None]:
+    """Say which flags do without something that cannot be loaded."""
+    try:
+        with built_from_file(what):
+            yield
+    except OSError as error:
+        raise ValueError(f"{what} could not be loaded ({type(error).__name__}). Give {flags}.") from error
+
+
 def _vae(args: argparse.Namespace, default: str, in_channels: int) -> AutoencoderKL | None:
     if args.no_vae:
         return None
     name = args.vae_name_or_path or default
-    try:
-        with built_from_file("An autoencoder"):
-            channels = AutoencoderKL.load_config(name, token=args.token).get("latent_channels")
-    except OSError as error:
-        raise ValueError(
-            f"The autoencoder {name} could not be had ({type(error).__name__}). Give `--vae_name_or_path` its folder "
-            "or repository, or `--no_vae` for a model of pixels."
-        ) from error
-    if channels != in_channels:
-        raise ValueError(
-            f"`--vae_name_or_path` must be an autoencoder with {in_channels} latent channels, as the model has, but "
-            f"{name} has {channels}. For a model of pixels give `--no_vae`."
-        )
-    with built_from_file("An autoencoder"):
+    flags = "`--vae_name_or_path` its folder or repository, or `--no_vae` for a model of pixels"
+    with _instead(f"The autoencoder {name}", flags):
+        channels = AutoencoderKL.load_config(name, token=args.token).get("latent_channels")
+        if channels != in_channels:
+            raise ValueError(
+                f"`--vae_name_or_path` must be an autoencoder with {in_channels} latent channels, as the model has, "
+                f"but {name} has {channels}. For a model of pixels give `--no_vae`."
+            )
         return AutoencoderKL.from_pretrained(name, token=args.token)
 
 
 def _labels(args: argparse.Namespace, num_classes: int) -> dict[str, str] | None:
     if args.no_labels or (args.labels is None and num_classes != _IMAGENET_CLASSES):
         return None
-    if args.labels is not None and Path(args.labels).is_file():
-        labels = read_object(Path(args.labels), f"--labels {args.labels}")
+    name = args.labels or _IMAGENET_PIPELINE
+    if Path(name).is_file():
+        labels = read_object(Path(name), f"--labels {name}")
     else:
-        labels = _labels_of_pipeline(args.labels or _IMAGENET_PIPELINE, args.token)
+        flags = "`--labels` a JSON file or a pipeline that has them, or `--no_labels`"
+        with _instead(f"The names of the classes in {name}", flags):
+            labels = (open_source(name, token=args.token).read_json(PIPELINE_INDEX) or {}).get("id2label")
+        if labels is None:
+            raise ValueError(f"`--labels` must be a pipeline with names of classes (`id2label`), but {name} has none.")
     known = {str(label) for label in range(num_classes)}
-    if not (
-        isinstance(labels, dict) and labels.keys() <= known and all(isinstance(name, str) for name in labels.values())
-    ):
+    names = labels.values() if isinstance(labels, dict) and labels.keys() <= known else [None]
+    if not all(isinstance(name, str) for name in names):
         raise ValueError(f'`--labels` must be names of classes below {num_classes}, as {{"0": "name", "1": "other"}}.')
     return labels
 
 
-def _labels_of_pipeline(name: str, token: str | None) -> Any:
-    try:
-        index = open_source(name, token=token).read_json(PIPELINE_INDEX)
-    except OSError as error:
-        raise ValueError(
-            f"The names of the classes could not be had from {name} ({type(error).__name__}). Give `--labels` a JSON "
-            "file or a pipeline that has them, or give `--no_labels`."
-        ) from error
-    labels = (index or {}).get("id2label")
-    if labels is None:
-        raise ValueError(f"`--labels` must be a pipeline with names of classes (`id2label`), but {name} has none.")
-    return labels
-
-
 # ---- from a pipeline
-
-
-def _from_pipeline(args: argparse.Namespace) -> DTRPipeline:
-    where = {"revision": args.revision, "token": args.token}
-    return DTRPipeline.from_pretrained(args.source, transformer=_load_transformer(args), **where)
 
 
 def _load_transformer(args: argparse.Namespace) -> DTRTransformer2DModel:
@@ -289,9 +265,8 @@ def _load_transformer(args: argparse.Namespace) -> DTRTransformer2DModel:
             f"ours, got {'none' if name is None else name}. Other denoisers are routed in Python: "
             "`pipe.transformer = diffusers_dtr.route(pipe.transformer)`, or `pipe.unet`."
         )
-    routing = _given(args, _ROUTING)
-    if name in PER_BLOCK_CLASS_NAMES:
-        routing = {"routing_beta": 1.0, **routing}
+    routing = {"routing_beta": 1.0} if name in PER_BLOCK_CLASS_NAMES else {}
+    routing |= {flag: getattr(args, flag) for flag in _ROUTING if getattr(args, flag) is not None}
     model = DTRTransformer2DModel.from_pretrained(
         args.source, subfolder="transformer", revision=args.revision, token=args.token, **routing
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..config_types import check_types
@@ -34,7 +33,9 @@ _SCHEDULER_TYPES = {
 _DENOISER_TYPES = {"_class_name": str, "num_embeds_ada_norm": int | None, "num_class_embeds": int | None}
 _RECORD_TYPES = dict.fromkeys(("arguments", "clusters", "model"), dict | None)
 _CLUSTER_TYPES = {"num_clusters": int, "boundaries": list[float]}
-# How the first of an adapter's two layers is called, whose outputs are as many as its rank.
+# Where a denoiser may be.
+_FOLDERS = ("transformer/", "unet/", "")
+# The first of an adapter's two layers, whose outputs are as many as its rank.
 _FIRST_LAYERS = ("lora_A.weight", "lora.down.weight", "lora_down.weight")
 
 
@@ -74,43 +75,36 @@ def describe(source: Source) -> dict[str, Any]:
     state = source.read_json(STATE_FILE, {"global_step": int}) or {}
     record = source.read_json(RECORD_FILE, _RECORD_TYPES) or {}
     check_types(_CLUSTER_TYPES, record.get("clusters") or {}, f"the clusters of `{RECORD_FILE}`")
-    folder, config = _denoiser(source)
+    configs = ((folder, source.read_json(f"{folder}config.json", _DENOISER_TYPES)) for folder in _FOLDERS)
+    folder, config = next((found for found in configs if "_class_name" in (found[1] or {})), ("", None))
     adapters = None if config else _adapters(source, record)
-    if not config and adapters is None:
+    if config is None and adapters is None:
         raise ValueError(
             "There is no diffusers model: no config.json with a `_class_name`, here or in `transformer` or `unet`, "
             f"and no {LORA_FILE}."
         )
     scheduler = source.read_json("scheduler/scheduler_config.json", {"_class_name": str, **_SCHEDULER_TYPES})
+    shown = {key: scheduler[key] for key in _SCHEDULER_TYPES if scheduler.get(key) is not None} if scheduler else {}
     vae = source.read_json("vae/config.json", {"_class_name": str}) if index else None
     return {
         "pipeline": pipeline_class_name(index),
         "step": state.get("global_step"),
-        "denoiser": _described(source, folder, config) if config else None,
+        "denoiser": _denoiser(source, folder, config) if config else None,
         "adapters": adapters,
         "routing": _routing(config) if config else _recorded_routing(record),
         "clusters": record.get("clusters"),
-        "scheduler": scheduler and {"class": scheduler.get("_class_name"), **_part(scheduler, _SCHEDULER_TYPES)},
+        "scheduler": scheduler and {"class": scheduler.get("_class_name"), **shown},
         "vae": vae and vae.get("_class_name"),
     }
 
 
-def _denoiser(source: Source) -> tuple[str, dict[str, Any] | None]:
-    """Its folder, with a `/` behind, and its config, or None."""
-    for folder in ("transformer/", "unet/", ""):
-        config = source.read_json(f"{folder}config.json", _DENOISER_TYPES)
-        if config is not None and "_class_name" in config:
-            return folder, config
-    return "", None
-
-
-def _described(source: Source, folder: str, config: dict[str, Any]) -> dict[str, Any]:
+def _denoiser(source: Source, folder: str, config: dict[str, Any]) -> dict[str, Any]:
     counts = source.parameter_counts(folder)
     return {
         "class": config["_class_name"],
         "folder": folder.rstrip("/") or None,
         "parameters": sum(counts.values()) or None,
-        "dtypes": _dtypes(counts),
+        "dtypes": [_DTYPES.get(name, name) for name in sorted(counts)],
         "classes": config.get("num_embeds_ada_norm") or config.get("num_class_embeds"),
         "averaged_beside_it": source.read_json(f"{folder.rstrip('/')}_ema/config.json") is not None,
     }
@@ -118,36 +112,27 @@ def _described(source: Source, folder: str, config: dict[str, Any]) -> dict[str,
 
 def _adapters(source: Source, record: dict[str, Any]) -> dict[str, Any] | None:
     """LoRA adapters, as pipelines load them or in a checkpoint of a run."""
-    for folder in ("", "transformer_lora/", "unet_lora/"):
-        header = source.header(folder + LORA_FILE)
-        if header is None:
-            continue
-        shapes = [shape for name, (_, shape) in header.tensors.items() if name.endswith(_FIRST_LAYERS) and shape]
-        return {
-            "of": (record.get("model") or {}).get("class"),
-            "for": (record.get("arguments") or {}).get("pretrained_model_name_or_path"),
-            "ranks": sorted({shape[0] for shape in shapes}),
-            "layers": len(shapes),
-            "parameters": sum(header.counts.values()),
-            "dtypes": _dtypes(header.counts),
-        }
-    return None
+    headers = (source.header(folder + LORA_FILE) for folder in ("", "transformer_lora/", "unet_lora/"))
+    header = next((header for header in headers if header is not None), None)
+    if header is None:
+        return None
+    shapes = [info.shape for name, info in header.tensors.items() if name.endswith(_FIRST_LAYERS) and info.shape]
+    return {
+        "of": (record.get("model") or {}).get("class"),
+        "for": (record.get("arguments") or {}).get("pretrained_model_name_or_path"),
+        "ranks": sorted({shape[0] for shape in shapes}),
+        "layers": len(shapes),
+        "parameters": sum(header.parameter_count.values()),
+        "dtypes": [_DTYPES.get(name, name) for name in sorted(header.parameter_count)],
+    }
 
 
 def _recorded_routing(record: dict[str, Any]) -> dict[str, Any] | None:
-    """As [`_routing`], of what a run's record has of its denoiser's config."""
+    """As `_routing`, of what a run's record has of its denoiser's config."""
     model = record.get("model") or {}
     types = {"class": str, "config": dict | None, "routed_widths": list[int]}
     check_types(types, model, f"the model of `{RECORD_FILE}`")
     return _routing({**(model.get("config") or {}), "_class_name": model.get("class")}, model.get("routed_widths"))
-
-
-def _dtypes(counts: Mapping[str, int]) -> list[str]:
-    return [_DTYPES.get(name, name) for name in sorted(counts)]
-
-
-def _part(config: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
-    return {key: config[key] for key in keys if config.get(key) is not None}
 
 
 def _routing(config: dict[str, Any], known_widths: list[int] | None = None) -> dict[str, Any] | None:
@@ -178,10 +163,25 @@ def _draw_masks(routing: dict[str, Any] | None, path: str) -> None:
 
 
 def _as_text(description: dict[str, Any]) -> str:
-    routing, clusters, adapters = (description[name] for name in ("routing", "clusters", "adapters"))
+    denoiser, adapters, clusters = (description[name] for name in ("denoiser", "adapters", "clusters"))
     rows = [("pipeline", description["pipeline"]), ("step", description["step"])]
-    rows += _denoiser_rows(description["denoiser"]) if adapters is None else _adapter_rows(adapters)
-    rows += [("routing", "none, not a routed model")] if routing is None else _routing_rows(routing)
+    if adapters is None:
+        number = "no safetensors weights" if denoiser["parameters"] is None else f"{denoiser['parameters']:,}"
+        rows += [
+            ("denoiser", denoiser["class"] + (f" in {denoiser['folder']}/" if denoiser["folder"] else "")),
+            ("parameters", " ".join([number, *denoiser["dtypes"]])),
+            ("averaged", f"{denoiser['folder']}_ema/" if denoiser["averaged_beside_it"] else None),
+            ("classes", denoiser["classes"]),
+        ]
+    else:
+        ranks = ", ".join(map(str, adapters["ranks"]))
+        rows += [
+            ("adapters", f"LoRA of rank {ranks} for {adapters['layers']} layers"),
+            ("of", adapters["of"]),
+            ("for", adapters["for"]),
+            ("parameters", " ".join([f"{adapters['parameters']:,}", *adapters["dtypes"]])),
+        ]
+    rows += _routing_rows(description["routing"])
     if clusters is not None:
         edges = ", ".join(f"{edge:g}" for edge in clusters.get("boundaries", ()))
         rows.append(("clusters", f"{clusters.get('num_clusters')} of timesteps, bounded by {edges}"))
@@ -192,27 +192,9 @@ def _as_text(description: dict[str, Any]) -> str:
     return "\n".join(printable(f"{name:<11} {value}") for name, value in rows if value is not None)
 
 
-def _denoiser_rows(denoiser: dict[str, Any]) -> list[tuple[str, Any]]:
-    parameters = "no safetensors weights" if denoiser["parameters"] is None else f"{denoiser['parameters']:,}"
-    return [
-        ("denoiser", denoiser["class"] + (f" in {denoiser['folder']}/" if denoiser["folder"] else "")),
-        ("parameters", " ".join([parameters, *denoiser["dtypes"]])),
-        ("averaged", f"{denoiser['folder']}_ema/" if denoiser["averaged_beside_it"] else None),
-        ("classes", denoiser["classes"]),
-    ]
-
-
-def _adapter_rows(adapters: dict[str, Any]) -> list[tuple[str, Any]]:
-    ranks = ", ".join(map(str, adapters["ranks"]))
-    return [
-        ("adapters", f"LoRA of rank {ranks} for {adapters['layers']} layers"),
-        ("of", adapters["of"]),
-        ("for", adapters["for"]),
-        ("parameters", " ".join([f"{adapters['parameters']:,}", *adapters["dtypes"]])),
-    ]
-
-
-def _routing_rows(routing: dict[str, Any]) -> list[tuple[str, str]]:
+def _routing_rows(routing: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if routing is None:
+        return [("routing", "none, not a routed model")]
     low, high = routing["timestep_range"]
     numbers = {
         "dtr": f"alpha={routing['alpha']:g}, beta={routing['beta']:g}, timesteps {low:g} to {high:g}",

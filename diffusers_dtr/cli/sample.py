@@ -12,7 +12,7 @@ import torch
 from diffusers import SchedulerMixin
 
 from ..config_types import built_from_file
-from ..pipelines.class_labels import checked_number, class_named, classes_by_name
+from ..pipelines.class_labels import classes_by_name, labels_of_images
 from ..pipelines.model_index import component_class_name, pipeline_class_name
 from ..pipelines.pipeline_dtr import DTRPipeline
 from ..ranges import COUNT, FINITE, NON_NEGATIVE, SEED
@@ -104,7 +104,7 @@ def add_parser(subparsers) -> None:
     )
     parser.add_argument(
         "--dtype",
-        choices=("float32", "float16", "bfloat16"),
+        choices=_DTYPES,
         default="float32",
         help="Precision. Default: %(default)s.",
     )
@@ -140,7 +140,8 @@ def _write_grid(args: argparse.Namespace) -> None:
         else:
             wanted, columns = {"class_labels": [label for label in labels for _ in seeds]}, len(seeds)
             seeds = [*seeds] * len(labels)
-        pipeline.to(args.device or _default_device())
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        pipeline.to(args.device or accelerator or torch.device("cpu"))
         images = pipeline(
             **wanted,
             guidance_scale=args.guidance_scale,
@@ -188,15 +189,6 @@ def _labels(args: argparse.Namespace, index: dict[str, Any], source: Source) -> 
     if number is None:
         raise ValueError(f"`--labels` must be left out: {args.pipeline!r} is unconditional.")
     classes = classes_by_name(index.get("id2label"))
-    return [_label(text, classes, number) for text in args.labels]
-
-
-def _label(text: str, classes: dict[str, list[int]], number: int) -> int:
     # Names first: a pipeline may call its class 0 "1".
-    if text in classes or not text.isdecimal():
-        return class_named(text, classes)
-    return checked_number(int(text), number, classes)
-
-
-def _default_device() -> torch.device:
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    labels = [int(label) if label.isdecimal() and label not in classes else label for label in args.labels]
+    return labels_of_images(labels, None, classes=classes, num_classes=number, null_class=None)[1]

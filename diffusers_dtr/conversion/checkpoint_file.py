@@ -9,6 +9,7 @@ refused.
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -16,14 +17,11 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import load_file
 
-from .claimed_bytes import check_archive, check_claims
 from .masks import MASK_BUFFER
 from .run_settings import Recorded, Setting, read_settings
 
 
 CHECKPOINT_WEIGHTS = ("ema", "model")
-
-_ZIP_MAGIC = b"PK\x03\x04"
 
 
 def _plain_dict(*args) -> dict:
@@ -33,33 +31,14 @@ def _plain_dict(*args) -> dict:
 
 _RECORDED = (
     "argparse.Namespace",
-    "omegaconf.base.ContainerMetadata",
-    "omegaconf.base.Metadata",
+    *(f"omegaconf.base.{name}" for name in ("ContainerMetadata", "Metadata")),
     "omegaconf.dictconfig.DictConfig",
     "omegaconf.listconfig.ListConfig",
-    "omegaconf.nodes.AnyNode",
-    "omegaconf.nodes.BooleanNode",
-    "omegaconf.nodes.BytesNode",
-    "omegaconf.nodes.FloatNode",
-    "omegaconf.nodes.IntegerNode",
+    *(f"omegaconf.nodes.{name}Node" for name in ("Any", "Boolean", "Bytes", "Float", "Integer", "Path", "String")),
     "omegaconf.nodes.InterpolationResultNode",
-    "omegaconf.nodes.PathNode",
-    "omegaconf.nodes.StringNode",
     # Types and paths that these refer to. `builtins` goes by its name in Python 2 in a pickle, and by this one here.
-    "builtins.bool",
-    "builtins.bytes",
-    "builtins.dict",
-    "builtins.float",
-    "builtins.int",
-    "builtins.list",
-    "builtins.object",
-    "builtins.str",
-    "builtins.tuple",
-    "pathlib.PosixPath",
-    "pathlib.WindowsPath",
-    "typing.Any",
-    "typing.Dict",
-    "typing.List",
+    *(f"builtins.{name}" for name in ("bool", "bytes", "dict", "float", "int", "list", "object", "str", "tuple")),
+    *("pathlib.PosixPath", "pathlib.WindowsPath", "typing.Any", "typing.Dict", "typing.List"),
 )
 _STAND_INS = [*((Recorded, name) for name in _RECORDED), (_plain_dict, "collections.defaultdict")]
 
@@ -101,7 +80,7 @@ def read_original_checkpoint(path: str | Path, weights: str | None = None) -> Or
         if weights is not None:
             raise ValueError(f"`weights` must be left out: {path.name} is a single state dict, got {weights!r}.")
         return OriginalCheckpoint(dict(checkpoint), None)
-    weights = "ema" if weights is None else weights
+    weights = weights or "ema"
     if not isinstance(checkpoint, Mapping) or not _is_state_dict(checkpoint.get(weights)):
         held = checkpoint if isinstance(checkpoint, Mapping) else {}
         named = [repr(key) for key, value in held.items() if _is_state_dict(value)]
@@ -112,15 +91,12 @@ def read_original_checkpoint(path: str | Path, weights: str | None = None) -> Or
 
 
 def _is_state_dict(value) -> bool:
-    return (
-        isinstance(value, Mapping)
-        and len(value) > 0
-        and all(isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in value.items())
-    )
+    items = value.items() if isinstance(value, Mapping) else ()
+    return bool(items) and all(isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in items)
 
 
 def _load(path: Path):
-    check_archive(path)
+    _check_archive(path)
     try:
         checkpoint = load_file(path) if path.suffix == ".safetensors" else _load_restricted(path)
     except (MemoryError, OSError):
@@ -138,7 +114,7 @@ def _load(path: Path):
         ) from None
     for held in (checkpoint, *(checkpoint.values() if isinstance(checkpoint, Mapping) else ())):
         if _is_state_dict(held):
-            check_claims(_copied(held), path)
+            _check_claims(_copied(held), path)
     return checkpoint
 
 
@@ -151,7 +127,42 @@ def _copied(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _load_restricted(path: Path):
     with path.open("rb") as file:
-        is_zip = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
+        is_zip = file.read(4) == b"PK\x03\x04"
     with torch.serialization.safe_globals(_STAND_INS):
         # What was saved before torch 1.6 is no zip file, and cannot be mapped.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+
+
+# ---- a few bytes can describe gigabytes
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse a compressed zip file: `torch.save` writes none, and it can grow a thousandfold."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError):
+        return
+    compressed = [member.filename for member in members if member.compress_type != zipfile.ZIP_STORED]
+    if compressed:
+        raise ValueError(
+            f"{path.name} must hold its tensors as `torch.save` writes them, but {compressed[0]} is compressed."
+        )
+
+
+def _check_claims(state_dict: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Refuse tensors that would take more memory, if copied, than the file has bytes."""
+    claimed = 0
+    for name, tensor in state_dict.items():
+        if tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+            raise ValueError(
+                f"`{name}` in {path.name} must be a dense tensor with its data, got one of layout {tensor.layout} on "
+                f"the device {tensor.device.type}."
+            )
+        claimed += tensor.numel() * tensor.element_size()
+    present = path.stat().st_size
+    if claimed > present:
+        raise ValueError(
+            f"The tensors of {path.name} must be in the file, but they claim {claimed:,} bytes and it has "
+            f"{present:,}: some of them share their data, or repeat it. Save clones of them."
+        )

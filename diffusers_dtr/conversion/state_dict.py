@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 import accelerate
 import torch
 
+from ..config_types import built_from_file
 from ..models.dit import DTRTransformer2DModel
 from ..models.presets import DIT_PRESETS
 from .masks import MASK_BUFFER, mask_table, read_mask_tables
@@ -84,16 +85,24 @@ def convert_original_dit(
     weights = {key: value for key, value in state_dict.items() if not key.endswith(f".{MASK_BUFFER}")}
     routing = read_mask_tables(masks, config) if masks else {"routing_beta": config.get("routing_beta", 1.0)}
     config = {**_infer_config(weights, num_attention_heads, class_dropout_prob), **config, **routing}
-    _check_mask_widths(masks, config)
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    if masks and (masks[0].shape[1], len(masks)) != (width, config["num_layers"]):
+        raise ValueError(
+            f"`state_dict` must have masks of {width} channels for {config['num_layers']} blocks, got "
+            f"{masks[0].shape[1]} channels for {len(masks)} blocks."
+        )
     with accelerate.init_empty_weights():
         model = DTRTransformer2DModel(**config)
-    position_table = weights.pop("pos_embed", None)
-    converted = _rename(weights)
-    _check_same_names(converted, model.state_dict())
-    if position_table is not None:
-        _check_fixed_positions(position_table, model.pos_embed.pos_embed)
+    table, expected = weights.pop("pos_embed", model.pos_embed.pos_embed), model.pos_embed.pos_embed
+    if table.shape != expected.shape or (table.float() - expected).abs().max() > _POSITION_TOLERANCE:
+        raise ValueError(
+            "`pos_embed` must be the fixed sine-cosine table of a square grid of shape "
+            f"{tuple(expected.shape)}; this one, of shape {tuple(table.shape)}, holds other values."
+        )
     # Copies, also because query, key and value would otherwise share memory, which safetensors cannot save.
-    model.load_state_dict({key: value.clone() for key, value in converted.items()}, strict=True, assign=True)
+    converted = {key: value.clone() for key, value in _rename(weights).items()}
+    with built_from_file("A DTRTransformer2DModel"):
+        model.load_state_dict(converted, strict=True, assign=True)
     return model.eval()
 
 
@@ -101,7 +110,14 @@ def _infer_config(weights, num_attention_heads, class_dropout_prob) -> dict:
     width, in_channels, patch_size, _ = _shape(weights, "x_embedder.proj.weight", 4)
     num_layers = 1 + max((int(match[1]) for match in map(_BLOCK.fullmatch, weights) if match), default=-1)
     if num_attention_heads is None:
-        num_attention_heads = _published_heads(num_layers, width)
+        for preset in DIT_PRESETS.values():
+            heads = preset["num_attention_heads"]
+            if (num_layers, width) == (preset["num_layers"], heads * preset["attention_head_dim"]):
+                num_attention_heads = heads
+    if num_attention_heads is None:
+        raise ValueError(
+            f"`num_attention_heads` must be given: {num_layers} blocks of width {width} are of no published model."
+        )
     if num_attention_heads < 1 or width % num_attention_heads:
         raise ValueError(f"`num_attention_heads` must divide the width {width}, got {num_attention_heads!r}.")
     hidden_width = _shape(weights, "blocks.0.mlp.fc1.weight", 2)[0]
@@ -125,25 +141,6 @@ def _infer_config(weights, num_attention_heads, class_dropout_prob) -> dict:
     if "pos_embed" in weights:
         config["sample_size"] = math.isqrt(_shape(weights, "pos_embed", 3)[1]) * patch_size
     return config
-
-
-def _published_heads(num_layers, width) -> int:
-    for preset in DIT_PRESETS.values():
-        heads = preset["num_attention_heads"]
-        if (num_layers, width) == (preset["num_layers"], heads * preset["attention_head_dim"]):
-            return heads
-    raise ValueError(
-        f"`num_attention_heads` must be given: {num_layers} blocks of width {width} are of no published model."
-    )
-
-
-def _check_mask_widths(masks, config) -> None:
-    width = config["num_attention_heads"] * config["attention_head_dim"]
-    if masks and (masks[0].shape[1], len(masks)) != (width, config["num_layers"]):
-        raise ValueError(
-            f"`state_dict` must have masks of {width} channels for {config['num_layers']} blocks, got "
-            f"{masks[0].shape[1]} channels for {len(masks)} blocks."
-        )
 
 
 def _shape(weights, name, num_dimensions) -> torch.Size:
@@ -172,25 +169,6 @@ def _rename(weights) -> dict[str, torch.Tensor]:
     return converted
 
 
-def _check_same_names(converted, expected) -> None:
-    for key, value in expected.items():
-        if key not in converted:
-            raise ValueError(f"`state_dict` lacks the tensor that becomes `{key}`.")
-        if converted[key].shape != value.shape:
-            raise ValueError(
-                f"The tensor that becomes `{key}` must have shape {tuple(value.shape)}, "
-                f"got {tuple(converted[key].shape)}."
-            )
-
-
-def _check_fixed_positions(table, expected) -> None:
-    if table.shape != expected.shape or (table.float() - expected).abs().max() > _POSITION_TOLERANCE:
-        raise ValueError(
-            "`pos_embed` must be the fixed sine-cosine table of a square grid of shape "
-            f"{tuple(expected.shape)}; this one, of shape {tuple(table.shape)}, holds other values."
-        )
-
-
 def original_dit_state_dict(model: DTRTransformer2DModel) -> dict[str, torch.Tensor]:
     """Convert a model to a state dict of the original code: the inverse of [`convert_original_dit`].
 
@@ -209,7 +187,8 @@ def original_dit_state_dict(model: DTRTransformer2DModel) -> dict[str, torch.Ten
     Raises:
         ValueError: If the model's config has a value that the original's code cannot have; it names that.
     """
-    _check_expressible(model)
+    is_routed = model.routing.routing_type != "none" and model.routing.beta < 1
+    _check_expressible(model, is_routed)
     weights = model.state_dict()
     parts: dict[str, list[torch.Tensor]] = {"pos_embed": [model.pos_embed.pos_embed.to(model.dtype)]}
     for ours, theirs in _original_modules(model.config.num_layers):
@@ -221,7 +200,11 @@ def original_dit_state_dict(model: DTRTransformer2DModel) -> dict[str, torch.Ten
             f"`model` must have the weights of an original DiT alone, but it has `{next(iter(weights))}`."
         )
     state_dict = {key: tensors[0] if len(tensors) == 1 else torch.cat(tensors) for key, tensors in parts.items()}
-    return {**state_dict, **_mask_buffers(model)}
+    if is_routed:  # one table for all blocks, which `torch.save` writes once
+        routing = model.routing
+        table = mask_table(int(routing.timestep_range[1]) + 1, model.inner_dim, routing.alpha, routing.beta)
+        state_dict |= {f"blocks.{block}.{MASK_BUFFER}": table for block in range(model.config.num_layers)}
+    return state_dict
 
 
 def _original_modules(num_layers) -> Iterator[tuple[str, str]]:
@@ -233,7 +216,7 @@ def _original_modules(num_layers) -> Iterator[tuple[str, str]]:
         yield from ((f"{prefix}.{ours}", f"blocks.{block}.{theirs}") for theirs, ours in _BLOCK_NAMES.items())
 
 
-def _check_expressible(model) -> None:
+def _check_expressible(model, is_routed) -> None:
     config = model.config
     for name, value in _FIXED.items():
         if config[name] != value:
@@ -245,21 +228,8 @@ def _check_expressible(model) -> None:
             f"The original's code has no model without classes, got `num_embeds_ada_norm`=None. {_INSTEAD}"
         )
     low, high = model.routing.timestep_range
-    if _is_routed(model) and (model.routing.routing_type != "dtr" or low != 0 or high != int(high)):
+    if is_routed and (model.routing.routing_type != "dtr" or low != 0 or high != int(high)):
         raise ValueError(
             'The original\'s code has `routing_type`="dtr" and a `routing_timestep_range` from 0 to an integer only, '
             f"got a model with {model.routing.routing_type!r} and {model.routing.timestep_range}. {_INSTEAD}"
         )
-
-
-def _is_routed(model) -> bool:
-    return model.routing.routing_type != "none" and model.routing.beta < 1
-
-
-def _mask_buffers(model) -> dict[str, torch.Tensor]:
-    if not _is_routed(model):
-        return {}
-    routing = model.routing
-    table = mask_table(int(routing.timestep_range[1]) + 1, model.inner_dim, routing.alpha, routing.beta)
-    # All blocks have the same, which `torch.save` writes once.
-    return {f"blocks.{block}.{MASK_BUFFER}": table for block in range(model.config.num_layers)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import re
@@ -14,7 +13,7 @@ from typing import TypeVar
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled, RevisionNotFoundError
 from huggingface_hub.hf_api import ModelInfo
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
 from ..run_record import PRIVATE_FILES, published_path
 
@@ -23,8 +22,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# What git and the client keep in a folder for themselves.
-_NEVER_PUSHED = (".git/*", "*/.git/*", ".cache/huggingface/*")
 # Where diffusers and transformers write down what a config was loaded from.
 _LOCAL_KEYS = frozenset({"_name_or_path", "name_or_path"})
 
@@ -62,7 +59,7 @@ def push_folder(
     check_destination(token, revision, create_pr)
     api, branch, target = HfApi(token=token), revision or "main", PurePosixPath(path_in_repo)
     local = sorted(path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file())
-    local = list(filter_repo_objects(local, ignore_patterns=[*ignore_patterns, *_NEVER_PUSHED]))
+    local = list(filter_repo_objects(local, ignore_patterns=[*ignore_patterns, *DEFAULT_IGNORE_PATTERNS]))
     paths = {str(target / published_path(path)): Path(folder, path) for path in local}
     new_weights = {weights_name(path) for path in paths} - {None}
 
@@ -145,7 +142,9 @@ def retry(
     may_pass: Callable[[BaseException], bool] = is_transient,
 ) -> T:
     """Call something again, 2 to 64 s later, while its error may pass and `pause`, given the seconds, returns True."""
-    for attempt in itertools.count(1):
+    attempt = 0
+    while True:
+        attempt += 1
         try:
             return action()
         except Exception as error:  # the network's errors are of several libraries; others are raised again
@@ -154,9 +153,10 @@ def retry(
             asked = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
             seconds = max(2.0 ** min(attempt, 6), float(asked) if asked.isdecimal() else 0.0)
             logger.warning("%s failed, will be tried again in %.0f s: %s", what, seconds, describe(error))
-            if not (pause or _sleep)(seconds):
+            if pause is None:
+                time.sleep(seconds)
+            elif not pause(seconds):
                 raise
-    raise AssertionError("unreachable")
 
 
 def check_token(token: str | bool | None) -> str | bool | None:
@@ -176,11 +176,6 @@ def check_destination(token: str | None, revision: str | None, create_pr: bool) 
 def describe(error: BaseException) -> str:
     """An error in one line of a log."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def _sleep(seconds: float) -> bool:
-    time.sleep(seconds)
-    return True
 
 
 # ---- runs

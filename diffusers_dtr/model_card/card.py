@@ -28,7 +28,7 @@ from ..hub.pushing import check_token
 from ..run_record import LOCAL_PREFIX, LOSSES_PICTURE, METRICS_FILE, RECORD_FILE, public_command, publishable
 from ..visualization import copy_drawing, draw_routing_masks, spaced_grid
 from .trained_model import Metric, TrainedModel, is_repo_id
-from .usage_code import usage_code, wrap_command
+from .usage_code import adapter, python_literal, sampling_arguments, wrap_command
 
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,9 @@ def build_model_card(
         model=model,
         name=name,
         metadata=Markup(yaml_dump(_metadata(model, name, license).to_dict(), sort_keys=False)),
-        usage=usage_code(model, repo_id or f"{LOCAL_PREFIX}{name}"),
+        source=repo_id or f"{LOCAL_PREFIX}{name}",
+        sampling=sampling_arguments(model),
+        adapter=adapter(model),
         command=wrap_command(model.record.get("command", "")),
         metric_commands=[wrap_command(command) for command in commands],
         active_channels=", ".join(f"{int(model.config.get('routing_beta', 1) * w)} of {w}" for w in model.widths),
@@ -209,19 +211,22 @@ def _metadata(model: TrainedModel, name: str, license: str | None) -> ModelCardD
     task = "text-to-image" if model.is_text_to_image else "unconditional-image-generation"  # the Hub has no other
     kind = "class-conditional-image-generation" if model.num_classes else None
     tags = ["diffusers", "diffusers-dtr", "denoising-task-routing", kind, "lora" if model.is_adapter else None]
-    measured_on = {"dataset_type": dataset or "imagefolder", "dataset_name": dataset or "a folder of images"}
-    results = []
-    loss = model.record.get("results", {}).get("validation_loss")
+    loss, measured = model.record.get("results", {}).get("validation_loss"), model.metrics
     if loss is not None:
-        name_and_value = {"metric_name": "Held-out denoising loss", "metric_value": round(loss, 5)}
-        settings = model.held_out_settings
-        results.append(EvalResult(task, **measured_on, metric_type="mse", **name_and_value, metric_args=settings))
-    for metric in model.metrics:
-        data = {"dataset_type": metric["dataset"], "dataset_name": metric["dataset"]} if "dataset" in metric else {}
-        name_and_value = {"metric_name": metric["name"], "metric_value": metric["value"]}
-        settings = metric.get("settings") or None
-        where = {**measured_on, **data, "metric_type": metric["type"]}
-        results.append(EvalResult(task, **where, **name_and_value, metric_args=settings))
+        held_out = {"name": "Held-out denoising loss", "type": "mse", "value": round(loss, 5)}
+        measured = [{**held_out, "settings": model.held_out_settings}, *measured]
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=metric.get("dataset") or dataset or "imagefolder",
+            dataset_name=metric.get("dataset") or dataset or "a folder of images",
+            metric_type=metric["type"],
+            metric_name=metric["name"],
+            metric_value=metric["value"],
+            metric_args=metric.get("settings") or None,
+        )
+        for metric in measured
+    ]
     return ModelCardData(
         license=license,
         library_name="diffusers",
@@ -249,13 +254,8 @@ def _template() -> jinja2.Template:
         keep_trailing_newline=True,
         loader=jinja2.PackageLoader("diffusers_dtr.model_card", ""),
     )
-    environment.filters |= {
-        "code": _code_span,
-        "fenced": _fenced,
-        "link": _link,
-        "duration": _duration,
-        "settings": _settings,
-    }
+    environment.filters |= {"code": _code_span, "fenced": _fenced, "link": _link, "python": python_literal}
+    environment.filters["duration"] = _duration
     return environment.get_template("template.md.jinja")
 
 
@@ -265,7 +265,7 @@ _SPECIAL = re.compile(r"[\\`*{}\[\]#|~$!@^]|(?<![^\W_])_|_(?![^\W_])|^[-+=]|:(?=
 
 def _escaped(value: Any) -> Any:
     """Text in one line that stays text in Markdown and HTML; floats with four digits."""
-    if hasattr(value, "__html__"):
+    if isinstance(value, Markup):
         return value
     text = _one_line(f"{value:.4g}" if isinstance(value, float) else str(value))
     text = re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", _SPECIAL.sub(r"\\\g<0>", text))  # and numbers of a list
@@ -289,11 +289,6 @@ def _fenced(text: str, language: str) -> Markup:
 def _link(repo_id: str, prefix: str = "") -> Markup:
     """A link to a repository, whose name was checked."""
     return Markup(f"[{_escaped(repo_id)}](https://huggingface.co/{prefix}{repo_id})")
-
-
-def _settings(settings: dict[str, Any]) -> str:
-    """Settings of an evaluation in one line."""
-    return ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in settings.items())
 
 
 def _duration(seconds: float) -> str:

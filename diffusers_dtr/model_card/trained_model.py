@@ -97,7 +97,9 @@ class TrainedModel:
         # Of adapters it is what the record has.
         recorded = {**self.model.get("config", {}), "_class_name": self.model.get("class", "")}
         self.config = {**recorded, **read_cleaned(folder / self.component / "config.json", Config, {})}
-        self.losses = self._last_losses()
+        history = folder / HISTORY_FILE
+        lines = history.read_text(encoding="utf-8").splitlines() if history.is_file() else []
+        self.losses = parse_cleaned(lines[-1], Losses, HISTORY_FILE) if lines else {}
         self.is_adapter = not self.index and (folder / LORA_FILE).is_file()
         self.pipeline_class = self.index.get("_class_name", "DTRPipeline")
         if not is_class(self.pipeline_class, DiffusionPipeline):
@@ -108,6 +110,8 @@ class TrainedModel:
         self.is_text_to_image = "tokenizer" in self.index or "caption_column" in self.arguments
         num_classes = self.config.get("num_embeds_ada_norm") or self.config.get("num_class_embeds")
         self.num_classes = None if self.is_text_to_image else num_classes
+        names = self.index.get("id2label", {}).values() if self.num_classes else ()
+        self.class_names = [name.split(",")[0] for name in names]
         self.is_routed = self.config.get("routing_type", "none") != "none" and self.config.get("routing_beta", 1) < 1
         self.widths = self.model.get("routed_widths", [])
         # A sliding window of a known width can be drawn.
@@ -116,15 +120,6 @@ class TrainedModel:
         check_routing(timestep_range=self.timestep_range)
         self.samples = max(folder.glob("samples/*.png"), default=None)
         self.has_losses_picture = (folder / LOSSES_PICTURE).is_file()
-
-    @property
-    def classes(self) -> str:
-        """A sentence about the classes, if there are any."""
-        labels = [label.split(",")[0] for label in self.index.get("id2label", {}).values()]
-        if not self.num_classes:
-            return ""
-        named = 0 < len(labels) <= 20
-        return f"Its classes are {', '.join(labels)}." if named else f"It knows {self.num_classes} classes."
 
     def hub_id(self, argument: str) -> str | None:
         """The value of an argument if it may be the name of something on the Hub."""
@@ -142,11 +137,6 @@ class TrainedModel:
             "weights": "exponential moving average" if self.arguments.get("use_ema") else None,
         }
         return {key: value for key, value in settings.items() if value is not None}
-
-    def _last_losses(self) -> dict[str, Any]:
-        path = self.folder / HISTORY_FILE
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        return parse_cleaned(lines[-1], Losses, HISTORY_FILE) if lines else {}
 
 
 def is_class(name: str, kind: type) -> bool:

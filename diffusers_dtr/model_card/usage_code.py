@@ -1,4 +1,4 @@
-"""Python that loads a trained model, and its commands: code that people paste, of checked names and quoted values."""
+"""What the code and commands of a card are made of: people paste it, so names are checked and values quoted."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import keyword
 import shlex
 from typing import Any
 
+from markupsafe import Markup
 from safetensors import SafetensorError, safe_open
 
 from ..models.lora_files import file_routing
@@ -15,71 +16,46 @@ from ..run_record import LOCAL_PREFIX, LORA_FILE, RECORD_FILE
 from .trained_model import Config, TrainedModel, is_class
 
 
-def usage_code(model: TrainedModel, source: str) -> str:
-    """Python that loads the model and samples it: the images that the run itself sampled at its end."""
-    sampling = model.record.get("sampling")
-    if sampling is None:
-        kinds = {"prompt": "a prompt"}, {"class_labels": [0]}, {}
-        sampling = kinds[0] if model.is_text_to_image else kinds[1] if model.num_classes else kinds[2]
+def sampling_arguments(model: TrainedModel) -> dict[str, Any]:
+    """Arguments of the pipeline's call: those of the images that the run itself sampled at its end, or an example."""
+    example = {"prompt": "a prompt"} if model.is_text_to_image else {"class_labels": [0]} if model.num_classes else {}
+    sampling = model.record.get("sampling", example)
     for name in sampling:
         if not name.isidentifier() or keyword.iskeyword(name):
             raise ValueError(f"`sampling` of {RECORD_FILE} must hold arguments of the pipeline, got {name!r:.60}.")
-    lines = _load_adapter(model, _python(source)) if model.is_adapter else _load_pipeline(model, _python(source))
-    arguments = [f"{name}={_python(value)}" for name, value in sampling.items()]
-    arguments.append("generator=torch.Generator().manual_seed(0)")
-    return "\n".join(["import torch", *lines, "images = pipe(", *(f"    {part}," for part in arguments), ").images"])
+    return sampling
 
 
-def _load_pipeline(model: TrainedModel, source: str) -> list[str]:
-    name = model.pipeline_class
-    load = ["", f"pipe = {name}.from_pretrained({source})"]
-    if name == "DTRPipeline":
-        return ["from diffusers_dtr import DTRPipeline", *load]
-    return [f"from diffusers import {name}", "import diffusers_dtr  # lets diffusers find the routed model", *load]
-
-
-def _load_adapter(model: TrainedModel, source: str) -> list[str]:
-    base = model.hub_id("pretrained_model_name_or_path") or f"{LOCAL_PREFIX}base-model"
-    routed_class = model.config["_class_name"]
+def adapter(model: TrainedModel) -> dict[str, Any] | None:
+    """How LoRA weights are loaded, or None for a pipeline."""
+    if not model.is_adapter:
+        return None
+    routed_class, path = model.config["_class_name"], model.folder / LORA_FILE
     if not is_class(routed_class, RoutedModelMixin):
         raise ValueError(
             f"`model: class` of {RECORD_FILE} must be a class of diffusers_dtr, got {routed_class!r:.60}."
         )
     component = "unet" if "UNet" in routed_class else "transformer"
-    routing = [
-        f"{key}={_python(model.config[key])}"
-        for key in sorted(Config.__annotations__)
-        if key.startswith("routing_") and key in model.config
-    ]
     try:
-        adapter_is_routed = bool(file_routing(model.folder / LORA_FILE))
-        with safe_open(model.folder / LORA_FILE, framework="numpy") as weights:
+        is_routed = bool(file_routing(path))
+        with safe_open(path, framework="numpy") as weights:
             of_pipeline = any(key.startswith(f"{component}.") for key in weights.keys())  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{LORA_FILE} must be safetensors: {error}") from error
-    lines = [
-        "from diffusers import DiffusionPipeline",
-        f"from diffusers_dtr import {'load_routed_lora' if adapter_is_routed else 'route'}",
-        "",
-        f"pipe = DiffusionPipeline.from_pretrained({_python(base)})",
-    ]
-    if not adapter_is_routed:
-        lines.append(f"pipe.{component} = route(pipe.{component}, {', '.join(routing)})")
-    if model.scheduler:  # with the prediction and the noise levels that were trained
-        lines.append(f'pipe.scheduler = type(pipe.scheduler).from_pretrained({source}, subfolder="scheduler")')
-    if adapter_is_routed:
-        return [*lines, f"load_routed_lora({'pipe' if of_pipeline else f'pipe.{component}'}, {source})"]
-    if of_pipeline:
-        return [*lines, f"pipe.load_lora_weights({source})"]
-    # What a pipeline without `load_lora_weights` has, such as PixArt's.
-    return [*lines, f'pipe.{component}.load_lora_adapter({source}, weight_name="{LORA_FILE}", prefix=None)']
+    known = sorted(name for name in Config.__annotations__ if name.startswith("routing_"))
+    routing = {name: model.config[name] for name in known if name in model.config}
+    base = model.hub_id("pretrained_model_name_or_path") or f"{LOCAL_PREFIX}base-model"
+    return {"component": component, "base": base, "file": LORA_FILE, "routing": routing} | {
+        "is_routed": is_routed,
+        "of_pipeline": of_pipeline,
+    }
 
 
-def _python(value: Any) -> str:
+def python_literal(value: Any) -> Markup:
     """A literal of Python: text in double quotes."""
     if isinstance(value, list):
-        return f"[{', '.join(map(_python, value))}]"
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+        return Markup(f"[{', '.join(map(python_literal, value))}]")
+    return Markup(json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value))
 
 
 def wrap_command(command: str, width: int = 100) -> str:

@@ -40,16 +40,6 @@ def class_named(name: str, classes: Mapping[str, list[int]]) -> int:
     return classes[name][0]
 
 
-def checked_number(label: int, num_classes: int, classes: Mapping[str, list[int]]) -> int:
-    """A class's number, if there is such a class."""
-    if not 0 <= label < num_classes:
-        named = f" The class named {str(label)!r} is a string, in quotes." if str(label) in classes else ""
-        raise ValueError(
-            f"`class_labels` must be names of classes or numbers in [0, {num_classes - 1}], got {label}.{named}"
-        )
-    return label
-
-
 def labels_of_images(
     class_labels: int | str | Sequence[int | str] | torch.Tensor | None,
     num_images: int | None,
@@ -61,8 +51,12 @@ def labels_of_images(
     """How many images are asked for, and their labels, or None for an unconditional denoiser."""
     if class_labels is None:
         count = 1 if num_images is None else num_images
-        label = _label_of_unlabelled(num_classes, null_class)
-        return count, None if label is None else [label] * count
+        if null_class is None and (num_classes or 0) > 1:
+            raise ValueError(
+                f"`class_labels` must be given: the denoiser has {num_classes} classes and no null class."
+            )
+        label = 0 if null_class is None else null_class
+        return count, None if num_classes is None else [label] * count
     if num_images is not None:
         raise ValueError(f"`num_images`={num_images} and `class_labels` cannot both be given: labels count images.")
     if num_classes is None:
@@ -75,14 +69,9 @@ def labels_of_images(
         raise TypeError(f"`class_labels` must be integers or names, got {class_labels!r}.")
     labels = [class_named(label, classes) if isinstance(label, str) else index(label) for label in class_labels]
     for label in labels:
-        if label != null_class:
-            checked_number(label, num_classes, classes)
+        if label != null_class and not 0 <= label < num_classes:
+            named = f" The class named {str(label)!r} is a string, in quotes." if str(label) in classes else ""
+            raise ValueError(
+                f"`class_labels` must be names of classes or numbers in [0, {num_classes - 1}], got {label}.{named}"
+            )
     return len(labels), labels
-
-
-def _label_of_unlabelled(num_classes: int | None, null_class: int | None) -> int | None:
-    if null_class is not None or num_classes is None:
-        return null_class
-    if num_classes > 1:
-        raise ValueError(f"`class_labels` must be given: the denoiser has {num_classes} classes and no null class.")
-    return 0

@@ -32,12 +32,8 @@ def scheduler_of_chosen_channels(scheduler: SchedulerMixin) -> SchedulerMixin:
 
 def _keeps_three_channels(scheduler: SchedulerMixin) -> bool:
     """Whether the step drops a learned variance by taking three channels, as DPM-Solvers and SASolver do."""
-    if (
-        uses_learned_variance(scheduler)
-        or "variance_type" not in inspect.signature(type(scheduler).__init__).parameters
-    ):
+    # Others can have the value in their config from the scheduler that theirs was made of, but no such argument.
+    if "variance_type" not in inspect.signature(type(scheduler).__init__).parameters:
         return False
-    return (
-        scheduler.config.variance_type in ("learned", "learned_range")
-        and scheduler.config.prediction_type == "epsilon"
-    )
+    is_learned = scheduler.config.variance_type in ("learned", "learned_range")
+    return is_learned and scheduler.config.prediction_type == "epsilon" and not uses_learned_variance(scheduler)

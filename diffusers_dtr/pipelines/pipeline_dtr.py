@@ -220,14 +220,8 @@ class DTRPipeline(CheckedPipelineMixin, DiffusionPipeline):
         batch_size, labels = labels_of_images(
             class_labels, num_images, classes=self.labels, num_classes=self.num_classes, null_class=null_class
         )
-        check_sampling(
-            batch_size,
-            num_inference_steps,
-            generator,
-            output_type,
-            max_batch_size,
-            callback_on_step_end_tensor_inputs,
-        )
+        tensors = callback_on_step_end_tensor_inputs
+        check_sampling(batch_size, num_inference_steps, generator, output_type, max_batch_size, tensors)
         check_guidance(guidance_scale, guidance_interval, is_labelled=class_labels is not None, null_class=null_class)
         check_channels(self.denoiser, self.scheduler)
         size = checked_size(self.denoiser, self.vae_scale_factor, height, width)
@@ -250,7 +244,8 @@ class DTRPipeline(CheckedPipelineMixin, DiffusionPipeline):
         low, high = (-float("inf"), float("inf")) if guidance_interval is None else guidance_interval
         # Asked once, because every look at a timestep on the device waits for it.
         scales = [guidance_scale if low <= t <= high else 1.0 for t in timesteps.tolist()]
-        step_kwargs = self._step_kwargs(generator)
+        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+        step_kwargs = {"generator": generator} if takes_generator else {}
         max_batch_size = max_batch_size or batch_size
         models = [self.denoiser] if self.vae is None else [self.denoiser, self.vae]
 
@@ -317,7 +312,3 @@ class DTRPipeline(CheckedPipelineMixin, DiffusionPipeline):
     def _evaluate(self, inputs, timestep, labels):
         timestep = timestep.to(inputs.device).expand(len(inputs))
         return self.denoiser(inputs, timestep, class_labels=labels, return_dict=False)[0]
-
-    def _step_kwargs(self, generator) -> dict[str, Any]:
-        accepted = inspect.signature(self.scheduler.step).parameters
-        return {"generator": generator} if "generator" in accepted else {}
