@@ -24,7 +24,7 @@ from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import PurePosixPath
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlencode, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
@@ -112,7 +112,6 @@ class Repo:
     kind: str
     id: str
     private: bool
-    gated: bool = False
     branches: dict[str, Commit] = field(default_factory=dict)
     commits: dict[str, Commit] = field(default_factory=dict)
 
@@ -290,8 +289,6 @@ class HubServer(ThreadingHTTPServer):
         faults: What goes wrong next: the first fault that matches a request and is not used up is played.
         errors: What went wrong in the server itself. A test that leaves any has found a gap in this file.
         private_by_default: Whether a repository is private where it is not said, as an organisation can choose.
-        part_size: Larger LFS files are uploaded in several parts of this many bytes.
-        page_size: Entries per page of a tree listing.
     """
 
     daemon_threads = True
@@ -311,10 +308,7 @@ class HubServer(ThreadingHTTPServer):
         self.faults: list[Fault] = []
         self.errors: list[BaseException] = []
         self.private_by_default = False
-        self.part_size = 10_000_000
-        self.page_size = 1000
         self._lfs: dict[str, bytes] = {}
-        self._parts: dict[tuple[str, int], bytes] = {}
 
     def files(self, repo_id: str, revision: str = "main", kind: str = "models") -> dict[str, bytes]:
         """Content by path, for assertions about what was pushed."""
@@ -371,13 +365,6 @@ class HubServer(ThreadingHTTPServer):
             raise HubError(status, message, "RepoNotFound")
         return repo
 
-    def _readable(self, request: Request, kind: str | None, repo_id: str) -> Repo:
-        repo = self._visible(request, kind, repo_id)
-        if repo.gated and request.user != repo.owner:
-            status = 403 if request.user else 401
-            raise HubError(status, f"Access to model {repo.id} is restricted.", "GatedRepo")
-        return repo
-
     def _writable(self, request: Request, kind: str | None, repo_id: str) -> Repo:
         repo = self._visible(request, kind, repo_id)
         self._require_owner(request, repo.owner)
@@ -423,17 +410,15 @@ class HubServer(ThreadingHTTPServer):
             raise HubError(400, "Bad YAML", errors=[{"message": "metadata must be a mapping"}], warnings=[])
         return Reply.json({"errors": [], "warnings": []})
 
-    def _named(self, request: Request) -> tuple[str, str]:
-        payload = request.json
-        return f"{payload.get('type') or 'model'}s", f"{payload.get('organization') or request.user}/{payload['name']}"
-
     @route("POST", "/api/repos/create")
     def create_repo(self, request: Request) -> Reply:
-        kind, repo_id = self._named(request)
+        payload = request.json
+        kind = f"{payload.get('type') or 'model'}s"
+        repo_id = f"{payload.get('organization') or request.user}/{payload['name']}"
         self._require_owner(request, repo_id.split("/")[0])
         # What releases of the client call it.
-        private = request.json.get("private", self.private_by_default)
-        visibility = request.json.get("visibility", "private" if private else "public")
+        private = payload.get("private", self.private_by_default)
+        visibility = payload.get("visibility", "private" if private else "public")
         repo = Repo(kind, repo_id, visibility == "private")
         answer = {"url": f"{self.url}/{repo.url_path}", "name": repo_id, "id": repo_id}
         if (kind, repo_id) in self.repos:
@@ -443,17 +428,10 @@ class HubServer(ThreadingHTTPServer):
         self.repos[kind, repo_id] = repo
         return Reply.json(answer)
 
-    @route("DELETE", "/api/repos/delete")
-    def delete_repo(self, request: Request) -> Reply:
-        repo = self._writable(request, *self._named(request))
-        del self.repos[repo.kind, repo.id]
-        return Reply.json({})
-
     @route("PUT", f"{_REPO}/settings")
     def update_settings(self, request: Request, kind: str, repo_id: str) -> Reply:
         repo = self._writable(request, kind, repo_id)
         repo.private = request.json.get("visibility", "private" if repo.private else "public") == "private"
-        repo.gated = bool(request.json.get("gated", repo.gated))
         return Reply.json({})
 
     # ---- reading
@@ -470,13 +448,13 @@ class HubServer(ThreadingHTTPServer):
                 if blob.is_lfs:
                     siblings[-1]["lfs"] = {"sha256": blob.sha256} | blob.lfs_sizes
         description = {"_id": repo.id, "id": repo.id, "author": repo.owner, "tags": [], "downloads": 0, "likes": 0}
-        access = {"private": repo.private, "gated": "auto" if repo.gated else False, "disabled": False}
+        access = {"private": repo.private, "gated": False, "disabled": False}
         dates = {"createdAt": commit.history()[-1].date, "lastModified": commit.date}
         return Reply.json(description | access | dates | {"sha": commit.sha, "siblings": siblings})
 
     @route("GET", f"{_REPO}/refs")
     def refs(self, request: Request, kind: str, repo_id: str) -> Reply:
-        repo = self._readable(request, kind, repo_id)
+        repo = self._visible(request, kind, repo_id)
 
         answer: dict[str, list[dict]] = {"branches": [], "converts": [], "tags": [], "pullRequests": []}
         for name, commit in repo.branches.items():
@@ -489,12 +467,12 @@ class HubServer(ThreadingHTTPServer):
 
     @route("GET", f"{_REPO}/commits{_REVISION}")
     def commits(self, request: Request, kind: str, repo_id: str, revision: str) -> Reply:
-        history = self._readable(request, kind, repo_id).resolve(revision).history()
+        history = self._visible(request, kind, repo_id).resolve(revision).history()
         return Reply.json([commit.summary() for commit in history])
 
     @route("GET", f"{_REPO}/tree{_REVISION}(?:/(?P<folder>.+))?")
     def tree(self, request: Request, kind: str, repo_id: str, revision: str, folder: str | None) -> Reply:
-        entries = self._readable(request, kind, repo_id).resolve(revision).tree()
+        entries = self._visible(request, kind, repo_id).resolve(revision).tree()
         if folder is not None and entries.get(folder, {}).get("type") != "directory":
             raise HubError(404, f"{folder} does not exist on {revision}", "EntryNotFound")
         top = PurePosixPath(folder or ".")
@@ -504,24 +482,11 @@ class HubServer(ThreadingHTTPServer):
             for path, entry in sorted(entries.items())
             if top in (PurePosixPath(path).parents if recursive else [PurePosixPath(path).parent])
         ]
-        start = int(request.query.get("cursor", ["0"])[0])
-        end = start + int(request.query.get("limit", [self.page_size])[0])
-        headers = {}
-        if end < len(found):
-            quoted = "/".join(part.replace("/", "%2F") for part in (revision, folder) if part)
-            query = urlencode({**{k: v[0] for k, v in request.query.items()}, "cursor": end})
-            headers["Link"] = f'<{self.url}/api/{kind}/{repo_id}/tree/{quoted}?{query}>; rel="next"'
-        return Reply.json(found[start:end], headers=headers)
-
-    @route("POST", f"{_REPO}/paths-info{_REVISION}")
-    def paths_info(self, request: Request, kind: str, repo_id: str, revision: str) -> Reply:
-        entries = self._readable(request, kind, repo_id).resolve(revision).tree()
-        paths = parse_qs(request.body.decode())["paths"]
-        return Reply.json([entries[path] for path in paths if path in entries])
+        return Reply.json(found)
 
     @route("GET", f"{_WEB_REPO}/resolve{_REVISION}/(?P<path>.+)")
     def resolve(self, request: Request, kind: str | None, repo_id: str, revision: str, path: str) -> Reply:
-        commit = self._readable(request, kind, repo_id).resolve(revision)
+        commit = self._visible(request, kind, repo_id).resolve(revision)
         headers = {"X-Repo-Commit": commit.sha, "Accept-Ranges": "bytes"}
         if path not in commit.files:
             reply = HubError(404, "Entry not found", "EntryNotFound").reply
@@ -571,40 +536,18 @@ class HubServer(ThreadingHTTPServer):
         objects = []
         for wanted in request.json["objects"]:
             oid, size = wanted["oid"], wanted["size"]
-            upload: dict[str, Any] = {"href": f"{self.url}/lfs/{oid}"}
-            if size > self.part_size:
-                parts = range(1, -(-size // self.part_size) + 1)
-                urls = {str(part): f"{self.url}/lfs/{oid}/{part}" for part in parts}
-                upload["header"] = {"chunk_size": str(self.part_size), **urls}
+            upload = {"href": f"{self.url}/lfs/{oid}"}
             # An object without actions is one that the Hub has already.
             objects.append({"oid": oid, "size": size} | ({} if oid in self._lfs else {"actions": {"upload": upload}}))
         return Reply.json({"transfer": "basic", "objects": objects})
 
-    def _store_lfs(self, oid: str, data: bytes) -> Reply:
-        if hashlib.sha256(data).hexdigest() != oid:
-            raise HubError(400, "The uploaded content does not have the announced SHA-256")
-        self._lfs[oid] = data
-        return Reply.json({})
-
     # Upload addresses are signed on the Hub: the client sends them no token.
     @route("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})")
     def upload(self, request: Request, oid: str) -> Reply:
-        return self._store_lfs(oid, request.body)
-
-    @route("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})/(?P<part>\d+)")
-    def upload_part(self, request: Request, oid: str, part: str) -> Reply:
-        self._parts[oid, int(part)] = request.body
-        return Reply.json({}, headers={"ETag": f'"{hashlib.sha256(request.body).hexdigest()}"'})
-
-    @route("POST", r"/lfs/(?P<oid>[0-9a-f]{64})")
-    def complete_upload(self, request: Request, oid: str) -> Reply:
-        data = b""
-        for part in request.json["parts"]:
-            body = self._parts.pop((oid, part["partNumber"]), b"")
-            if part["etag"].strip('"') != hashlib.sha256(body).hexdigest():
-                raise HubError(400, f"Part {part['partNumber']} is not what was uploaded")
-            data += body
-        return self._store_lfs(oid, data)
+        if hashlib.sha256(request.body).hexdigest() != oid:
+            raise HubError(400, "The uploaded content does not have the announced SHA-256")
+        self._lfs[oid] = request.body
+        return Reply.json({})
 
     @route("POST", f"{_REPO}/commit{_REVISION}")
     def commit(self, request: Request, kind: str, repo_id: str, revision: str) -> Reply:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import pickle
 import sys
 import zipfile
@@ -70,15 +69,7 @@ def equal(state_dict, expected):
 def test_averaged_weights_are_read_unless_others_are_named(save):
     path = save(authors_checkpoint())
     assert equal(load_original_checkpoint(path), weights(1))
-    assert equal(load_original_checkpoint(path, "ema"), weights(1))
     assert equal(load_original_checkpoint(str(path), "model"), weights(0))
-
-
-def test_settings_of_omegaconf_are_passed_over_without_the_package(save):
-    with fake_omegaconf() as modules:
-        path = save(authors_checkpoint(config=omegaconf_of(modules, SETTINGS), uw={"log_var": torch.zeros(8)}))
-    assert "omegaconf" not in sys.modules
-    assert equal(load_original_checkpoint(path), weights(1))
 
 
 def test_a_single_state_dict_is_read_from_either_format(save, tmp_path):
@@ -89,24 +80,18 @@ def test_a_single_state_dict_is_read_from_either_format(save, tmp_path):
 
 def test_arguments_are_not_built_and_of_them_numbers_and_strings_alone_are_kept(save):
     with fake_omegaconf() as modules:
-        path = save(authors_checkpoint(config=omegaconf_of(modules, SETTINGS)))
+        path = save(authors_checkpoint(config=omegaconf_of(modules, SETTINGS), uw={"log_var": torch.zeros(8)}))
+    assert "omegaconf" not in sys.modules
+    assert equal(load_original_checkpoint(path), weights(1))
     read = checkpoint_file._load_restricted(path)
     assert not isinstance(read["args"], argparse.Namespace)
     assert type(read["args"]) is type(read["config"]) is checkpoint_file.Recorded
-    settings = checkpoint_file.read_original_checkpoint(path).settings
-    assert {name: value for name, value in settings.items() if name.startswith("args")} == {
-        "args.data_path": "/home/somebody/imagenet",
-        "args.iterations": 400_000,
-        "args.lr": 1e-4,
-        "args.resume": None,
-    }
+    args = {"data_path": "/home/somebody/imagenet", "iterations": 400_000, "lr": 1e-4, "resume": None}
     general = {"image_size": 256, "lr": 1e-4, "mixed_precision": True, "vae": "ema"}
-    expected = {f"config.general.{name}": value for name, value in general.items()}
+    expected = {f"args.{name}": value for name, value in args.items()}
+    expected |= {f"config.general.{name}": value for name, value in general.items()}
     expected |= {"config.betas.0": 0.9, "config.betas.1": 0.999}
-    assert {name: value for name, value in settings.items() if name.startswith("config")} == expected
-
-
-def test_a_single_state_dict_has_no_settings(save):
+    assert checkpoint_file.read_original_checkpoint(path).settings == expected
     assert checkpoint_file.read_original_checkpoint(save(weights())).settings is None
     assert checkpoint_file.read_original_checkpoint(save({"ema": weights()})).settings == {}
 
@@ -120,9 +105,6 @@ def test_reading_leaves_torchs_list_of_safe_names_as_it_was(save):
 def test_weights_are_mapped_and_not_copied(tmp_path):
     torch.save({"model": weights(), "ema": {"a": torch.ones(1000)}}, tmp_path / "big.pt")
     (tensor,) = load_original_checkpoint(tmp_path / "big.pt").values()
-    # In the file's own memory map, storages lie as far apart as they do in the file.
-    with zipfile.ZipFile(tmp_path / "big.pt") as file:
-        assert sum(info.file_size for info in file.infolist()) > tensor.nbytes
     maps = Path("/proc/self/maps")
     if not maps.exists():
         pytest.skip("/proc/self/maps is not there to look at")
@@ -135,7 +117,6 @@ def test_weights_are_mapped_and_not_copied(tmp_path):
 
 HOSTILE = {
     "as_the_checkpoint": lambda bad: bad,
-    "beside_the_weights": lambda bad: authors_checkpoint(extra=bad),
     "in_the_arguments": lambda bad: authors_checkpoint(args=argparse.Namespace(lr=bad)),
     "nested": lambda bad: authors_checkpoint(opt={"state": [{"deep": (1, {"er": [bad]})}]}),
     "in_a_state_dict": lambda bad: {"ema": weights(), "model": {**weights(), "c": bad}},
@@ -171,13 +152,12 @@ def test_code_in_omegaconfs_objects_is_not_run_either(save, tmp_path):
 
 def test_stand_ins_cannot_be_made_to_call_anything(tmp_path):
     """The state of a skipped object, and calls of the names that are skipped, come to nothing."""
-    stream = io.BytesIO()
     # builtins.list(("ab",)), as __reduce__ of any class may say, then state with names that Python gives a meaning to.
-    stream.write(b"\x80\x02c__builtin__\nlist\nX\x02\x00\x00\x00ab\x85R}X\x09\x00\x00\x00__class__K\x01sb.")
+    stream = b"\x80\x02c__builtin__\nlist\nX\x02\x00\x00\x00ab\x85R}X\x09\x00\x00\x00__class__K\x01sb."
     assert pickle.loads(b"\x80\x02c__builtin__\nlist\nX\x02\x00\x00\x00ab\x85R.") == ["a", "b"]
     path = tmp_path / "list.pt"
     with zipfile.ZipFile(path, "w") as file:
-        file.writestr("archive/data.pkl", stream.getvalue())
+        file.writestr("archive/data.pkl", stream)
         file.writestr("archive/version", "3\n")
     with pytest.raises(ValueError, match=r"must name a state dict in list\.pt, which has none"):
         load_original_checkpoint(path)
@@ -233,10 +213,9 @@ def test_a_truncated_file_is_an_error(save, kept):
 
 
 def test_another_file_is_an_error(tmp_path):
-    for name in ("notes.pt", "notes.safetensors"):
-        (tmp_path / name).write_text("These are notes.")
-        with pytest.raises(ValueError, match=rf"{name} is not a checkpoint of tensors, or is damaged"):
-            load_original_checkpoint(tmp_path / name)
+    (tmp_path / "notes.safetensors").write_text("These are notes.")
+    with pytest.raises(ValueError, match=r"notes\.safetensors is not a checkpoint of tensors, or is damaged"):
+        load_original_checkpoint(tmp_path / "notes.safetensors")
     with pytest.raises(FileNotFoundError, match=r"none\.pt"):
         load_original_checkpoint(tmp_path / "none.pt")
 
@@ -266,11 +245,7 @@ def test_tensors_that_claim_more_than_the_file_has_are_refused(save, claim):
         load_original_checkpoint(save(claim))
 
 
-@pytest.mark.parametrize(
-    "tensor",
-    [torch.ones(10**6, 10**6, device="meta"), torch.eye(2).to_sparse()],
-    ids=["meta", "sparse"],
-)
+@pytest.mark.parametrize("tensor", [torch.ones(10**6, 10**6, device="meta"), torch.eye(2).to_sparse()], ids=["m", "s"])
 def test_tensors_without_their_data_are_refused(save, tensor):
     with pytest.raises(ValueError, match=r"`a` in 0400000\.pt must be a dense tensor with its data"):
         load_original_checkpoint(save({"a": tensor}))
@@ -282,13 +257,8 @@ def test_masks_of_all_blocks_may_be_one_table(save):
 
 
 def test_a_compressed_file_is_refused(tmp_path):
-    torch.save(weights(), tmp_path / "dit.pt")
-    with (
-        zipfile.ZipFile(tmp_path / "dit.pt") as source,
-        zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as target,
-    ):
-        for member in source.infolist():
-            target.writestr(member.filename, source.read(member))
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("archive/data.pkl", pickle.dumps({}))
     with pytest.raises(ValueError, match=r"bomb\.pt must hold its tensors as .* is compressed"):
         load_original_checkpoint(tmp_path / "bomb.pt")
 

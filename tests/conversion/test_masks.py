@@ -13,7 +13,7 @@ from diffusers_dtr import random_routing_mask, routing_mask
 from diffusers_dtr.conversion.masks import mask_table, read_mask_tables
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     num_channels=st.integers(8, 400),
     tenths=st.integers(2, 10),
@@ -33,17 +33,13 @@ def test_the_routing_of_a_table_gives_the_table(num_channels, tenths, alpha, num
     assert torch.equal(masks.float(), table)
 
 
-@pytest.mark.parametrize("num_channels", [384, 768, 1024, 1152])
-@pytest.mark.parametrize("alpha", [1.0, 2.0, 4.0, 4.5, 8.0])
-@pytest.mark.parametrize("beta", [0.5, 0.75, 0.8, 0.9])
+@pytest.mark.parametrize(
+    ("num_channels", "alpha", "beta"),
+    [(384, 1.0, 0.5), (768, 2.0, 0.75), (1024, 4.5, 0.8), (1152, 8.0, 0.9), (64, 4.0, 1.0)],
+)
 def test_the_numbers_are_those_that_one_would_write(num_channels, alpha, beta):
     routing = read_mask_tables([mask_table(1000, num_channels, alpha, beta)], {})
     assert (routing["routing_alpha"], routing["routing_beta"]) == (alpha, beta)
-
-
-def test_masks_that_do_not_slide_have_the_released_exponent():
-    routing = read_mask_tables([torch.ones(1000, 64)], {})
-    assert (routing["routing_alpha"], routing["routing_beta"]) == (4.0, 1.0)
 
 
 def test_the_authors_own_tables_are_understood():

@@ -37,17 +37,23 @@ def test_dtrs_configuration_is_read(tmp_path):
         assert run == OriginalRun(ours, "as the file says", None, 256, "stabilityai/sd-vae-ft-mse")
 
 
-def test_ants_runs_have_the_schedule_that_its_code_always_has(tmp_path):
-    run = run_of(tmp_path, ANT_ARGS, ANT_CONFIG)
-    assert (run.noise_schedule, run.image_size, run.vae) == ("squaredcos_cap_v2", 256, None)
-    assert "ANT's code" in run.reason
-    assert run_of(tmp_path, {**ANT_ARGS, "mtl_method": "nash"}, ANT_CONFIG).vae == "madebyollin/sdxl-vae-fp16-fix"
-
-
-def test_dits_runs_have_the_schedule_that_its_code_always_has(tmp_path):
-    run = run_of(tmp_path, DIT_ARGS)
-    assert (run.noise_schedule, run.image_size, run.vae) == ("linear", 512, "stabilityai/sd-vae-ft-ema")
-    assert "DiT's code" in run.reason
+@pytest.mark.parametrize(
+    ("args", "config", "code", "expected"),
+    [
+        (ANT_ARGS, ANT_CONFIG, "ANT", ("squaredcos_cap_v2", 256, None)),
+        (
+            {**ANT_ARGS, "mtl_method": "nash"},
+            ANT_CONFIG,
+            "ANT",
+            ("squaredcos_cap_v2", 256, "madebyollin/sdxl-vae-fp16-fix"),
+        ),
+        (DIT_ARGS, None, "DiT", ("linear", 512, "stabilityai/sd-vae-ft-ema")),
+    ],
+)
+def test_other_runs_have_the_schedule_that_their_code_always_has(tmp_path, args, config, code, expected):
+    run = run_of(tmp_path, args, config)
+    assert (run.noise_schedule, run.image_size, run.vae) == expected
+    assert f"{code}'s code" in run.reason
 
 
 @pytest.mark.parametrize("settings", [{}, {"args.image_size": -1, "args.vae": 3}, {"args.data_path": "/data"}])
