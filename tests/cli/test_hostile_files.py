@@ -200,24 +200,21 @@ def sweep(folder, capsys, arguments, times, seed):
     return succeeded
 
 
-def test_a_mutated_folder_is_inspected_or_one_line(folder, capsys):
-    assert 10 < sweep(folder, capsys, ["inspect", str(folder)], 80, seed=0) < 79
+SWEEPS = [
+    (["inspect"], 60),
+    (["sample", "--labels", "dog", "--num_images", "1", "--num_inference_steps", "1", "--output", "{number}.png"], 20),
+    (["convert", "{number}"], 20),
+    (["card", "--output", "card{number}"], 20),
+]
 
 
-def test_a_mutated_folder_is_sampled_or_one_line(folder, capsys):
-    output = str(folder.parent / "{number}.png")
-    arguments = ["sample", str(folder), "--labels", "dog", "--num_images", "1", "--num_inference_steps", "1"]
-    assert 5 < sweep(folder, capsys, [*arguments, "--output", output], 30, seed=1) < 29
-
-
-def test_a_mutated_folder_is_converted_or_one_line(folder, capsys):
-    output = str(folder.parent / "{number}")
-    assert 5 < sweep(folder, capsys, ["convert", str(folder), output], 30, seed=2) < 29
-
-
-def test_a_mutated_folder_gets_its_card_or_one_line(folder, capsys):
-    output = str(folder.parent / "card{number}")
-    assert 5 < sweep(folder, capsys, ["card", str(folder), "--output", output], 30, seed=3) <= 30
+@pytest.mark.parametrize(("arguments", "times"), SWEEPS, ids=lambda value: str(value)[:10])
+def test_a_command_on_a_mutated_folder_succeeds_or_is_one_line(folder, capsys, monkeypatch, arguments, times):
+    monkeypatch.chdir(folder.parent)
+    command, *rest = arguments
+    succeeded = sweep(folder, capsys, [command, str(folder), *rest], times, seed=1)
+    assert times / 10 < succeeded
+    assert command == "card" or succeeded < times
 
 
 def test_mutated_adapters_are_inspected_or_one_line(folder, capsys):
@@ -225,4 +222,4 @@ def test_mutated_adapters_are_inspected_or_one_line(folder, capsys):
     adapters.mkdir()
     save_file({"a.lora_A.weight": torch.ones(2, 2)}, adapters / "pytorch_lora_weights.safetensors")
     (folder / "training_config.json").rename(adapters / "training_config.json")
-    assert sweep(adapters, capsys, ["inspect", str(adapters)], 30, seed=4) > 5
+    assert sweep(adapters, capsys, ["inspect", str(adapters)], 20, seed=4) > 3

@@ -75,9 +75,6 @@ def test_a_pipeline_is_described(folder, dit, capsys):
         },
         "vae": "AutoencoderKL",
     }
-
-
-def test_people_get_lines(folder, dit, capsys):
     assert shown(folder, capsys) == {
         "pipeline": "DTRPipeline",
         "denoiser": "DTRTransformer2DModel in transformer/",
@@ -94,6 +91,7 @@ def test_people_get_lines(folder, dit, capsys):
 @pytest.mark.parametrize(
     ("config", "routing", "active"),
     [
+        (None, "none, not a routed model", None),
         ({"routing_type": "none"}, "none, all channels are active", "16 of 16 channels"),
         ({"routing_beta": 1.0}, "dtr, alpha=4, beta=1, timesteps 0 to 999", "16 of 16 channels"),
         (
@@ -103,19 +101,13 @@ def test_people_get_lines(folder, dit, capsys):
         ),
     ],
 )
-def test_every_kind_of_routing_is_told(tmp_path, capsys, config, routing, active):
-    routed_dit(**config).save_pretrained(tmp_path)
+def test_every_kind_of_routing_is_named(tmp_path, capsys, config, routing, active):
+    model = plain_dit() if config is None else routed_dit(**config)
+    model.half().save_pretrained(tmp_path)
     lines = shown(tmp_path, capsys)
-    assert (lines["routing"], lines["active"]) == (routing, active)
-
-
-def test_a_model_without_a_pipeline_is_described(tmp_path, capsys):
-    plain_dit().half().save_pretrained(tmp_path)
-    description = described(tmp_path, capsys)
-    assert description["denoiser"]["class"] == "DiTTransformer2DModel"
-    assert description["denoiser"]["dtypes"] == ["float16"]
-    assert [description[name] for name in ("pipeline", "routing", "scheduler", "vae")] == [None] * 4
-    assert shown(tmp_path, capsys)["routing"] == "none, not a routed model"
+    assert (lines["routing"], lines.get("active")) == (routing, active)
+    assert lines["parameters"].endswith("float16")
+    assert lines.keys().isdisjoint({"pipeline", "scheduler", "vae"})
 
 
 def make_unet(cls=DTRUNet2DModel, **config):
@@ -169,7 +161,7 @@ def test_only_headers_of_weights_are_read(folder, dit, capsys):
     assert shown(folder, capsys)["parameters"] == "no safetensors weights"
 
 
-def test_adapters_are_described(tmp_path, capsys):
+def test_adapters_of_a_folder_a_checkpoint_and_a_repository_are_described(hub, tmp_path, capsys):
     layers = {"a.lora_A.weight": torch.ones(4, 16), "a.lora_B.weight": torch.ones(8, 4)}
     layers |= {"b.lora.down.weight": torch.ones(2, 16), "b.lora.up.weight": torch.ones(8, 2)}
     save_file(layers, tmp_path / "pytorch_lora_weights.safetensors")
@@ -185,14 +177,12 @@ def test_adapters_are_described(tmp_path, capsys):
     lines = shown(tmp_path, capsys)
     assert (lines["of"], lines["for"]) == ("DTRUNet2DConditionModel", "owner/base")
     assert lines["active"] == "4 of 8, 8 of 16, 12 of 24 channels"
-    assert described(tmp_path, capsys)["adapters"]["ranks"] == [2, 4]
-
-
-def test_adapters_of_a_repository_and_of_a_checkpoint_are_described(hub, tmp_path, capsys):
-    (tmp_path / "unet_lora").mkdir()
-    save_file({"a.lora_A.weight": torch.ones(4, 16)}, tmp_path / "unet_lora" / "pytorch_lora_weights.safetensors")
     expected = described(tmp_path, capsys)
-    assert (expected["denoiser"], expected["adapters"]["layers"]) == (None, 1)
+    assert expected["adapters"]["ranks"] == [2, 4]
+    (tmp_path / "unet_lora").mkdir()
+    weights = tmp_path / "pytorch_lora_weights.safetensors"
+    weights.rename(tmp_path / "unet_lora" / weights.name)
+    assert described(tmp_path, capsys) == expected
     HfApi().create_repo("owner/lora")
     HfApi().upload_folder(repo_id="owner/lora", folder_path=tmp_path)
     assert described("owner/lora", capsys) == expected
@@ -224,32 +214,21 @@ def test_masks_that_do_not_slide_are_not_drawn(tmp_path, capsys):
 # ---- Hub
 
 
-def test_a_repository_is_described_by_its_configs_and_a_part_of_its_weights(hub, folder, capsys):
-    DTRPipeline.from_pretrained(folder).push_to_hub("owner/model")
+def test_a_repositorys_revision_is_described_by_configs_and_a_part_of_its_weights(hub, folder, capsys, monkeypatch):
+    DTRPipeline.from_pretrained(folder).push_to_hub("owner/model", private=True)
+    revision = HfApi().model_info("owner/model").sha
+    routed_dit(num_layers=1).push_to_hub("owner/model", subfolder="transformer", max_shard_size="5KB")
     expected = described(folder, capsys)
+    monkeypatch.delenv("HF_TOKEN")
     hub.requests.clear()
-    assert described("owner/model", capsys) == expected
+    assert described("owner/model", capsys, "--token", "hf_owner", "--revision", revision) == expected
     weights = [method for method, path in hub.requests if path.endswith(".safetensors")]
     assert weights == ["GET"], "the header alone is asked for, once"
     assert not [*Path(constants.HF_HUB_CACHE).rglob("*.safetensors")]
-
-
-def test_a_private_repository_and_its_revisions_are_described(hub, folder, tmp_path, capsys, monkeypatch):
-    DTRPipeline.from_pretrained(folder).push_to_hub("owner/model", private=True)
-    revision = hub.repos["models", "owner/model"].resolve("main").sha
-    DTRPipeline(DDPMScheduler(), transformer=routed_dit(num_layers=1)).push_to_hub("owner/model")
-    monkeypatch.delenv("HF_TOKEN")
-    new = described("owner/model", capsys, "--token", "hf_owner")
-    old = described("owner/model", capsys, "--token", "hf_owner", "--revision", revision)
-    assert old["denoiser"]["parameters"] > new["denoiser"]["parameters"]
-    assert (old["routing"]["beta"], new["routing"]["beta"]) == (0.5, 0.8)
+    new = described("owner/model", capsys, "--token", "hf_owner")["denoiser"]["parameters"]
+    assert new == num_parameters(routed_dit(num_layers=1))
     assert main(["inspect", "owner/model"]) == 2
     assert "hf_" not in capsys.readouterr().err
-
-
-def test_weights_of_a_repository_may_be_in_several_files(hub, dit, capsys):
-    dit.push_to_hub("owner/model", max_shard_size="20KB")
-    assert described("owner/model", capsys)["denoiser"]["parameters"] == num_parameters(dit)
 
 
 # ---- errors
@@ -282,20 +261,11 @@ def test_what_is_no_model_is_one_line_on_stderr(folder, capsys, damage, message)
     assert message in line
 
 
-def test_a_revision_of_a_folder_is_refused(folder, capsys):
+def test_what_is_no_folder_is_named(folder, monkeypatch, capsys):
     assert main(["inspect", str(folder), "--revision", "main"]) == 2
-    assert "`revision` is one of a repository" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "command", [["inspect", "./my-modle"], ["sample", "./my-modle", "--output", "x.png"]], ids=" ".join
-)
-def test_a_folder_that_is_missing_is_named(command, capsys):
-    assert main(command) == 2
-    assert "There is no folder './my-modle'" in capsys.readouterr().err
-
-
-def test_a_name_that_is_no_folder_is_named_where_the_hub_cannot_be_asked(monkeypatch, capsys):
+    assert "`revision` must be left out for a folder" in capsys.readouterr().err
+    assert main(["inspect", "./my-modle"]) == 2
+    assert "There is no folder './my-modle', and no repository" in capsys.readouterr().err
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert main(["inspect", "my-modle"]) == 2
     assert "There is no folder 'my-modle', and the Hub cannot be asked" in capsys.readouterr().err

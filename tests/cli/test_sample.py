@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -89,49 +90,38 @@ def test_images_without_labels_fill_a_square(folder, pipeline, tmp_path):
     assert (grid[1, 1] == 255).all()
 
 
-def test_the_same_command_writes_the_same_file(folder, tmp_path):
-    for name in ("first.png", "second.png"):
-        sample(folder, tmp_path / name, "--labels", "3")
-    assert (tmp_path / "first.png").read_bytes() == (tmp_path / "second.png").read_bytes()
+@pytest.mark.parametrize(
+    ("changed", "dtype"),
+    [
+        ({"guidance_scale": 4.0}, "float32"),
+        ({"guidance_scale": 4.0, "guidance_interval": (0, 100)}, "float32"),
+        ({"scheduler": DDPMScheduler}, "float32"),
+        ({}, "bfloat16"),
+    ],
+    ids=str,
+)
+def test_every_option_is_used(folder, pipeline, tmp_path, changed, dtype):
+    texts = {name: "DDPMScheduler" if name == "scheduler" else value for name, value in changed.items()}
+    flags = [part for name, value in texts.items() for part in (f"--{name}", *map(str, np.ravel(value)))]
+    flags += ["--labels", "3", "--num_images", "1", "--device", "cpu", "--dtype", dtype]
+    image = sample(folder, tmp_path / "grid.png", *flags)[0, 0]
+    # Loaded in its precision: a cast would round the positions too, which are not weights.
+    loaded = DTRPipeline.from_pretrained(folder, dtype=getattr(torch, dtype))
+    if "scheduler" in changed:
+        loaded.scheduler = changed.pop("scheduler").from_config(loaded.scheduler.config)
+    assert same(image, expected(loaded, 3, 0, **changed))
+    assert (image != expected(pipeline, 3, 0)).any()
 
 
-def test_guidance_and_scheduler_are_used(folder, pipeline, tmp_path):
-    grid = sample(
-        folder, tmp_path / "grid.png", "--labels", "3", "--guidance_scale", "4", "--scheduler", "DDPMScheduler"
-    )
-    assert not same(grid[0, 0], expected(pipeline, 3, 0, guidance_scale=4.0))
-    pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    assert same(grid[0, 0], expected(pipeline, 3, 0, guidance_scale=4.0))
-    assert not same(grid[0, 0], expected(pipeline, 3, 0))
-
-
-def test_precision_is_used(folder, tmp_path):
-    grid = sample(folder, tmp_path / "grid.png", "--labels", "3", "--dtype", "bfloat16", "--num_images", "1")
-    # Loaded in it: a cast would round the positions too, which are not weights.
-    loaded = DTRPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
-    assert same(grid[0, 0], expected(loaded, 3, 0))
-
-
-def test_a_repository_is_sampled_at_a_revision(hub, pipeline, tmp_path):
+def test_a_private_repository_is_sampled_at_a_revision(hub, pipeline, tmp_path, monkeypatch):
     pipeline.push_to_hub("owner/model", private=True)
     revision = hub.repos["models", "owner/model"].resolve("main").sha
     DTRPipeline(DDIMScheduler(), transformer=routed_dit(in_channels=3, num_layers=1)).push_to_hub("owner/model")
-    grid = sample("owner/model", tmp_path / "grid.png", "--labels", "3", "--revision", revision)
-    assert same(grid[0, 0], expected(pipeline, 3, 0))
-
-
-def test_a_given_token_is_used(hub, pipeline, tmp_path, monkeypatch):
-    pipeline.push_to_hub("owner/model", private=True)
     monkeypatch.delenv("HF_TOKEN")
     assert main(["sample", "owner/model", "--output", str(tmp_path / "grid.png")]) == 2
-    sample("owner/model", tmp_path / "grid.png", "--token", "hf_owner")
-
-
-def test_nothing_is_written_over(folder, tmp_path, capsys):
-    (tmp_path / "grid.png").write_text("mine")
-    assert main(["sample", str(folder), "--output", str(tmp_path / "grid.png")]) == 2
-    assert "grid.png' exists already" in capsys.readouterr().err
-    assert (tmp_path / "grid.png").read_text() == "mine"
+    private = ["--revision", revision, "--token", "hf_owner"]
+    grid = sample("owner/model", tmp_path / "grid.png", "--labels", "3", *private)
+    assert same(grid[0, 0], expected(pipeline, 3, 0))
 
 
 @pytest.mark.parametrize(
@@ -142,24 +132,32 @@ def test_nothing_is_written_over(folder, tmp_path, capsys):
         (["--labels", "5"], "`--labels` must be names of classes or numbers in [0, 4], got 5."),
         (["--guidance_interval", "9", "1"], "`guidance_interval` must be (low, high)"),
         (["--height", "9"], "`height` must be a multiple of"),
+        (["--width", "9"], "`width` must be a multiple of"),
         (["--guidance_scale", "2"], "`guidance_scale`=2.0, which is above 1, needs `--labels`"),
         (["--output", "grid.jpeg"], "The output must end in `.png`, got 'grid.jpeg'."),
+        (["--output", "mine.png"], "'mine.png' exists already"),
+        (["--labels=-1"], "no class named '-1'"),
+        (
+            ["--scheduler", "DDPMPipeline"],
+            "must be a scheduler of diffusers, such as DDIMScheduler, got 'DDPMPipeline'",
+        ),
+        (["--scheduler", "utils"], "must be a scheduler of diffusers, such as DDIMScheduler, got 'utils'"),
+        (["--device", "cuda:99"], "must be a device of this machine, such as cpu, got 'cuda:99'"),
+        (["--device", "nonsense"], "must be a device of this machine, such as cpu, got 'nonsense'"),
     ],
 )
 def test_what_cannot_be_sampled_is_one_line_on_stderr(folder, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
-    assert main(["sample", str(folder), *arguments]) == 2
+    (tmp_path / "mine.png").write_text("mine")
+    if "--labels" in arguments[0]:  # checked before weights are loaded
+        (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    with suppress(SystemExit):
+        assert main(["sample", str(folder), *arguments]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("diffusers-dtr sample: ")
     assert message in last
-    assert [path.name for path in tmp_path.iterdir()] == ["pipeline"]
-
-
-def test_an_unknown_scheduler_is_refused_before_anything_is_loaded(capsys):
-    for name in ("Foo", "DDPMPipeline", "utils"):
-        with pytest.raises(SystemExit, match="2"):
-            main(["sample", "owner/none", "--scheduler", name])
-        assert f"must be a scheduler of diffusers, such as DDIMScheduler, got '{name}'" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.png", "pipeline"]
+    assert (tmp_path / "mine.png").read_text() == "mine"
 
 
 def test_a_torch_that_is_built_for_a_gpu_does_without_one(folder, tmp_path, monkeypatch):
@@ -170,23 +168,6 @@ def test_a_torch_that_is_built_for_a_gpu_does_without_one(folder, tmp_path, monk
     assert sample(folder, tmp_path / "grid.png", "--num_images", "1", "--labels", "0").shape[:2] == (1, 1)
 
 
-def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(folder, tmp_path, capsys):
-    for name in ("cuda:99", "nonsense"):
-        with pytest.raises(SystemExit, match="2"):
-            main(["sample", "owner/none", "--device", name])
-        assert f"must be a device of this machine, such as cpu, got '{name}'" in capsys.readouterr().err
-    sample(folder, tmp_path / "grid.png", "--device", "cpu")
-
-
-def test_size_and_guidance_interval_are_used(folder, pipeline, tmp_path):
-    asked = {"guidance_scale": 4.0, "guidance_interval": (0, 100), "height": 8, "width": 8}
-    flags = [part for name, value in asked.items() for part in (f"--{name}", *map(str, np.ravel(value)))]
-    grid = sample(folder, tmp_path / "grid.png", "--labels", "3", "--num_images", "1", *flags)
-    assert same(grid[0, 0], expected(pipeline, 3, 0, **asked))
-    assert not same(grid[0, 0], expected(pipeline, 3, 0, guidance_scale=4.0))
-    assert main(["sample", str(folder), "--height", "8", "--width", "16", "--output", str(tmp_path / "wide.png")]) == 0
-
-
 def test_rows_have_the_names_of_their_classes(folder, tmp_path):
     sample(folder, tmp_path / "short.png", "--labels", "3", "--num_images", "1")
     sample(folder, tmp_path / "long.png", "--labels", "golden retriever", "--num_images", "1")
@@ -195,31 +176,9 @@ def test_rows_have_the_names_of_their_classes(folder, tmp_path):
     assert np.asarray(long)[:, :50].min() == 0, "black on white"
 
 
-# ---- what is refused before weights are loaded
-
-
-@pytest.fixture
-def without_weights(folder):
-    (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
-    return folder
-
-
 def refused(folder, capsys, *arguments):
     assert main(["sample", str(folder), *arguments, "--output", str(folder.parent / "grid.png")]) == 2
     return capsys.readouterr().err.splitlines()[-1]
-
-
-@pytest.mark.parametrize(
-    ("label", "message"), [("12", "numbers in [0, 4], got 12"), ("dog", "no class named 'dog'"), ("-1", "'-1'")]
-)
-def test_a_class_that_is_not_there_is_refused(without_weights, capsys, label, message):
-    assert message in refused(without_weights, capsys, f"--labels={label}")
-
-
-def test_labels_of_an_unconditional_pipeline_are_refused(tmp_path, capsys):
-    model = routed_dit(in_channels=3, num_embeds_ada_norm=None)
-    DTRPipeline(DDIMScheduler(), transformer=model).save_pretrained(tmp_path / "p")
-    assert "`--labels` must be left out" in refused(tmp_path / "p", capsys, "--labels", "1")
 
 
 def test_pipelines_of_other_kinds_are_told_what_serves_them(tmp_path, capsys):
@@ -240,8 +199,9 @@ def test_what_is_no_pipeline_is_told_what_it_is(tmp_path, capsys):
     assert "`load_lora_weights`" in refused(tmp_path / "lora", capsys)
 
 
-def test_pipelines_of_diffusers_are_sampled(tmp_path):
+def test_unconditional_pipelines_of_diffusers_are_sampled(tmp_path, capsys):
     blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
     unet = UNet2DModel(8, **blocks, layers_per_block=1, norm_num_groups=4)
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "p")
     assert sample(tmp_path / "p", tmp_path / "grid.png", "--num_images", "2").shape == (1, 2, 8, 8, 3)
+    assert "`--labels` must be left out" in refused(tmp_path / "p", capsys, "--labels", "1")

@@ -66,13 +66,13 @@ def before_first_commit(monkeypatch, action):
 
 
 def test_a_folder_is_one_commit_however_many_files_it_has_and_none_where_nothing_has_changed(hub, folder):
-    write(folder, {f"{number}.txt": str(number) for number in range(300)})
+    write(folder, {f"{number}.txt": str(number) for number in range(100)})
     write(folder, {".git/config": "", "a/.git/config": "", ".cache/huggingface/x": "", "b/c.partial": ""})
     for _ in range(2):
         commit = push(folder, ignore_patterns=["*.partial"])
         assert titles() == ["Upload", "initial commit"]
         assert commit.oid == HfApi().model_info(REPO).sha
-    assert set(files(hub)) == {"model_index.json", WEIGHTS, *(f"{number}.txt" for number in range(300))}
+    assert set(files(hub)) == {"model_index.json", WEIGHTS, *(f"{number}.txt" for number in range(100))}
 
 
 def test_an_index_of_earlier_shards_does_not_outlive_them(hub, folder):
@@ -185,11 +185,8 @@ def test_a_pull_request_is_not_opened_twice_where_the_hub_does_not_say_that_it_w
 @pytest.mark.parametrize(
     ("path", "status"),
     [
-        ("/repos/create", 503),
-        ("/revision/", 429),
-        ("/preupload/", 503),
-        ("/lfs", 429),
-        *[("/commit/", status) for status in (408, 412, 429, 500, 502, 503, 504)],
+        *(("/repos/create", 503), ("/revision/", 429), ("/preupload/", 503), ("/lfs", 429)),
+        *[("/commit/", status) for status in (408, 412, 429, 500)],
     ],
 )
 def test_a_busy_hub_is_asked_again(hub, folder, waits, path, status):
@@ -210,12 +207,18 @@ def test_an_upload_that_is_cut_off_leaves_the_repository_as_it_was(hub, folder, 
     assert files(hub) == before
 
 
-def test_a_hub_that_stays_away_is_given_up(hub, folder, waits):
+def test_a_hub_that_stays_away_is_given_up_and_one_that_is_not_asked_is_not_waited_for(
+    hub, folder, waits, monkeypatch
+):
     hub.faults.append(AnswerStatus(**COMMIT, status=503, times=100))
     with pytest.raises(HfHubHTTPError, match="503"):
         push(folder)
     assert waits == [2, 4, 8, 16]
     assert files(hub) == {}
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(OfflineModeIsEnabled):
+        push(folder)
+    assert len(waits) == 4
 
 
 @pytest.mark.parametrize(("token", "status"), [("hf_wrong", "401"), ("hf_guest", "403"), (None, "401")])
@@ -227,13 +230,6 @@ def test_a_refusal_is_not_asked_for_again(hub, folder, waits, caplog, monkeypatc
     assert waits == []
     assert str(token) not in caplog.text + str(caught.value) + repr(caught.value) or token is None
     assert files(hub) == {}
-
-
-def test_offline_fails_at_once(hub, folder, waits, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(OfflineModeIsEnabled):
-        push(folder)
-    assert waits == hub.requests == []
 
 
 def test_errors_of_this_machine_are_not_waited_for():

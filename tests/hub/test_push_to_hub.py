@@ -54,37 +54,21 @@ def test_a_branch_and_a_pull_request_are_loaded_beside_main(hub, make, load):
     for revision, layers in ((None, 3), ("small", 1), (commit.oid, 1), ("refs/pr/1", 2)):
         options = {} if revision is None else {"revision": revision}
         assert equal(load(**options), routed_dit(num_layers=layers))
-        assert equal(load(**options, local_files_only=True), routed_dit(num_layers=layers))
 
 
 @both
-def test_a_variant_lies_beside_the_whole_and_each_replaces_only_itself(hub, make, load):
-    make().push_to_hub(REPO)
+def test_shards_and_variants_load_and_each_is_replaced_by_its_like_alone(hub, make, load):
+    make().push_to_hub(REPO, max_shard_size="10KB", private=True)
     make().to(torch.bfloat16).push_to_hub(REPO, variant="bf16", max_shard_size="5KB")
-    make(num_layers=3, patch_size=2, norm_eps=1e-6).push_to_hub(REPO)
-    assert {f"{NAME}.safetensors", f"{NAME}.safetensors.index.bf16.json"} < files(hub)
-    variant = load(variant="bf16", dtype=torch.bfloat16)
-    assert equal(variant, routed_dit().to(torch.bfloat16))
+    assert HfApi().model_info(REPO).private
+    assert {f"{NAME}.safetensors.index.json", f"{NAME}.safetensors.index.bf16.json"} < files(hub)
     assert equal(load(), routed_dit())
-    assert equal(load(variant="bf16", dtype=torch.bfloat16, local_files_only=True), variant)
-
-
-def test_weights_are_pickled_only_on_request(hub):
-    routed_dit().push_to_hub(REPO, safe_serialization=False)
-    assert f"{NAME}.bin" in files(hub)
-    routed_dit(num_layers=1).push_to_hub(REPO)
-    assert f"{NAME}.safetensors" in files(hub)
-    assert f"{NAME}.bin" not in files(hub)
-
-
-@both
-def test_shards_load_and_a_whole_file_pushed_later_takes_their_place(hub, make, load):
-    make().push_to_hub(REPO, max_shard_size="10KB")
-    assert sum("-of-" in path for path in files(hub)) > 2
-    assert equal(load(), routed_dit())
-    assert equal(load(local_files_only=True), routed_dit())
+    assert equal(load(variant="bf16", dtype=torch.bfloat16), routed_dit().to(torch.bfloat16))
+    make(num_layers=1).push_to_hub(REPO, safe_serialization=False)
+    assert not [path for path in files(hub) if path.endswith(("safetensors.index.json", f"{NAME}.safetensors"))]
     make(num_layers=1).push_to_hub(REPO)
-    assert not [path for path in files(hub) if "-of-" in path or path.endswith("safetensors.index.json")]
+    assert f"{NAME}.bin" not in files(hub)
+    assert f"{NAME}.safetensors.index.bf16.json" in files(hub)
     assert equal(load(), routed_dit(num_layers=1))
 
 
@@ -98,18 +82,10 @@ def test_a_component_is_pushed_into_its_folder(hub):
 
 
 @both
-def test_a_push_is_one_commit_into_a_repository_as_private_as_asked(hub, make, load):
-    commit = make().push_to_hub(REPO, private=True)
-    titles = [commit.title for commit in HfApi().list_repo_commits(REPO)]
-    assert titles == [f"Upload {type(make()).__name__}", "initial commit"]
-    assert commit.oid == HfApi().model_info(REPO).sha
-    assert HfApi().model_info(REPO).private
-    assert equal(load(), routed_dit())
-
-
-@both
 def test_a_new_repository_gets_a_card_and_one_edited_by_hand_stays(hub, make, load):
     make().push_to_hub(REPO)
+    titles = [commit.title for commit in HfApi().list_repo_commits(REPO)]
+    assert titles == [f"Upload {type(make()).__name__}", "initial commit"]
     card = ModelCard.load(REPO)
     assert (card.data.library_name, card.data.tags) == ("diffusers", ["diffusers", "diffusers-dtr"])
     assert type(make()).__name__ in card.text
@@ -147,9 +123,3 @@ def test_neither_token_nor_path_is_in_what_is_pushed_or_logged(hub, make, load, 
         assert secret not in pushed + commits + caplog.text
     config = "config.json" if make is routed_dit else "transformer/config.json"
     assert "_name_or_path" not in json.loads(hub.files(REPO)[config])
-
-
-def test_a_branch_and_a_pull_request_exclude_each_other(hub):
-    with pytest.raises(ValueError, match="`create_pr`"):
-        routed_dit().push_to_hub(REPO, revision="small", create_pr=True)
-    assert hub.requests == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from hub_server import AnswerStatus
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -88,9 +87,3 @@ def test_a_branch_and_a_pull_request_leave_main_alone(hub, run):
     assert push(run, create_pr=True) == f"{hub.url}/owner/digits/discussions/1"
     assert files() == set()
     assert files(revision="step/10") == files(revision="refs/pr/1") == SHARED
-
-
-def test_a_failed_upload_is_an_error(hub, run):
-    hub.faults.append(AnswerStatus(method="POST", path="/commit/", status=403))
-    with pytest.raises(OSError, match="403"):
-        push(run)

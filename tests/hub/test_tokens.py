@@ -15,15 +15,7 @@ from diffusers_dtr.training.run.background_push import BackgroundPush
 
 REPO = "owner/tiny"
 SECRET = "hf_secret"
-INVALID = [
-    f"{SECRET}\n",
-    f"{SECRET}\r",
-    f"a\n{SECRET}",
-    f"{SECRET}\x00",
-    f"{SECRET}\x7f",
-    f" {SECRET}",
-    f"{SECRET}é",
-]
+INVALID = [f"{SECRET}\r\n", f"a\n{SECRET}", f"{SECRET}\x00", f"{SECRET}\x7f", f" {SECRET}", f"{SECRET}é"]
 
 
 def pipeline():
