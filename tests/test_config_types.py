@@ -87,10 +87,6 @@ def test_the_error_shows_no_more_than_the_beginning_of_a_value(long):
     assert len(str(caught.value)) < 200
 
 
-def test_other_names_and_missing_ones_are_not_looked_at():
-    check_types({"key": int}, {"other": "a"}, "a file")
-
-
 class Inner(TypedDict, total=False):
     count: int
 
@@ -119,16 +115,14 @@ def test_objects_of_known_keys_are_looked_into(value, place):
 # ---- constructors
 
 
-@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
-def test_the_defaults_of_every_class_of_diffusers_are_right(cls):
-    defaults = {
-        name: parameter.default
-        for name, parameter in signature(cls.__init__).parameters.items()
-        if parameter.default is not parameter.empty
-    }
-    check_types(constructor_types(cls), defaults, cls.__name__)
-    saved = {name: value for name, value in defaults.items() if not isinstance(value, torch.dtype)}
-    check_types(constructor_types(cls), json.loads(json.dumps(saved, default=str)), cls.__name__)
+def test_the_defaults_of_every_class_of_diffusers_are_right():
+    assert len(CLASSES) > 100
+    for cls in CLASSES:
+        parameters = signature(cls.__init__).parameters.items()
+        defaults = {name: value.default for name, value in parameters if value.default is not value.empty}
+        check_types(constructor_types(cls), defaults, cls.__name__)
+        saved = {name: value for name, value in defaults.items() if not isinstance(value, torch.dtype)}
+        check_types(constructor_types(cls), json.loads(json.dumps(saved, default=str)), cls.__name__)
 
 
 class Annotated:
@@ -142,7 +136,6 @@ class Annotated:
         plain=3,
         pair=(1, 2),
         anything=None,
-        needed: str = ...,
     ):
         pass
 
@@ -153,22 +146,12 @@ def test_what_configs_hold_beyond_the_annotations_is_right():
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [
-        {"num_layers": 2.5},
-        {"num_layers": None},
-        {"upcast": 1},
-        {"lowest": math.inf},
-        {"plain": "3"},
-        {"pair": 3},
-        {"pair": ["a"]},
-        {"needed": None},
-    ],
+    ("name", "value"),
+    [("num_layers", 2.5), ("num_layers", None), ("upcast", 1), ("lowest", math.inf), ("plain", "3"), ("pair", ["a"])],
 )
-def test_what_no_config_holds_is_refused(wrong):
-    (name,) = wrong
+def test_what_no_config_holds_is_refused(name, value):
     with pytest.raises(ValueError, match=f"`{name}` of a config must be"):
-        check_types(constructor_types(Annotated), wrong, "a config")
+        check_types(constructor_types(Annotated), {name: value}, "a config")
 
 
 # ---- files
@@ -179,7 +162,6 @@ def test_what_no_config_holds_is_refused(wrong):
     [
         (b"{", "`config.json` is no JSON"),
         (b"\xff\xfe{}", "`config.json` is no JSON"),
-        (b"[" * 10**6, "`config.json` is no JSON"),
         (b'{"a": ' * 10**6, "`config.json` is no JSON"),
         (b'{"a": ' + b"9" * 10**4 + b"}", "`config.json` is no JSON"),
         (b"[]", "`config.json` must hold a JSON object, got list"),
@@ -193,11 +175,6 @@ def test_a_file_that_holds_no_such_object_is_refused(content, message, tmp_path)
         read_object(tmp_path / "config.json", hints={"a": int})
 
 
-def test_a_file_is_read(tmp_path):
-    (tmp_path / "config.json").write_text('{"a": 1, "b": "ü"}', encoding="utf-8")
-    assert read_object(tmp_path / "config.json", hints={"a": int}) == {"a": 1, "b": "ü"}
-
-
 def test_what_is_shown_to_people_is_cleaned():
     text = json.dumps({"a\0": None, "b\u202e": ["c\x1b", None, math.nan], "d": -math.inf, "e": 1})
     assert parse_cleaned(text, dict, "a.json") == {"b": ["c", None, None], "e": 1}
@@ -205,7 +182,7 @@ def test_what_is_shown_to_people_is_cleaned():
         parse_cleaned(text, list, "a.json")
 
 
-@pytest.mark.parametrize("error", [TypeError, KeyError, ZeroDivisionError, RecursionError, NotImplementedError])
+@pytest.mark.parametrize("error", [TypeError, KeyError, ZeroDivisionError, RecursionError])
 def test_errors_of_programs_become_errors_of_values_around_files(error):
     message = rf"^A model cannot be made of these files \({error.__name__}: '?two (\\n)?lines'?\)\.$"
     with pytest.raises(ValueError, match=message), built_from_file("A model"):

@@ -39,13 +39,7 @@ ROUNDING = {"rtol": 1e-4, "atol": 1e-5}
 
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-DIT = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 8,
-    "num_layers": 2,
-    "sample_size": 8,
-    "num_embeds_ada_norm": 10,
-}
+DIT = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "sample_size": 8, "num_embeds_ada_norm": 10}
 UNET = {
     "sample_size": 8,
     "block_out_channels": (8, 16),
@@ -121,9 +115,7 @@ SCHEDULERS = {
     "DDIM": (DDIMScheduler, {}, {}),
     "DDIM, learned variance dropped": (DDIMScheduler, {}, LEARNED),
     "PNDM": (PNDMScheduler, {}, {}),
-    "PNDM without Runge-Kutta": (PNDMScheduler, {"skip_prk_steps": True}, {}),
     "Euler": (EulerDiscreteScheduler, {}, {}),
-    "Euler, leading": (EulerDiscreteScheduler, {"timestep_spacing": "leading"}, {}),
     "EulerAncestral": (EulerAncestralDiscreteScheduler, {}, {}),
     "Heun": (HeunDiscreteScheduler, {}, {}),
     "DPMSolver": (DPMSolverMultistepScheduler, {}, {}),
@@ -182,20 +174,6 @@ def test_the_learned_variance_changes_samples_only_where_the_scheduler_uses_it()
         assert torch.equal(*samples) is not uses_it
 
 
-@pytest.mark.parametrize("scheduler_class", [DDIMScheduler, EulerDiscreteScheduler])
-def test_a_variance_type_left_over_from_the_training_scheduler_is_no_obstacle(scheduler_class):
-    scheduler = scheduler_class.from_config(DDPMScheduler(variance_type="learned_range").config)
-    assert scheduler.config.variance_type == "learned_range"
-    model = make_dit(out_channels=8)
-    assert torch.equal(sample(make_pipeline(model, scheduler)), sample(make_pipeline(model, scheduler_class())))
-
-
-def test_given_latents_replace_the_noise_of_the_generator():
-    pipeline = make_pipeline(scheduler=EulerDiscreteScheduler())
-    noise = torch.randn(2, 4, 8, 8, generator=seeded(5))
-    assert torch.equal(sample(pipeline, latents=noise, generator=None), sample(pipeline, seed=5))
-
-
 # ---- guidance
 
 
@@ -203,15 +181,9 @@ def test_given_latents_replace_the_noise_of_the_generator():
 def test_the_guided_prediction_equals_the_authors():
     with safe_open(REFERENCE, "pt") as file:
         values, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118 - no dict
-    weights = {
-        key.removeprefix("checkpoint."): value for key, value in values.items() if key.startswith("checkpoint.")
-    }
-    model = convert_original_dit(
-        weights,
-        int(metadata["num_heads"]),
-        routing_alpha=float(metadata["alpha"]),
-        routing_beta=float(metadata["beta"]),
-    ).eval()
+    weights = {key.removeprefix("checkpoint."): value for key, value in values.items() if key.startswith("checkp")}
+    routing = {f"routing_{name}": float(metadata[name]) for name in ("alpha", "beta")}
+    model = convert_original_dit(weights, int(metadata["num_heads"]), **routing)
     pipeline = make_pipeline(model, DDPMScheduler(variance_type="learned_range"))
     inputs = values["cfg_sample"], values["cfg_timestep"], values["cfg_class_labels"]
     guided = pipeline.predict(*inputs, guidance_scale=2.0)
@@ -245,17 +217,13 @@ def test_guidance_equals_that_of_diffusers_pipeline_where_that_works():
     np.testing.assert_allclose(images, expected, **ROUNDING)
 
 
-def test_guidance_at_one_and_below_is_off():
+def test_guidance_is_off_at_one_and_outside_a_closed_interval():
     model = make_dit()
     calls = record_inputs(model)
     for scale in (1.0, 0.0):
         assert torch.equal(sample(make_pipeline(model), guidance_scale=scale), sample(make_pipeline(model)))
     assert {len(args[0]) for args, _ in calls} == {2}
-
-
-def test_guidance_interval_is_closed_and_guides_nowhere_else():
-    model = make_dit()
-    calls = record_inputs(model)
+    calls.clear()
     pipeline = make_pipeline(model, DDIMScheduler(timestep_spacing="trailing"))
     sample(pipeline, guidance_scale=3.0, guidance_interval=(499, 749))
     evaluated = {int(args[1][0]): len(args[0]) for args, _ in calls}
@@ -319,14 +287,11 @@ def test_names_synonyms_and_numbers_of_every_kind_stand_for_the_same_class():
     assert torch.equal(sample(pipeline, ["seven", 3]), sample(pipeline, [7, 3]))
 
 
-def test_a_single_name_is_not_split_into_characters():
-    assert make_pipeline(id2label=NAMES).get_label_ids("vier") == [4]
-
-
 def test_labels_lists_all_names_and_both_classes_of_an_ambiguous_one():
     labels = make_pipeline(id2label=NAMES).labels
     assert list(labels) == sorted(labels)
     assert labels["crane"] == [8, 9]
+    assert make_pipeline(id2label=NAMES).get_label_ids("vier") == [4]
     assert (labels["bird"], labels["drei"], labels["three, drei"]) == ([9], [3], [3])
 
 
@@ -364,6 +329,7 @@ def test_height_and_width_are_pixels_of_the_image():
     assert sample(pipeline, output_type="pt", height=8, width=24).shape == (2, 3, 8, 24)
     assert sample(pipeline, width=24).shape == (2, 4, 8, 12)
     assert sample(make_pipeline(make_unet()), None, height=4, width=10).shape == (1, 3, 4, 10)
+    assert sample(make_pipeline(make_unet(sample_size=(4, 8))), None).shape == (1, 3, 4, 8)
 
 
 def test_a_unet_without_a_sample_size_takes_it_from_the_call():
@@ -380,11 +346,7 @@ def test_diffusers_own_transformer_takes_squares_alone():
         sample(pipeline, height=4, width=8)
 
 
-def test_a_rectangular_sample_size_is_the_default():
-    assert sample(make_pipeline(make_unet(sample_size=(4, 8))), None).shape == (1, 3, 4, 8)
-
-
-@pytest.mark.parametrize("scheduler_class", [DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler])
+@pytest.mark.parametrize("scheduler_class", [DDPMScheduler, EulerDiscreteScheduler])
 def test_half_precision_stays_half_precision(scheduler_class):
     model = make_dit()
     expected = sample(make_pipeline(model, scheduler_class()))
@@ -413,7 +375,7 @@ def test_a_generator_per_image_makes_it_independent_of_its_batch(scheduler_class
     assert not torch.allclose(batch, sample(pipeline, [3, 7, 1], generator=seeded(10)))
 
 
-@pytest.mark.parametrize("max_batch_size", [1, 2, 5, 9])
+@pytest.mark.parametrize("max_batch_size", [2, 9])
 def test_slices_of_a_batch_give_the_images_of_the_whole(max_batch_size):
     model, vae = make_dit(), make_vae()
     pipeline = make_pipeline(model, DDPMScheduler(), vae=vae)
@@ -423,12 +385,6 @@ def test_slices_of_a_batch_give_the_images_of_the_whole(max_batch_size):
     torch.testing.assert_close(sample(pipeline, **arguments, max_batch_size=max_batch_size), expected, **ROUNDING)
     assert max(len(args[0]) for args, _ in calls) == 2 * min(max_batch_size, 5)
     assert max(len(args[0]) for args, _ in decoded) == min(max_batch_size, 5)
-
-
-def test_slices_of_an_unconditional_batch_give_the_images_of_the_whole():
-    pipeline = make_pipeline(make_unet())
-    expected = sample(pipeline, None, num_images=3)
-    torch.testing.assert_close(sample(pipeline, None, num_images=3, max_batch_size=2), expected, **ROUNDING)
 
 
 # ---- components in training mode, threads, offloading
@@ -446,16 +402,9 @@ def test_a_model_in_training_mode_is_sampled_without_dropping_labels_and_stays_i
     assert vae.training
     assert model.transformer_blocks[1].training
     assert not model.transformer_blocks[0].training
-
-
-def test_an_error_while_sampling_leaves_the_model_in_training_mode():
-    def fail(*_):
-        raise RuntimeError("stop")
-
-    model = make_dit().train()
-    with pytest.raises(RuntimeError, match="stop"):
-        sample(make_pipeline(model), callback_on_step_end=fail)
-    assert all(module.training for module in model.modules())
+    with pytest.raises(ZeroDivisionError):
+        sample(pipeline, callback_on_step_end=lambda *_: 1 / 0)
+    assert model.training
 
 
 def test_threads_with_a_pipeline_each_share_one_model():
@@ -494,16 +443,6 @@ def test_offloading_changes_no_image_and_can_be_used_again(offload, device):
         torch.testing.assert_close(sample(pipeline, **arguments), expected, **ROUNDING)
 
 
-def test_the_denoiser_makes_room_for_the_vae_which_goes_at_the_end(monkeypatch):
-    pipeline = make_pipeline(vae=make_vae())
-    pipeline.enable_model_cpu_offload(device="cpu")
-    assert pipeline.vae._hf_hook.prev_module_hook.model is pipeline.transformer
-    freed = []
-    monkeypatch.setattr(pipeline, "maybe_free_model_hooks", lambda: freed.append(True))
-    sample(pipeline)
-    assert freed == [True]
-
-
 # ---- callback, progress bar
 
 
@@ -521,25 +460,10 @@ def test_the_callback_sees_every_step_and_replaces_the_latents():
     zeros = torch.zeros_like(final)
     replaced = sample(pipeline, callback_on_step_end=lambda *_: {"latents": zeros} if _[1] == 3 else {})
     assert torch.equal(replaced, zeros)
-
-
-def test_the_callback_gets_only_the_tensors_that_it_asked_for():
-    seen = []
-    sample(
-        make_pipeline(),
-        callback_on_step_end=lambda *args: seen.append(args[3]),
-        callback_on_step_end_tensor_inputs=[],
-    )
+    seen.clear()
+    arguments = {"callback_on_step_end": lambda *args: seen.append(args[3]), "callback_on_step_end_tensor_inputs": []}
+    sample(pipeline, **arguments)
     assert seen == [{}] * 4
-
-
-def test_the_progress_bar_counts_steps(capsys):
-    pipeline = make_pipeline()
-    sample(pipeline)
-    assert capsys.readouterr().err == ""
-    pipeline.set_progress_bar_config(disable=False)
-    sample(pipeline)
-    assert "4/4" in capsys.readouterr().err
 
 
 # ---- what is refused
@@ -548,19 +472,13 @@ NO_NULL_CLASS = {"class_dropout_prob": 0.0}
 WRONG_CALLS = {
     "no labels, no null class": ({"class_labels": None}, "`class_labels` must be given", NO_NULL_CLASS),
     "labels of an unconditional denoiser": ({}, "`class_labels` must be None", {"num_embeds_ada_norm": None}),
-    "label too high": (
-        {"class_labels": [3, 11]},
-        r"`class_labels` must be names of classes or numbers in \[0, 9\], got 11",
-        {},
-    ),
+    "label too high": ({"class_labels": [3, 11]}, r"names of classes or numbers in \[0, 9\], got 11", {}),
     "null class that does not exist": ({"class_labels": [10]}, r"numbers in \[0, 9\], got 10", NO_NULL_CLASS),
-    "negative label": ({"class_labels": -1}, "`class_labels` must be .*, got -1", {}),
     "no label at all": ({"class_labels": []}, "at least one image, got 0", {}),
     "unknown name": ({"class_labels": ["owl"]}, "`class_labels` has no class named 'owl'. Known names: bird, ", {}),
     "ambiguous name": ({"class_labels": "crane"}, r"`class_labels`: 'crane' names the classes \[8, 9\]", {}),
     "labels and a number": ({"num_images": 2}, "`num_images`=2 and `class_labels` cannot both", {}),
     "no images": ({"class_labels": None, "num_images": 0}, "at least one image, got 0", {}),
-    "fewer than no images": ({"class_labels": None, "num_images": -1}, "at least one image, got -1", {}),
     "guidance without a null class": ({"guidance_scale": 2.0}, "`guidance_scale` must be 1, got 2.0", NO_NULL_CLASS),
     "guidance without labels": ({"class_labels": None, "guidance_scale": 2.0}, "needs `class_labels`", {}),
     "empty interval": ({"guidance_interval": (9, 3)}, "`guidance_interval` must be", {}),
@@ -572,11 +490,7 @@ WRONG_CALLS = {
     "height between patches": ({"height": 9}, "`height` must be a multiple of 2, got 9", {}),
     "no width": ({"width": 0}, "`width` must be a multiple of 2, got 0", {}),
     "unknown output": ({"output_type": "jpg"}, "`output_type` must be one of pil, np, pt, latent, got 'jpg'", {}),
-    "unknown tensor": (
-        {"callback_on_step_end_tensor_inputs": ["noise"]},
-        "`callback_on_step_end_tensor_inputs` must be among",
-        {},
-    ),
+    "unknown tensor": ({"callback_on_step_end_tensor_inputs": ["noise"]}, "_tensor_inputs` must be among", {}),
     "no batch": ({"max_batch_size": 0}, "`max_batch_size` must be at least 1, got 0", {}),
     "too many predicted channels": ({}, "must predict 4 or 8 channels, from 4, .* got 5", {"out_channels": 5}),
 }
@@ -597,10 +511,6 @@ def test_wrong_arguments_are_refused_before_any_work(name):
     assert_refused(make_pipeline(make_dit(**config), id2label=NAMES), ValueError, match, **arguments)
 
 
-def test_labels_that_are_no_integers_are_refused():
-    assert_refused(make_pipeline(), TypeError, "`class_labels` must be integers or names", class_labels=[1.5])
-
-
 def test_a_number_and_a_name_that_looks_like_one_are_told_apart():
     pipeline = make_pipeline(id2label={5: "2", 3: "70", 2: "five"})
     assert torch.equal(sample(pipeline, ["2", 2, "70"]), sample(pipeline, [5, 2, 3]))
@@ -608,27 +518,25 @@ def test_a_number_and_a_name_that_looks_like_one_are_told_apart():
     assert_refused(pipeline, ValueError, r"got 70\. The class named '70' is a string", class_labels=70)
 
 
-def test_names_without_id2label_are_refused():
+def test_what_does_not_fit_the_components_is_refused():
+    assert_refused(make_pipeline(), TypeError, "`class_labels` must be integers or names", class_labels=[1.5])
     assert_refused(make_pipeline(), ValueError, "because the pipeline has no `id2label`", class_labels="three")
-
-
-def test_sizes_that_a_unet_cannot_halve_or_a_vae_cannot_decode_are_refused():
+    learned = make_pipeline(scheduler=DDPMScheduler(variance_type="learned_range"))
+    assert_refused(learned, ValueError, "must predict 8 channels, from 4, for DDPMScheduler")
     assert_refused(make_pipeline(make_unet()), ValueError, "multiple of 2, got 7", class_labels=None, height=7)
     assert_refused(make_pipeline(vae=make_vae()), ValueError, "multiple of 4, got 18", width=18)
     own_size = make_pipeline(make_unet(sample_size=7))
     assert_refused(own_size, ValueError, "`height` must be a multiple of 2, got 7", class_labels=None)
 
 
-def test_a_scheduler_that_needs_a_variance_which_is_not_learned_is_refused():
-    pipeline = make_pipeline(scheduler=DDPMScheduler(variance_type="learned_range"))
-    assert_refused(pipeline, ValueError, "must predict 8 channels, from 4, for DDPMScheduler")
-
-
-def test_a_scheduler_that_would_cut_latents_to_three_channels_gets_the_prediction_alone_and_stays_as_it_is():
+@pytest.mark.parametrize(
+    "scheduler_class", [DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler]
+)
+def test_a_variance_type_left_over_from_the_training_scheduler_cuts_nothing_and_stays(scheduler_class):
     model = make_dit(out_channels=8)
     pipeline = make_pipeline(model, DDPMScheduler(variance_type="learned_range"))
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-    assert torch.equal(sample(pipeline), sample(make_pipeline(model, DPMSolverMultistepScheduler())))
+    pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config)
+    assert torch.equal(sample(pipeline), sample(make_pipeline(model, scheduler_class())))
     assert pipeline.scheduler.config.variance_type == "learned_range"
 
 
@@ -636,13 +544,6 @@ def test_a_scheduler_that_would_cut_latents_to_three_channels_gets_the_predictio
 def test_there_is_exactly_one_denoiser(components):
     with pytest.raises(ValueError, match="Exactly one of `transformer` and `unet`"):
         DTRPipeline(scheduler=DDIMScheduler(), **components)
-
-
-def test_a_compiled_denoiser_has_the_null_class_of_its_model():
-    for cls in (DTRTransformer2DModel, DiTTransformer2DModel):
-        pipeline = make_pipeline(make_dit(cls))
-        pipeline.transformer = torch.compile(pipeline.transformer)
-        assert pipeline.null_class == 10
 
 
 def test_a_vae_that_does_not_say_how_latents_are_scaled_is_refused_unless_nothing_is_decoded():
