@@ -34,6 +34,9 @@ NUM_CLASSES = 3
 
 
 def load_script(path: Path) -> ModuleType:
+    """A script as a module; as when it is run, it finds the modules beside it."""
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
