@@ -12,6 +12,7 @@ from diffusers import AutoModel, ModelMixin, SchedulerMixin
 
 from ..latents import latent_channels
 from ..models.dit import DTRTransformer2DModel
+from ..models.family import Family
 from ..models.routed_model import RoutedModelMixin
 from ..routing import DEFAULT_TIMESTEP_RANGE
 from .config import ModelConfig, RoutingConfig, TrainingConfig
@@ -98,12 +99,17 @@ def check_direction(
     if given is None:
         return
     own = {**default_config(model_class), **model_config, "routing_timestep_range": None}
-    cleanest, noisiest = model_class.family.range_of(own)
+    cleanest, noisiest = family_of(model_class).range_of(own)
     if (given[0] < given[1]) != (cleanest < noisiest):
         raise ValueError(
             f"`--routing_timestep_range` must go from the cleanest to the noisiest timestep, as from {cleanest:g} to "
             f"{noisiest:g} for {model_class.__name__}, got {given[0]:g} to {given[1]:g}."
         )
+
+
+def family_of(model_class: type[ModelMixin]) -> Family:
+    """How a routed class is declared; `DTRTransformer2DModel`, which is none of the declared ones, is as most are."""
+    return getattr(model_class, "family", Family())
 
 
 def load_denoiser(

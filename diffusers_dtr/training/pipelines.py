@@ -27,6 +27,7 @@ from .lora import save_lora
 from .noise_schedule import sampling_scheduler
 from .pretrained import pretrained_class_names
 from .run.outputs import save_pipeline
+from .run.resuming import frozen_settings
 
 
 class ClassPipeline:
@@ -43,12 +44,14 @@ class ClassPipeline:
         pipeline: The pipeline.
         denoiser: What it calls its denoiser: "transformer" or "unet".
         sampling: Arguments that the pipeline is called with for a sample grid, beside a generator.
+        settings: Its frozen parts as settings of a run.
 
     Raises:
         ValueError: If the pipeline cannot sample as the configuration says.
     """
 
     def __init__(self, config: TrainingConfig, model: ModelMixin, data: TrainingData):
+        self.settings = {} if data.vae is None else frozen_settings(autoencoder=data.vae)
         images, validation = data.images, config.validation
         names = pretrained_class_names(config.model) if images.labels is None else images.id2label
         self.denoiser = "unet" if isinstance(model, UNet2DModel) else "transformer"
@@ -125,6 +128,9 @@ class TextPipeline:
     ):
         self.config, self.family, self.denoiser = config, family, family.denoiser
         self.pipeline = load_family_pipeline(config, family, model, data.vae, frozen_dtype(accelerator))
+        parts = self.pipeline.components.items()
+        encoders = {name.replace("_", " "): part for name, part in parts if part and name.startswith("text_encoder")}
+        self.settings = frozen_settings(autoencoder=data.vae, **encoders)
         number = config.validation.num_validation_images
         captions = data.images.captions
         prompts = config.text.validation_prompts or [captions[row][0] for row in range(min(number, len(data.images)))]

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from ..model_card.card import save_model_card
 from ..routing import warmed_up_beta
 from ..run_record import RUN_CONFIG
+from .agreement import check_agreement
 from .config import TrainingConfig
 from .data.loading import TrainingData, build_loader, clean_samples, held_out_samples
 from .data.samples import UnreadableImages
@@ -90,6 +91,7 @@ class Trainer:
         if data.vae is not None:
             data.vae.to(accelerator.device)
         noise_scheduler = noise_scheduler or load_noise_scheduler(config)
+        check_agreement(config, model, data, noise_scheduler)
         self.pipeline = pipeline or ClassPipeline(config, model, data)
         self.output_dir = Path(config.run.output_dir)
 
@@ -121,11 +123,16 @@ class Trainer:
             config.run.checkpoints_total_limit,
             self.objective,
         )
-        others = {IMAGES_PER_STEP: self.images_per_step, **data_settings(data.images)}
+        others = {IMAGES_PER_STEP: self.images_per_step, **data_settings(data.images), **self.pipeline.settings}
         settings = run_settings(config, model, noise_scheduler, accelerator, **self.objective.settings, **others)
         self.state = self.checkpoints.resume(
             config.run.resume_from_checkpoint, settings, config.run.allow_changed_settings
         )
+        if self.global_step > self.max_train_steps:
+            raise ValueError(
+                f"`--max_train_steps` must be at least the {self.global_step} steps of the checkpoint, got "
+                f"{self.max_train_steps}."
+            )
         self._start_time -= self.state.seconds
         self.lr_scheduler = build_lr_scheduler(
             config.optimizer, self.optimizer, self.max_train_steps, self.global_step

@@ -194,7 +194,13 @@ def test_routing_over_all_of_a_schedule_follows_it_to_another_number_of_timestep
 
 
 @pytest.mark.parametrize(
-    ("model_class", "right"), [(DTRUNet2DModel, [0, 9]), (DTRSD3Transformer2DModel, [0, 9]), (DTRLumina2, [0.9, 0.0])]
+    ("model_class", "right"),
+    [
+        (DTRUNet2DModel, [0, 9]),
+        (DTRTransformer2DModel, [0, 9]),
+        (DTRSD3Transformer2DModel, [0, 9]),
+        (DTRLumina2, [0.9, 0.0]),
+    ],
 )
 def test_a_range_runs_as_the_timesteps_of_the_family_do(model_class, right):
     check_direction(run_config(routing_timestep_range=right).routing, model_class, {})

@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import yaml
 from run_config import DEFAULT, AnyModelConfig, run_config
@@ -12,6 +13,8 @@ from diffusers_dtr.training import TrainingConfig, parse_config
 from diffusers_dtr.training.config import (
     LabelledDataConfig,
     LoraConfig,
+    ModelConfig,
+    NoiseConfig,
     ObjectiveConfig,
     RunConfig,
     TextConfig,
@@ -353,3 +356,41 @@ def test_every_kind_of_data_is_saved_with_what_it_requires(tmp_path):
 def test_paths_may_be_path_objects(tmp_path):
     config = run_config(output_dir=tmp_path / "run", train_data_dir=tmp_path)
     assert (config.run.output_dir, config.data.train_data_dir) == (str(tmp_path / "run"), str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["options.yaml", "options.json"])
+def test_an_option_that_a_file_gives_twice_is_refused(name, tmp_path, capsys):
+    (tmp_path / name).write_text('{"learning_rate": 1.0, "learning_rate": 2.0}')
+    with pytest.raises(SystemExit):
+        parse("--config", tmp_path / name)
+    assert "'learning_rate' is given twice" in capsys.readouterr().err
+
+
+def test_one_file_of_options_is_taken(tmp_path, capsys):
+    for name in "ab":
+        (tmp_path / f"{name}.yaml").write_text("seed: 1")
+    with pytest.raises(SystemExit):
+        parse("--config", tmp_path / "a.yaml", "--config", tmp_path / "b.yaml")
+    assert "`--config` must be given once" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [("noise", None), ("optimizer", {}), ("hub", RunConfig("o")), ("data", ModelConfig()), ("noise", NoiseConfig)],
+)
+def test_every_part_is_of_its_class(part, value):
+    with pytest.raises(ValueError, match=f"`{part}` must be of "):
+        replace(run_config(), **{part: value})
+
+
+def test_numbers_of_numpy_are_saved(tmp_path):
+    config = run_config(learning_rate=np.float32(0.5))
+    config.save(tmp_path / "run.json")
+    assert json.loads((tmp_path / "run.json").read_text())["learning_rate"] == 0.5
+
+
+def test_a_run_does_not_write_over_what_it_begins_with(tmp_path):
+    with pytest.raises(ValueError, match="`--output_dir` must not be the folder of a pretrained model"):
+        run_config(output_dir=str(tmp_path), pretrained_model_name_or_path=f"{tmp_path}/../{tmp_path.name}")
+    with pytest.raises(ValueError, match="`--logging_dir` must not be a folder of the result"):
+        run_config(logging_dir="transformer")

@@ -30,15 +30,14 @@ def files(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("present", ["model_index.json", "checkpoint-10"])
 def test_only_a_resumed_run_goes_on_in_a_folder_with_results(present, tmp_path):
     (tmp_path / present).mkdir()
-    check_output_dir(tmp_path, resuming=True)
     with pytest.raises(ValueError, match=f"`output_dir`=.* already holds {present}"):
-        check_output_dir(tmp_path, resuming=False)
+        check_output_dir(tmp_path)
 
 
 @pytest.mark.parametrize("present", ["notes.txt", "logs", "checkpoint-10.partial"])
 def test_folder_without_results_may_hold_other_things(present, tmp_path):
     (tmp_path / present).mkdir()
-    check_output_dir(tmp_path, resuming=False)
+    check_output_dir(tmp_path)
 
 
 def test_saved_pipeline_loads_and_leaves_nothing_else_behind(tmp_path):
@@ -95,3 +94,18 @@ def test_record_is_json_and_replaced_as_a_whole(tmp_path):
     assert all(json.loads(found["training_config.json"]) == {"results": {"loss": 1.5}} for found in contents)
     assert json.loads((tmp_path / "training_config.json").read_text()) == {"name": "β"}
     assert [name for name in files(tmp_path) if not name.endswith(".partial")] == ["training_config.json"]
+
+
+def test_a_pipeline_without_checkpoints_is_nobodys_to_go_on_with(tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    other = tmp_path.parent / f"{tmp_path.name}-other" / "checkpoint-3"
+    for checkpoint in (tmp_path / "checkpoint-1", other):
+        with pytest.raises(ValueError, match=r"already holds model_index\.json"):
+            check_output_dir(tmp_path, "latest" if checkpoint != other else str(other))
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "training_state.json").write_text("{}")
+    check_output_dir(tmp_path, "latest")
+    check_output_dir(tmp_path, str(tmp_path / "checkpoint-1"))
+    check_output_dir(tmp_path, "checkpoint-1")
+    with pytest.raises(ValueError, match=r"already holds model_index\.json"):
+        check_output_dir(tmp_path, str(other))

@@ -48,7 +48,9 @@ def _json_config(flag: str, value: JSONConfig) -> dict | None:
             raise ValueError(f"`{flag}` must be a JSON object or a file that holds one: {error}") from error
     if not isinstance(value, dict):
         return value
-    return {key: item for key, item in value.items() if not str(key).startswith("_")}
+    if not all(isinstance(key, str) for key in value):
+        raise ValueError(f"`{flag}` must have names as keys, got {', '.join(map(str, value))}.")
+    return {key: item for key, item in value.items() if not key.startswith("_")}
 
 
 def check_one_source(model: ModelConfig, *names: str) -> None:

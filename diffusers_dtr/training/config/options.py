@@ -12,6 +12,8 @@ from dataclasses import MISSING, field, fields
 from functools import cache
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
+import numpy as np
+
 from ...config_types import check_types, shortened
 from ...ranges import COUNT, FINITE, NON_NEGATIVE, POSITIVE, SEED, SHARE, WHOLE, Range
 
@@ -50,8 +52,8 @@ class Options:
         hints = _hints(type(self))
         for name in (item.name for item in fields(self)):
             value = getattr(self, name)
-            if isinstance(value, os.PathLike):
-                value = os.fspath(value)
+            if isinstance(value, os.PathLike | np.generic):
+                value = value.item() if isinstance(value, np.generic) else os.fspath(value)
                 object.__setattr__(self, name, value)
             if value is None and type(None) in get_args(hints[name]):
                 continue

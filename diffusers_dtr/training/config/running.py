@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
 from .options import Count, NonNegative, Options, Seed, option
 
 
+# What a run and its pipeline keep in the output folder
+_TAKEN_FOLDERS = ("transformer", "unet", "vae", "scheduler", "samples", "figures", "latents", "text_embeddings")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
@@ -44,6 +47,8 @@ class RunConfig(Options):
     def __post_init__(self):
         super().__post_init__()
         self.effect_only(self.report_to != "none", "on --report_to a tracker", "tracker_project_name")
+        if Path(self.logging_dir).parts[:1] in [(name,) for name in _TAKEN_FOLDERS]:
+            raise ValueError(f"`--logging_dir` must not be a folder of the result, got {self.logging_dir!r}.")
         if self.report_to in TRACKERS and find_spec(self.report_to) is None:
             raise ValueError(
                 f"`--report_to {self.report_to}` needs the package {self.report_to}, which is not installed."
@@ -61,6 +66,8 @@ class ValidationConfig(Options):
     num_validation_images: Count = option(16, "Images of a grid.")
     max_held_out_images: Count = option(1024, "How many images the held-out loss is of.")
     validation_num_inference_steps: Count = option(50, "Denoising steps of a grid's images.")
+    # Of a model that cannot be guided
+    validation_guidance_scale = 1.0
 
     def __post_init__(self):
         super().__post_init__()

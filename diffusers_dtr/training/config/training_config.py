@@ -8,13 +8,13 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 
 from ...atomic_files import replace_text
-from ...config_types import read_object, shortened
+from ...config_types import shortened
 from .data import DataConfig, LoraConfig, ModelConfig, TextConfig, VideoConfig
 from .learning import EMAConfig, NoiseConfig, ObjectiveConfig, OptimizerConfig, RoutingConfig
 from .options import Options
@@ -62,7 +62,18 @@ class TrainingConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self):
+        hints = get_type_hints(type(self))
+        for item in fields(self):
+            part = getattr(self, item.name)
+            if not isinstance(part, hints[item.name]):
+                names = str(getattr(hints[item.name], "__name__", hints[item.name])).replace(f"{__package__}.", "")
+                raise ValueError(f"`{item.name}` must be of {names}, got {shortened(part)}.")
         model = self.model
+        folders = (model.pretrained_model_name_or_path, model.vae_name_or_path)
+        if Path(self.run.output_dir).resolve() in [Path(folder).resolve() for folder in folders if folder]:
+            raise ValueError(
+                f"`--output_dir` must not be the folder of a pretrained model, got {self.run.output_dir}."
+            )
         if getattr(self.data, "cache_latents", False) and not (
             model.vae_name_or_path or model.pretrained_model_name_or_path
         ):
@@ -210,18 +221,39 @@ def parse_config(
 
 def _options_of_file(argv: Sequence[str] | None) -> dict[str, Any]:
     finder = ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config")
-    path = finder.parse_known_args(argv)[0].config
-    if path is None:
+    finder.add_argument("--config", action="append", default=[])
+    paths = finder.parse_known_args(argv)[0].config
+    if not paths:
         return {}
-    path = Path(path)
-    try:  # YAML would read some numbers and characters of JSON otherwise
-        values = read_object(path) if path.suffix == ".json" else yaml.safe_load(path.read_text(encoding="utf-8"))
+    if len(paths) > 1:
+        raise ValueError(f"`--config` must be given once, got {', '.join(paths)}.")
+    path = Path(paths[0])
+    try:
+        text = path.read_text(encoding="utf-8")
+        # YAML would read some numbers and characters of JSON otherwise.
+        is_json = path.suffix == ".json"
+        values = json.loads(text, object_pairs_hook=_given_once) if is_json else yaml.load(text, _Loader)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"`--config` must be a YAML or JSON file of options, got {path}: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"`--config` must be a file of options by name, got {path} with {shortened(values)}.")
     return values
+
+
+def _given_once(pairs: list[tuple[Any, Any]]) -> dict:
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"{key!r} is given twice")
+    return dict(pairs)
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        _given_once([(key.value, None) for key, _ in node.value])
+        return super().construct_mapping(node, deep)
 
 
 def _take_defaults(parser: ArgumentParser, values: dict[str, Any], parts: Iterable[type[Options]]) -> None:

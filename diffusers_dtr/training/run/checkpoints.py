@@ -100,7 +100,13 @@ class Checkpoints:
             for abandoned in self.output_dir.glob(f"{CHECKPOINT_PREFIX}*{PARTIAL_SUFFIX}"):
                 shutil.rmtree(abandoned)
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(partial))
+        try:
+            self.accelerator.save_state(str(partial))
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch has no class of its own for a full disk
+            shutil.rmtree(partial, ignore_errors=True)
+            raise OSError(
+                f"The checkpoint of step {step} cannot be written: {error}. The last complete one is {self.latest()}."
+            ) from error
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             state.write(partial / STATE_FILE)

@@ -10,20 +10,27 @@ from diffusers import DiffusionPipeline
 
 from ...atomic_files import move_contents, replace_text
 from ...run_record import CHECKPOINT_PREFIX, PARTIAL_PIPELINE, PIPELINE_INDEX, PREVIOUS_PIPELINE, RECORD_FILE
+from .checkpoints import STATE_FILE
 
 
-def check_output_dir(output_dir: str | Path, resuming: bool) -> None:
+def check_output_dir(output_dir: str | Path, resume_from_checkpoint: str | None = None) -> None:
     """Refuse to write over what is there.
 
     Args:
         output_dir: The folder of a run, which need not exist.
-        resuming: Whether the run goes on with what is there.
+        resume_from_checkpoint: The checkpoint that the run goes on from, of this folder or another.
 
     Raises:
-        ValueError: If a run that does not resume would write into a folder that holds a pipeline or checkpoints.
+        ValueError: If a run that does not go on with what is there would write into a folder that holds a pipeline or
+            checkpoints.
     """
     output_dir = Path(output_dir)
-    if resuming or not output_dir.is_dir():
+    if not output_dir.is_dir():
+        return
+    own = [path for path in output_dir.glob(f"{CHECKPOINT_PREFIX}*") if (path / STATE_FILE).is_file()]
+    named = Path(resume_from_checkpoint or "")
+    named = named if named.is_dir() else output_dir / named
+    if own and (resume_from_checkpoint == "latest" or named.resolve() in [path.resolve() for path in own]):
         return
     present = [PIPELINE_INDEX] if (output_dir / PIPELINE_INDEX).exists() else []
     present += sorted(path.name for path in output_dir.glob(f"{CHECKPOINT_PREFIX}*") if not path.suffix)

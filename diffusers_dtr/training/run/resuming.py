@@ -11,9 +11,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from diffusers import ModelMixin, SchedulerMixin
 
+from ...caches import fingerprint
 from ...config_types import constructor_types, read_object, shortened
 from ...run_record import publishable
 from ..config import TrainingConfig
@@ -62,6 +64,8 @@ _ADJUSTABLE = {f"--{name}" for name in _ADJUSTABLE_FLAGS} | {IMAGES_PER_STEP, "p
 _FIXED = {"--num_clusters", "--cluster_cost", "--balancing", "--timestep_sampling", "cluster boundaries"}
 # The weights know classes by their numbers: another name would be learned into the same embedding.
 _CLASS = re.compile(r"class \d+")
+# Where a model was loaded from, and by which version
+_WITHOUT_SOURCE = re.compile(r'"_(name_or_path|diffusers_version)": "[^"]*",? ?')
 
 
 @dataclass
@@ -172,6 +176,21 @@ def data_settings(images: TrainingImages | TrainingVideos) -> dict[str, Any]:
         **captions,
         **class_settings(images.id2label),
     }
+
+
+def frozen_settings(**modules: torch.nn.Module) -> dict[str, str]:
+    """Which frozen models a run learns with, as settings of the run: a folder of the same name may hold another.
+
+    Of every tensor some values count, which takes no time for large models. They differ between precisions.
+    """
+    settings = {}
+    for name, module in modules.items():
+        tensors = module.state_dict().items()
+        some = fingerprint((key, tensor.flatten()[:: max(1, tensor.numel() // 64)]) for key, tensor in tensors)
+        config = json.dumps(dict(module.config), sort_keys=True, default=str) if isinstance(module, ModelMixin) else ""
+        digest = hashlib.sha256((some + _WITHOUT_SOURCE.sub("", config)).encode()).hexdigest()
+        settings[f"fingerprint of the {name} in {module.dtype}"] = digest[:16]
+    return settings
 
 
 def run_settings(

@@ -30,7 +30,7 @@ def start_run(config: TrainingConfig) -> Accelerator:
             setting.
     """
     output_dir = Path(config.run.output_dir)
-    check_output_dir(output_dir, resuming=config.run.resume_from_checkpoint is not None)
+    check_output_dir(output_dir, config.run.resume_from_checkpoint)
     accelerator = Accelerator(
         gradient_accumulation_steps=config.run.gradient_accumulation_steps or 1,
         mixed_precision=config.run.mixed_precision,
