@@ -23,6 +23,10 @@ from diffusers_dtr import load_routed_lora
 from diffusers_dtr.ranges import Range
 
 
+# Channels follow from the autoencoder.
+OF_LATENTS = {name: value for name, value in MODEL.items() if name != "in_channels"}
+
+
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 COMBINATIONS = 200
@@ -180,13 +184,14 @@ class Sweep:
         small = ["--resolution", "8"]
         if name == "class_conditional":
             scratch = ["--model_config", json.dumps(MODEL), *small]
-            return [scratch, [*scratch, *vae, "--resolution", "16"], [*self.routed[name], *small]]
+            latents = ["--model_config", json.dumps(OF_LATENTS), *vae, "--resolution", "16"]
+            return [scratch, latents, [*self.routed[name], *small]]
         if name == "unconditional":
             unet, transformer = ["--unet_config", json.dumps(UNET)], ["--transformer_config", json.dumps(MODEL)]
             return [
                 [*unet, *small],
                 [*transformer, *small],
-                [*transformer, *vae, "--resolution", "16"],
+                ["--transformer_config", json.dumps(OF_LATENTS), *vae, "--resolution", "16"],
                 [*self.routed[name], *small],
             ]
         return [

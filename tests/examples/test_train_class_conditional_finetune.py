@@ -17,6 +17,10 @@ from training_runs import MODEL, assert_same_configs, make_images, record, same_
 from diffusers_dtr import DTRPipeline, DTRTransformer2DModel
 
 
+# Channels follow from the autoencoder.
+OF_LATENTS = ("--model_config", {name: value for name, value in MODEL.items() if name != "in_channels"})
+
+
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
     return make_images(tmp_path_factory.mktemp("data") / "images")
@@ -207,8 +211,8 @@ def test_autoencoder_with_other_latents_than_the_pretrained_model_is_refused(our
 
 def test_cached_and_fresh_latents_train_alike(vae_folder, images, tmp_path, monkeypatch):
     flags = ["--vae_name_or_path", vae_folder, "--center_crop", "--random_flip", "--max_train_steps", 8, "--use_ema"]
-    fresh = train(images, tmp_path / "fresh", *flags)
-    cached = train(images, tmp_path / "cached", *flags, "--cache_latents", "--train_batch_size", 4)
+    fresh = train(images, tmp_path / "fresh", *flags, source=OF_LATENTS)
+    cached = train(images, tmp_path / "cached", *flags, "--cache_latents", "--train_batch_size", 4, source=OF_LATENTS)
     assert not (fresh / "latents").exists()
     assert list((cached / "latents").iterdir())
     for name, weight in weights(fresh).items():
@@ -217,7 +221,7 @@ def test_cached_and_fresh_latents_train_alike(vae_folder, images, tmp_path, monk
 
 def test_latent_pipeline_has_the_autoencoder_and_samples_images(vae_folder, images, tmp_path):
     flags = ["--vae_name_or_path", vae_folder, "--resolution", 16, "--validation_data_dir", images]
-    run = train(images, tmp_path / "run", *flags)
+    run = train(images, tmp_path / "run", *flags, source=OF_LATENTS)
     pipeline = DTRPipeline.from_pretrained(run)
     assert pipeline.transformer.config.in_channels == 2
     assert pipeline.transformer.config.sample_size == 8

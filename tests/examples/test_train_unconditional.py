@@ -173,7 +173,9 @@ def test_unet_learns_in_the_latent_space_of_an_autoencoder(images, tmp_path):
     vae = AutoencoderKL(1, 1, ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2, (4, 4), norm_num_groups=2)
     vae.save_pretrained(tmp_path / "vae")
     flags = ["--vae_name_or_path", tmp_path / "vae", "--resolution", 16, "--cache_latents", "--center_crop"]
-    pipeline = DTRPipeline.from_pretrained(train(images, tmp_path / "run", SOURCES["unet"], *flags))
+    of_latents = {name: value for name, value in UNET.items() if name != "in_channels"}
+    run = train(images, tmp_path / "run", ("--unet_config", of_latents), *flags)
+    pipeline = DTRPipeline.from_pretrained(run)
     assert pipeline.unet.config.in_channels == 4
     assert pipeline.unet.config.sample_size == 8
     assert pipeline.scheduler.config.clip_sample is False
