@@ -167,8 +167,8 @@ def _checked_index(source: Source, name: str) -> dict[str, Any]:
             else f"no pipeline, which has a {PIPELINE_INDEX}: `diffusers-dtr inspect` says what it is"
         )
         raise ValueError(f"{name!r} holds {what}.")
-    parameters = inspect.signature(DTRPipeline.__init__).parameters
-    if any(not component.startswith("_") and component not in parameters for component in index):
+    known = inspect.signature(DTRPipeline.__init__).parameters
+    if any(not name.startswith("_") and name not in known for name in index):
         kind = pipeline_class_name(index)
         raise ValueError(
             f"{name!r} must be a class-conditional or unconditional pipeline, such as a DTRPipeline, DiTPipeline or "

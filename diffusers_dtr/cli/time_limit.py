@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from huggingface_hub import get_session, set_client_factory
@@ -19,33 +20,25 @@ class NoAnswerError(OSError):
 def waiting_at_most(seconds: float) -> Iterator[None]:
     """Give up on a request that has no answer after this time, retries included. Transfers may take longer."""
     session, patience = get_session(), _Patience(seconds)
-    before, after = session.event_hooks.get("request", ()), session.event_hooks.get("response", ())
-
-    def client(timeout: float | None, request: list, response: list) -> Any:
-        # The client's own transport, of which there have been several packages.
-        hooks = {"request": request, "response": response}
-        return type(session)(event_hooks=hooks, follow_redirects=True, timeout=timeout)
-
-    set_client_factory(lambda: client(seconds, [*before, patience.asked], [*after, patience.answered]))
+    hooks = {name: [*session.event_hooks.get(name, ())] for name in ("request", "response")}
+    limited = {"request": [*hooks["request"], patience.asked], "response": [*hooks["response"], patience.answered]}
+    # The client's own transport, of which there have been several packages.
+    client = partial(type(session), follow_redirects=True)
+    set_client_factory(lambda: client(event_hooks=limited, timeout=seconds))
     try:
         yield
     except Exception as error:
-        if _is_timeout(error):
-            raise NoAnswerError(
-                f"The Hub has not answered in time. Try again later, or give `--timeout` more seconds. ({error})"
-            ) from error
+        cause: BaseException | None = error
+        while cause is not None:
+            # The transport's class for it is not always of one package.
+            if isinstance(cause, HTTPError) and "Timeout" in type(cause).__name__:
+                raise NoAnswerError(
+                    f"The Hub has not answered in time. Try again later, or give `--timeout` more seconds. ({error})"
+                ) from error
+            cause = cause.__cause__ or cause.__context__
         raise
     finally:
-        set_client_factory(lambda: client(None, [*before], [*after]))
-
-
-def _is_timeout(error: BaseException | None) -> bool:
-    while error is not None:
-        # The transport's class for it is not always of one package.
-        if isinstance(error, HTTPError) and "Timeout" in type(error).__name__:
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+        set_client_factory(lambda: client(event_hooks=hooks, timeout=None))
 
 
 class _Patience:

@@ -184,13 +184,13 @@ def describe(error: BaseException) -> str:
 def create_run_repo(
     output_dir: str | Path, repo_id: str | None, token: str | None, private: bool | None = None
 ) -> str:
-    """Make sure that a run's repository is there: before training, because a wrong token should not show after it.
+    """Make a run's repository unless it is there: before training, because a wrong token should not show after it.
 
     Args:
         output_dir: The run's folder.
-        repo_id: Repository; by default one named after the folder, in the user's namespace.
-        token: Token, or None for the one that is logged in.
-        private: Whether a new repository is private. None for what its owner has as default.
+        repo_id: As in [`push_run`].
+        token: As in [`push_run`].
+        private: As in [`push_run`].
 
     Returns:
         The repository's full name.

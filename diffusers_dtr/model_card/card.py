@@ -95,13 +95,13 @@ def save_model_card(
     Everything outside the section stays, and so do keys of the metadata that a new card would not have.
 
     Args:
-        folder: As in [`build_model_card`].
+        folder: As in [`build_model_card`], and so are `repo_id`, `name` and `license`.
         card_dir: Folder to write the card into, with copies of the files that it links to; `folder` by default.
-        repo_id: As in [`build_model_card`].
-        name: As in [`build_model_card`]. The title of a card that is there stays.
-        license: As in [`build_model_card`].
-        published: The card as it is in the repository that the result will be pushed to. Its text stays, unless the
-            one in the folder has been written in.
+        repo_id: As above.
+        name: As above. The title of a card that is there stays.
+        license: As above.
+        published: The card in the repository that the result will be pushed to. Its text stays, unless the one in the
+            folder was edited.
 
     Returns:
         The card's path.
