@@ -90,8 +90,6 @@ HOSTILE = {
     "nested config": (lambda f: nested(f, "transformer/config.json"), "inspect", 2),
     "nested scheduler": (lambda f: nested(f, "scheduler/scheduler_config.json"), "sample", 2),
     "long number": (long_number, "inspect", 2),
-    "long number to sample": (long_number, "sample", 2),
-    "endless header": (endless_header, "inspect", 2),
     "endless header to sample": (endless_header, "sample", 2),
     "repeated number": (repeated_number, "convert", 2),
     "meta tensor": (lambda f: repeated_number(f, "meta"), "convert", 2),

@@ -94,11 +94,7 @@ def test_a_pipeline_is_described(folder, dit, capsys):
         (None, "none, not a routed model", None),
         ({"routing_type": "none"}, "none, all channels are active", "16 of 16 channels"),
         ({"routing_beta": 1.0}, "dtr, alpha=4, beta=1, timesteps 0 to 999", "16 of 16 channels"),
-        (
-            {"routing_type": "random", "routing_seed": 7},
-            "random, beta=0.8, seed=7, timesteps 0 to 999",
-            "12 of 16 channels",
-        ),
+        ({"routing_type": "random"}, "random, beta=0.8, seed=0, timesteps 0 to 999", "12 of 16 channels"),
     ],
 )
 def test_every_kind_of_routing_is_named(tmp_path, capsys, config, routing, active):
@@ -244,12 +240,8 @@ def damage_index(folder):
     ("damage", "message"),
     [
         (lambda folder: shutil.rmtree(folder / "transformer"), "There is no diffusers model"),
-        (lambda folder: (folder / "model_index.json").write_text("{"), "`model_index.json` is no JSON"),
         (lambda folder: (folder / "model_index.json").write_text("[]"), "must hold a JSON object, got list"),
-        (
-            lambda folder: (folder / "transformer" / "diffusion_pytorch_model.safetensors").write_text("no"),
-            "header",
-        ),
+        (lambda folder: (folder / "transformer/diffusion_pytorch_model.safetensors").write_text("no"), "header"),
         (damage_index, "must name files beside it, got '../vae/diffusion_pytorch_model.safetensors'"),
     ],
 )

@@ -9,13 +9,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoPipelineForImage2Image,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
     DiTPipeline,
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionPipeline,
 )
 from tiny_autoencoders import tiny_vae
 from tiny_dit import plain_dit, routed_dit
@@ -77,18 +74,3 @@ def test_components_are_replaced_and_cast_where_that_is_asked_for():
 def test_a_pipeline_of_another_kind_is_refused():
     with pytest.raises(ValueError, match=r"than scheduler, .*, got a StableDiffusionPipeline with .*text_encoder"):
         DTRPipeline.from_pipe(stable_diffusion(UNET_CONDITION.routed()))
-
-
-@pytest.mark.parametrize(
-    "convert",
-    [
-        AutoPipelineForImage2Image.from_pipe,
-        lambda pipe: StableDiffusionImg2ImgPipeline.from_pipe(pipe, unet=pipe.unet),
-        lambda pipe: StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False),
-    ],
-)
-def test_diffusers_own_pipelines_take_a_routed_denoiser_in_three_ways(convert):
-    original: StableDiffusionPipeline = stable_diffusion(UNET_CONDITION.routed())
-    made = convert(original)
-    assert type(made) is StableDiffusionImg2ImgPipeline
-    assert made.components == original.components
