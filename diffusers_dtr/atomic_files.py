@@ -47,7 +47,7 @@ def creating(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder, which has another name, ending in `.partial`, before the first of its files is gone."""
+    """Delete a folder: rename it to end in `.partial` first, so that a half-deleted one is never taken for whole."""
     doomed = folder.with_name(folder.name + PARTIAL_SUFFIX)
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
@@ -72,7 +72,7 @@ def _check_new(path: Path) -> None:
     # Also a link that leads nowhere, which a rename would replace.
     if path.exists() or path.is_symlink():
         raise FileExistsError(
-            f"{str(path)!r} exists already, and nothing is written over. Remove it, or choose another."
+            f"{str(path)!r} exists already and is not overwritten. Remove it, or choose another name."
         )
 
 

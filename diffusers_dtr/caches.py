@@ -1,4 +1,4 @@
-"""Caches of what is computed once: their keys, and folders that are either complete or not there."""
+"""Caches on disk: their keys, and folders that are written atomically."""
 
 from __future__ import annotations
 

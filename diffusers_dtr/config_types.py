@@ -1,4 +1,4 @@
-"""Types of values that come from files: configs, indexes and records that anybody may have written.
+"""Type checks of configs, indexes and records, which anybody may have written.
 
 What a value must be is read from annotations. How large it may be is not looked at: a config is trusted with its sizes
 as far as diffusers trusts it.
@@ -122,7 +122,7 @@ def parse_cleaned(text: str | bytes, hint: Any, name: str) -> Any:
 
 
 def without_controls(text: str) -> str:
-    """A text without control characters and halves of characters, which UTF-8 has no bytes for."""
+    """A text without control characters and surrogates, which UTF-8 cannot encode."""
     return _CONTROLS.sub("", text)
 
 
@@ -130,7 +130,7 @@ def _parsed(text: str | bytes, name: str, clean: Callable[[Any], Any] = lambda v
     try:
         return clean(json.loads(text))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"`{name}` is no JSON: {_quoted(error)}") from error
+        raise ValueError(f"`{name}` is not JSON: {_quoted(error)}") from error
 
 
 def _cleaned(value: Any) -> Any:
@@ -146,7 +146,7 @@ def _cleaned(value: Any) -> Any:
 
 @contextmanager
 def built_from_file(what: str) -> Iterator[None]:
-    """Around what makes an object of values from a file: a program's error there is a ValueError of the file."""
+    """Turn program errors, while an object is built from a file's values, into a ValueError about the file."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError):

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder, by name, and what of it may be published: no token, no path of its machine."""
+"""File names of a run, and the scrubbing of its record: no token and no local path is published."""
 
 from __future__ import annotations
 

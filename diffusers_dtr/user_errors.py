@@ -1,4 +1,4 @@
-"""An error that its user can mend is one line on stderr and exit code 2; anything else is a bug, with a traceback."""
+"""An error that the user can fix is one line on stderr and exit code 2; anything else is a bug, with a traceback."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def test_text_is_utf_8_in_every_locale(fresh_process, tmp_path):
 def test_what_is_there_is_refused_before_work(there, tmp_path):
     path = tmp_path / "output"
     {"file": path.touch, "folder": path.mkdir, "link": lambda: path.symlink_to(tmp_path / "nowhere")}[there]()
-    with pytest.raises(FileExistsError, match="exists already, and nothing is written over"):
+    with pytest.raises(FileExistsError, match="exists already and is not overwritten"):
         creating(path).__enter__()
 
 

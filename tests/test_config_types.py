@@ -160,10 +160,10 @@ def test_what_no_config_holds_is_refused(name, value):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"{", "`config.json` is no JSON"),
-        (b"\xff\xfe{}", "`config.json` is no JSON"),
-        (b'{"a": ' * 10**6, "`config.json` is no JSON"),
-        (b'{"a": ' + b"9" * 10**4 + b"}", "`config.json` is no JSON"),
+        (b"{", "`config.json` is not JSON"),
+        (b"\xff\xfe{}", "`config.json` is not JSON"),
+        (b'{"a": ' * 10**6, "`config.json` is not JSON"),
+        (b'{"a": ' + b"9" * 10**4 + b"}", "`config.json` is not JSON"),
         (b"[]", "`config.json` must hold a JSON object, got list"),
         (b"null", "`config.json` must hold a JSON object, got NoneType"),
         (b'{"a": "1"}', "`a` of `config.json` must be an integer, got '1'"),

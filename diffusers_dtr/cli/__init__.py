@@ -15,7 +15,7 @@ _COMMANDS = (card, convert, inspect, sample)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code is 2 after an error that its user can fix, which is one line on stderr."""
+    """Run a command; the exit code is 2 after an error that the user can fix, which is one line on stderr."""
     parser, subparsers = command_parser()
     for command in _COMMANDS:
         command.add_parser(subparsers)

@@ -58,7 +58,9 @@ def run(args: argparse.Namespace) -> None:
     """Write the card."""
     remote = not Path(args.model).is_dir()
     if remote and args.output is None and not args.push:
-        raise ValueError(f"{args.model!r} is no folder. For a repository's card, give `--output FOLDER` or `--push`.")
+        raise ValueError(
+            f"{args.model!r} is not a folder. For a repository's card, give `--output FOLDER` or `--push`."
+        )
     if args.push and not remote and args.hub_model_id is None:
         raise ValueError("`--push` of a folder's card needs the repository's name: `--hub_model_id owner/name`.")
     repo_id = args.hub_model_id or (args.model if remote else None)

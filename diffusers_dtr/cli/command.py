@@ -1,4 +1,4 @@
-"""What can be said of the command `diffusers-dtr` without importing anything large: `entry_point` runs this file."""
+"""Help and version of `diffusers-dtr` without importing anything large: `entry_point` runs this file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command_parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
-    """The parser of the command, and where those of its commands are added."""
+    """The command's parser, and the subparsers action that its commands are added to."""
     parser = argparse.ArgumentParser(
         prog="diffusers-dtr",
         description="Denoising Task Routing for diffusers: convert, sample and look at routed models.",

@@ -57,7 +57,7 @@ def add_parser(subparsers) -> None:
         "convert",
         "SOURCE is a file of the authors' code (.pt or .safetensors), which becomes a pipeline, or a pipeline with a\n"
         "DiT, in a folder or on the Hub, which becomes a routed one or, with --to_original, a state dict of the\n"
-        "authors' code. Nothing in a file is executed: one that asks for it is refused. Nothing is written over.",
+        "authors' code. Nothing in a file is executed: one that asks for it is refused. Nothing is overwritten.",
         _EXAMPLE,
     )
     parser.add_argument("source", metavar="SOURCE", help="Checkpoint file, or a pipeline's folder or repository.")
@@ -65,7 +65,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument(
         "--to_original", action="store_true", help="Write a state dict under the names of the authors' code."
     )
-    group = parser.add_argument_group("what a checkpoint file does not tell")
+    group = parser.add_argument_group("what a checkpoint file may not say")
     group.add_argument(
         "--weights",
         choices=CHECKPOINT_WEIGHTS,
@@ -174,7 +174,7 @@ def _from_file(args: argparse.Namespace) -> DTRPipeline:
 
 
 def _noise_schedule(args: argparse.Namespace, is_published: bool, run: OriginalRun) -> str:
-    """The schedule that is given or known; where it is not given, it is printed."""
+    """The given or known schedule; one that is not given is printed."""
     schedule, reason = run.noise_schedule, run.reason
     if schedule is None and is_published:
         schedule, reason = "linear", "the default of DiT's code, whose published files are such state dicts"
@@ -209,7 +209,7 @@ def _scheduler(transformer: DTRTransformer2DModel, beta_schedule: str, latents: 
 
 @contextmanager
 def _instead(what: str, flags: str) -> Iterator[None]:
-    """Say which flags do without something that cannot be loaded."""
+    """An error that names the flags to use instead, if something cannot be loaded."""
     try:
         with built_from_file(what):
             yield
@@ -255,7 +255,7 @@ def _labels(args: argparse.Namespace, num_classes: int) -> dict[str, str] | None
 
 
 def _load_transformer(args: argparse.Namespace) -> DTRTransformer2DModel:
-    """A pipeline's denoiser in the precision that it is saved in, and with the routing that is asked for."""
+    """A pipeline's denoiser in its saved precision, with the requested routing."""
     source = open_source(args.source, args.revision, args.token)
     config = source.read_json("transformer/config.json") or {}
     name = config.get("_class_name")

@@ -8,6 +8,6 @@ from importlib.util import find_spec
 
 
 def main() -> int:
-    """Run what lies in the package without importing it."""
+    """Run the package's `cli/command.py` without importing the package."""
     (folder,) = find_spec("diffusers_dtr").submodule_search_locations
     return runpy.run_path(f"{folder}/cli/command.py")["main"]()

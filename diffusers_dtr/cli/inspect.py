@@ -44,8 +44,7 @@ def add_parser(subparsers) -> None:
     parser = new_parser(
         subparsers,
         "inspect",
-        "Reads configs and the headers of safetensors files, so that the size of the weights does not matter,\n"
-        "here or on the Hub.",
+        "Reads only configs and the headers of safetensors files: weights are not downloaded.",
         _EXAMPLE,
     )
     parser.add_argument(
@@ -128,7 +127,7 @@ def _adapters(source: Source, record: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _recorded_routing(record: dict[str, Any]) -> dict[str, Any] | None:
-    """As `_routing`, of what a run's record has of its denoiser's config."""
+    """The routing of adapters, from the denoiser's config in a run's record."""
     model = record.get("model") or {}
     types = {"class": str, "config": dict | None, "routed_widths": list[int]}
     check_types(types, model, f"the model of `{RECORD_FILE}`")

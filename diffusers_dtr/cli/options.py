@@ -1,4 +1,4 @@
-"""What the commands' parsers share."""
+"""Parts shared by the commands' parsers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def new_parser(subparsers, name: str, description: str, example: str) -> argpars
 
 
 def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags for what is on the Hub."""
+    """Add the flags for access to the Hub."""
     group = parser.add_argument_group("Hub")
     group.add_argument("--revision", help="Branch, tag or commit of a repository. Its main branch by default.")
     group.add_argument(
@@ -40,7 +40,7 @@ def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def token(text: str) -> str:
-    """Parse an access token for argparse, which repeats what a ValueError was raised for."""
+    """Parse an access token; argparse would repeat it in the error after a ValueError."""
     try:
         return check_token(text)
     except ValueError as error:

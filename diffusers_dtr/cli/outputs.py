@@ -1,4 +1,4 @@
-"""What commands write: never over what is there, and never a part of it under its final name."""
+"""Outputs of commands: nothing is overwritten, and each appears only when it is complete."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def scheduler_class(name: str) -> type[SchedulerMixin]:
 
 
 def device(name: str) -> torch.device:
-    """Parse the name of a device that is there for argparse."""
+    """Parse the name of an available device for argparse."""
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -179,7 +179,7 @@ def _checked_index(source: Source, name: str) -> dict[str, Any]:
 
 
 def _labels(args: argparse.Namespace, index: dict[str, Any], source: Source) -> list[int] | None:
-    """The classes that are asked for, which must be there before anything large is loaded."""
+    """The requested classes, checked before anything large is loaded."""
     if args.labels is None:
         return None
     component = "unet" if component_class_name(index, "transformer") is None else "transformer"

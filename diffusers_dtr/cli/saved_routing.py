@@ -1,4 +1,4 @@
-"""What a saved config alone tells of a routed model. Nothing is built of it."""
+"""The routing that a saved config describes, without building the model."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _transformer_widths(family: Family, config: Mapping[str, Any]) -> set[int]:
 
 
 def _unet_widths(config: Mapping[str, Any]) -> set[int]:
-    """Of the levels, and of the decoder's blocks, which see what the encoder hands over beside their own input."""
+    """Widths of the levels, and of the decoder's blocks, whose input has the encoder's output beside it."""
     channels, layers = config["block_out_channels"], config["layers_per_block"]
     layers = [layers] * len(channels) if isinstance(layers, int) else layers
     widths = set(channels)

@@ -13,7 +13,7 @@ from huggingface_hub.errors import HTTPError
 
 
 class NoAnswerError(OSError):
-    """The Hub has not answered for as long as it may take. Nothing tries again after it."""
+    """The Hub did not answer within the time limit. The request is not retried."""
 
 
 @contextmanager

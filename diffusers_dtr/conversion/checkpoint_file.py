@@ -57,7 +57,7 @@ def load_original_checkpoint(path: str | Path, weights: str | None = None) -> di
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If it names anything that is neither a tensor nor the arguments of a run (the error tells what), is
+        ValueError: If it names anything that is neither a tensor nor the arguments of a run (the error names it), is
             damaged, or does not hold these weights.
     """
     return read_original_checkpoint(path, weights).state_dict

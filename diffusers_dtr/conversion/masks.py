@@ -17,7 +17,7 @@ from ..routing import routing_mask
 
 MASK_BUFFER = "routing._unit_mapping"
 
-# The only value in the released code, so what masks are taken for that do not tell.
+# The only value in the released code, assumed where the masks fit any.
 _RELEASED_ALPHA = 4.0
 
 _ROUNDING = 1e-12

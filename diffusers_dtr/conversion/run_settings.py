@@ -26,7 +26,7 @@ Setting = str | int | float | bool | None
 
 
 class Recorded:
-    """Stand-in for an object that is no tensor: it keeps the object's state as data, and executes nothing."""
+    """Stand-in for an object other than a tensor: it keeps the object's state as data, and executes nothing."""
 
     state: Any = None
 

@@ -66,7 +66,7 @@ def convert_original_dit(
 
     Args:
         state_dict: Weights under the original's names, `x_embedder.proj.weight` and so on.
-        num_attention_heads: Number of heads, the one thing that shapes do not tell. Defaults to that of the published
+        num_attention_heads: Number of heads, which shapes do not show. Defaults to that of the published
             model of this depth and width (6, 12, 16, 16 for S, B, L, XL).
         class_dropout_prob: Probability of dropping a label. The last row of the label table is the null class where it
             is above 0. Defaults to 0.1, or to 0 for a table of a single row.
@@ -208,7 +208,7 @@ def original_dit_state_dict(model: DTRTransformer2DModel) -> dict[str, torch.Ten
 
 
 def _original_modules(num_layers) -> Iterator[tuple[str, str]]:
-    """Names of all modules in this package and in the original, which joins three of them in one."""
+    """Module names here and in the original, where query, key and value are one module."""
     yield from ((ours, theirs) for theirs, ours in _NAMES.items())
     for block in range(num_layers):
         prefix = f"transformer_blocks.{block}"

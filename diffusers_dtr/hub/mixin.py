@@ -1,4 +1,4 @@
-"""What models and pipelines do with files and the Hub beyond what diffusers gives them."""
+"""Pushing and loading of models and pipelines beyond diffusers' own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class HubMixin:
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> dict | tuple:
-        """Load a config as diffusers does, and refuse an invalid `token` or a config that is no JSON object."""
+        """Load a config as diffusers does, and refuse an invalid `token` or a config other than a JSON object."""
         check_token(kwargs.get("token"))
         with built_from_file(f"The config of a {cls.__name__}"):
             loaded = super().load_config(pretrained_model_name_or_path, **kwargs)
@@ -63,7 +63,7 @@ class HubMixin:
         Raises:
             ValueError: For a `revision` with `create_pr`, or an invalid `token`.
         """
-        # What is wrong with the arguments is said before anything is saved.
+        # Wrong arguments are refused before anything is saved.
         check_destination(token, revision, create_pr)
         weights = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
         with tempfile.TemporaryDirectory() as folder:

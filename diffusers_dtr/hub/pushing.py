@@ -116,12 +116,12 @@ def _without_local_keys(path: Path) -> Path | bytes:
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether the Hub says that it has done nothing and may do it later."""
+    """Whether the Hub refused a request without doing anything, and may accept it later."""
     return isinstance(error, HfHubHTTPError) and error.response.status_code in _REFUSED_STATUS
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether what failed may well succeed later: no answer came, or one that says so."""
+    """Whether a failed request may succeed later: no answer, or a status that says so."""
     if isinstance(error, OfflineModeIsEnabled):
         return False
     if isinstance(error, HfHubHTTPError):

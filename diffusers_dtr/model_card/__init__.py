@@ -1,4 +1,4 @@
-"""Model cards: what is known of a trained model, written into a template."""
+"""Model cards, written from a trained model's folder."""
 
 from .card import build_model_card, fetch_card, save_metrics, save_model_card
 

@@ -1,4 +1,4 @@
-"""Model cards: a template, filled in with what the files of a trained model's folder say. What others wrote stays.
+"""Model cards: a template filled in from the files of a trained model's folder. Text that a user wrote stays.
 
 Whatever comes out of a file is data. The template's environment escapes every value for Markdown and HTML; code is
 put together from checked names and quoted values.
@@ -45,7 +45,7 @@ _METADATA = re.compile(r"\A\s*---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)", re.DOTALL | 
 def build_model_card(
     folder: str | Path, *, repo_id: str | None = None, name: str | None = None, license: str | None = None
 ) -> ModelCard:
-    """Write the card of a trained model, as it is where there is none yet.
+    """Build a new card for a trained model.
 
     Args:
         folder: A pipeline or the output of a training script, LoRA weights too. What it does not have is left out of
@@ -98,7 +98,7 @@ def save_model_card(
         folder: As in [`build_model_card`], and so are `repo_id`, `name` and `license`.
         card_dir: Folder to write the card into, with copies of the files that it links to; `folder` by default.
         repo_id: As above.
-        name: As above. The title of a card that is there stays.
+        name: As above. The title of an existing card stays.
         license: As above.
         published: The card in the repository that the result will be pushed to. Its text stays, unless the one in the
             folder was edited.
@@ -108,7 +108,7 @@ def save_model_card(
 
     Raises:
         ImportError: Without matplotlib.
-        ValueError: As [`build_model_card`], or if the metadata of a card that is there is no YAML dictionary.
+        ValueError: As [`build_model_card`], or if the metadata of an existing card are not a YAML dictionary.
     """
     folder = Path(folder)
     card_dir = folder if card_dir is None else Path(card_dir)
@@ -147,7 +147,7 @@ def fetch_card(repo_id: str, *, token: str | None = None, revision: str | None =
 
 
 def save_metrics(folder: str | Path, metrics: Sequence[dict[str, Any]], argv: Sequence[str]) -> Path:
-    """Write down what was measured of a model, for its card.
+    """Save an evaluation's metrics of a model, for its card.
 
     Args:
         folder: The model's folder. What `metrics.json` there says of metrics with other names stays.
@@ -167,7 +167,7 @@ def save_metrics(folder: str | Path, metrics: Sequence[dict[str, Any]], argv: Se
 
 
 def _renew(existing: list[str], card: str, pristine: list[str]) -> str:
-    """The first text of `existing` that was written in, or else the last, with metadata and section of `card`."""
+    """The first text of `existing` that a user edited, or else the last, with metadata and section of `card`."""
     texts = [text.replace("\r\n", "\n") for text in existing]
     untouched = [_own_text(text) for text in pristine]
     written_in = [number for number, text in enumerate(texts) if _own_text(text) not in untouched]

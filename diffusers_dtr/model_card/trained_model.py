@@ -1,4 +1,4 @@
-"""What the files of a trained model's folder say. They may come from anybody: all that is read of them is checked."""
+"""The files of a trained model's folder, which may come from anybody: every value is checked."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ Losses = TypedDict("Losses", _each("clusters weights", list[float | None]))
 
 
 class TrainedModel:
-    """What the files of a folder say: plain text and finite numbers of the right types, without what is None."""
+    """The values in a folder's files: plain text and finite numbers of the right types, without nulls."""
 
     def __init__(self, folder: Path):
         files = (PIPELINE_INDEX, RECORD_FILE, LORA_FILE)
@@ -140,13 +140,13 @@ class TrainedModel:
 
 
 def is_class(name: str, kind: type) -> bool:
-    """Whether a name can be imported from diffusers or from here, and is a class of a kind."""
+    """Whether a name is a subclass of `kind` in diffusers or here."""
     found = getattr(diffusers_dtr, name, None) or getattr(diffusers, name, None)
     return isinstance(found, type) and issubclass(found, kind)
 
 
 def is_repo_id(name: str) -> bool:
-    """Whether a repository on the Hub may be called so."""
+    """Whether a text is a valid name of a repository on the Hub."""
     try:
         validate_repo_id(name)
     except HFValidationError:

@@ -1,4 +1,4 @@
-"""What the code and commands of a card are made of: people paste it, so names are checked and values quoted."""
+"""Values for a card's code and commands, which people paste: names are checked, values are quoted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading and saving pipelines as diffusers does, with checks of what comes from outside."""
+"""Loading and saving of pipelines as in diffusers, with checks of files and tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Classes as callers of a pipeline name them, by number or by name, as labels for its denoiser."""
+"""Labels for the denoiser from class numbers or names."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def labels_of_images(
     num_classes: int | None,
     null_class: int | None,
 ) -> tuple[int, list[int] | None]:
-    """How many images are asked for, and their labels, or None for an unconditional denoiser."""
+    """The number of requested images, and their labels, or None for an unconditional denoiser."""
     if class_labels is None:
         count = 1 if num_images is None else num_images
         if null_class is None and (num_classes or 0) > 1:

@@ -1,4 +1,4 @@
-"""Which of a denoiser's channels a scheduler's step is given: the prediction, and maybe a learned variance."""
+"""The denoiser's channels that a scheduler's step takes: the prediction, with or without a learned variance."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_channels(denoiser: ModelMixin, scheduler: SchedulerMixin) -> None:
 
 
 def scheduler_of_chosen_channels(scheduler: SchedulerMixin) -> SchedulerMixin:
-    """The scheduler, or one like it whose step leaves alone the channels already chosen for it."""
+    """The scheduler, or a copy whose step keeps all of the channels that it is given."""
     if not _keeps_three_channels(scheduler):
         return scheduler
     return type(scheduler).from_config(scheduler.config, variance_type=None)

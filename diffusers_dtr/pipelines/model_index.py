@@ -46,7 +46,7 @@ def _is_component(hint: Any) -> bool:
 
 
 def _check_config(name: str, value: list[str], folder: Path) -> None:
-    """Of a component of diffusers; our own check themselves."""
+    """Check the config of a component of diffusers; our own classes check themselves."""
     found = getattr(diffusers, value[1], None) if value[0] == "diffusers" else None
     if not (isinstance(found, type) and issubclass(found, ConfigMixin) and found.config_name):
         return

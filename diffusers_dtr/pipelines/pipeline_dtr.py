@@ -277,7 +277,7 @@ class DTRPipeline(CheckedPipelineMixin, DiffusionPipeline):
         guidance_scale: float = 1.0,
         max_batch_size: int | None = None,
     ) -> torch.Tensor:
-        """What the scheduler's step is given: the guided prediction, with a learned variance if the scheduler uses it.
+        """The guided prediction for the scheduler's step, with a learned variance if the scheduler uses it.
 
         Args:
             model_input: `(images, channels, height, width)`.

@@ -1,4 +1,4 @@
-"""What may be asked of a pipeline's call; every check is made before any work."""
+"""Checks of a pipeline's arguments, made before any work."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check_sampling(
     max_batch_size: int | None,
     callback_tensors: Sequence[str],
 ) -> None:
-    """Refuse numbers, generators and names that no sampling has."""
+    """Refuse invalid numbers of images and steps, generators, and output names."""
     if num_images < 1:
         raise ValueError(f"`num_images` or `class_labels` must ask for at least one image, got {num_images}.")
     if num_inference_steps < 1:

@@ -270,7 +270,7 @@ def test_folders_without_a_model_and_broken_records_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"`folder` must hold one of model_index.json, training_config.json"):
         build_model_card(tmp_path)
     (tmp_path / "training_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"`training_config.json` is no JSON"):
+    with pytest.raises(ValueError, match=r"`training_config.json` is not JSON"):
         build_model_card(tmp_path)
     assert not (tmp_path / "README.md").exists()
 

@@ -227,7 +227,7 @@ def test_config_is_json_or_a_file_of_it_or_a_dictionary(tmp_path):
     ("value", "message"),
     [
         ("nowhere.json", "`--model_config` must be a JSON object or a file that holds one: .*No such file"),
-        ("{broken", "`--model_config` must be a JSON object or a file that holds one: .*is no JSON"),
+        ("{broken", "`--model_config` must be a JSON object or a file that holds one: .*is not JSON"),
         ("[1]", "`--model_config` must be a JSON object or a file that holds one"),
         ("list.json", "`--model_config` must be .*must hold a JSON object, got list"),
         ([1], r"`--model_config` .*must be .*, got \[1\]"),

@@ -261,7 +261,7 @@ def test_captions_may_be_empty_or_hold_separators_of_lines(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "`line 2 of .*metadata.jsonl` is no JSON"),
+        ("{", "`line 2 of .*metadata.jsonl` is not JSON"),
         ("[1]", "`line 2 of .*metadata.jsonl` must hold a JSON object, got list"),
         ({"file_name": "clip"}, "`line 2 of .*metadata.jsonl` must have `text` and `file_name`, got {'file_name'"),
         ({"file_name": 3, "text": "a"}, "`file_name` of `line 2 of .*` must be a string, got 3"),
