@@ -63,7 +63,6 @@ Record = TypedDict(
         "held_out": dict[str, float | str],
         "sampling": dict[str, float | str | bool | list],
         "versions": dict[str, str],
-        "unreadable_images": list[str],
         "changed_settings": list[TypedDict("Change", {"setting": str, "step": int})],
     },
 )

@@ -1,12 +1,11 @@
 """Training: `Trainer(model, data, config)`, and what the example scripts build these of."""
 
-from .components import load_denoiser, load_vae, match_pretrained_classes
+from .components import load_denoiser, load_vae, resolve_resolution
 from .config import TrainingConfig, parse_config
-from .data import TrainingData, load_data, load_images
+from .data import TrainingData, load_data, load_images, match_pretrained_classes
 from .noise_schedule import load_noise_scheduler
 from .pipelines import TextPipeline
 from .run.start import start_run
-from .sizes import resolve_resolution
 from .trainer import Trainer
 from .validation import HeldOutLoss
 

@@ -1,7 +1,9 @@
-"""The parts of a pipeline that a run is given: its autoencoder, and what its denoiser is built with."""
+"""The parts of a pipeline that a run is given: its autoencoder, and its denoiser with size, routing and channels."""
 
 from __future__ import annotations
 
+import inspect
+import logging
 from collections.abc import Mapping
 from dataclasses import fields
 from difflib import get_close_matches
@@ -10,23 +12,24 @@ from typing import Any
 import torch
 from diffusers import AutoModel, ModelMixin, SchedulerMixin
 
-from ..latents import latent_channels
-from ..models.dit import DTRTransformer2DModel
+from ..latents import latent_channels, vae_scale_factor
 from ..models.family import Family
 from ..models.routed_model import RoutedModelMixin
+from ..pipelines.sampling_checks import size_multiple
 from ..routing import DEFAULT_TIMESTEP_RANGE
 from .config import ModelConfig, RoutingConfig, TrainingConfig
-from .data.classes import match_classes
-from .data.training_images import TrainingImages
-from .noise_schedule import pretrained_scheduler
 from .pretrained import (
-    pretrained_class_names,
     pretrained_component,
     pretrained_config,
     pretrained_denoiser,
     pretrained_options,
+    pretrained_scheduler,
 )
-from .sizes import default_config, resolve_resolution, sample_size
+
+
+logger = logging.getLogger(__name__)
+
+_DEFAULT_RESOLUTION = 32
 
 
 def load_vae(config: ModelConfig, dtype: torch.dtype = torch.float32) -> ModelMixin | None:
@@ -53,15 +56,8 @@ def denoiser_routing(
 ) -> dict[str, Any]:
     """The config values of a denoiser's routing that options ask for, or that it lacks.
 
-    Args:
-        config: The run's configuration.
-        noise_scheduler: Scheduler that is trained with; None for a denoiser that is not called with its timesteps,
-            whose class knows the range of what it is called with.
-        model_config: The config that it would have without them. A range of timesteps that it says is kept, unless it
-            is all of a pretrained schedule, and options ask for another number of timesteps.
-
-    Raises:
-        ValueError: If options change the number of timesteps, and the range is only a part of them.
+    A range of timesteps in its config is kept, unless it is all of a pretrained schedule whose length changes. Without
+    a scheduler, the denoiser is not called with its timesteps: its class knows the range.
     """
     given = config.routing.given
     if noise_scheduler is None or "routing_timestep_range" in given:
@@ -168,16 +164,7 @@ _DECIDED_BY = {
 
 
 def check_new_denoiser(config: ModelConfig, model_class: type[ModelMixin], shape: Mapping[str, Any]) -> None:
-    """Refuse a new denoiser's config with unknown names, or against what follows from the data and the options.
-
-    Args:
-        config: Has the denoiser's config as an option.
-        model_class: The denoiser's class.
-        shape: The config values that follow. `sample_size` is that of `--resolution`, whatever the config has.
-
-    Raises:
-        ValueError: If the config has a name that there is not, or another value for one of them.
-    """
+    """Refuse a new denoiser's config with unknown names, or against what follows from the data and the options."""
     for flag in (item.name for item in fields(config) if item.name.endswith("_config")):
         given, known = getattr(config, flag) or {}, default_config(model_class)
         for name in given.keys() - known.keys():
@@ -192,37 +179,10 @@ def check_new_denoiser(config: ModelConfig, model_class: type[ModelMixin], shape
                 )
 
 
-def match_pretrained_classes(
-    config: ModelConfig, model: DTRTransformer2DModel, images: TrainingImages
-) -> TrainingImages:
-    """The images with the pretrained model's numbers for the classes whose names it knows.
-
-    Args:
-        config: Names the pretrained pipeline.
-        model: Its denoiser, which gets new embeddings where there are other or more classes.
-        images: With class labels.
-    """
-    names, num_classes = pretrained_class_names(config), model.config.num_embeds_ada_norm
-    images, known = match_classes(images, names, num_classes or 0, new_classes=True)
-    if not known or images.num_classes > num_classes:
-        model.replace_classes(images.num_classes, keep=known)
-    return images
-
-
 def check_pretrained_denoiser(
     config: TrainingConfig, model: ModelMixin, vae: ModelMixin | None, packing: int = 1
 ) -> None:
-    """Check that a pretrained denoiser can learn what the flags ask for.
-
-    Args:
-        config: The run's configuration.
-        model: The denoiser.
-        vae: The autoencoder, or None.
-        packing: Side of the squares of latents whose channels are those of the denoiser's input.
-
-    Raises:
-        ValueError: If it works on latents of another size, or predicts no variance to be learned.
-    """
+    """Refuse what a pretrained denoiser cannot learn; `packing` latents a side make its channels."""
     if vae is not None and (channels := latent_channels(vae)) * packing**2 != model.config.in_channels:
         raise ValueError(
             f"The autoencoder's latents have {channels} channels, but the pretrained model has "
@@ -231,3 +191,66 @@ def check_pretrained_denoiser(
         )
     if config.noise.learn_sigma and model.config.out_channels != 2 * model.config.in_channels:
         raise ValueError("`--learn_sigma` needs a pretrained model that predicts a variance, and this one does not.")
+
+
+def resolve_resolution(
+    config: TrainingConfig, vae: ModelMixin | None, model_class: type[ModelMixin], model_config: Mapping[str, Any]
+) -> TrainingConfig:
+    """The run's configuration with a resolution that its denoiser can have, by default the one it was made for.
+
+    Args:
+        config: The run's configuration.
+        vae: The autoencoder, or None.
+        model_class: The denoiser's class.
+        model_config: The denoiser's config, as far as it is not the default.
+
+    Raises:
+        ValueError: If latents do not fill the images, or the denoiser cannot have latents or images of this size.
+    """
+    factor = 1 if vae is None else vae_scale_factor(vae)
+    model_config = {**default_config(model_class), **model_config}
+    resolution = config.data.resolution
+    if resolution is None:
+        resolution = _own_resolution(model_config.get("sample_size"), vae)
+        logger.info(f"Images of {resolution} pixels a side are trained on, for want of `--resolution`.")
+    multiple = size_multiple(model_class, model_config)
+    if resolution % (factor * multiple):
+        blocks = "pixels" if vae is None else f"latents, which span {factor} pixels each"
+        raise ValueError(
+            f"`--resolution` must be a multiple of {factor * multiple}, got {resolution}: {model_class.__name__} "
+            f"works on whole blocks of {multiple} {blocks}."
+        )
+    most = model_config.get("pos_embed_max_size")
+    if most is not None and resolution // factor > most * multiple:
+        raise ValueError(
+            f"`--resolution` must be at most {most * multiple * factor}, got {resolution}: the denoiser knows {most} "
+            "positions along a side (`pos_embed_max_size`)."
+        )
+    return config.replace(resolution=resolution)
+
+
+def sample_size(config: TrainingConfig, vae: ModelMixin | None) -> int:
+    """Side of what is learned: of the images, or of an autoencoder's latents."""
+    return config.data.resolution // (1 if vae is None else vae_scale_factor(vae))
+
+
+def _own_resolution(sample_size: int | list[int] | None, vae: ModelMixin | None) -> int:
+    if sample_size is None and vae is None:
+        return _DEFAULT_RESOLUTION
+    sides = {sample_size} if isinstance(sample_size, int) else set(sample_size or ())
+    if len(sides) != 1:
+        raise ValueError(
+            f"`--resolution` must be given: the denoiser's config has `sample_size`={sample_size}, no square's."
+        )
+    return sides.pop() * (1 if vae is None else vae_scale_factor(vae))
+
+
+def default_config(model_class: type[ModelMixin]) -> dict[str, Any]:
+    """The config of a model without arguments."""
+    return {name: parameter.default for name, parameter in inspect.signature(model_class).parameters.items()}
+
+
+def image_channels(model: ModelMixin, vae: ModelMixin | None) -> int:
+    """Channels of the images that a denoiser learns, through an autoencoder if there is one."""
+    config = (model if vae is None else vae).config
+    return config["input_channels" if "input_channels" in config else "in_channels"]

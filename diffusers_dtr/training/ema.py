@@ -13,13 +13,7 @@ from .config import EMAConfig
 
 
 def build_ema(config: EMAConfig, model: ModelMixin, device: torch.device) -> EMAModel:
-    """The average of a model's weights that the flags ask for.
-
-    Args:
-        config: Its decay, and where it is kept.
-        model: All of whose weights are averaged.
-        device: Where the average lies, unless it is offloaded.
-    """
+    """The average of a model's weights that the flags ask for."""
     ema = EMAModel(
         model.parameters(),
         decay=config.ema_max_decay,
@@ -35,13 +29,7 @@ def build_ema(config: EMAConfig, model: ModelMixin, device: torch.device) -> EMA
 
 
 def step_average(ema: EMAModel, model: ModelMixin, offload: bool) -> None:
-    """Let an average follow its model's weights by one step.
-
-    Args:
-        ema: The average.
-        model: The model.
-        offload: Whether the average is in the CPU's memory before and after; it is computed where the model is.
-    """
+    """Update an average; an offloaded one is computed on the model's device and returns to the CPU."""
     if offload:
         ema.to(model.device)
     ema.step(model.parameters())
@@ -52,12 +40,7 @@ def step_average(ema: EMAModel, model: ModelMixin, offload: bool) -> None:
 
 @contextmanager
 def averaged_weights(ema: EMAModel | None, model: ModelMixin) -> Iterator[None]:
-    """Give a model its averaged weights for a while; without an average it keeps its own.
-
-    Args:
-        ema: The average, or None.
-        model: The model whose weights it averages.
-    """
+    """Give a model its averaged weights for a while; without an average it keeps its own."""
     if ema is None:
         yield
         return
@@ -70,17 +53,7 @@ def averaged_weights(ema: EMAModel | None, model: ModelMixin) -> Iterator[None]:
 
 
 def load_average(ema: EMAModel, model: ModelMixin, weights: dict[str, torch.Tensor], optimization_step: int) -> None:
-    """Go on with an average from a checkpoint, with the decay that the average itself was made with.
-
-    Args:
-        ema: The average.
-        model: The model whose weights it averages.
-        weights: The averaged weights by name.
-        optimization_step: How many steps they are of, on which the decay depends.
-
-    Raises:
-        ValueError: If they are another model's.
-    """
+    """Go on with an average from a checkpoint, with the decay that the average itself was made with."""
     names = [name for name, _ in model.named_parameters()]
     shapes = {name: tensor.shape for name, tensor in weights.items()}
     if any(shapes.get(name) != parameter.shape for name, parameter in model.named_parameters()):

@@ -68,15 +68,7 @@ class Interruption:
 
 
 def stopped(signum: int, global_step: int) -> SystemExit:
-    """Say where a run has stopped, and how it goes on.
-
-    Args:
-        signum: The signal.
-        global_step: Optimizer steps done, of which there is a checkpoint.
-
-    Returns:
-        What ends the process with the conventional code.
-    """
+    """Log where a run has stopped and how it goes on; what is returned ends the process with its code."""
     logger.warning(
         f"Stopped by {signal.Signals(signum).name} after step {global_step}. Go on with the same command and "
         "`--resume_from_checkpoint latest`."
@@ -85,13 +77,7 @@ def stopped(signum: int, global_step: int) -> SystemExit:
 
 
 def not_finite(what: str, step: int, last_checkpoint: object) -> FloatingPointError:
-    """The error that stops a diverged run, and says where to go on.
-
-    Args:
-        what: Subject and verb: "The loss was".
-        step: The optimizer step at which it was seen.
-        last_checkpoint: The place to go on from, or None.
-    """
+    """The error that stops a diverged run and says where to go on; `what` is such as "The loss was"."""
     resume = (
         f"The last good checkpoint is {last_checkpoint}; go on from it with `--resume_from_checkpoint`"
         if last_checkpoint is not None

@@ -19,17 +19,7 @@ _ADAPTER = "default"
 
 
 def add_lora(model: ModelMixin, config: LoraConfig, routing: RoutingConfig, layers: tuple[str, ...]) -> None:
-    """Freeze a denoiser and give it adapters in float32, which begin at doing nothing.
-
-    Args:
-        model: The denoiser.
-        config: The adapters.
-        routing: How they are routed, if they are.
-        layers: Names of the adapted layers, or their ends, unless `--lora_layers` gives others.
-
-    Raises:
-        ValueError: If the denoiser has no such layers, they take no adapters, or the rank has no such routing.
-    """
+    """Freeze a denoiser and add adapters in float32, which begin at doing nothing, to `layers` or `--lora_layers`."""
     import peft  # an extra: `diffusers-dtr[training]`
 
     names = [name for name, _ in model.named_modules()]
@@ -61,25 +51,12 @@ def has_lora(model: ModelMixin) -> bool:
 
 
 def save_adapter(model: ModelMixin, folder: str | Path) -> None:
-    """Save a model's adapters alone, for `model.load_lora_adapter(folder, weight_name=LORA_FILE, prefix=None)`.
-
-    Args:
-        model: The denoiser.
-        folder: Is made if it does not exist.
-    """
+    """Save a model's adapters alone, for `model.load_lora_adapter(folder, weight_name=LORA_FILE, prefix=None)`."""
     save_unrouted_lora(model, folder, _ADAPTER)
 
 
 def load_adapter(model: ModelMixin, folder: str | Path) -> None:
-    """Give a model's adapters the weights that [`save_adapter`] wrote.
-
-    Args:
-        model: The denoiser, with adapters of the same layers and rank.
-        folder: The folder.
-
-    Raises:
-        ValueError: If they are of other layers or another rank.
-    """
+    """Give a model's adapters the weights that [`save_adapter`] wrote."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     saved, own = load_file(Path(folder) / LORA_FILE), get_peft_model_state_dict(model, adapter_name=_ADAPTER)
@@ -90,14 +67,7 @@ def load_adapter(model: ModelMixin, folder: str | Path) -> None:
 
 
 def save_lora(pipeline: DiffusionPipeline, model_name: str, folder: str | Path) -> None:
-    """Save a denoiser's adapters as users of its pipeline load them, and the scheduler that they were trained for.
-
-    Args:
-        pipeline: The pipeline. If it can load LoRA, so can it load these (`load_lora_weights(folder)`); else they are
-            saved for the denoiser, see [`save_adapter`].
-        model_name: What it calls the denoiser: "unet" or "transformer".
-        folder: Gets `pytorch_lora_weights.safetensors` and `scheduler/scheduler_config.json`.
-    """
+    """Save adapters as their pipeline loads them, or else their denoiser, and the scheduler."""
     model = getattr(pipeline, model_name)
     pipeline.scheduler.save_pretrained(Path(folder) / "scheduler")
     if not hasattr(pipeline, "save_lora_weights"):

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 from collections.abc import Mapping
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 
 from ..noise_levels import NoiseLevels, is_discrete, uses_learned_variance
-from .config import ModelConfig, NoiseConfig, TrainingConfig
-from .pretrained import pretrained_component, pretrained_options
+from .config import NoiseConfig, TrainingConfig
+from .pretrained import pretrained_scheduler
 
 
 logger = logging.getLogger(__name__)
@@ -64,15 +62,7 @@ def load_noise_scheduler(config: TrainingConfig) -> SchedulerMixin:
 
 
 def sampling_scheduler(config: TrainingConfig, *, latents: bool) -> SchedulerMixin:
-    """The scheduler of the trained pipeline: the pretrained one's with what the flags change, or a DDPMScheduler.
-
-    Args:
-        config: The run's configuration.
-        latents: Whether latents are learned, which unlike pixels do not end in [-1, 1].
-
-    Raises:
-        ValueError: If it cannot take the steps of validation.
-    """
+    """The trained pipeline's scheduler: the pretrained one with what the flags change, or a DDPMScheduler."""
     original = pretrained_scheduler(config.model)
     if original is None:
         variance_type = "learned_range" if config.noise.learn_sigma else "fixed_small"
@@ -82,29 +72,6 @@ def sampling_scheduler(config: TrainingConfig, *, latents: bool) -> SchedulerMix
         scheduler = _with_flags(original, config.noise)
     _check_validation_steps(config, scheduler)
     return scheduler
-
-
-def pretrained_scheduler(config: ModelConfig) -> SchedulerMixin | None:
-    """The scheduler of `--pretrained_model_name_or_path`, or None without a pretrained pipeline.
-
-    Args:
-        config: Names it.
-
-    Raises:
-        ValueError: If it has none of diffusers' schedulers.
-    """
-    if config.pretrained_model_name_or_path is None:
-        return None
-    name = pretrained_component(config, "scheduler")
-    scheduler_class = getattr(diffusers, str(name), None)
-    if not (inspect.isclass(scheduler_class) and issubclass(scheduler_class, SchedulerMixin)):
-        raise ValueError(
-            "`pretrained_model_name_or_path` must be a pipeline with a scheduler of diffusers, got "
-            f"{config.pretrained_model_name_or_path} with {name}."
-        )
-    return scheduler_class.from_pretrained(
-        config.pretrained_model_name_or_path, subfolder="scheduler", **pretrained_options(config)
-    )
 
 
 def _with_flags(original: SchedulerMixin, config: NoiseConfig) -> SchedulerMixin:

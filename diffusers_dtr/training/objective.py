@@ -1,4 +1,4 @@
-"""The clusters, the loss and the way timesteps are drawn that a script's flags ask for."""
+"""The clusters, the loss, and the way timesteps and noise are drawn that a run's flags ask for."""
 
 from __future__ import annotations
 
@@ -54,19 +54,7 @@ class Objective:
     def sample_timesteps(
         self, batch_size: int, seed: int, step: int, part: int, num_parts: int, device: torch.device
     ) -> torch.Tensor:
-        """This micro-batch's part of the timesteps that are drawn for an optimizer step.
-
-        Args:
-            batch_size: Samples of the micro-batch.
-            seed: The run's seed.
-            step: Optimizer steps done.
-            part: Number of the micro-batch among those of the step, over all processes.
-            num_parts: How many there are.
-            device: Where the result lies.
-
-        Returns:
-            `(batch_size,)`.
-        """
+        """Timesteps `(batch_size,)` of micro-batch `part` of a step's `num_parts`, over all processes."""
         parts_per_draw = self.parts_per_draw or num_parts
         draw, part = divmod(part, parts_per_draw)
         generator = generator_for(Draw.TIMESTEPS, seed, step * (num_parts // parts_per_draw) + draw)
@@ -102,14 +90,7 @@ class Objective:
         }
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
-        """Restore what `state_dict` returned.
-
-        Args:
-            state_dict: Of an objective with the same clusters, balancing and sampling.
-
-        Raises:
-            ValueError: If they are others.
-        """
+        """Restore what `state_dict` returned; a `ValueError` if clusters, balancing or sampling are others."""
         loss_fn, sampler = (
             {name.removeprefix(part): value for name, value in state_dict.items() if name.startswith(part)}
             for part in ("loss_fn.", "sampler.")
@@ -133,18 +114,7 @@ class Objective:
 def build_objective(
     config: TrainingConfig, noise_scheduler: SchedulerMixin, model: torch.nn.Module, accelerator: Accelerator
 ) -> Objective:
-    """Clusters, loss and sampling of a run.
-
-    Args:
-        config: The run's configuration.
-        noise_scheduler: Scheduler that is trained with.
-        model: The denoiser, whose gradients gradient balancing compares.
-        accelerator: Tells the processes, their device and gradient scaler.
-
-    Raises:
-        ValueError: If a flag is out of its range, the affinity is of other noise levels, or gradient balancing
-            gets fewer samples than clusters.
-    """
+    """Clusters, loss and sampling of a run."""
     levels = NoiseLevels(noise_scheduler)
     if config.objective.loss_weighting == "logit_normal" and levels.prediction_type != "flow":
         raise ValueError(
@@ -228,3 +198,21 @@ def _balancing(config: TrainingConfig, model: torch.nn.Module, accelerator: Acce
         scaler=accelerator.scaler,
         seed=config.run.seed,
     )
+
+
+def draw_noise(
+    shape: torch.Size, generator: torch.Generator, noise_offset: float = 0.0, input_perturbation: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The noise to learn and the noise to add, which are the same without `input_perturbation` (arXiv 2301.11706).
+
+    An offset is one number per sample and channel (crosslabs.org/blog/diffusion-with-offset-noise).
+    """
+
+    def draw(size: torch.Size) -> torch.Tensor:
+        return torch.randn(size, generator=generator, device=generator.device)
+
+    noise = draw(shape)
+    if noise_offset:
+        noise = noise + noise_offset * draw((*shape[:2], *(1 for _ in shape[2:])))
+    added = noise + input_perturbation * draw(shape) if input_perturbation else noise
+    return noise, added

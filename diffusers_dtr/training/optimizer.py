@@ -18,12 +18,6 @@ def build_optimizer(
     """AdamW with the hyperparameters of the flags, which loading a checkpoint leaves as they are.
 
     PyTorch would restore the old ones: a run that is resumed with a lower learning rate would go on with the old.
-
-    Args:
-        config: Learning rate and hyperparameters.
-        model: What of it requires gradients is optimized, with the flags' hyperparameters.
-        loss_fn: What its balancing learns is optimized too, with the balancing's own.
-        scale: What `--learning_rate` is multiplied by.
     """
     learning_rate = config.learning_rate * scale
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -44,14 +38,7 @@ def build_optimizer(
 def build_lr_scheduler(
     config: OptimizerConfig, optimizer: torch.optim.Optimizer, num_steps: int, global_step: int
 ) -> LambdaLR:
-    """The learning rate as a function of the step alone; not to be given to `Accelerator.prepare`.
-
-    Args:
-        config: Which course it takes.
-        optimizer: Of [`build_optimizer`], as it came from `Accelerator.prepare`.
-        num_steps: Optimizer steps of the run.
-        global_step: Optimizer steps already done.
-    """
+    """The learning rate as a function of the step alone; not to be given to `Accelerator.prepare`."""
     given = {name: vars(config).get(f"lr_{name}") for name in ("num_cycles", "power")}
     return get_scheduler(
         config.lr_scheduler,

@@ -26,7 +26,7 @@ from .families.parts import (
 from .lora import save_lora
 from .noise_schedule import sampling_scheduler
 from .pretrained import pretrained_class_names
-from .run.outputs import save_pipeline
+from .run.folder import save_pipeline
 from .run.resuming import frozen_settings
 
 
@@ -79,11 +79,7 @@ class ClassPipeline:
         self.sampling |= {"class_labels": labels, "guidance_scale": scale}
 
     def conditions(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of the denoiser beside noisy sample and timestep, on its device.
-
-        Args:
-            batch: Of [`~diffusers_dtr.training.data.loading.build_loader`].
-        """
+        """Arguments of the denoiser beside noisy sample and timestep, on its device."""
         if "class_labels" not in self.sampling:
             return {}
         device = getattr(self.pipeline, self.denoiser).device

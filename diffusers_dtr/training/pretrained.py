@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusers import ModelMixin
+import diffusers
+from diffusers import ModelMixin, SchedulerMixin
 
 from ..models.routed_model import RoutedModelMixin
 from ..pipelines.model_index import component_class_name, load_model_index, pipeline_class_name
@@ -19,14 +21,7 @@ _FORMER_NAMES = {"DiTTransformer2DModel": "Transformer2DModel"}
 
 
 def pretrained_options(config: ModelConfig) -> dict[str, Any]:
-    """Where and which files of `--pretrained_model_name_or_path` to load, as `from_pretrained` takes it.
-
-    Args:
-        config: Names it.
-
-    Raises:
-        ValueError: If a folder has no weights of the variant.
-    """
+    """Which files to load, as `from_pretrained` takes it; refuses a variant that a folder has no weights of."""
     folder = Path(config.pretrained_model_name_or_path or "")
     if config.variant is not None and folder.is_dir() and not any(folder.rglob(f"*.{config.variant}[.-]*")):
         raise ValueError(
@@ -38,23 +33,12 @@ def pretrained_options(config: ModelConfig) -> dict[str, Any]:
 def pretrained_pipeline_class(
     name_or_path: str | os.PathLike, *, revision: str | None = None, cache_dir: str | os.PathLike | None = None
 ) -> str | None:
-    """Name of a saved pipeline's class, without loading the pipeline.
-
-    Args:
-        name_or_path: Folder, or id on the Hub.
-        revision: Of the repository.
-        cache_dir: Where downloads are kept.
-    """
+    """Name of a saved pipeline's class, without loading the pipeline."""
     return pipeline_class_name(load_model_index(name_or_path, revision=revision, cache_dir=cache_dir))
 
 
 def pretrained_component(config: ModelConfig, name: str) -> str | None:
-    """Class of a component of `--pretrained_model_name_or_path`, or None if there is none.
-
-    Args:
-        config: Names it.
-        name: The component's name in the pipeline.
-    """
+    """Class of a component of `--pretrained_model_name_or_path`, or None if there is none."""
     if config.pretrained_model_name_or_path is None:
         return None
     options = {"revision": config.revision, "cache_dir": config.cache_dir}
@@ -62,14 +46,7 @@ def pretrained_component(config: ModelConfig, name: str) -> str | None:
 
 
 def pretrained_class_names(config: ModelConfig) -> dict[int, str] | None:
-    """Names of the classes of `--pretrained_model_name_or_path`, or None if it has none.
-
-    Args:
-        config: Names it.
-
-    Raises:
-        ValueError: If what the pipeline has are not names by number.
-    """
+    """Names of the classes of `--pretrained_model_name_or_path`, or None if it has none."""
     if config.pretrained_model_name_or_path is None:
         return None
     options = {"revision": config.revision, "cache_dir": config.cache_dir}
@@ -84,15 +61,7 @@ def pretrained_class_names(config: ModelConfig) -> dict[int, str] | None:
 
 
 def pretrained_denoiser(config: ModelConfig, model_classes: Mapping[str, type[RoutedModelMixin]]) -> str:
-    """What `--pretrained_model_name_or_path` calls its denoiser.
-
-    Args:
-        config: Names it.
-        model_classes: The names that it may have, and the class that each is loaded as.
-
-    Raises:
-        ValueError: If there is no denoiser of these names and classes, or of those that they route.
-    """
+    """What `--pretrained_model_name_or_path` calls its denoiser."""
     found = {name: pretrained_component(config, name) for name in model_classes}
     for name, model_class in model_classes.items():
         plain = model_class.plain_class.__name__
@@ -106,12 +75,22 @@ def pretrained_denoiser(config: ModelConfig, model_classes: Mapping[str, type[Ro
 
 
 def pretrained_config(config: ModelConfig, name: str, model_class: type[ModelMixin]) -> dict[str, Any]:
-    """The saved config of a component of `--pretrained_model_name_or_path`.
-
-    Args:
-        config: Names it.
-        name: The component's name in the pipeline.
-        model_class: The class that it is going to be loaded as.
-    """
+    """The saved config of a component of `--pretrained_model_name_or_path`."""
     options = {"revision": config.revision, "cache_dir": config.cache_dir}
     return model_class.load_config(config.pretrained_model_name_or_path, subfolder=name, **options)
+
+
+def pretrained_scheduler(config: ModelConfig) -> SchedulerMixin | None:
+    """The scheduler of `--pretrained_model_name_or_path`, or None without a pretrained pipeline."""
+    if config.pretrained_model_name_or_path is None:
+        return None
+    name = pretrained_component(config, "scheduler")
+    scheduler_class = getattr(diffusers, str(name), None)
+    if not (inspect.isclass(scheduler_class) and issubclass(scheduler_class, SchedulerMixin)):
+        raise ValueError(
+            "`pretrained_model_name_or_path` must be a pipeline with a scheduler of diffusers, got "
+            f"{config.pretrained_model_name_or_path} with {name}."
+        )
+    return scheduler_class.from_pretrained(
+        config.pretrained_model_name_or_path, subfolder="scheduler", **pretrained_options(config)
+    )

@@ -35,25 +35,12 @@ def derive_seed(*entropy: int) -> int:
 
 
 def generator_for(draw: Draw, seed: int, *place: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator that depends on its arguments alone.
-
-    Args:
-        draw: What is drawn.
-        seed: Seed of the run, >= 0.
-        *place: Where, as at [`Draw`].
-        device: Where the generator lies.
-    """
+    """A generator that depends on its arguments alone; `place` is as at [`Draw`]."""
     return torch.Generator(device).manual_seed(derive_seed(seed, *place, draw))
 
 
 def posterior_generators(seed: int, epochs: Iterable[int], indices: Iterable[int]) -> list[torch.Generator]:
-    """The generators that draw the posterior's samples of a batch, for [`~diffusers_dtr.latents.encode_images`].
-
-    Args:
-        seed: Seed of the run, >= 0.
-        epochs: A batch's `epoch`, on the CPU.
-        indices: A batch's `index`, on the CPU.
-    """
+    """The generators of a batch's latents, from its epochs and indices on the CPU."""
     pairs = zip(epochs, indices, strict=True)
     return [generator_for(Draw.POSTERIOR, seed, int(epoch), int(index)) for epoch, index in pairs]
 

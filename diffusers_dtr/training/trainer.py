@@ -21,26 +21,21 @@ from ..run_record import RUN_CONFIG
 from .agreement import check_agreement
 from .config import TrainingConfig
 from .data.loading import TrainingData, build_loader, clean_samples, held_out_samples
-from .data.samples import UnreadableImages
 from .ema import averaged_weights, build_ema, step_average
 from .interruption import Interruption, stopped
-from .noise import draw_noise
 from .noise_schedule import load_noise_scheduler
-from .objective import build_objective
+from .objective import build_objective, draw_noise
 from .optimizer import build_lr_scheduler, build_optimizer
 from .pipelines import ClassPipeline, TextPipeline
 from .randomness import Draw, generator_for, seed_model
 from .run.checkpoints import Checkpoints
-from .run.lock import unlock_run_folder
-from .run.loss_history import LossHistory
-from .run.loss_monitor import LossMonitor
-from .run.outputs import save_record
+from .run.folder import save_record, unlock_run_folder
+from .run.losses import LossHistory, LossMonitor
 from .run.record import describe_model, run_record, tracker_config
 from .run.resuming import IMAGES_PER_STEP, data_settings, run_settings
 from .run.sharing import push_result, rehearse_sharing, start_background_push
 from .run.start import start_run
-from .run.tracking import log_image
-from .validation import HeldOutLoss, ends_epochs, forward_once, save_sample_grid, try_sampling
+from .validation import HeldOutLoss, ends_epochs, forward_once, log_image, save_sample_grid, try_sampling
 
 
 logger = logging.getLogger(__name__)
@@ -138,7 +133,6 @@ class Trainer:
             config.optimizer, self.optimizer, self.max_train_steps, self.global_step
         )
         self.loader = build_loader(config, data.dataset, accelerator, self.global_step)
-        self.unreadable = UnreadableImages(self.state.unreadable_images)
         self.monitor = LossMonitor(accelerator, len(self.objective.clusters))
         self.history = LossHistory(self.output_dir, self.global_step)
         self._rehearse()
@@ -218,7 +212,6 @@ class Trainer:
         """Loss and gradients of one micro-batch: what a process feeds through the model in one forward call."""
         config, accelerator, objective = self.config, self.accelerator, self.objective
         device = accelerator.device
-        self.unreadable.update(batch["unreadable"])
         micro_batch = number * accelerator.num_processes + accelerator.process_index
         seed_model(config.run.seed, micro_batch)
         clean = clean_samples(batch, self.data.vae, config.run.seed, device)
@@ -256,7 +249,6 @@ class Trainer:
 
     def _update_state(self) -> None:
         self.state.seconds = time.perf_counter() - self._start_time
-        self.state.unreadable_images = self.unreadable.gather()
 
     def _log(self, progress_bar: tqdm) -> None:
         losses = self.monitor.read(self.checkpoints.latest())
@@ -335,7 +327,6 @@ class Trainer:
             num_images=self.num_images,
             clusters=self.objective.describe(),
             held_out=None if self.held_out_loss is None else self.held_out_loss.describe(),
-            unreadable_images=self.state.unreadable_images,
             changed_settings=self.state.changes,
             **outcome,
         )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import SchedulerMixin
@@ -94,13 +95,7 @@ class HeldOutLoss:
     def by_eighths(
         cls, noise_scheduler: SchedulerMixin, clean: torch.Tensor, batch: dict[str, torch.Tensor | list]
     ) -> HeldOutLoss:
-        """The loss that runs report, over every eighth of the timesteps.
-
-        Args:
-            noise_scheduler: Scheduler that is trained with.
-            clean: As above.
-            batch: As above.
-        """
+        """The loss that runs report, over every eighth of the timesteps."""
         eighths = cluster_timesteps(noise_scheduler, num_clusters=8, cost="uniform")
         evaluations_per_image = math.ceil(len(eighths) / len(clean))
         return cls(NoiseLevels(noise_scheduler), eighths, clean, batch, evaluations_per_image)
@@ -142,12 +137,7 @@ class HeldOutLoss:
         return HeldOutLosses((sums.sum() / counts.sum()).item(), tuple((sums / counts).tolist()))
 
     def try_out(self, denoise: Callable, device: torch.device) -> None:
-        """Measure one sample, to see that nothing fails.
-
-        Args:
-            denoise: As above.
-            device: Where the model lies.
-        """
+        """Measure one sample, to see that nothing fails."""
         self._losses(denoise, torch.arange(1), self.timesteps[:1].to(device), device)
 
     @torch.no_grad()
@@ -171,9 +161,6 @@ def forward_once(model: torch.nn.Module) -> Iterator[None]:
     """Let a model compute inputs of each shape once, and answer later ones of that shape with the same output.
 
     So a pipeline can be tried with all of its steps at the price of one.
-
-    Args:
-        model: The model. Its `forward` is its own again afterwards.
     """
     outputs = {}
     own, forward = vars(model).get("forward"), model.forward
@@ -204,26 +191,12 @@ def _select(values: torch.Tensor | list, indices: torch.Tensor) -> torch.Tensor 
 
 
 def ends_epochs(step: int, images_per_step: int, num_images: int) -> bool:
-    """Whether a step is the one in which a number of images has been seen once more.
-
-    Args:
-        step: Optimizer steps done, this one included.
-        images_per_step: Images of a step, over all processes.
-        num_images: Those of one epoch, or of several.
-    """
+    """Whether a step is the one in which a number of images has been seen once more."""
     return step * images_per_step // num_images > (step - 1) * images_per_step // num_images
 
 
 def try_sampling(sample: Callable[[], list[Image.Image]], config: TrainingConfig) -> None:
-    """Draw the images of a grid, and name the flags that they are drawn with if that fails.
-
-    Args:
-        sample: Draws the images.
-        config: The run's configuration.
-
-    Raises:
-        ValueError: If it fails, for whatever reason.
-    """
+    """Draw the images of a grid, and name the flags that they are drawn with if that fails."""
     try:
         sample()
     except Exception as error:
@@ -237,16 +210,7 @@ def try_sampling(sample: Callable[[], list[Image.Image]], config: TrainingConfig
 
 
 def save_sample_grid(images: list[Image.Image], columns: int, path: str | Path) -> Image.Image:
-    """Write images as one picture, row by row.
-
-    Args:
-        images: Of equal size; the last row is filled up with black.
-        columns: Images per row.
-        path: PNG to write.
-
-    Returns:
-        The picture.
-    """
+    """Write images of equal size as one picture, row by row; the last row is filled up with black."""
     columns = min(columns, len(images))
     missing = -len(images) % columns
     images = images + [Image.new(images[0].mode, images[0].size) for _ in range(missing)]
@@ -255,3 +219,17 @@ def save_sample_grid(images: list[Image.Image], columns: int, path: str | Path) 
     path.parent.mkdir(parents=True, exist_ok=True)
     grid.save(path)
     return grid
+
+
+def log_image(accelerator: Accelerator, name: str, image: Image.Image, step: int) -> None:
+    """Send a picture to all trackers of a run."""
+    pixels = np.asarray(image.convert("RGB"))
+    for tracker in accelerator.trackers:
+        if tracker.name == "trackio":
+            # The only one of diffusers' trackers for which accelerate has no `log_images`.
+            import trackio
+
+            tracker.log({name: trackio.Image(pixels)}, step=step)
+        else:
+            formats = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({name: pixels[None]}, step=step, **formats)

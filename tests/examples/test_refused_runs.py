@@ -8,7 +8,7 @@ import torch
 from training_runs import EXAMPLES, MODEL, SCRIPT, arguments, load_script, make_images, reset_accelerate
 
 from diffusers_dtr import DTRPipeline
-from diffusers_dtr.training.run.lock import unlock_run_folder
+from diffusers_dtr.training.run.folder import unlock_run_folder
 from diffusers_dtr.user_errors import exit_code
 
 

@@ -21,7 +21,7 @@ from training_runs import (
 )
 
 from diffusers_dtr import DTRTransformer2DModel, training
-from diffusers_dtr.training.run.loss_history import LossHistory
+from diffusers_dtr.training.run.losses import LossHistory
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -395,15 +395,11 @@ def test_missing_column_is_named_beside_those_there_are(columns, message, images
         run_main(load_script(SCRIPT), named_dataset(images, tmp_path / "run", dataset, *columns))
 
 
-def test_unreadable_image_stops_the_run_or_is_named_and_passed_over(tmp_path, caplog):
+def test_an_unreadable_image_stops_the_run_and_is_named(tmp_path):
     images = make_images(tmp_path / "images")
     (images / "a" / "000.png").write_bytes(b"not an image")
-    flags = ["--max_train_steps", 6]
-    with pytest.raises(ValueError, match=r"000\.png.*--unreadable_images skip"):
-        train(images, tmp_path / "fatal", *flags)
-    run = train(images, tmp_path / "run", *flags, "--unreadable_images", "skip")
-    assert [Path(name.split(" ")[0]).name for name in record(run)["unreadable_images"]] == ["000.png"]
-    assert sum("000.png" in message for message in caplog.messages) == 1
+    with pytest.raises(ValueError, match=r"000\.png \(row 0\) cannot be read"):
+        train(images, tmp_path / "run", "--max_train_steps", 6)
 
 
 def test_images_of_every_mode_train_together(tmp_path):

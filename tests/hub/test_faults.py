@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler
 from tiny_dit import routed_dit
 
 from diffusers_dtr import DTRPipeline, DTRTransformer2DModel
-from diffusers_dtr.training.run.outputs import save_pipeline
+from diffusers_dtr.training.run.folder import save_pipeline
 
 
 REPO = "owner/tiny"

@@ -10,7 +10,7 @@ from diffusers_dtr import DTRPipeline, DTRTransformer2DModel
 from diffusers_dtr.hub import create_run_repo, push_run
 from diffusers_dtr.hub.pushing import check_token, push_folder
 from diffusers_dtr.model_card import fetch_card
-from diffusers_dtr.training.run.background_push import BackgroundPush
+from diffusers_dtr.training.run.sharing import BackgroundPush
 
 
 REPO = "owner/tiny"

@@ -71,7 +71,7 @@ FOLDER = {
         "held_out": {"images": 5},
         "sampling": {"class_labels": [0, 1], "guidance_scale": 1.5},
         **{"versions": {"torch": "TEXT"}, "hardware": "TEXT", "mixed_precision": "TEXT"},
-        **{"num_images": 5, "num_processes": 2, "seconds": 3.5, "unreadable_images": ["TEXT"]},
+        **{"num_images": 5, "num_processes": 2, "seconds": 3.5},
     },
     "loss_history.jsonl": {"step": 1, "clusters": [0.1, None], "weights": [1.0, 1.0]},
     "metrics.json": [{"name": "TEXT", "type": "TEXT", "value": 1.5, "settings": {"TEXT": "TEXT"}, "dataset": "TEXT"}],

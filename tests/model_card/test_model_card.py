@@ -19,9 +19,8 @@ import diffusers_dtr
 from diffusers_dtr import DTRPipeline, DTRTransformer2DModel, DTRUNet2DConditionModel, DTRUNet2DModel
 from diffusers_dtr.model_card import build_model_card, fetch_card, save_metrics, save_model_card
 from diffusers_dtr.training.config import DataConfig, ModelConfig, RunConfig, TextConfig, TrainingConfig
-from diffusers_dtr.training.run.loss_history import LossHistory
-from diffusers_dtr.training.run.loss_monitor import ObservedLosses
-from diffusers_dtr.training.run.outputs import save_record
+from diffusers_dtr.training.run.folder import save_record
+from diffusers_dtr.training.run.losses import LossHistory, ObservedLosses
 from diffusers_dtr.training.run.record import describe_model, run_record
 
 
@@ -54,7 +53,7 @@ def write_record(folder: Path, model, arguments: dict = {}, **results) -> None: 
         ],
         Accelerator(cpu=True, gradient_accumulation_steps=3),
         3725.0,
-        **{"clusters": {"num_clusters": 2, "boundaries": [0, 700, 1000]}, "results": RESULTS, "unreadable_images": []},
+        **{"clusters": {"num_clusters": 2, "boundaries": [0, 700, 1000]}, "results": RESULTS},
         **{"model": describe_model(model), "num_images": 1437, "held_out": {"images": 360}},
         **results,
     )

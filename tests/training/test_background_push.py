@@ -14,9 +14,9 @@ from hub_server import AnswerStatus, CutUpload, Exchange, Fault, LoseAnswer
 from huggingface_hub import HfApi
 from tiny_dit import routed_dit
 
-from diffusers_dtr.training.run.background_push import BackgroundPush, PushReport
 from diffusers_dtr.training.run.checkpoints import Checkpoints
 from diffusers_dtr.training.run.resuming import RunState
+from diffusers_dtr.training.run.sharing import BackgroundPush, PushReport
 
 
 REPO = "owner/digits"
@@ -208,7 +208,7 @@ def test_an_upload_that_hangs_is_not_waited_for_beyond_the_time_given(hub, hold,
 @pytest.mark.slow
 def test_a_process_ends_though_an_upload_hangs(hub, hold, output_dir, fresh_process):
     code = f"""
-        from diffusers_dtr.training.run.background_push import BackgroundPush
+        from diffusers_dtr.training.run.sharing import BackgroundPush
         push = BackgroundPush({str(output_dir)!r})
         push.push_checkpoint({str(checkpoint(output_dir, 10))!r}, 10)
         print(list(push.finish(timeout=5).failed))

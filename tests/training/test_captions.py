@@ -7,10 +7,9 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from diffusers_dtr.training.data.batches import TrainingBatches
 from diffusers_dtr.training.data.captions import CaptionedDataset, Captions
 from diffusers_dtr.training.data.images import ImageTransform
-from diffusers_dtr.training.data.samples import ImageDataset, collate_samples
+from diffusers_dtr.training.data.samples import ImageDataset, TrainingBatches
 from diffusers_dtr.training.data.training_images import load_training_images
 
 
@@ -25,7 +24,7 @@ class Rows:
 
     def __getitem__(self, item: tuple[int, int]) -> dict:
         epoch, index = item
-        return {"epoch": epoch, "index": index, "row": index, "unreadable": []}
+        return {"epoch": epoch, "index": index}
 
 
 def captions(*rows, **features) -> Captions:
@@ -83,7 +82,7 @@ def test_workers_draw_the_same():
 
     def read(num_workers):
         batches = TrainingBatches(8, 4, seed=0)
-        loader = DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=collate_samples)
+        loader = DataLoader(dataset, batch_sampler=batches, num_workers=num_workers)
         return [batch["caption"] for batch in islice(loader, 4)]
 
     assert read(2) == read(0)
@@ -120,27 +119,24 @@ def test_empty_captions_need_a_seed():
         CaptionedDataset(Rows(1), captions("a"), proportion_empty=0.1)
 
 
-def make_image_folder(folder: Path, names: list[str], broken: tuple[str, ...] = ()) -> Path:
+def make_image_folder(folder: Path, names: list[str]) -> Path:
     folder.mkdir()
     lines = []
     for number, name in enumerate(names):
         Image.new("L", (8, 8), 40 * number).save(folder / f"{name}.png")
         lines.append(json.dumps({"file_name": f"{name}.png", "text": f"about {name}"}))
-    for name in broken:
-        (folder / f"{name}.png").write_bytes(b"broken")
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     return folder
 
 
-def test_captions_of_an_image_folder_belong_to_the_image_that_was_read(tmp_path):
-    """Also where another image takes the place of one that cannot be read."""
-    folder = make_image_folder(tmp_path / "images", ["a", "b", "c"], broken=("b",))
+def test_captions_of_an_image_folder_belong_to_its_images(tmp_path):
+    folder = make_image_folder(tmp_path / "images", ["a", "b", "c"])
     images = load_training_images(
         train_data_dir=folder, label_column=None, caption_column="text", cache_dir=tmp_path / "cache"
     )
-    dataset = ImageDataset(images, ImageTransform(8, channels=1), seed=0, on_unreadable="skip")
+    dataset = ImageDataset(images, ImageTransform(8, channels=1), seed=0)
     captioned = CaptionedDataset(dataset, images.captions, seed=0)
-    assert drawn(captioned, range(1)) == ["about a", "about c", "about c"]
+    assert drawn(captioned, range(1)) == ["about a", "about b", "about c"]
 
 
 def test_a_column_that_is_not_there_is_refused_and_the_others_are_named(tmp_path):

@@ -1,5 +1,4 @@
 import json
-import logging
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -21,7 +20,6 @@ from diffusers_dtr.training.data.loading import (
     held_out_dataset,
     held_out_samples,
 )
-from diffusers_dtr.training.data.samples import UnreadableImages
 from diffusers_dtr.training.data.training_images import TrainingImages
 
 
@@ -132,11 +130,6 @@ def test_every_held_out_image_is_there_once_up_to_the_limit(folder):
     assert len(batch["labels"]) == 6
 
 
-def test_held_out_images_are_encoded_if_latents_are_learned(folder):
-    samples, _ = held_out(folder, vae=tiny_vae())
-    assert samples.shape[1] == 4
-
-
 def test_unlabelled_training_needs_no_held_out_labels(folder):
     images = load_images(config_of(folder, label_column=None))
     assert "labels" not in held_out(folder, images=images)[1]
@@ -195,30 +188,3 @@ def test_held_out_images_have_the_labels_that_the_training_images_have_for_their
 def test_held_out_images_must_be_of_classes_that_are_trained_on(folder, tmp_path):
     with pytest.raises(ValueError, match=r"must be among a, b, got c\."):
         held_out(folder, put_images(tmp_path / "validation", "bc"))
-
-
-def test_held_out_numbers_beyond_those_of_the_training_images_are_refused(folder, tmp_path):
-    for split, labels in {"train": (0, 1), "validation": (0, 2)}.items():
-        (tmp_path / split).mkdir()
-        for label in labels:
-            Image.new("L", (8, 8)).save(tmp_path / split / f"{label}.png")
-        lines = [json.dumps({"file_name": f"{label}.png", "label": label}) for label in labels]
-        (tmp_path / split / "metadata.jsonl").write_text("\n".join(lines))
-    images = load_images(config_of(tmp_path / "train"))
-    with pytest.raises(ValueError, match="The images have 3 classes, but the model knows 2"):
-        held_out(tmp_path / "train", tmp_path / "validation", images=images)
-
-
-def test_unreadable_images_are_counted_and_named_once_each(caplog):
-    unreadable = UnreadableImages()
-    with caplog.at_level(logging.WARNING):
-        for names in (["b.png", "a.png", "b.png"], [], ["a.png", "c.png"]):
-            unreadable.update(names)
-    assert [message.split(";")[0] for message in caplog.messages] == [
-        "Cannot read b.png",
-        "Cannot read a.png",
-        "Cannot read c.png",
-    ]
-    assert "(3 so far)" in caplog.messages[-1]
-    Accelerator(cpu=True)
-    assert unreadable.gather() == ["a.png", "b.png", "c.png"]

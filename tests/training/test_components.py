@@ -20,10 +20,9 @@ from diffusers_dtr import (
     DTRUNet2DModel,
 )
 from diffusers_dtr.training import load_noise_scheduler, load_vae, resolve_resolution
-from diffusers_dtr.training.components import check_direction, denoiser_routing
+from diffusers_dtr.training.components import check_direction, denoiser_routing, sample_size
 from diffusers_dtr.training.config import ModelConfig
 from diffusers_dtr.training.pretrained import pretrained_component, pretrained_denoiser
-from diffusers_dtr.training.sizes import sample_size
 
 
 TWO_BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}

@@ -124,11 +124,11 @@ def test_labels_of_other_types_are_an_error(labels):
         training_images(table(labels))
 
 
-def test_an_unreadable_image_is_named_by_path_and_row_with_the_flag_that_skips_it(tmp_path):
+def test_an_unreadable_image_is_named_by_path_and_row(tmp_path):
     folder = make_folder(tmp_path / "data")
     (folder / "dog" / "0.png").write_bytes(b"")
     images = load_training_images(train_data_dir=folder, cache_dir=tmp_path / "cache")
-    with pytest.raises(UnreadableImageError, match=r"dog/0\.png \(row 2\) .*--unreadable_images skip"):
+    with pytest.raises(UnreadableImageError, match=r"dog/0\.png \(row 2\) .*Replace it, or leave it out"):
         images.read(2)
 
 

@@ -12,10 +12,9 @@ from tiny_autoencoders import tiny_taesd, tiny_vae
 from torch.utils.data import DataLoader
 
 from diffusers_dtr.latents import encode_images
-from diffusers_dtr.training.data.batches import TrainingBatches
 from diffusers_dtr.training.data.images import ImageTransform, UnreadableImageError
 from diffusers_dtr.training.data.latent_cache import cache_latents
-from diffusers_dtr.training.data.samples import ImageDataset, collate_samples
+from diffusers_dtr.training.data.samples import ImageDataset, TrainingBatches
 from diffusers_dtr.training.data.training_images import TrainingImages, load_training_images
 from diffusers_dtr.training.randomness import posterior_generators
 
@@ -50,25 +49,20 @@ def cache(folder: Path, *, vae=None, transform=TRANSFORM, images=None, **options
 
 def batches(dataset, num_workers: int = 0) -> list[dict]:
     order = TrainingBatches(len(dataset), 4, seed=7)
-    loader = DataLoader(dataset, batch_sampler=order, num_workers=num_workers, collate_fn=collate_samples)
-    return list(islice(loader, 4))
+    return list(islice(DataLoader(dataset, batch_sampler=order, num_workers=num_workers), 4))
 
 
 @pytest.mark.parametrize("make_vae", [tiny_vae, tiny_taesd])
 @pytest.mark.parametrize("random_flip", [False, True])
-@pytest.mark.parametrize("broken", [(), ("a/2.png", "b/3.png", "b/5.png")])
-def test_cached_latents_are_those_encoded_on_the_fly(folder, make_vae, random_flip, broken):
-    for name in broken:
-        (folder / name).write_bytes(b"broken")
+def test_cached_latents_are_those_encoded_on_the_fly(folder, make_vae, random_flip):
     vae, images, transform = make_vae(), load(folder), replace(TRANSFORM, random_flip=random_flip)
-    cached = cache(folder, vae=vae, images=images, transform=transform, on_unreadable="skip")
-    fresh = ImageDataset(images, transform, seed=7, on_unreadable="skip")
+    cached = cache(folder, vae=vae, images=images, transform=transform)
+    fresh = ImageDataset(images, transform, seed=7)
     for left, right in zip(batches(cached), batches(fresh), strict=True):
         generators = posterior_generators(7, right["epoch"], right["index"])
         torch.testing.assert_close(left["latents"], encode_images(vae, right["pixel_values"], generators))
         assert torch.equal(left["labels"], right["labels"])
-        assert all(torch.equal(left[name], right[name]) for name in ("row", "original_size", "crop_top_left"))
-        assert left["unreadable"] == right["unreadable"]
+        assert all(torch.equal(left[name], right[name]) for name in ("index", "original_size", "crop_top_left"))
 
 
 def test_every_epoch_draws_a_sample_of_its_own(folder):
@@ -170,61 +164,6 @@ def test_an_interrupted_run_leaves_no_cache(folder):
     assert caches(folder) == []
 
 
-def test_a_half_written_cache_is_not_picked_up(folder, monkeypatch):
-    monkeypatch.setattr(Path, "rename", lambda *_: pytest.fail("killed"))
-    monkeypatch.setattr("diffusers_dtr.atomic_files.TemporaryDirectory", UncleanedDirectory)
-    with pytest.raises(pytest.fail.Exception):
-        cache(folder)
-    monkeypatch.undo()
-    assert len(caches(folder)) == 1
-    assert cache(folder).moments.shape == (6, 2, 2, 4, 4, 4)
-    assert len(caches(folder)) == 2
-
-
-class UncleanedDirectory:
-    """What a killed process leaves behind."""
-
-    def __init__(self, prefix: str, suffix: str, dir: Path):
-        self.path = dir / f"{prefix}killed{suffix}"
-
-    def __enter__(self) -> str:
-        self.path.mkdir()
-        return str(self.path)
-
-    def __exit__(self, *_):
-        pass
-
-
-def test_two_runs_may_make_the_same_cache_at_once(folder, monkeypatch):
-    rename = Path.rename
-
-    def beaten(partial: Path, target: Path):
-        monkeypatch.setattr(Path, "rename", rename)
-        cache(folder)
-        return rename(partial, target)
-
-    monkeypatch.setattr(Path, "rename", beaten)
-    assert len(cache(folder)) == 6
-    assert len(caches(folder)) == 1
-
-
-def test_a_cache_made_by_skipping_is_an_error_for_a_run_that_does_not_skip(folder):
-    (folder / "a" / "1.png").write_bytes(b"broken")
-    cache(folder, on_unreadable="skip")
-    with pytest.raises(UnreadableImageError, match=r"1\.png \(row 1\) could not .*--unreadable_images skip"):
-        cache(folder, on_unreadable="error")
-
-
 def test_random_crops_cannot_be_cached(folder):
     with pytest.raises(ValueError, match="--center_crop"):
         cache(folder, transform=replace(TRANSFORM, center_crop=False))
-
-
-def test_a_cache_that_cannot_be_renamed_is_an_error(folder, monkeypatch):
-    def refuse(*_):
-        raise PermissionError("refused")
-
-    monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(PermissionError, match="refused"):
-        cache(folder)
-    assert caches(folder) == []

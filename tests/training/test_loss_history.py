@@ -8,8 +8,7 @@ import pytest
 from PIL import Image
 from sudden_death import die_before_every_change
 
-from diffusers_dtr.training.run.loss_history import LossHistory
-from diffusers_dtr.training.run.loss_monitor import ObservedLosses
+from diffusers_dtr.training.run.losses import LossHistory, ObservedLosses
 
 
 def observed(step: int) -> ObservedLosses:

@@ -5,7 +5,7 @@ import torch
 from accelerate import Accelerator
 
 from diffusers_dtr.objective.clustered_loss import ClusteredLossOutput
-from diffusers_dtr.training.run.loss_monitor import LossMonitor
+from diffusers_dtr.training.run.losses import LossMonitor
 
 
 def losses(per_cluster: list[float], counts: list[int], loss: float = 1.0) -> ClusteredLossOutput:

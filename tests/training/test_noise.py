@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from diffusers_dtr.training.noise import draw_noise
+from diffusers_dtr.training.objective import draw_noise
 
 
 SHAPE = torch.Size((4000, 3, 2, 2))

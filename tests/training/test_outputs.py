@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL, DDPMScheduler
 from sudden_death import die_before_every_change
 
 from diffusers_dtr import DTRPipeline, DTRTransformer2DModel
-from diffusers_dtr.training.run.outputs import check_output_dir, save_pipeline, save_record
+from diffusers_dtr.training.run.folder import check_output_dir, save_pipeline, save_record
 
 
 def make_pipeline(seed: int = 0, vae: bool = False) -> DTRPipeline:

@@ -52,8 +52,8 @@ def test_record_is_json_without_the_token():
 
 def test_paths_inside_a_configuration_and_results_become_placeholders(here):
     config = {"sub": [{"file": f"{here}/a.bin"}], "n": 1}
-    record = make_record("--model_config", json.dumps(config), unreadable_images=[f"{here}/x/1.png (row 7)"])
-    assert record["unreadable_images"] == ["path/to/1.png (row 7)"]
+    record = make_record("--model_config", json.dumps(config), images=[f"{here}/x/1.png (row 7)"])
+    assert record["images"] == ["path/to/1.png (row 7)"]
     assert json.loads(shlex.split(record["command"])[-1]) == {"sub": [{"file": "path/to/a.bin"}], "n": 1}
 
 

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_dtr.training.run import lock
-from diffusers_dtr.training.run.lock import lock_run_folder, unlock_run_folder
+from diffusers_dtr.training.run import folder as run_folder
+from diffusers_dtr.training.run.folder import lock_run_folder, unlock_run_folder
 
 
 # As a run has them while its images are loaded, so that it leaves them behind when it is killed
 WITH_A_WORKER = """
 import multiprocessing, sys, time
-from diffusers_dtr.training.run.lock import lock_run_folder
+from diffusers_dtr.training.run.folder import lock_run_folder
 lock_run_folder(sys.argv[1])
 multiprocessing.get_context("fork").Process(target=time.sleep, args=(3,)).start()
 print("locked", flush=True)
@@ -27,9 +27,9 @@ time.sleep(60)
 
 @pytest.fixture(autouse=True)
 def nothing_held(monkeypatch):
-    monkeypatch.setattr(lock, "_held", {})
+    monkeypatch.setattr(run_folder, "_held", {})
     yield
-    lock._unlock_all()
+    run_folder._unlock_all()
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_a_process_may_take_its_folder_again(tmp_path, monkeypatch):
     lock_run_folder(tmp_path)
     lock_run_folder(Path("."))
     unlock_run_folder(tmp_path)
-    monkeypatch.setattr(lock, "_held", {})  # as another process would find it
+    monkeypatch.setattr(run_folder, "_held", {})  # as another process would find it
     lock_run_folder(tmp_path)
 
 
@@ -117,7 +117,7 @@ def test_a_lock_that_is_deleted_at_the_end_is_never_held_by_two(tmp_path):
 
 @pytest.mark.parametrize("end", ["sys.exit(2)", "raise KeyError('a bug')", "pass"])
 def test_the_end_of_a_process_leaves_no_lock(end, tmp_path):
-    code = f"import sys; from diffusers_dtr.training.run.lock import *; lock_run_folder(sys.argv[1]); {end}"
+    code = f"import sys; from diffusers_dtr.training.run.folder import *; lock_run_folder(sys.argv[1]); {end}"
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], capture_output=True)
     assert [*tmp_path.iterdir()] == []
 

@@ -1,15 +1,18 @@
-from itertools import islice
+"""Samples, and their order: functions of a seed and a place alone."""
+
+from itertools import chain, islice
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from diffusers_dtr.training.data.batches import TrainingBatches
 from diffusers_dtr.training.data.images import ImageTransform, UnreadableImageError
-from diffusers_dtr.training.data.samples import ImageDataset, collate_samples
+from diffusers_dtr.training.data.samples import ImageDataset, TrainingBatches
 from diffusers_dtr.training.data.training_images import TrainingImages, training_images
 
 
@@ -26,36 +29,33 @@ def make_images(broken=(), count: int = 6, label_column: str | None = "label") -
 
 def batches(dataset: ImageDataset, *, start_step: int = 0, count: int = 4, num_workers: int = 0) -> list[dict]:
     order = TrainingBatches(len(dataset), 4, seed=dataset.seed, start_step=start_step)
-    loader = DataLoader(dataset, batch_sampler=order, num_workers=num_workers, collate_fn=collate_samples)
-    return list(islice(loader, count))
+    return list(islice(DataLoader(dataset, batch_sampler=order, num_workers=num_workers), count))
 
 
-def assert_same(left: list[dict], right: list[dict]) -> None:
-    for one, other in zip(left, right, strict=True):
-        assert one.keys() == other.keys()
-        assert one["unreadable"] == other["unreadable"]
-        assert all(torch.equal(one[key], other[key]) for key in ("pixel_values", "labels", "epoch", "index"))
+def stream(batches: TrainingBatches, steps: int) -> list[tuple[int, int]]:
+    return list(chain.from_iterable(islice(batches, steps)))
 
 
-def test_a_batch_has_images_and_labels():
+# ---- samples
+
+
+def test_a_batch_has_images_and_labels_if_there_are_any():
     batch = batches(ImageDataset(make_images(), TRANSFORM, seed=0))[0]
     assert batch["pixel_values"].shape == (4, 3, 8, 8)
     assert batch["pixel_values"].dtype == torch.float32
     assert batch["labels"].dtype == torch.int64
     assert torch.equal(batch["labels"], batch["index"])
-    assert batch["unreadable"] == []
-
-
-def test_images_without_labels_make_batches_without_labels():
     assert "labels" not in batches(ImageDataset(make_images(label_column=None), TRANSFORM, seed=0))[0]
 
 
-@pytest.mark.parametrize("broken", [(), (1, 4)])
-def test_workers_and_resuming_change_nothing(broken):
-    dataset = ImageDataset(make_images(broken), TRANSFORM, seed=0, on_unreadable="skip")
+def test_workers_and_resuming_change_nothing():
+    dataset = ImageDataset(make_images(), TRANSFORM, seed=0)
     uninterrupted = batches(dataset)
-    assert_same(batches(dataset, num_workers=2), uninterrupted)
-    assert_same(batches(dataset, start_step=2, count=2, num_workers=2), uninterrupted[2:])
+    for start in (0, 2):
+        again = batches(dataset, start_step=start, count=4 - start, num_workers=2)
+        for one, other in zip(again, uninterrupted[start:], strict=True):
+            assert one.keys() == other.keys()
+            assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_augmentation_changes_with_the_epoch_the_index_and_the_seed():
@@ -72,39 +72,55 @@ def test_augmentation_changes_with_the_epoch_the_index_and_the_seed():
     assert any(not torch.equal(one, other) for one, other in zip(samples[:8], samples[16:], strict=True))
 
 
-def test_an_unreadable_image_is_an_error_by_default():
-    dataset = ImageDataset(make_images(broken=[2]), TRANSFORM, seed=0)
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_unreadable_image_is_named(num_workers):
     with pytest.raises(UnreadableImageError, match=r"2\.png \(row 2\)"):
-        dataset[0, 2]
+        batches(ImageDataset(make_images(broken=[2]), TRANSFORM, seed=0), num_workers=num_workers)
 
 
-def test_an_error_in_a_worker_still_names_the_image():
-    with pytest.raises(UnreadableImageError, match=r"2\.png \(row 2\)"):
-        batches(ImageDataset(make_images(broken=[2]), TRANSFORM, seed=0), num_workers=1)
+# ---- their order
 
 
-def test_the_next_readable_row_takes_the_place_of_unreadable_ones():
-    transform = ImageTransform(resolution=8, center_crop=True)
-    dataset = ImageDataset(make_images(broken=[0, 3, 4, 5]), transform, seed=0, on_unreadable="skip")
-    sample = dataset[0, 3]
-    assert torch.equal(sample["pixel_values"], dataset[0, 1]["pixel_values"])
-    assert (sample["index"], sample["row"], sample["labels"]) == (3, 1, 1)
-    assert sample["unreadable"] == [f"{row}.png (row {row})" for row in (3, 4, 5, 0)]
+@given(num_samples=st.integers(1, 20), batch_size=st.integers(1, 50), seed=st.integers(0, 2**40))
+def test_every_epoch_has_every_sample_once(num_samples, batch_size, seed):
+    steps = -(-3 * num_samples // batch_size)
+    items = stream(TrainingBatches(num_samples, batch_size, seed=seed), steps)
+    for epoch in range(3):
+        assert sorted(items[epoch * num_samples : (epoch + 1) * num_samples]) == [
+            (epoch, index) for index in range(num_samples)
+        ]
 
 
-def test_a_batch_names_all_images_that_were_passed_over():
-    dataset = ImageDataset(make_images(broken=[1, 4]), TRANSFORM, seed=0, on_unreadable="skip")
-    first_epoch = batches(dataset, count=3)
-    assert {len(batch["labels"]) for batch in first_epoch} == {4}
-    assert {name for batch in first_epoch for name in batch["unreadable"]} == {"1.png (row 1)", "4.png (row 4)"}
+@given(num_samples=st.integers(1, 20), batch_size=st.integers(1, 9), start_step=st.integers(0, 30))
+def test_resuming_at_a_step_continues_the_uninterrupted_stream(num_samples, batch_size, start_step):
+    uninterrupted = islice(TrainingBatches(num_samples, batch_size, seed=3), start_step, start_step + 4)
+    resumed = TrainingBatches(num_samples, batch_size, seed=3, start_step=start_step)
+    assert list(islice(resumed, 4)) == list(uninterrupted)
 
 
-def test_no_readable_image_at_all_is_an_error():
-    dataset = ImageDataset(make_images(broken=range(6)), TRANSFORM, seed=0, on_unreadable="skip")
-    with pytest.raises(UnreadableImageError, match="None of the 6 images can be read"):
-        dataset[0, 3]
+@given(num_samples=st.integers(1, 20), num_processes=st.sampled_from([1, 2, 3, 6]))
+def test_the_global_order_does_not_depend_on_the_number_of_processes(num_samples, num_processes):
+    processes = [
+        TrainingBatches(num_samples, 6 // num_processes, seed=3, num_processes=num_processes, process_index=index)
+        for index in range(num_processes)
+    ]
+    together = [item for step in range(7) for process in processes for item in process.batch(step)]
+    assert together == stream(TrainingBatches(num_samples, 6, seed=3), 7)
 
 
-def test_an_unknown_policy_is_an_error():
-    with pytest.raises(ValueError, match=r"`on_unreadable` must be one of error, skip, got 'ignore'"):
-        ImageDataset(make_images(), TRANSFORM, seed=0, on_unreadable="ignore")
+def test_resuming_far_into_training_takes_no_detour(monkeypatch):
+    batches = TrainingBatches(1000, 8, seed=0, start_step=10**12)
+    asked = []
+    order = batches._order
+    monkeypatch.setattr(batches, "_order", lambda epoch: asked.append(epoch) or order(epoch))
+    assert next(iter(batches))[0][0] == 8 * 10**12 // 1000
+    assert len(asked) == 1
+
+
+def test_orders_differ_between_epochs_and_between_neighbouring_seeds():
+    orders = {
+        tuple(index for _, index in TrainingBatches(50, 50, seed=seed).batch(epoch))
+        for seed in range(4)
+        for epoch in range(4)
+    }
+    assert len(orders) == 16

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from PIL import Image
 
-from diffusers_dtr.training.run.tracking import log_image
+from diffusers_dtr.training.validation import log_image
 
 
 PICTURE = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4))

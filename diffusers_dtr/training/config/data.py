@@ -93,9 +93,6 @@ class DataConfig(Options):
     max_train_samples: Count | None = option(None, "Train on so many images, drawn with the seed. Default all.")
     center_crop: bool = option(False, "Crop the middle rather than a random part.")
     random_flip: bool = option(False, "Mirror half of the images.")
-    unreadable_images: Literal["error", "skip"] = option(
-        "error", "What to do about an image that cannot be decoded: stop, or take the next one and report it."
-    )
     dataloader_num_workers: Whole = option(0, "Processes that load images.")
     cache_latents: bool = option(False, "Encode all images once, before training.")
 

@@ -42,11 +42,7 @@ def option(default: Any = MISSING, help: str | None = None, **argparse_options: 
 
 
 class Options:
-    """Base of the parts of a run's configuration: checks every field's type, choices and range.
-
-    Raises:
-        ValueError: If a field is of another type, or outside its range or choices.
-    """
+    """Base of the parts of a run's configuration: checks every field's type, choices and range."""
 
     def __post_init__(self):
         hints = _hints(type(self))
@@ -66,25 +62,12 @@ class Options:
             check_types({flag: _plain_hints(type(self))[name]}, {flag: value}, "a run")
 
     def is_default(self, name: str) -> bool:
-        """Whether a field has its default.
-
-        Args:
-            name: Of the field.
-        """
+        """Whether a field has its default."""
         (item,) = (item for item in fields(self) if item.name == name)
         return getattr(self, name) == item.default
 
     def effect_only(self, needed: bool, condition: str, *names: str) -> None:
-        """Refuse fields that were given although they have no effect.
-
-        Args:
-            needed: Whether they have one.
-            condition: When they have one, for the error.
-            *names: Of the fields.
-
-        Raises:
-            ValueError: If one of them is not its default.
-        """
+        """Refuse fields that were given although they have no effect; `condition` says when they have one."""
         for name in () if needed else names:
             if not self.is_default(name):
                 raise ValueError(f"`--{name}` has an effect {condition} only.")

@@ -114,11 +114,7 @@ class TrainingConfig:
         return {name: getattr(part, name) for part in self._parts() for name in _names(type(part))}
 
     def replace(self, **changes: Any) -> TrainingConfig:
-        """The same configuration with other values of some options.
-
-        Args:
-            **changes: By the options' names.
-        """
+        """The same configuration with other values of some options."""
         parts = {}
         for item in fields(self):
             part = getattr(self, item.name)
@@ -130,26 +126,14 @@ class TrainingConfig:
         return TrainingConfig(**parts)
 
     def with_max_train_steps(self, num_images: int, images_per_step: int) -> TrainingConfig:
-        """The same configuration with a number of steps: that of its epochs, unless it has one.
-
-        Args:
-            num_images: Images of an epoch.
-            images_per_step: Images of all processes and forward calls of an optimizer step.
-
-        Raises:
-            ValueError: If a warm-up would not end before the run.
-        """
+        """The same configuration with a number of steps: that of its epochs, unless it has one."""
         steps = self.run.max_train_steps
         if steps is None:
             steps = math.ceil(self.run.num_train_epochs * num_images / images_per_step)
         return self.replace(max_train_steps=steps)
 
     def save(self, path: Path) -> None:
-        """Write the options that are not the default as JSON that [`parse_config`] reads; no token, and no resumption.
-
-        Args:
-            path: The file.
-        """
+        """Write what is not the default as JSON that [`parse_config`] reads; no token, and no resumption."""
         given = {
             name: getattr(part, name)
             for part in self._parts()
@@ -164,15 +148,7 @@ class TrainingConfig:
 
 
 def check_warm_ups(config: TrainingConfig, num_steps: int) -> None:
-    """Refuse what would rise or fall until after the run.
-
-    Args:
-        config: The run's configuration.
-        num_steps: Optimizer steps of the run.
-
-    Raises:
-        ValueError: Naming the option, its value and the number of steps.
-    """
+    """Refuse what would rise or fall until after the run."""
     warmup, routing = config.optimizer.lr_warmup_steps, config.routing.routing_warmup_steps
     if warmup >= num_steps:
         raise ValueError(

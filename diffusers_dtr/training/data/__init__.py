@@ -1,7 +1,7 @@
 """Images, videos and captions: found, decoded, cached and put into batches."""
 
 from .captions import CaptionedDataset
-from .classes import match_classes
+from .classes import match_classes, match_pretrained_classes
 from .loading import TrainingData, build_loader, held_out_samples, load_data, load_images
 
 
@@ -13,4 +13,5 @@ __all__ = [
     "load_data",
     "load_images",
     "match_classes",
+    "match_pretrained_classes",
 ]

@@ -19,15 +19,7 @@ _ROWS_AT_ONCE = 10_000
 
 
 class Captions:
-    """The captions of a dataset, one or several per row, read as they are needed.
-
-    Args:
-        dataset: A map-style dataset.
-        column: One of its columns, of strings or lists of strings. An empty string is a caption too.
-
-    Raises:
-        ValueError: If the column holds something else, or a row has no caption.
-    """
+    """The captions of a dataset, one or several per row, read as they are needed; one may be empty."""
 
     def __init__(self, dataset: datasets.Dataset, column: str):
         feature = dataset.features[column]
@@ -81,7 +73,7 @@ class CaptionedDataset(Dataset):
     """Adds a `caption` to the samples of a dataset of images or latents.
 
     Args:
-        dataset: Its samples tell the `row` that they are of.
+        dataset: Its samples are of (epoch, index).
         captions: Of its rows.
         seed: Seed of the run, >= 0: one of a row's captions is drawn, depending on (seed, epoch, index) alone. None
             gives every row its first caption.
@@ -107,7 +99,7 @@ class CaptionedDataset(Dataset):
     def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
         """The sample of an (epoch, index) with its `caption`."""
         sample = self.dataset[item]
-        captions = self.captions[sample["row"]]
+        captions = self.captions[item[1]]
         if self.seed is None:
             return sample | {"caption": captions[0]}
         generator = generator_for(Draw.CAPTION, self.seed, *item)

@@ -8,7 +8,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from ...models.dit import DTRTransformer2DModel
 from ...pipelines.class_labels import classes_by_name
+from ..config import ModelConfig
+from ..pretrained import pretrained_class_names
 from .training_images import TrainingImages
 
 
@@ -59,6 +62,23 @@ def match_classes(
         logger.warning(f"New classes, from label {num_classes} on: {_first(names[found[label]] for label in new)}.")
     labels = np.array([found[label] for label in range(images.num_classes)])[images.labels]
     return replace(images, labels=labels, num_classes=num_classes + len(new), id2label=names), True
+
+
+def match_pretrained_classes(
+    config: ModelConfig, model: DTRTransformer2DModel, images: TrainingImages
+) -> TrainingImages:
+    """The images with the pretrained model's numbers for the classes whose names it knows.
+
+    Args:
+        config: Names the pretrained pipeline.
+        model: Its denoiser, which gets new embeddings where there are other or more classes.
+        images: With class labels.
+    """
+    names, num_classes = pretrained_class_names(config), model.config.num_embeds_ada_norm
+    images, known = match_classes(images, names, num_classes or 0, new_classes=True)
+    if not known or images.num_classes > num_classes:
+        model.replace_classes(images.num_classes, keep=known)
+    return images
 
 
 def _match_by_number(

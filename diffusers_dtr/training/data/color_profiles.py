@@ -17,15 +17,10 @@ _ROUNDING = 1
 
 
 def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Converts an image from the colour space of a profile.
+    """Converts an image of mode L, RGB, RGBA or CMYK from the colour space of an ICC profile to sRGB.
 
-    Args:
-        image: Of mode L, RGB, RGBA or CMYK.
-        profile: An ICC profile. Without one, or with one that is damaged or of other colours than the image's (an RGB
-            profile in a grey image), the numbers are taken for sRGB, as browsers do.
-
-    Returns:
-        An image of mode L, RGB or RGBA.
+    Without a profile, or with one that is damaged or of other colours than the image's (an RGB profile in a grey
+    image), the numbers are taken for sRGB, as browsers do.
     """
     mode = "RGB" if image.mode == "CMYK" else image.mode
     transform = None if profile is None else _transform(profile, image.mode)

@@ -61,16 +61,7 @@ def image_suffixes() -> frozenset[str]:
 
 
 def scan_folder(folder: str | os.PathLike, cache_dir: str | os.PathLike | None = None) -> list[FoundFile]:
-    """All files of a folder, also of what links in it lead to and of its zip files, in the order of their places.
-
-    Args:
-        folder: The folder.
-        cache_dir: Where zip files are unpacked; by default where 🤗 datasets keeps what it prepares.
-
-    Raises:
-        OSError: If something in it cannot be read.
-        ValueError: For a damaged or encrypted zip file.
-    """
+    """All files of a folder, of what links in it lead to and of its zip files, in the order of their places."""
     files: list[FoundFile] = []
 
     def visit(path: str, place: str, hidden: bool, above: frozenset[str]) -> None:
@@ -102,15 +93,7 @@ def _kind(entry: os.DirEntry) -> str:
 
 
 def unzip(archive: str, cache_dir: str | os.PathLike | None = None) -> str:
-    """The folder into which a zip file was unpacked, once for each of its versions.
-
-    Args:
-        archive: Its path.
-        cache_dir: As in [`scan_folder`].
-
-    Raises:
-        ValueError: If it is damaged or encrypted.
-    """
+    """The folder into which a zip file was unpacked, once for each of its versions."""
     status = os.stat(archive)
     key = content_key({"path": os.path.realpath(archive), "size": status.st_size, "time": status.st_mtime_ns}, [])
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).absolute() / "unzipped" / key
@@ -139,17 +122,6 @@ def load_image_folder(
 
     Labels and captions come from the folder's metadata files, as in the imagefolder of 🤗 datasets. Without labels
     there, the folders at the top are the classes, however deep in them images lie. Without both, all images are used.
-
-    Args:
-        folder: The folder; what it holds is logged.
-        image_column: Name of the column of images.
-        label_column: Name of the column of labels, or None.
-        caption_column: Name of the column of captions, or None.
-        min_classes: How many folders at the top there must be where they are the classes.
-        cache_dir: As in [`scan_folder`], and where `datasets` keeps what it prepares.
-
-    Raises:
-        ValueError: If there are no such images. It says what was found.
     """
     files = scan_folder(folder, cache_dir)
     images = [file for file in files if file.kind == IMAGE]
@@ -190,15 +162,7 @@ def report(
     unused_images: str,
     classes: Iterable[str] | None = None,
 ) -> None:
-    """Log how many files of a folder are used, and how many are not and why, with examples.
-
-    Args:
-        folder: The folder.
-        files: Of [`scan_folder`].
-        used: Paths of those that are used.
-        unused_images: Why an image is not.
-        classes: Its folders that are classes, if they are. Others at the top are named as empty.
-    """
+    """Log how many files are used, how many not and why, and the folders at the top that are no `classes`."""
     files = list(files)
     left_out: dict[str, list[str]] = {}
     for file in files:
@@ -262,12 +226,7 @@ def _with_metadata(folder, files: list[FoundFile], rows: datasets.Dataset, image
 
 
 def image_paths(dataset: datasets.Dataset, column: str) -> list[str | None]:
-    """The path of every row's image; None where it has none.
-
-    Args:
-        dataset: A map-style dataset.
-        column: A column of images.
-    """
+    """The path of every row's image; None where it has none."""
     rows = dataset.select_columns([column]).with_format("arrow")[:].column(column)
     return [path for chunk in rows.chunks for path in chunk.field("path").to_pylist()]
 

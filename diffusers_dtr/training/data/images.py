@@ -36,18 +36,10 @@ class UnreadableImageError(ValueError):
 
 
 def decode_image(encoded: Mapping[str, bytes | str | None] | None) -> Image.Image:
-    """Decodes an image and turns it upright, as its EXIF data tell.
+    """Decodes a row of an undecoded image column of 🤗 datasets, and turns the image upright, as its EXIF data tell.
 
-    Args:
-        encoded: The row of an undecoded image column of 🤗 datasets: `bytes`, or the `path` of a local file.
-
-    Returns:
-        An image of mode L, RGB or RGBA, in sRGB: an embedded ICC profile is converted. Grey values of 16 bits are
-        scaled to 8; a file in which none is above 4095 holds 12 bits.
-
-    Raises:
-        UnreadableImageError: If there is no image, or one that Pillow cannot decode to the end, or its values have no
-            defined range.
+    The result is of mode L, RGB or RGBA, in sRGB: an embedded ICC profile is converted. Grey values of 16 bits are
+    scaled to 8; a file in which none is above 4095 holds 12 bits.
     """
     if encoded is None:
         raise UnreadableImageError("the row has none")
@@ -55,29 +47,14 @@ def decode_image(encoded: Mapping[str, bytes | str | None] | None) -> Image.Imag
 
 
 def decode_frames(source: str | os.PathLike | BinaryIO, numbers: Sequence[int]) -> list[Image.Image]:
-    """Decodes frames of a file that may have several, such as a GIF, each as [`decode_image`] does.
-
-    Args:
-        source: The file.
-        numbers: Which frames, ascending, >= 0.
-
-    Raises:
-        UnreadableImageError: As [`decode_image`], or if there is no such frame.
-    """
+    """Decodes frames, by ascending numbers, of a file that may have several, each as [`decode_image`] does."""
     with decoding(), Image.open(source) as image:
         return [_decode_frame(image, number) for number in numbers]
 
 
 @contextmanager
 def decoding(prefix: str = "") -> Iterator[None]:
-    """Around what decodes a file: whatever goes wrong is a fault of the file.
-
-    Args:
-        prefix: Of the error.
-
-    Raises:
-        UnreadableImageError: In place of all errors but those of memory.
-    """
+    """Around what decodes a file: any error but those of memory becomes an [`UnreadableImageError`]."""
     try:
         yield
     except MemoryError:
@@ -96,13 +73,7 @@ def _decode_frame(image: Image.Image, number: int) -> Image.Image:
 
 
 def _to_8_bit(image: Image.Image, layout: str, scaled: bool) -> Image.Image:
-    """An image of mode L, RGB or RGBA, in sRGB.
-
-    Args:
-        image: Of any mode.
-        layout: How Pillow describes the pixels in the file.
-        scaled: Whether its values fill their range.
-    """
+    """An image of mode L, RGB or RGBA, in sRGB, from a file with this `layout` of pixels, in Pillow's words."""
     profile = image.info.get("icc_profile")
     # Mode I is what some decoders make of 16-bit grey.
     if image.mode == "I" or image.mode.startswith("I;16"):
@@ -166,18 +137,7 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """From a decoded image to a tensor: resize, crop, flip.
-
-    Args:
-        resolution: Height and width of the result.
-        channels: 1 (grey) or 3 (RGB).
-        center_crop: Whether to crop the middle rather than a random part.
-        random_flip: Whether to mirror half of the images.
-        interpolation: How images are resized, one of `INTERPOLATION_MODES`.
-
-    Raises:
-        ValueError: For an argument that is out of range.
-    """
+    """From a decoded image to a tensor of 1 (grey) or 3 (RGB) channels: resize, crop, flip."""
 
     resolution: int
     channels: int = 3
@@ -201,15 +161,10 @@ class ImageTransform:
         return Augmentation(self.random_flip and flip < 0.5, None if self.center_crop else (left, top))
 
     def micro_conditions(self, size: tuple[int, int], augmentation: Augmentation) -> dict[str, torch.Tensor]:
-        """What Stable Diffusion XL is told of an image's past.
+        """What Stable Diffusion XL is told of an image's past; `size` is its width and height.
 
-        Args:
-            size: Width and height of the image before it is transformed.
-            augmentation: Which crop and whether to flip.
-
-        Returns:
-            `original_size`, height and width, and `crop_top_left`, how many of the resized image's rows and columns
-            lie before the crop, in the mirrored image if it is mirrored; `(2,)` each.
+        `original_size`, height and width, and `crop_top_left`, how many of the resized image's rows and columns lie
+        before the crop, in the mirrored image if it is mirrored; `(2,)` each.
         """
         resized = self._resized(size)
         left, top = self._corner(resized, augmentation.crop)
@@ -217,17 +172,10 @@ class ImageTransform:
         return {"original_size": torch.tensor(size[::-1]), "crop_top_left": torch.tensor((top, left))}
 
     def __call__(self, image: Image.Image, augmentation: Augmentation) -> torch.Tensor:
-        """Makes a tensor of an image.
+        """Makes a tensor `(channels, resolution, resolution)`, float32 in [-1, 1], of an L, RGB or RGBA image.
 
         The shorter side becomes `resolution`, with antialiasing: what torchvision's `Resize` does to a Pillow image.
         What is transparent becomes white.
-
-        Args:
-            image: Of mode L, RGB or RGBA.
-            augmentation: Which crop and whether to flip.
-
-        Returns:
-            `(channels, resolution, resolution)`, float32 in [-1, 1].
         """
         if image.mode == "RGBA":
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

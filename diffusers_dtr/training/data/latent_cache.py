@@ -5,7 +5,6 @@ What is kept is the posterior's mean and standard deviation, so that every epoch
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, replace
@@ -22,28 +21,21 @@ from torch.utils.data import DataLoader, Dataset
 from ...caches import build_folder, content_key
 from ...latents import LatentNormalization, encode_moments, sample_posterior
 from ..randomness import Draw, generator_for, posterior_generators
-from .images import ImageTransform, UnreadableImageError
+from .images import ImageTransform
 from .samples import ImageDataset
 from .training_images import TrainingImages
 
 
 # Part of every cache's name: to be changed whenever what the files mean changes.
-_FORMAT = 3
-_MOMENTS, _SIZES, _UNREADABLE = "moments.npy", "sizes.npy", "unreadable.json"
+_FORMAT = 4
+_MOMENTS, _SIZES = "moments.npy", "sizes.npy"
 
 
 class LatentDataset(Dataset):
     """Latents of a folder that [`cache_latents`] made, as samples of (seed, epoch, index).
 
-    A sample equals the one that encoding on the fly gives: the same flip, the same image in place of an unreadable
-    one, and the posterior's sample that [`posterior_generators`] draws.
-
-    Args:
-        folder: The cache.
-        images: What it was made of, whose labels the samples have.
-        transform: The transform whose flips are drawn.
-        normalization: The VAE's.
-        seed: Seed of the run, >= 0.
+    A sample equals the one that encoding on the fly gives: the same flip, and the posterior's sample that
+    [`posterior_generators`] draws.
     """
 
     def __init__(
@@ -59,8 +51,6 @@ class LatentDataset(Dataset):
         self.transform = transform
         self.normalization = normalization
         self.seed = seed
-        unreadable = json.loads((folder / _UNREADABLE).read_text(encoding="utf-8"))
-        self.unreadable: dict[int, list[str]] = {int(index): names for index, names in unreadable.items()}
         self.labels = images.labels
         # Width and height of every image as it was.
         self.sizes = np.load(folder / _SIZES)
@@ -78,26 +68,16 @@ class LatentDataset(Dataset):
         return len(self.moments)
 
     def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
-        """The sample of an (epoch, index), as [`~diffusers_dtr.training.data.batches.TrainingBatches`] yields them.
-
-        Returns:
-            `latents` `(channels, height, width)`, float32, normalised; `labels`, if there are any; `epoch` and
-            `index`; `row`, the one that it is of; `unreadable`, the names of the rows that were passed over for it;
-            what [`~diffusers_dtr.training.data.images.ImageTransform.micro_conditions`] tells.
-        """
+        """As [`~diffusers_dtr.training.data.samples.ImageDataset`], with normalised `latents` for its pixels."""
         epoch, index = item
         augmentation = self.transform.draw(generator_for(Draw.AUGMENTATION, self.seed, epoch, index))
         moments = self.moments[index : index + 1, int(augmentation.flip)]
         mean, std = _split_moments(torch.from_numpy(moments.copy()))
         latents = sample_posterior(mean, std, posterior_generators(self.seed, [epoch], [index]))
-        unreadable = self.unreadable.get(index, [])
-        # In the place of an unreadable image is that of the first row after those passed over.
-        row = (index + len(unreadable)) % len(self)
-        sample = {"latents": self.normalization.normalize(latents)[0], "epoch": epoch, "index": index, "row": row}
-        sample |= self.transform.micro_conditions(tuple(self.sizes[index].tolist()), augmentation)
+        sample = {"latents": self.normalization.normalize(latents)[0], "epoch": epoch, "index": index}
         if self.labels is not None:
-            sample["labels"] = int(self.labels[row])
-        return sample | {"unreadable": unreadable}
+            sample["labels"] = int(self.labels[index])
+        return sample | self.transform.micro_conditions(tuple(self.sizes[index].tolist()), augmentation)
 
 
 def cache_latents(
@@ -109,28 +89,13 @@ def cache_latents(
     seed: int,
     batch_size: int = 32,
     num_workers: int = 0,
-    on_unreadable: str = "error",
 ) -> LatentDataset:
     """Encodes every image once, or finds that this was done before, in this run or another.
 
     A cache belongs to one dataset, VAE (its config and weights) and transform; anything else makes a new one. It is
     written under another name and renamed when it is complete. With several processes, let the main one go first.
-    A cache takes 8 bytes per latent value and image, 16 with flips: 42 and 84 GB for ImageNet's 256×256 images.
-
-    Args:
-        vae: A diffusers autoencoder of images. Without a posterior, its latents are kept as they are.
-        images: Images and labels.
-        transform: How an image becomes a tensor. With random flips, both views are encoded.
-        cache_dir: Folder of caches, made if it does not exist.
-        seed: Seed of the run, >= 0. The cache does not depend on it.
-        batch_size: Images encoded at once.
-        num_workers: Processes that decode images.
-        on_unreadable: See [`~diffusers_dtr.training.data.samples.ImageDataset`].
-
-    Raises:
-        ValueError: For a random crop, which would have to be encoded anew for every sample; if the VAE's config does
-            not say how latents are normalised.
-        UnreadableImageError: If an image cannot be read and is not to be skipped, or if none can be read.
+    A cache takes 8 bytes per latent value and image, 16 with flips, of which both views are encoded: 42 and 84 GB for
+    ImageNet's 256×256 images.
     """
     if not transform.center_crop:
         raise ValueError(
@@ -139,7 +104,7 @@ def cache_latents(
         )
     normalization = LatentNormalization.from_vae(vae)
     folder = Path(cache_dir) / f"latents-{_content_key(vae, images, transform)}"
-    upright = ImageDataset(images, replace(transform, random_flip=False), seed=seed, on_unreadable=on_unreadable)
+    upright = ImageDataset(images, replace(transform, random_flip=False), seed=seed)
     loader = DataLoader(
         upright,
         batch_size,
@@ -150,18 +115,11 @@ def cache_latents(
         generator=torch.Generator(),
     )
     build_folder(folder, lambda partial: _write(partial, vae, loader, len(images), transform.random_flip))
-    latents = LatentDataset(folder, images, transform, normalization, seed=seed)
-    if latents.unreadable and on_unreadable == "error":
-        (name, *_), *_ = latents.unreadable.values()
-        raise UnreadableImageError(
-            f"The image {name} could not be read when {folder} was made. Mend it or leave it out, or pass "
-            "`--unreadable_images skip` to train without such images."
-        )
-    return latents
+    return LatentDataset(folder, images, transform, normalization, seed=seed)
 
 
 def _write(folder: Path, vae: ModelMixin, batches: Iterable[list[dict]], num_images: int, flips: bool) -> None:
-    unreadable, sizes = {}, []
+    sizes = []
     # Written, not mapped: on a full disk a write raises an error, where a memory map ends the process.
     with open(folder / _MOMENTS, "wb") as file, tqdm(total=num_images, desc="Caching latents") as progress_bar:
         for samples in batches:
@@ -173,10 +131,8 @@ def _write(folder: Path, vae: ModelMixin, batches: Iterable[list[dict]], num_ima
                 np.lib.format.write_array_header_1_0(file, header)
             file.write(moments.astype("<f4").tobytes())
             sizes += [sample["original_size"].flip(0).tolist() for sample in samples]
-            unreadable |= {sample["index"]: sample["unreadable"] for sample in samples if sample["unreadable"]}
             progress_bar.update(len(samples))
     np.save(folder / _SIZES, np.array(sizes))
-    (folder / _UNREADABLE).write_text(json.dumps(unreadable), encoding="utf-8")
 
 
 def _stack_moments(mean: torch.Tensor, std: torch.Tensor | None) -> torch.Tensor:

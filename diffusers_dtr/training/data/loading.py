@@ -15,16 +15,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from ...latents import encode_images
 from ...run_record import LATENTS
+from ..components import image_channels, resolve_resolution
 from ..config import TrainingConfig, VideoConfig
 from ..interruption import ignore_signals
 from ..randomness import posterior_generators
-from ..sizes import image_channels, resolve_resolution
-from .batches import TrainingBatches
 from .captions import CaptionedDataset, Captions
 from .classes import match_classes
 from .images import ImageTransform
 from .latent_cache import cache_latents
-from .samples import ImageDataset, collate_samples
+from .samples import ImageDataset, TrainingBatches
 from .training_images import TrainingImages, load_training_images
 from .videos import TrainingVideos, VideoTransform, load_training_videos
 
@@ -131,7 +130,7 @@ def _training_dataset(
         data.resolution, channels, data.center_crop, data.random_flip, data.image_interpolation_mode
     )
     if not data.cache_latents:
-        return ImageDataset(images, transform, seed=config.run.seed, on_unreadable=data.unreadable_images)
+        return ImageDataset(images, transform, seed=config.run.seed)
     with PartialState().main_process_first():
         return cache_latents(
             vae.to(PartialState().device),
@@ -141,7 +140,6 @@ def _training_dataset(
             seed=config.run.seed,
             batch_size=config.run.train_batch_size,
             num_workers=data.dataloader_num_workers,
-            on_unreadable=data.unreadable_images,
         )
 
 
@@ -184,7 +182,6 @@ def build_loader(config: TrainingConfig, dataset: Dataset, accelerator: Accelera
     return DataLoader(
         dataset,
         batch_sampler=batches,
-        collate_fn=collate_samples,
         num_workers=config.data.dataloader_num_workers,
         worker_init_fn=ignore_signals,
         pin_memory=accelerator.device.type == "cuda",
@@ -194,17 +191,7 @@ def build_loader(config: TrainingConfig, dataset: Dataset, accelerator: Accelera
 
 
 def clean_samples(batch: dict[str, Any], vae: ModelMixin | None, seed: int, device: torch.device) -> torch.Tensor:
-    """What the denoiser learns to recover from a batch.
-
-    Args:
-        batch: Of [`build_loader`].
-        vae: Encodes pixels; None where pixels are what is learned, or latents are cached.
-        seed: Seed of the run, from which a sample's latent is drawn.
-        device: Where the result lies.
-
-    Returns:
-        Pixels in [-1, 1] or normalised latents `(batch, channels, height, width)`.
-    """
+    """Pixels in [-1, 1] or normalised latents `(batch, channels, ...)` of a batch, on the device."""
     if "latents" in batch:
         return batch["latents"].to(device, non_blocking=True)
     pixel_values = batch["pixel_values"].to(device, non_blocking=True)
@@ -214,20 +201,7 @@ def clean_samples(batch: dict[str, Any], vae: ModelMixin | None, seed: int, devi
 
 
 def held_out_dataset(config: TrainingConfig, images: TrainingImages, channels: int) -> ImageDataset | None:
-    """The images of the held-out loss, without flips or random crops, the same for every run.
-
-    Args:
-        config: The run's configuration.
-        images: The training images, whose labels these get by the names of their classes; captions come from the same
-            column.
-        channels: Channels of the images.
-
-    Returns:
-        The dataset, or None if no validation data are named.
-
-    Raises:
-        ValueError: If they have classes that the training images have not.
-    """
+    """The images of the held-out loss, without flips or random crops, the same for every run; or None."""
     data = config.data
     if data.validation_split is None and data.validation_data_dir is None:
         return None
@@ -247,7 +221,7 @@ def held_out_dataset(config: TrainingConfig, images: TrainingImages, channels: i
     transform = ImageTransform(
         data.resolution, channels, center_crop=True, interpolation=data.image_interpolation_mode
     )
-    return ImageDataset(held_out, transform, seed=0, on_unreadable=data.unreadable_images)
+    return ImageDataset(held_out, transform, seed=0)
 
 
 def held_out_samples(
@@ -267,11 +241,11 @@ def held_out_samples(
     """
     wanted = min(len(dataset), num_images)
     sampler = TrainingBatches(len(dataset), batch_size, seed=0)
-    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_samples, generator=torch.Generator())
+    loader = DataLoader(dataset, batch_sampler=sampler, generator=torch.Generator())
     clean, rest = [], {}
     for batch in islice(loader, -(-wanted // batch_size)):
         clean.append(clean_samples(batch, vae, 0, device).cpu())
-        for name in batch.keys() - {"pixel_values", "unreadable"}:
+        for name in batch.keys() - {"pixel_values"}:
             rest.setdefault(name, []).extend(batch[name])
     rest = {
         name: (torch.stack(values) if isinstance(values[0], torch.Tensor) else values)[:wanted]

@@ -1,116 +1,109 @@
-"""Samples of images, each a function of (seed, epoch, index), and batches of them."""
+"""Samples of images or videos and their order, as pure functions of a seed and a position.
+
+Nothing here has a state that would have to be saved: a run that resumes at a step sees what the uninterrupted run saw,
+to the bit, with any number of workers and processes.
+"""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Sequence
-from itertools import chain
+from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
-from accelerate.utils import gather_object
-from PIL import Image
-from torch.utils.data import Dataset, default_collate
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
 
-from ...run_record import publishable
 from ..randomness import Draw, generator_for
-from .images import ImageTransform, UnreadableImageError
+from .images import ImageTransform
 from .training_images import TrainingImages
-
-
-logger = logging.getLogger(__name__)
-
-ON_UNREADABLE = ("error", "skip")
+from .videos import TrainingVideos, VideoTransform
 
 
 class ImageDataset(Dataset):
-    """Images as tensors. A sample depends on (seed, epoch, index) alone.
+    """Images or videos as tensors. A sample depends on (seed, epoch, index) alone."""
 
-    Args:
-        images: Images and labels.
-        transform: How an image becomes a tensor.
-        seed: Seed of the run, >= 0.
-        on_unreadable: What to do about an image that cannot be read. "error" raises. "skip" puts the next readable row
-            in its place, its label too, so that batches keep their size; the sample names the rows passed over.
-
-    Raises:
-        ValueError: For an unknown `on_unreadable`.
-    """
-
-    def __init__(self, images: TrainingImages, transform: ImageTransform, *, seed: int, on_unreadable: str = "error"):
-        if on_unreadable not in ON_UNREADABLE:
-            raise ValueError(f"`on_unreadable` must be one of {', '.join(ON_UNREADABLE)}, got {on_unreadable!r}.")
+    def __init__(
+        self, images: TrainingImages | TrainingVideos, transform: ImageTransform | VideoTransform, *, seed: int
+    ):
         self.images = images
         self.transform = transform
         self.seed = seed
-        self.on_unreadable = on_unreadable
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
-        """The sample of an (epoch, index), as [`~diffusers_dtr.training.data.batches.TrainingBatches`] yields them.
+        """The sample of an (epoch, index), as [`TrainingBatches`] yields them.
 
-        Returns:
-            `pixel_values` `(channels, resolution, resolution)` in [-1, 1]; `labels`, if there are any; `epoch` and
-            `index`; `row`, the one that was read; `unreadable`, the names of the rows that were passed over for it;
-            what [`~diffusers_dtr.training.data.images.ImageTransform.micro_conditions`] tells.
-
-        Raises:
-            UnreadableImageError: If the image cannot be read and is not to be skipped, or if none can be read.
+        It has `pixel_values` in [-1, 1], `epoch`, `index`, `labels` if there are any, and what
+        [`~diffusers_dtr.training.data.images.ImageTransform.micro_conditions`] tells.
         """
         epoch, index = item
-        image, row, unreadable = self._read(index)
+        image = self.images.read(index)
         augmentation = self.transform.draw(generator_for(Draw.AUGMENTATION, self.seed, epoch, index))
-        sample = {"pixel_values": self.transform(image, augmentation), "epoch": epoch, "index": index, "row": row}
-        sample |= self.transform.micro_conditions(image.size, augmentation)
+        sample = {"pixel_values": self.transform(image, augmentation), "epoch": epoch, "index": index}
         if self.images.labels is not None:
-            sample["labels"] = int(self.images.labels[row])
-        return sample | {"unreadable": unreadable}
-
-    def _read(self, index: int) -> tuple[Image.Image, int, list[str]]:
-        unreadable = []
-        for row in chain(range(index, len(self)), range(index)):
-            try:
-                return self.images.read(row), row, unreadable
-            except UnreadableImageError:
-                if self.on_unreadable == "error":
-                    raise
-                unreadable.append(self.images.name(row))
-        raise UnreadableImageError(f"None of the {len(self)} images can be read, such as {unreadable[0]}.")
+            sample["labels"] = int(self.images.labels[index])
+        return sample | self.transform.micro_conditions(image.size, augmentation)
 
 
-def collate_samples(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Makes a batch of samples of [`ImageDataset`] or [`~diffusers_dtr.training.data.latent_cache.LatentDataset`].
+class TrainingBatches(Sampler[list[tuple[int, int]]]):
+    """Endless batches of (epoch, index), for `DataLoader(dataset, batch_sampler=...)`.
 
-    Returns:
-        What the samples hold, stacked along a first dimension: `labels`, `epoch`, `index` and `row` as int64
-        `(batch,)`, strings as a list; and `unreadable`, the names of all images that were passed over for this batch,
-        for a training loop to count and to log once each.
-    """
-    unreadable = [name for sample in samples for name in sample["unreadable"]]
-    tensors = [{key: value for key, value in sample.items() if key != "unreadable"} for sample in samples]
-    return default_collate(tensors) | {"unreadable": unreadable}
+    The data is one stream: epoch after epoch, each in an order of its own. A global batch is the next `batch_size *
+    num_processes` samples of it, and process p takes the p-th part. So nothing is dropped or padded, a batch may span
+    epochs, and the stream does not depend on how many processes share a global batch. `start_step` counts batches of
+    one process: with gradient accumulation, optimizer steps times accumulation steps.
 
-
-class UnreadableImages:
-    """Counts the images that were passed over because they could not be read, and logs each once.
-
-    Args:
-        names: Those of the run before it was resumed.
+    The sampler splits batches between processes itself: do not pass its data loader to `Accelerator.prepare`, which
+    would split them once more.
     """
 
-    def __init__(self, names: Iterable[str] = ()):
-        self.names: set[str] = set(names)
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        *,
+        seed: int,
+        num_processes: int = 1,
+        process_index: int = 0,
+        start_step: int = 0,
+    ):
+        for name, value, least in (
+            ("num_samples", num_samples, 1),
+            ("batch_size", batch_size, 1),
+            ("seed", seed, 0),
+            ("num_processes", num_processes, 1),
+            ("start_step", start_step, 0),
+        ):
+            if value < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+        if not 0 <= process_index < num_processes:
+            raise ValueError(f"`process_index` must be in [0, {num_processes}), got {process_index}.")
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.num_processes = num_processes
+        self.process_index = process_index
+        self.start_step = start_step
+        self._latest_order: tuple[int, np.ndarray] | None = None
 
-    def update(self, names: list[str]) -> None:
-        """Take in a batch's `unreadable`."""
-        for name in names:
-            # As a checkpoint tells it, where the same image must not count twice
-            public = publishable(name)
-            if public not in self.names:
-                self.names.add(public)
-                logger.warning("Cannot read %s; another image takes its place (%d so far).", name, len(self.names))
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        """Batches from `start_step` on, without end."""
+        return map(self.batch, count(self.start_step))
 
-    def gather(self) -> list[str]:
-        """The names that all processes have seen, as they may be published, sorted; all of them must call this."""
-        return sorted(set(gather_object(sorted(self.names))))
+    def batch(self, step: int) -> list[tuple[int, int]]:
+        """The (epoch, index) of each sample of this process's batch at a step."""
+        first = (step * self.num_processes + self.process_index) * self.batch_size
+        epochs, places = np.divmod(np.arange(first, first + self.batch_size), self.num_samples)
+        indices = np.empty_like(places)
+        for epoch in range(epochs[0], epochs[-1] + 1):
+            indices[epochs == epoch] = self._order(epoch)[places[epochs == epoch]]
+        return list(zip(epochs.tolist(), indices.tolist(), strict=True))
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if self._latest_order is None or self._latest_order[0] != epoch:
+            generator = generator_for(Draw.ORDER, self.seed, epoch, 0)
+            self._latest_order = epoch, torch.randperm(self.num_samples, generator=generator).numpy()
+        return self._latest_order[1]

@@ -33,12 +33,7 @@ _NOT_THE_MODEL = {"architectures", "dtype", "torch_dtype", "transformers_version
 
 
 class CachedTextEmbeddings:
-    """Text embeddings of a folder that [`cache_text_embeddings`] made, read as they are needed.
-
-    Args:
-        folder: The cache.
-        device: Where embeddings are wanted.
-    """
+    """Text embeddings of a folder that [`cache_text_embeddings`] made, read as they are needed."""
 
     def __init__(self, folder: Path, device: torch.device):
         index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
@@ -47,11 +42,7 @@ class CachedTextEmbeddings:
         self._embeddings = {name: _Rows(folder / name, **layout) for name, layout in index["embeddings"].items()}
 
     def __call__(self, texts: list[str]) -> dict[str, torch.Tensor | list[torch.Tensor]]:
-        """The embeddings of texts, on the device.
-
-        Raises:
-            ValueError: For a text that was not encoded.
-        """
+        """The embeddings of texts, on the device; a `ValueError` for a text that was not encoded."""
         unknown = [text for text in texts if text not in self._rows]
         if unknown:
             raise ValueError(f"`texts` must be those that were encoded before training, got {unknown[0]!r}.")
@@ -60,15 +51,7 @@ class CachedTextEmbeddings:
 
 
 class _Rows:
-    """The rows of one file, memory-mapped.
-
-    Args:
-        path: The file.
-        dtype: Name of their type.
-        shape: Of a row, without its length.
-        lengths: Of every row.
-        ragged: Whether rows may differ in length, and are not to be stacked.
-    """
+    """The rows of one file, memory-mapped; `ragged` ones may differ in length and are not stacked."""
 
     def __init__(self, path: Path, dtype: str, shape: list[int], lengths: list[int], ragged: bool):
         self.starts = [0, *accumulate(lengths)]
@@ -97,22 +80,11 @@ def cache_text_embeddings(
 ) -> CachedTextEmbeddings:
     """Encodes every text once, or finds that this was done before, in this run or another.
 
-    A cache belongs to its texts and to what encodes them; anything else makes a new one. It is written under another
-    name and renamed when it is complete. With several processes, let the main one go first. A cache takes the bytes
-    of one embedding per text, in the text encoders' precision: 2.7 MB in half precision for Stable Diffusion 3.
-
-    Args:
-        encode: The text encoder.
-        texts: What is encoded.
-        tokenizers: Tokenizers of transformers that `encode` works with, or processors that have one.
-        models: Models of transformers that it works with.
-        settings: All else that its results depend on, JSON-serialisable.
-        cache_dir: Folder of caches, made if it does not exist.
-        batch_size: Texts encoded at once.
-        device: Where embeddings are wanted.
-
-    Returns:
-        What `encode` returns, to within rounding: a text's numbers may depend on those encoded along with it.
+    A cache belongs to its texts and to what encodes them (`settings` is all else that results depend on); anything
+    else makes a new one. It is written under another name and renamed when it is complete. With several processes,
+    let the main one go first. A cache takes the bytes of one embedding per text, in the text encoders' precision:
+    2.7 MB in half precision for Stable Diffusion 3. The result is `encode`'s to within rounding: a text's numbers may
+    depend on those encoded along with it.
     """
     texts = sorted(texts)
     tokenizers = [

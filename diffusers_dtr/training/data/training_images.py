@@ -54,12 +54,7 @@ class TrainingImages:
         return [os.path.basename(path or "") for path in image_paths(self.dataset, self.image_column)]
 
     def draw(self, count: int, seed: int) -> TrainingImages:
-        """Some of the images, drawn without replacement, with the classes of all.
-
-        Args:
-            count: How many; all of them if there are no more.
-            seed: Seed of the run, >= 0.
-        """
+        """Some of the images, drawn without replacement, with the classes of all."""
         order = torch.randperm(len(self), generator=generator_for(Draw.SUBSET, seed, 0, 0))
         rows = order[:count].sort().values.numpy()
         return replace(
@@ -75,17 +70,12 @@ class TrainingImages:
         return f"{path} (row {row})" if path else f"row {row}"
 
     def read(self, row: int) -> Image.Image:
-        """Decodes a row's image, see [`~diffusers_dtr.training.data.images.decode_image`].
-
-        Raises:
-            UnreadableImageError: If it cannot be decoded. The message names it.
-        """
+        """Decodes a row's image, see [`~diffusers_dtr.training.data.images.decode_image`]."""
         try:
             return decode_image(self.dataset[row][self.image_column])
         except UnreadableImageError as error:
             raise UnreadableImageError(
-                f"The image {self.name(row)} cannot be read: {error}. Mend it or leave it out, or pass "
-                "`--unreadable_images skip` to train without such images."
+                f"The image {self.name(row)} cannot be read: {error}. Replace it, or leave it out."
             ) from error
 
 
@@ -100,25 +90,7 @@ def load_training_images(
     min_classes: int = 2,
     cache_dir: str | os.PathLike | None = None,
 ) -> TrainingImages:
-    """Finds images, and checks their columns, labels and captions without decoding any.
-
-    Args:
-        dataset_name: A dataset on the Hub, or a local folder that `datasets.load_dataset` can read.
-        dataset_config_name: Configuration of the dataset.
-        train_data_dir: A folder of class folders, or of images with a metadata.jsonl, or of images; see
-            [`~diffusers_dtr.training.data.image_folder.load_image_folder`].
-        split: Which split, as in `load_dataset` ("train", "train[:1000]"). All of a `train_data_dir` is "train".
-        image_column: Column of images.
-        label_column: Column of labels, class labels or integers. None for training without labels.
-        caption_column: Column of captions, one or several strings per row. None for training without captions.
-        min_classes: How many class folders there must be, where folders are classes.
-        cache_dir: Where `datasets` keeps what it prepares.
-
-    Raises:
-        ValueError: Unless exactly one of `dataset_name` and `train_data_dir` is given; if a column is missing or of a
-            wrong type; if a label is missing or negative; if a caption is missing; if there are no images, or in a
-            folder none that could be used, of which it says what it holds.
-    """
+    """Finds images, and checks their columns, labels and captions without decoding any."""
     if (dataset_name is None) == (train_data_dir is None):
         given = "neither" if dataset_name is None else "both"
         raise ValueError(f"Exactly one of `dataset_name` and `train_data_dir` must be given, got {given}.")
@@ -175,17 +147,7 @@ def training_images(
     label_column: str | None = "label",
     caption_column: str | None = None,
 ) -> TrainingImages:
-    """The second half of [`load_training_images`], for a dataset that is loaded already.
-
-    Args:
-        dataset: A map-style dataset.
-        image_column: Column of images.
-        label_column: Column of labels, or None.
-        caption_column: Column of captions, or None.
-
-    Raises:
-        ValueError: As [`load_training_images`].
-    """
+    """The second half of [`load_training_images`], for a dataset that is loaded already."""
     if len(dataset) == 0:
         raise ValueError("`dataset` must have at least one row, got an empty one.")
     _check_column(dataset, image_column, "image_column")

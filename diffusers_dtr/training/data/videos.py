@@ -42,15 +42,7 @@ class Video:
 
     @classmethod
     def open(cls, path: Path, frames: Iterable[str] = ()) -> Video:
-        """A video at a path.
-
-        Args:
-            path: A file, of a format that Pillow opens or PyAV, or a folder of frames.
-            frames: Files of the frames in the folder. Numbers in their names tell the order, padded or not.
-
-        Raises:
-            UnreadableImageError: If it cannot be decoded.
-        """
+        """A video at a path: a file for Pillow or PyAV, or a folder of frames in the order of their numbers."""
         with decoding(f"The video {path} cannot be read: "):
             if files := tuple(sorted(frames, key=_numbered)):
                 return cls(path, len(files), _decode_frame(files[0]).size, files)
@@ -65,14 +57,7 @@ class Video:
             return cls(path, 1 + sum(1 for _ in decoded), _upright(first).size)
 
     def read(self, numbers: Sequence[int]) -> list[Image.Image]:
-        """Decode frames, see [`~diffusers_dtr.training.data.images.decode_image`].
-
-        Args:
-            numbers: Which, ascending, in [0, num_frames).
-
-        Raises:
-            UnreadableImageError: If one cannot be decoded.
-        """
+        """Decode frames, see [`~diffusers_dtr.training.data.images.decode_image`]."""
         with decoding(f"The video {self.path} cannot be read: "):
             if self.frames:
                 return [_decode_frame(self.frames[number]) for number in numbers]
@@ -153,19 +138,10 @@ def load_training_videos(
     frame_stride: int,
     cache_dir: str | os.PathLike | None = None,
 ) -> TrainingVideos:
-    """Find the videos that a folder's `metadata.jsonl` lists, and check that each is long enough.
+    """Find the videos that a folder's metadata.jsonl files list, and check that each is long enough.
 
-    Args:
-        folder: It or folders in it hold a `metadata.jsonl`, a JSON object per line: `file_name`, a video or a folder
-            of frames beside it, and a caption or a list of them, alike in all lines. What it holds is logged.
-        caption_column: What the captions are called there.
-        num_frames: Frames of a clip, >= 1.
-        frame_stride: How many frames apart they are, >= 1.
-        cache_dir: As in [`~diffusers_dtr.training.data.image_folder.scan_folder`].
-
-    Raises:
-        ValueError: If the folder or a line holds something else, or a video is too short; it is named.
-        UnreadableImageError: If a video cannot be read.
+    A line is a JSON object: `file_name`, a video or a folder of frames beside it, and a caption or a list of them,
+    alike in all lines.
     """
     if not os.path.isdir(folder):
         raise ValueError(f"`train_data_dir` must be a folder, got {os.fspath(folder)!r}.")
@@ -240,13 +216,7 @@ class VideoAugmentation:
 
 @dataclass(frozen=True)
 class VideoTransform:
-    """From a video to a clip: consecutive frames, all resized, cropped and mirrored alike.
-
-    Args:
-        image: What is done to a frame. With a centre crop, a clip is from the middle of its video.
-        num_frames: Frames of a clip.
-        frame_stride: How many frames apart they are.
-    """
+    """From a video to a clip: frames `frame_stride` apart, transformed alike; with a centre crop, its middle."""
 
     image: ImageTransform
     num_frames: int
@@ -263,15 +233,7 @@ class VideoTransform:
         return self.image.micro_conditions(size, augmentation.frames)
 
     def __call__(self, video: Video, augmentation: VideoAugmentation) -> torch.Tensor:
-        """Make a clip.
-
-        Args:
-            video: With enough frames.
-            augmentation: Where it starts, and what is done to its frames.
-
-        Returns:
-            `(channels, num_frames, resolution, resolution)`, float32 in [-1, 1].
-        """
+        """Make a clip `(channels, num_frames, resolution, resolution)`, float32 in [-1, 1]."""
         room = video.num_frames - (self.num_frames - 1) * self.frame_stride
         start = (room - 1) // 2 if augmentation.start is None else int(augmentation.start * room)
         numbers = [start + number * self.frame_stride for number in range(self.num_frames)]

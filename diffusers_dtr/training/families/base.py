@@ -96,13 +96,7 @@ class DenoiserFamily:
         return max(self.packing, patch if isinstance(patch, int) else patch[-1])
 
     def shape(self, vae: ModelMixin, sample_size: int, learn_sigma: bool) -> dict[str, int]:
-        """Those config values of a new denoiser that follow from its latents, as far as the family has them.
-
-        Args:
-            vae: The autoencoder.
-            sample_size: Side of the latents.
-            learn_sigma: Whether a variance is predicted too.
-        """
+        """Those config values of a new denoiser that follow from its latents, as far as the family has them."""
         channels = latent_channels(vae)
         shape = {"sample_size": sample_size, "in_channels": channels * self.packing**2}
         shape["out_channels"] = 2 * channels if learn_sigma else self.out_channels(channels)
@@ -118,11 +112,7 @@ class DenoiserFamily:
         return (self.resolution // vae_scale_factor(vae),) * 2
 
     def check_size(self, model: ModelMixin, vae: ModelMixin) -> None:
-        """Refuse a size that the pipeline cannot sample.
-
-        Raises:
-            ValueError: If it is no multiple of what a token spans, or of what the pipeline takes.
-        """
+        """Refuse a size that the pipeline cannot sample."""
         multiple = math.lcm(self.size_multiple, vae_scale_factor(vae) * self.token_side(model))
         if self.resolution % multiple:
             raise ValueError(f"`--resolution` must be a multiple of {multiple}, got {self.resolution}.")
@@ -138,15 +128,7 @@ class DenoiserFamily:
             raise ValueError("`--max_sequence_length` must be left out: the tokenizer of such a pipeline decides.")
 
     def prompt_options(self, pipeline: DiffusionPipeline, max_sequence_length: int | None) -> dict[str, Any]:
-        """The arguments of `encode_prompt` beside the texts, for [`encode`]: those that a call of the pipeline gives.
-
-        Args:
-            pipeline: Of this family.
-            max_sequence_length: Tokens of a prompt, or None for the pipeline's own number.
-
-        Raises:
-            ValueError: If the number is not to be chosen.
-        """
+        """The arguments of `encode_prompt` beside the texts, as a call of the pipeline gives them."""
         self.check_max_sequence_length(max_sequence_length)
         call, encode = (inspect.signature(f).parameters for f in (type(pipeline).__call__, pipeline.encode_prompt))
         # `encode_prompt` has defaults of its own, which no call of the pipeline ever uses.
@@ -159,16 +141,10 @@ class DenoiserFamily:
     def encode(
         self, pipeline: DiffusionPipeline, texts: list[str], device: torch.device, options: dict[str, Any]
     ) -> TextRows:
-        """What a pipeline makes of texts: one row per text, by the pipeline's arguments.
+        """What a pipeline makes of texts, by its arguments: one row per text.
 
         An empty text stands for the negative prompt of classifier-free guidance, and is encoded as the pipeline does
         that: zeros for some, without the words that the family puts before a prompt for others.
-
-        Args:
-            pipeline: Of this family, with its text encoders on the device.
-            texts: Captions or prompts.
-            device: Where they are encoded.
-            options: Of [`prompt_options`].
         """
         encoded = self._encode(pipeline, texts, False, device, options)
         rows = {names.pipeline_argument: encoded[names.position] for names in self.embeddings}
@@ -195,13 +171,7 @@ class DenoiserFamily:
     # The denoiser
 
     def conditions(self, pipeline: DiffusionPipeline, rows: TextRows, batch: dict[str, Any]) -> dict[str, Any]:
-        """What the denoiser is told of a batch beside noisy latents and timesteps, by its arguments.
-
-        Args:
-            pipeline: Of this family.
-            rows: Of the captions, as [`encode`] returns them.
-            batch: The captions and what is known of the images.
-        """
+        """What the denoiser is told of a batch beside noisy latents and timesteps, by its arguments."""
         text = self.batch(rows)
         return {names.denoiser_argument: text[names.pipeline_argument] for names in self.embeddings}
 
@@ -213,18 +183,7 @@ class DenoiserFamily:
         timesteps: torch.Tensor,
         conditions: dict[str, Any],
     ) -> torch.Tensor:
-        """Call the denoiser as its pipeline does, and return what the pipeline makes of its output for the scheduler.
-
-        Args:
-            pipeline: Of this family.
-            model: The denoiser, or a wrapper of it.
-            noisy: Noisy latents `(batch, channels, ...)`.
-            timesteps: `(batch,)`, the scheduler's.
-            conditions: Of [`conditions`].
-
-        Returns:
-            The prediction for the latents, in their shape.
-        """
+        """Call the denoiser as its pipeline does; returns the scheduler's `model_output`, unpacked."""
         return model(noisy, timestep=timesteps, **conditions, return_dict=False)[0]
 
     def embedded_guidance(self, pipeline: DiffusionPipeline, noisy: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -248,15 +207,9 @@ class DenoiserFamily:
         return {}
 
     def unpack(self, pipeline: DiffusionPipeline, latents: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
-        """Latents `(batch, channels, ...)` of a denoiser's output.
-
-        Args:
-            pipeline: Of this family.
-            latents: The output.
-            size: Height and width in latents, of videos frames first.
-        """
+        """Latents `(batch, channels, *size)` of a denoiser's output."""
         return latents
 
     def sampled(self, pipeline: DiffusionPipeline, latents: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
-        """Latents, normalised, of what a pipeline returns with `output_type="latent"`; arguments as in [`unpack`]."""
+        """Normalised latents of what a pipeline returns with `output_type="latent"`."""
         return self.unpack(pipeline, latents, size)

@@ -15,13 +15,19 @@ from PIL import Image
 
 from ...latents import decode_latents
 from ...run_record import TEXT_EMBEDDINGS
-from ..components import check_direction, check_new_denoiser, check_pretrained_denoiser, denoiser_routing
+from ..components import (
+    check_direction,
+    check_new_denoiser,
+    check_pretrained_denoiser,
+    denoiser_routing,
+    resolve_resolution,
+    sample_size,
+)
 from ..config import TrainingConfig
 from ..data.text_embeddings import TextEncoder, cache_text_embeddings
 from ..lora import add_lora
 from ..noise_schedule import sampling_scheduler
 from ..pretrained import pretrained_config, pretrained_options, pretrained_pipeline_class
-from ..sizes import resolve_resolution, sample_size
 from .base import DenoiserFamily, TextRows
 
 
@@ -112,16 +118,8 @@ def load_family_pipeline(
 ) -> DiffusionPipeline:
     """The pretrained pipeline with another denoiser and autoencoder, and the noise schedule of the flags.
 
-    Args:
-        config: The run's configuration.
-        family: The pipeline's family.
-        model: The denoiser.
-        vae: The autoencoder.
-        dtype: Precision to load the text encoders in; that in which they were saved by default. Loaded, because a
-            cast would undo what they keep in float32 themselves: T5's `wo`, the frequencies of rotary embeddings.
-
-    Raises:
-        ValueError: If the pipeline cannot sample images of `--resolution`, or in so many steps, or cannot be trained.
+    Text encoders are loaded in `dtype`, or as they were saved, because a cast would undo what they keep in float32
+    themselves: T5's `wo`, the frequencies of rotary embeddings.
     """
     family.check_size(model, vae)
     parts = {family.denoiser: model, "vae": vae, "scheduler": sampling_scheduler(config, latents=True)}
@@ -142,15 +140,9 @@ def build_text_encoder(
     texts: Iterable[str],
     accelerator: Accelerator,
 ) -> TextEncoder:
-    """What turns texts into embeddings on the accelerator's device: the text encoders, or a cache of what they made.
+    """What turns texts into embeddings: the frozen text encoders, or a cache of what they make of all `texts`.
 
-    Args:
-        config: The run's configuration.
-        family: The pipeline's family.
-        pipeline: Its text encoders are frozen and brought to the device, in the precision that they were loaded in.
-            With `--cache_text_embeddings` it has none afterwards.
-        texts: All that will be asked for, with repetitions or without; gone through only where a cache is made of it.
-        accelerator: Its main process encodes, the others wait.
+    With `--cache_text_embeddings` the pipeline has no text encoders afterwards.
     """
     device = accelerator.device
     tokenizers, encoders = _named(pipeline, "tokenizer"), _named(pipeline, "text_encoder")
@@ -180,21 +172,12 @@ def build_text_encoder(
 
 
 def frozen_dtype(accelerator: Accelerator) -> torch.dtype:
-    """The precision to load models in that are not trained: that of the run.
-
-    Args:
-        accelerator: Tells the run's precision.
-    """
+    """The precision to load models in that are not trained: that of the run."""
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
 
 def sampling_arguments(config: TrainingConfig, family: DenoiserFamily) -> dict[str, Any]:
-    """What a pipeline is called with to sample as the flags say, beside prompts and generator.
-
-    Args:
-        config: The run's configuration.
-        family: The pipeline's family.
-    """
+    """What a pipeline is called with to sample as the flags say, beside prompts and generator."""
     length = config.text.max_sequence_length
     return {
         **family.size(),
@@ -213,16 +196,7 @@ def sample_texts(
     prompts: list[str],
     generator: torch.Generator,
 ) -> list[Image.Image]:
-    """Images of prompts, at the flags' resolution, guidance and number of steps; of videos, strips of their frames.
-
-    Args:
-        config: The run's configuration.
-        family: The pipeline's family.
-        pipeline: Holds the denoiser, in eval mode.
-        encode: Of [`build_text_encoder`].
-        prompts: One per image.
-        generator: Draws the noise.
-    """
+    """Images of prompts, at the flags' resolution, guidance and number of steps; of videos, strips of their frames."""
     vae = pipeline.vae
     images = []
     for start in range(0, len(prompts), config.run.train_batch_size):

@@ -37,22 +37,10 @@ _CHECKPOINT = re.compile(rf"{CHECKPOINT_PREFIX}(\d+)")
 class Checkpoints:
     """The checkpoints of one run: `output_dir/checkpoint-<step>` holding all that accelerate saves, model and EMA.
 
-    A checkpoint is written beside its final name and renamed when complete, and renamed away before it is deleted: a
-    process that dies at any moment leaves no half of one under a name that counts. Loading one runs no code that is in
-    it: weights and the objective's state are safetensors, and pickles are read as tensors and plain values only.
-
-    Args:
-        accelerator: Its prepared optimizer is saved, and whatever is registered with it.
-        output_dir: The run's folder.
-        model_name: Folder of the model inside a checkpoint ("transformer" or "unet"), as in a saved pipeline.
-        model: The model itself, on which the optimizer works. Of one with LoRA adapters these alone are saved, as
-            `<model_name>_lora`.
-        ema: Average of the model's weights, saved as `<model_name>_ema`, or None.
-        total_limit: How many checkpoints to keep; the oldest go once a new one is complete. None keeps all.
-        objective: What balancing and sampling of timesteps have learned, or None.
-
-    Raises:
-        ValueError: For a `total_limit` below 1.
+    A checkpoint is written under another name and renamed when complete, and renamed before it is deleted: a process
+    that dies at any moment leaves no half of one. Loading one runs no code that is in it: weights and the objective's
+    state are safetensors, and pickles are read as tensors and plain values only. Of a model with LoRA adapters these
+    alone are saved, as `<model_name>_lora`.
     """
 
     def __init__(
@@ -78,17 +66,7 @@ class Checkpoints:
         accelerator.register_load_state_pre_hook(self._load_models)
 
     def save(self, state: RunState) -> Path:
-        """Write the checkpoint of a step; all processes must call this.
-
-        Args:
-            state: Its `global_step`, and what else is to be known on resuming.
-
-        Returns:
-            The checkpoint's folder.
-
-        Raises:
-            FloatingPointError: If a weight is not finite; it names the last good checkpoint.
-        """
+        """Write the checkpoint of a step, unless a weight is not finite; all processes must call this."""
         step = state.global_step
         # A finite loss can have gradients that are not, and the next loss would be too late for this checkpoint.
         if not torch.stack([weight.isfinite().all() for weight in self.model.parameters()]).all():
@@ -127,22 +105,7 @@ class Checkpoints:
     def resume(
         self, resume_from_checkpoint: str | None, settings: dict, allow_changed_settings: bool = False
     ) -> RunState:
-        """Load a checkpoint into everything prepared.
-
-        Args:
-            resume_from_checkpoint: A checkpoint's folder, or its name in the run's folder, or "latest", or None to
-                load nothing. "latest" in a run without any checkpoint loads nothing either.
-            settings: Of [`~diffusers_dtr.training.run.resuming.run_settings`], compared with the checkpoint's.
-            allow_changed_settings: Whether those that define objective or data may differ.
-
-        Returns:
-            The run's state so far, with these settings; that of a new run where nothing was loaded.
-
-        Raises:
-            ValueError: If the folder is not a complete checkpoint, has no averaged weights for a run that averages, or
-                not the adapters that a run trains, if settings differ that must not, or if the run's folder holds
-                checkpoints of later steps.
-        """
+        """Load a checkpoint: a folder, its name in the run's, or "latest", of which there may be none yet."""
         path = self._find(resume_from_checkpoint)
         if path is None:
             return RunState(settings=settings)

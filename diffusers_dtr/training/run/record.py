@@ -30,14 +30,7 @@ def tracker_config(config: TrainingConfig) -> dict[str, int | float | str]:
 
 
 def describe_model(model: RoutedModelMixin) -> dict[str, Any]:
-    """What a record says of the denoiser; all that is known of it where adapters alone are saved.
-
-    Args:
-        model: The denoiser, unwrapped.
-
-    Returns:
-        Its `class`, `num_parameters`, `num_trained_parameters`, `routed_widths`, and `config`: its routing and size.
-    """
+    """What a record says of the denoiser; all that is known of it where adapters alone are saved."""
     names = ("num_attention_heads", "attention_head_dim", "block_out_channels", "num_layers", "sample_size")
     config = {key: value for key, value in model.config.items() if key.startswith("routing_") or key in names}
     return {
@@ -52,18 +45,7 @@ def describe_model(model: RoutedModelMixin) -> dict[str, Any]:
 def run_record(
     config: TrainingConfig, argv: Sequence[str], accelerator: Accelerator, seconds: float, **results
 ) -> dict[str, Any]:
-    """Describe a finished run.
-
-    Args:
-        config: The run's configuration.
-        argv: Its command line.
-        accelerator: What it ran on.
-        seconds: How long it took, what was done before a resumption included.
-        **results: JSON-serialisable results to add.
-
-    Returns:
-        A JSON-serialisable record, without secrets or paths of this machine.
-    """
+    """Describe a finished run."""
     launcher = ["accelerate", "launch"]
     if accelerator.num_processes > 1:
         launcher += ["--num_processes", str(accelerator.num_processes)]

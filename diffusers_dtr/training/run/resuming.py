@@ -49,7 +49,7 @@ _ADJUSTABLE_FLAGS = _names(
     learning_rate scale_lr lr_scheduler lr_warmup_steps lr_num_cycles lr_power adam_beta1 adam_beta2
     adam_weight_decay adam_epsilon max_grad_norm ema_max_decay ema_inv_gamma ema_power max_train_steps
     num_train_epochs seed train_batch_size gradient_accumulation_steps mixed_precision allow_tf32 compile
-    gradient_checkpointing cache_latents cache_text_embeddings train_data_dir unreadable_images
+    gradient_checkpointing cache_latents cache_text_embeddings train_data_dir
     routing_warmup_steps balancing_update_every affinity_path
     """
 )
@@ -77,22 +77,16 @@ class RunState:
         settings: Of [`run_settings`].
         changes: What was changed in resuming, each with its `step`, `setting`, `before` and `after`.
         seconds: How long the steps took, validation and checkpoints included, over all resumptions.
-        unreadable_images: Names of the images that were passed over.
     """
 
     global_step: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
     changes: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
-    unreadable_images: list[str] = field(default_factory=list)
 
     @classmethod
     def read(cls, path: Path) -> RunState:
-        """Read what [`write`] wrote.
-
-        Raises:
-            ValueError: If the file is not that.
-        """
+        """Read what [`write`] wrote."""
         types = constructor_types(cls)
         values = read_object(path, str(path), types)
         unknown = values.keys() - types.keys()
@@ -108,15 +102,7 @@ class RunState:
         path.write_text(json.dumps(publishable(asdict(self)), indent=2, ensure_ascii=False), encoding="utf-8")
 
     def go_on(self, settings: dict[str, Any], allow_changes: bool = False) -> None:
-        """Take on the settings of a run that resumes, and remember what they change.
-
-        Args:
-            settings: Of [`run_settings`].
-            allow_changes: Whether those that define objective or data may differ.
-
-        Raises:
-            ValueError: If they do and may not; it names both values of each.
-        """
+        """Take on the settings of a run that resumes, and remember what they change."""
         changes = _changes(self.settings, settings)
         defining = [change for change in changes if change["setting"] not in _ADJUSTABLE]
         fixed = [change for change in defining if change["setting"] in _FIXED or _CLASS.fullmatch(change["setting"])]
@@ -150,11 +136,7 @@ class RunState:
 
 
 def class_settings(id2label: Mapping[int, str] | None) -> dict[str, str]:
-    """Which class has which number, as settings of a run.
-
-    Args:
-        id2label: Names of the classes, or None.
-    """
+    """Which class has which number, as settings of a run."""
     return {f"class {label}": publishable(name) for label, name in (id2label or {}).items()}
 
 
@@ -163,9 +145,6 @@ def data_settings(images: TrainingImages | TrainingVideos) -> dict[str, Any]:
 
     The order of an epoch is of rows: with others in their places, some would be seen again and some never. Of files
     only the names count, because a folder that has moved or was copied is the same data.
-
-    Args:
-        images: Images or videos.
     """
     labels = [0] * len(images) if images.labels is None else images.labels.tolist()
     rows = json.dumps([images.file_names, labels]).encode()
@@ -204,16 +183,6 @@ def run_settings(
 
     Flags that stand for a config value are given as that value, whether they were typed or not; paths as they may be
     published, because a folder that has moved is the same data.
-
-    Args:
-        config: The run's configuration.
-        model: The denoiser.
-        noise_scheduler: Scheduler that is trained with.
-        accelerator: Tells processes and precision.
-        **others: What else is compared, by such names.
-
-    Returns:
-        JSON values by name.
     """
     flags = {name: value for name, value in config.options.items() if name not in _OUTPUT_FLAGS | _MODEL_FLAGS}
     configs = {}

@@ -11,8 +11,7 @@ from accelerate.utils import DynamoBackend, ProjectConfiguration, parse_choice_f
 
 from ...hub.pushing import create_run_repo
 from ..config import TrainingConfig
-from .lock import lock_run_folder
-from .outputs import check_output_dir
+from .folder import check_output_dir, lock_run_folder
 
 
 def start_run(config: TrainingConfig) -> Accelerator:
@@ -56,14 +55,9 @@ def start_run(config: TrainingConfig) -> Accelerator:
 
 
 def agree_with_accelerate(config: TrainingConfig, accelerator: Accelerator) -> None:
-    """Settle what both the flags and accelerate's configuration, environment or DeepSpeed file can decide.
+    """Settle what flags and accelerate's configuration, environment or DeepSpeed file can decide, or refuse both.
 
-    Args:
-        config: The run's configuration.
-        accelerator: Just made. A DeepSpeed configuration gets the flags' values where it has none of its own.
-
-    Raises:
-        ValueError: If they disagree, naming both values, or the device does not have the precision.
+    A DeepSpeed configuration gets the flags' values where it has none of its own.
     """
     if config.run.compile and accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         raise ValueError(

@@ -1,19 +1,66 @@
-"""One run at a time in a folder: two would delete each other's checkpoints."""
+"""The output folder of a run: one run at a time in it, never over what is there, and never half a pipeline."""
 
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import platform
+import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
 
+from diffusers import DiffusionPipeline
 from filelock import FileLock, Timeout
 
-from ...atomic_files import replace_text
-from ...run_record import RUN_LOCK
+from ...atomic_files import move_contents, replace_text
+from ...run_record import (
+    CHECKPOINT_PREFIX,
+    PARTIAL_PIPELINE,
+    PIPELINE_INDEX,
+    PREVIOUS_PIPELINE,
+    RECORD_FILE,
+    RUN_LOCK,
+)
+from .checkpoints import STATE_FILE
+
+
+def check_output_dir(output_dir: str | Path, resume_from_checkpoint: str | None = None) -> None:
+    """Refuse to write over what is there, unless the run goes on with a checkpoint of this folder."""
+    output_dir = Path(output_dir)
+    if not output_dir.is_dir():
+        return
+    own = [path for path in output_dir.glob(f"{CHECKPOINT_PREFIX}*") if (path / STATE_FILE).is_file()]
+    named = Path(resume_from_checkpoint or "")
+    named = named if named.is_dir() else output_dir / named
+    if own and (resume_from_checkpoint == "latest" or named.resolve() in [path.resolve() for path in own]):
+        return
+    present = [PIPELINE_INDEX] if (output_dir / PIPELINE_INDEX).exists() else []
+    present += sorted(path.name for path in output_dir.glob(f"{CHECKPOINT_PREFIX}*") if not path.suffix)
+    if present:
+        raise ValueError(
+            f"`output_dir`={str(output_dir)!r} already holds {', '.join(present[:4])}. Choose another folder, "
+            "remove it, or go on with `--resume_from_checkpoint latest`."
+        )
+
+
+def save_pipeline(pipeline: DiffusionPipeline, output_dir: str | Path) -> None:
+    """Save a pipeline into a run's folder, beside its final place first, then by renaming.
+
+    `model_index.json` is moved last, so that the folder loads as a pipeline only when all of it is there.
+    """
+    output_dir = Path(output_dir)
+    partial, previous = output_dir / PARTIAL_PIPELINE, output_dir / PREVIOUS_PIPELINE
+    shutil.rmtree(partial, ignore_errors=True)
+    pipeline.save_pretrained(partial)
+    move_contents(partial, output_dir, previous, last=PIPELINE_INDEX)
+
+
+def save_record(record: dict, output_dir: str | Path) -> None:
+    """Write a run's record (settings, versions, results) as JSON, replacing an older one only when complete."""
+    replace_text(Path(output_dir) / RECORD_FILE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 @dataclass
@@ -32,12 +79,7 @@ if hasattr(os, "register_at_fork"):
 def lock_run_folder(folder: str | Path) -> None:
     """Keep other processes from running in a folder, until [`unlock_run_folder`] or the end of this process.
 
-    Args:
-        folder: The run's folder, which is made if need be. A process that has it may take it again, as a notebook does
-            after an error.
-
-    Raises:
-        ValueError: If another process has it, which it names, or it cannot be written to.
+    A process that has it may take it again, as a notebook does after an error.
     """
     folder = Path(folder).resolve()
     if folder in _held:
@@ -69,9 +111,6 @@ def unlock_run_folder(folder: str | Path) -> None:
     """Let other processes run in a folder again, if this one has it, and leave nothing of the lock.
 
     A folder that was made for the run goes too if there is nothing in it.
-
-    Args:
-        folder: The run's folder.
     """
     folder = Path(folder).resolve()
     held = _held.pop(folder, None)

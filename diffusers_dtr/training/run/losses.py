@@ -1,0 +1,97 @@
+"""The loss of every cluster over a run: averaged on the device, read now and then, written down and drawn."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from ...atomic_files import replace_text
+from ...extras import require
+from ...objective.clustered_loss import ClusteredLossOutput
+from ...run_record import HISTORY_FILE, LOSSES_PICTURE
+from ..interruption import not_finite
+
+
+@dataclass(frozen=True)
+class ObservedLosses:
+    """Mean losses, before balancing, over some steps and all processes.
+
+    Attributes:
+        mean: Over all samples.
+        per_cluster: Over the samples of each cluster; NaN for a cluster that had none.
+    """
+
+    mean: float
+    per_cluster: tuple[float, ...]
+
+
+class LossMonitor:
+    """Averages losses on the device and reads them now and then; notices one that is not finite."""
+
+    def __init__(self, accelerator: Accelerator, num_clusters: int):
+        self.accelerator = accelerator
+        # Sum and number of the samples' losses in each cluster.
+        self._totals = torch.zeros(2, num_clusters, device=accelerator.device)
+        self._first_bad = torch.full((), -1, dtype=torch.int64, device=accelerator.device)
+
+    def update(self, out: ClusteredLossOutput, step: int) -> None:
+        """Take in the losses of one forward call."""
+        self._totals += torch.stack([out.per_cluster.float() * out.counts, out.counts.float()])
+        is_first_bad = ~out.loss.detach().isfinite() & (self._first_bad < 0)
+        self._first_bad = torch.where(is_first_bad, step, self._first_bad)
+
+    def read(self, last_checkpoint: object = None) -> ObservedLosses:
+        """The mean losses since the last reading, over all processes; all of them must call this."""
+        bad = self.accelerator.gather(self._first_bad.reshape(1))
+        bad = bad[bad >= 0].tolist()
+        if bad:
+            raise not_finite("The loss was", min(bad), last_checkpoint)
+        sums, counts = self.accelerator.reduce(self._totals.clone(), "sum").double().cpu()
+        self._totals.zero_()
+        return ObservedLosses((sums.sum() / counts.sum()).item(), tuple((sums / counts).tolist()))
+
+
+class LossHistory:
+    """Losses by step, one JSON object per line; what an interrupted run wrote of later steps is dropped."""
+
+    def __init__(self, output_dir: str | Path, global_step: int = 0):
+        require("matplotlib", "training", "Pictures")
+        self.path = Path(output_dir) / HISTORY_FILE
+        self.entries: list[dict] = []
+        if global_step > 0 and self.path.exists():
+            # A run that was killed may have left a line unfinished; it is of a step beyond the checkpoint.
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            entries = [json.loads(line) for line in lines if line.endswith("}")]
+            self.entries = [entry for entry in entries if entry["step"] <= global_step]
+        self._rewrite = True
+
+    def append(self, step: int, losses: ObservedLosses, cluster_weights: list[float]) -> None:
+        """Add what was read at a step."""
+        # JSON has no NaN: a cluster that had no samples has no loss.
+        per_cluster = [None if math.isnan(loss) else loss for loss in losses.per_cluster]
+        self.entries.append({"step": step, "loss": losses.mean, "clusters": per_cluster, "weights": cluster_weights})
+        new = self.entries if self._rewrite else self.entries[-1:]
+        text = "".join(json.dumps(entry) + "\n" for entry in new)
+        if self._rewrite:
+            replace_text(self.path, text)
+            self._rewrite = False
+        else:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(text)
+
+    def save_picture(self) -> Path:
+        """Draw the loss of every cluster over the steps, beside the history."""
+        from matplotlib.figure import Figure
+
+        from ...visualization import plot_cluster_losses
+
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        plot_cluster_losses(self.entries, ax=figure.add_subplot())
+        path = self.path.with_name(LOSSES_PICTURE)
+        figure.savefig(path, dpi=120)
+        return path
