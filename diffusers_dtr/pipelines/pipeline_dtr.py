@@ -23,8 +23,14 @@ from ..latents import LatentNormalization, decode_latents, vae_scale_factor
 from ..noise_levels import uses_learned_variance
 from .checked_loading import CheckedPipelineMixin
 from .class_labels import class_named, classes_by_name, labels_of_images, names_of_classes
-from .learned_variance import check_channels, scheduler_of_chosen_channels
-from .sampling_checks import CALLBACK_TENSORS, check_guidance, check_sampling, checked_size
+from .sampling_checks import (
+    CALLBACK_TENSORS,
+    check_channels,
+    check_guidance,
+    check_sampling,
+    checked_size,
+    scheduler_of_chosen_channels,
+)
 
 
 class DTRPipeline(CheckedPipelineMixin, DiffusionPipeline):

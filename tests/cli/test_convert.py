@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, 
 from hostile_pickles import fake_omegaconf, omegaconf_of
 from huggingface_hub import HfApi
 from safetensors import safe_open
-from tiny_dit import CONFIG, output, plain_dit, routed_dit
+from tiny_dit import output, plain_dit, routed_dit
 
 from diffusers_dtr import DTRPipeline, DTRTransformer2DModel
 from diffusers_dtr.cli import main
@@ -248,19 +248,6 @@ def test_a_checkpoint_comes_back_to_the_bit(state_dict, checkpoint, heads, tmp_p
     assert same(torch.load(tmp_path / "back.pt", weights_only=True), state_dict)
     # DTR's code keeps a table per block; all are one, which is saved once.
     assert (tmp_path / "back.pt").stat().st_size < 2 * mask_table(1000, 64, 4.0, 0.8).nbytes + 2**20
-
-
-def test_a_pipeline_comes_back_to_the_bit(tmp_path):
-    model = routed_dit(norm_eps=1e-6, freq_shift=0, routing_beta=0.6, routing_alpha=3.0)
-    DTRPipeline(DDIMScheduler(), transformer=model).save_pretrained(tmp_path / "dit")
-    convert(tmp_path / "dit", tmp_path / "original.pt", "--to_original")
-    told = ["--num_attention_heads", 2, "--no_vae", "--noise_schedule", "linear"]
-    convert(tmp_path / "original.pt", tmp_path / "back", *told)
-    back, saved = (DTRPipeline.from_pretrained(tmp_path / name).transformer for name in ("back", "dit"))
-    assert same(back.state_dict(), saved.state_dict())
-    assert torch.equal(output(back), output(saved))
-    for key in (*CONFIG, "routing_alpha", "routing_beta", "class_dropout_prob"):
-        assert back.config[key] == saved.config[key]
 
 
 @pytest.mark.parametrize(("flags", "beta"), [([], 1.0), (["--routing_beta", 0.5, "--routing_alpha", 2], 0.5)])

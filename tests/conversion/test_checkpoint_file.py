@@ -140,16 +140,6 @@ def test_nothing_that_a_file_asks_for_is_run(save, tmp_path, place, bad, name):
     assert proof.exists()
 
 
-def test_code_in_omegaconfs_objects_is_not_run_either(save, tmp_path):
-    with fake_omegaconf() as modules:
-        config = omegaconf_of(modules, SETTINGS)
-        config._content["hidden"] = Executes(tmp_path / "ran")
-        path = save(authors_checkpoint(config=config))
-    with pytest.raises(ValueError, match=r"names `(posix|nt)\.system`"):
-        load_original_checkpoint(path)
-    assert not (tmp_path / "ran").exists()
-
-
 def test_stand_ins_cannot_be_made_to_call_anything(tmp_path):
     """The state of a skipped object, and calls of the names that are skipped, come to nothing."""
     # builtins.list(("ab",)), as __reduce__ of any class may say, then state with names that Python gives a meaning to.

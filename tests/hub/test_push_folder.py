@@ -156,13 +156,6 @@ def test_a_commit_whose_answer_was_lost_is_not_made_twice(hub, folder, waits):
     assert set(files(hub)) == {"model_index.json", WEIGHTS}
 
 
-def test_a_commit_that_arrives_after_it_was_given_up_is_not_made_twice(hub, folder, waits, monkeypatch):
-    """A proxy gives up waiting, and the Hub commits while we look again."""
-    before_first_commit(monkeypatch, lambda: push(folder))
-    assert push(folder).oid == HfApi().model_info(REPO).sha
-    assert titles() == ["Upload", "initial commit"]
-
-
 def test_what_is_compared_with_is_the_commit_that_is_built_on(hub, folder, waits, monkeypatch):
     """Somebody else pushes shards between our look at the files and our commit: these must not be left lying."""
     before_first_commit(monkeypatch, lambda: put({f"{WEIGHTS}.index.json": "old"}))

@@ -16,7 +16,6 @@ from diffusers import (
     DiffusionPipeline,
     DiTPipeline,
     DiTTransformer2DModel,
-    EulerDiscreteScheduler,
     UNet2DModel,
 )
 from huggingface_hub import HfApi
@@ -126,29 +125,6 @@ def test_a_pixel_space_unet_loads_without_what_it_lacks(tmp_path, diffusers_warn
     assert (pipeline.config.id2label, pipeline.labels) == (None, {})
     assert draw(pipeline, class_labels=None, guidance_scale=1.0).shape == (1, 8, 8, 3)
     assert diffusers_warnings() == []
-
-
-def test_components_given_to_from_pretrained_replace_saved_ones(tmp_path):
-    make_pipeline().save_pretrained(tmp_path)
-    other, scheduler = make_dit(seed=1), EulerDiscreteScheduler()
-    pipeline = DTRPipeline.from_pretrained(tmp_path, transformer=other, scheduler=scheduler, vae=None)
-    assert pipeline.transformer is other
-    assert pipeline.scheduler is scheduler
-    assert pipeline.vae is None
-
-
-def test_a_pipeline_loads_in_half_precision_and_from_a_variant(tmp_path):
-    make_pipeline().to(torch.bfloat16).save_pretrained(tmp_path, variant="bf16")
-    assert (tmp_path / "transformer" / "diffusion_pytorch_model.bf16.safetensors").exists()
-    with pytest.raises(OSError, match="diffusion_pytorch_model"):
-        DTRPipeline.from_pretrained(tmp_path)
-    pipeline = DTRPipeline.from_pretrained(tmp_path, variant="bf16", torch_dtype=torch.bfloat16)
-    assert {pipeline.transformer.dtype, pipeline.vae.dtype} == {torch.bfloat16}
-    in_float = DTRPipeline.from_pretrained(tmp_path, variant="bf16", torch_dtype=torch.float32)
-    assert {in_float.transformer.dtype, in_float.vae.dtype} == {torch.float32}
-    # In another type a generator may draw other noise.
-    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    assert abs(draw(pipeline, latents=latents) - draw(in_float, latents=latents)).max() < 0.1
 
 
 @pytest.mark.parametrize(
