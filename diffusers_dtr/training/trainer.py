@@ -32,8 +32,8 @@ from .run.checkpoints import Checkpoints
 from .run.folder import save_record, unlock_run_folder
 from .run.losses import LossHistory, LossMonitor
 from .run.record import describe_model, run_record, tracker_config
-from .run.resuming import IMAGES_PER_STEP, data_settings, run_settings
-from .run.sharing import push_result, rehearse_sharing, start_background_push
+from .run.resuming import IMAGES_PER_STEP, RunState, data_settings, run_settings
+from .run.sharing import BackgroundPush, push_result, rehearse_sharing, start_background_push
 from .run.start import start_run
 from .validation import HeldOutLoss, ends_epochs, forward_once, log_image, save_sample_grid, try_sampling
 
@@ -77,58 +77,27 @@ class Trainer:
     ):
         self._start_time = time.perf_counter()
         self.accelerator = accelerator = accelerator or start_run(config)
-        # What a run is started again with has what accelerate has decided
-        self.config = config = config.replace(
-            gradient_accumulation_steps=accelerator.gradient_accumulation_steps,
-            mixed_precision=accelerator.mixed_precision,
-        )
-        self.model, self.data = model, data
-        if data.vae is not None:
-            data.vae.to(accelerator.device)
-        noise_scheduler = noise_scheduler or load_noise_scheduler(config)
-        check_agreement(config, model, data, noise_scheduler)
-        self.pipeline = pipeline or ClassPipeline(config, model, data)
-        self.output_dir = Path(config.run.output_dir)
-
-        self.objective = build_objective(config, noise_scheduler, model, accelerator)
-        if config.run.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
-        if config.run.compile:
-            model.compile(fullgraph=True)
-        self.ema = build_ema(config.ema, model, accelerator.device) if config.ema.use_ema else None
-        self.held_out_loss = None
-        if data.held_out is not None:
-            num_images, batch_size = config.validation.max_held_out_images, config.run.train_batch_size
-            held_out = held_out_samples(data.held_out, data.vae, num_images, batch_size, accelerator.device)
-            self.held_out_loss = HeldOutLoss.by_eighths(noise_scheduler, *held_out)
+        self.model, self.data, self.output_dir = model, data, Path(config.run.output_dir)
         self.micro_batches = accelerator.num_processes * accelerator.gradient_accumulation_steps
         self.num_images, self.images_per_step = len(data.dataset), config.run.train_batch_size * self.micro_batches
-        self.config = config = config.with_max_train_steps(self.num_images, self.images_per_step)
+        # What a run is started again with has what accelerate has decided
+        settled = {name: getattr(accelerator, name) for name in ("gradient_accumulation_steps", "mixed_precision")}
+        self.config = config = config.replace(**settled).with_max_train_steps(self.num_images, self.images_per_step)
         self.max_train_steps = config.run.max_train_steps
-
-        scale = self.images_per_step if config.optimizer.scale_lr else 1
-        optimizer = build_optimizer(config.optimizer, model, self.objective.loss_fn, scale)
-        self.denoiser, self.optimizer = accelerator.prepare(model, optimizer)
+        if data.vae is not None:
+            data.vae.to(accelerator.device)
+        self.noise_scheduler = noise_scheduler or load_noise_scheduler(config)
+        check_agreement(config, model, data, self.noise_scheduler)
+        self.pipeline = pipeline or ClassPipeline(config, model, data)
+        self.objective = build_objective(config, self.noise_scheduler, model, accelerator)
+        self.ema = build_ema(config.ema, model, accelerator.device) if config.ema.use_ema else None
+        self.held_out_loss = self._build_held_out_loss()
+        self.denoiser, self.optimizer = self._prepare()
+        limit = config.run.checkpoints_total_limit
         self.checkpoints = Checkpoints(
-            accelerator,
-            self.output_dir,
-            self.pipeline.denoiser,
-            model,
-            self.ema,
-            config.run.checkpoints_total_limit,
-            self.objective,
+            accelerator, self.output_dir, self.pipeline.denoiser, model, self.ema, limit, self.objective
         )
-        others = {IMAGES_PER_STEP: self.images_per_step, **data_settings(data.images), **self.pipeline.settings}
-        settings = run_settings(config, model, noise_scheduler, accelerator, **self.objective.settings, **others)
-        self.state = self.checkpoints.resume(
-            config.run.resume_from_checkpoint, settings, config.run.allow_changed_settings
-        )
-        if self.global_step > self.max_train_steps:
-            raise ValueError(
-                f"`--max_train_steps` must be at least the {self.global_step} steps of the checkpoint, got "
-                f"{self.max_train_steps}."
-            )
-        self._start_time -= self.state.seconds
+        self.state = self._resume()
         self.lr_scheduler = build_lr_scheduler(
             config.optimizer, self.optimizer, self.max_train_steps, self.global_step
         )
@@ -137,23 +106,7 @@ class Trainer:
         self.history = LossHistory(self.output_dir, self.global_step)
         self._rehearse()
         # After all that may refuse the run, of which nothing should be left then
-        self._background_push = None
-        if accelerator.is_main_process:
-            config.save(self.output_dir / RUN_CONFIG)
-            self._background_push = start_background_push(config.hub, self.output_dir)
-            if config.run.report_to != "none":
-                project = config.run.tracker_project_name or project_name
-                accelerator.init_trackers(project, config=tracker_config(config))
-        logger.info(
-            f"{self.num_images} images, {model.num_parameters(only_trainable=True):,} trained parameters of "
-            f"{model.num_parameters():,}, {self.images_per_step} images per step, {self.max_train_steps} steps"
-        )
-        logger.info(f"{self.objective.clusters}")
-
-    @property
-    def global_step(self) -> int:
-        """Optimizer steps done."""
-        return self.state.global_step
+        self._background_push = self._start_reporting(project_name)
 
     def train(self) -> None:
         """Take all steps that are left.
@@ -163,15 +116,11 @@ class Trainer:
                 and with the code 128 + signal. A second Ctrl-C is a KeyboardInterrupt, at once.
         """
         config, accelerator = self.config, self.accelerator
-        progress_bar = tqdm(
-            total=self.max_train_steps,
-            initial=self.global_step,
-            desc="Steps",
-            disable=not accelerator.is_local_main_process,
-        )
+        silent = not accelerator.is_local_main_process
+        progress_bar = tqdm(total=self.max_train_steps, initial=self.global_step, desc="Steps", disable=silent)
         self.model.train()
         first_batch = self.global_step * accelerator.gradient_accumulation_steps
-        with Interruption() as interruption:
+        with progress_bar, Interruption() as interruption:
             for number, batch in enumerate(self.loader, start=first_batch):
                 if self.global_step >= self.max_train_steps:
                     break
@@ -191,22 +140,7 @@ class Trainer:
                     signum = interruption.received()
                     self._after_step(progress_bar, stopping=signum is not None)
                     if signum is not None:
-                        progress_bar.close()
                         self._stop(signum)
-        progress_bar.close()
-
-    def _stop(self, signum: int) -> NoReturn:
-        """End the run before its end, with all that it needs to go on."""
-        if self._background_push is not None:
-            self._background_push.finish(_PUSH_SECONDS_WHEN_STOPPED)
-        self.accelerator.end_training()
-        unlock_run_folder(self.output_dir)
-        raise stopped(signum, self.global_step)
-
-    def _set_routing(self) -> None:
-        warmup_steps, target = self.config.routing.routing_warmup_steps, self.model.config.routing_beta
-        beta = warmed_up_beta(self.global_step, warmup_steps, target) if warmup_steps else None
-        self.model.set_routing_beta(beta)
 
     def _backward(self, batch: dict[str, Any], number: int) -> None:
         """Loss and gradients of one micro-batch: what a process feeds through the model in one forward call."""
@@ -230,6 +164,16 @@ class Trainer:
         self.monitor.update(out, self.global_step + 1)
         accelerator.backward(out.loss)
 
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps done."""
+        return self.state.global_step
+
+    def _set_routing(self) -> None:
+        warmup_steps, target = self.config.routing.routing_warmup_steps, self.model.config.routing_beta
+        beta = warmed_up_beta(self.global_step, warmup_steps, target) if warmup_steps else None
+        self.model.set_routing_beta(beta)
+
     def _after_step(self, progress_bar: tqdm, stopping: bool) -> None:
         step = self.global_step
         last = step == self.max_train_steps or stopping
@@ -247,15 +191,11 @@ class Trainer:
             with averaged_weights(self.ema, self.model):
                 self.validate()
 
-    def _update_state(self) -> None:
-        self.state.seconds = time.perf_counter() - self._start_time
-
     def _log(self, progress_bar: tqdm) -> None:
         losses = self.monitor.read(self.checkpoints.latest())
         weights = self.objective.loss_fn.cluster_weights().tolist()
-        learning_rate = self.lr_scheduler.get_last_lr()[0]
-        progress_bar.set_postfix(loss=losses.mean, lr=learning_rate)
-        values = {"loss": losses.mean, "lr": learning_rate}
+        values = {"loss": losses.mean, "lr": self.lr_scheduler.get_last_lr()[0]}
+        progress_bar.set_postfix(values)
         values |= {f"loss/cluster_{number}": loss for number, loss in enumerate(losses.per_cluster)}
         values |= {f"weight/cluster_{number}": weight for number, weight in enumerate(weights)}
         self.accelerator.log(values, step=self.global_step)
@@ -293,11 +233,7 @@ class Trainer:
         return values
 
     def finish(self) -> dict[str, Any]:
-        """Save the result with its averaged weights and its record, validate it, and share it if asked for.
-
-        Returns:
-            The record; empty on other processes.
-        """
+        """Save the result with its averaged weights, validate it, share it if asked for, and return its record."""
         self.model.set_routing_beta(None)
         if self.ema is not None:
             self.ema.copy_to(self.model.parameters())
@@ -316,6 +252,81 @@ class Trainer:
             push_result(self.config.hub, self.output_dir, self._background_push)
         unlock_run_folder(self.output_dir)
         return record
+
+    def _stop(self, signum: int) -> NoReturn:
+        """End the run before its end, with all that it needs to go on."""
+        if self._background_push is not None:
+            self._background_push.finish(_PUSH_SECONDS_WHEN_STOPPED)
+        self.accelerator.end_training()
+        unlock_run_folder(self.output_dir)
+        raise stopped(signum, self.global_step)
+
+    def _build_held_out_loss(self) -> HeldOutLoss | None:
+        if self.data.held_out is None:
+            return None
+        num_images, batch_size = self.config.validation.max_held_out_images, self.config.run.train_batch_size
+        samples = held_out_samples(self.data.held_out, self.data.vae, num_images, batch_size, self.accelerator.device)
+        return HeldOutLoss.by_eighths(self.noise_scheduler, *samples)
+
+    def _prepare(self) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        config = self.config
+        if config.run.gradient_checkpointing:
+            self.model.enable_gradient_checkpointing()
+        if config.run.compile:
+            self.model.compile(fullgraph=True)
+        scale = self.images_per_step if config.optimizer.scale_lr else 1
+        optimizer = build_optimizer(config.optimizer, self.model, self.objective.loss_fn, scale)
+        return self.accelerator.prepare(self.model, optimizer)
+
+    def _resume(self) -> RunState:
+        run, others = self.config.run, {IMAGES_PER_STEP: self.images_per_step, **data_settings(self.data.images)}
+        others |= {**self.pipeline.settings, **self.objective.settings}
+        settings = run_settings(self.config, self.model, self.noise_scheduler, self.accelerator, **others)
+        state = self.checkpoints.resume(run.resume_from_checkpoint, settings, run.allow_changed_settings)
+        if state.global_step > self.max_train_steps:
+            raise ValueError(
+                f"`--max_train_steps` must be at least the {state.global_step} steps of the checkpoint, got "
+                f"{self.max_train_steps}."
+            )
+        self._start_time -= state.seconds
+        return state
+
+    def _start_reporting(self, project_name: str) -> BackgroundPush | None:
+        config = self.config
+        logger.info(
+            f"{self.num_images} images, {self.model.num_parameters(only_trainable=True):,} trained parameters of "
+            f"{self.model.num_parameters():,}, {self.images_per_step} images per step, {self.max_train_steps} steps"
+        )
+        logger.info(f"{self.objective.clusters}")
+        if not self.accelerator.is_main_process:
+            return None
+        config.save(self.output_dir / RUN_CONFIG)
+        if config.run.report_to != "none":
+            project = config.run.tracker_project_name or project_name
+            self.accelerator.init_trackers(project, config=tracker_config(config))
+        return start_background_push(config.hub, self.output_dir)
+
+    def _rehearse(self) -> None:
+        """Try once, in small, all that the end of the run needs: what would fail there fails here."""
+        self.model.eval()
+        with forward_once(self.model), torch.compiler.set_stance("force_eager"):
+            if self.held_out_loss is not None:
+                self.held_out_loss.try_out(self._denoise_held_out, self.accelerator.device)
+            if self.accelerator.is_main_process:
+                try_sampling(self._sample, self.config)
+        self.model.train()
+        if self.accelerator.is_main_process:
+            rehearse_sharing(self.config.hub, self.output_dir, self._record(results={}))
+
+    def _sample(self) -> list[Image.Image]:
+        # On the CPU: the same everywhere
+        return self.pipeline.sample(torch.Generator().manual_seed(0))
+
+    def _denoise_held_out(self, model_input, timesteps, batch) -> torch.Tensor:
+        return self.pipeline.denoise(self.model, model_input, timesteps, self.pipeline.conditions(batch))
+
+    def _update_state(self) -> None:
+        self.state.seconds = time.perf_counter() - self._start_time
 
     def _record(self, **outcome: Any) -> dict[str, Any]:
         return run_record(
@@ -337,22 +348,3 @@ class Trainer:
         save_record(record, self.output_dir)
         save_model_card(self.output_dir, repo_id=self.config.hub.hub_model_id)
         return record
-
-    def _rehearse(self) -> None:
-        """Try once, in small, all that the end of the run needs: what would fail there fails here."""
-        self.model.eval()
-        with forward_once(self.model), torch.compiler.set_stance("force_eager"):
-            if self.held_out_loss is not None:
-                self.held_out_loss.try_out(self._denoise_held_out, self.accelerator.device)
-            if self.accelerator.is_main_process:
-                try_sampling(self._sample, self.config)
-        self.model.train()
-        if self.accelerator.is_main_process:
-            rehearse_sharing(self.config.hub, self.output_dir, self._record(results={}))
-
-    def _sample(self) -> list[Image.Image]:
-        # On the CPU: the same everywhere
-        return self.pipeline.sample(torch.Generator().manual_seed(0))
-
-    def _denoise_held_out(self, model_input, timesteps, batch) -> torch.Tensor:
-        return self.pipeline.denoise(self.model, model_input, timesteps, self.pipeline.conditions(batch))
