@@ -81,7 +81,9 @@ class Trainer:
         self.micro_batches = accelerator.num_processes * accelerator.gradient_accumulation_steps
         self.num_images, self.images_per_step = len(data.dataset), config.run.train_batch_size * self.micro_batches
         # What a run is started again with has what accelerate has decided
-        settled = {name: getattr(accelerator, name) for name in ("gradient_accumulation_steps", "mixed_precision")}
+        settled = {"gradient_accumulation_steps": accelerator.gradient_accumulation_steps}
+        if accelerator.mixed_precision != "fp8":  # which is set up in accelerate's configuration alone
+            settled["mixed_precision"] = accelerator.mixed_precision
         self.config = config = config.replace(**settled).with_max_train_steps(self.num_images, self.images_per_step)
         self.max_train_steps = config.run.max_train_steps
         if data.vae is not None:

@@ -30,7 +30,7 @@ class RunConfig(Options):
         None, "Forward calls per optimizer step. Default what accelerate is configured with, or else 1."
     )
     gradient_checkpointing: bool = option(False, "Save memory by computing activations twice.")
-    mixed_precision: Literal["no", "fp16", "bf16", "fp8"] | None = option(None, "Default accelerate's configuration.")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "Default accelerate's configuration.")
     allow_tf32: bool = option(False, "Let Ampere and newer GPUs multiply matrices in TF32.")
     compile: bool = option(False, "Compile the model with torch.compile.")
     checkpointing_steps: Count = option(500, "Steps between checkpoints.")
