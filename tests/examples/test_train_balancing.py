@@ -2,26 +2,20 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from training_runs import (
-    SCRIPT,
-    arguments,
     assert_equal_weights,
-    load_script,
     make_images,
     record,
-    run_main,
     same_weights,
     train,
 )
 
 from diffusers_dtr import DTRTransformer2DModel, training
-from diffusers_dtr.training.run.losses import LossHistory
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -106,10 +100,7 @@ def test_compiled_model_is_balanced_by_gradients(images, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--num_clusters", 3), "`--num_clusters` was 4 and is 3 now"),
-        (("--cluster_cost", "uniform"), "`--cluster_cost` was snr and is uniform now"),
         (("--noise_schedule", "squaredcos_cap_v2"), "`cluster boundaries` was"),
-        (("--balancing", "pcgrad"), "`--balancing` was uncertainty and is pcgrad now"),
         (("--balancing", "continuous_uncertainty"), "`--balancing` was uncertainty and is continuous_uncertainty now"),
     ],
 )
@@ -159,25 +150,6 @@ def test_picture_and_boundaries_are_left_with_the_checkpoints(uncertain):
     assert (arguments["balancing"], arguments["cluster_cost"]) == ("uncertainty", "snr")
 
 
-def test_picture_is_drawn_at_every_checkpoint(images, tmp_path, monkeypatch):
-    seen = []
-    save = LossHistory.save_picture
-
-    def spy(history: LossHistory) -> Path:
-        seen.append([entry["step"] for entry in history.entries])
-        return save(history)
-
-    monkeypatch.setattr(LossHistory, "save_picture", spy)
-    train(images, tmp_path / "run", *FLAGS)
-    assert seen == [[1, 2], [1, 2, 3, 4]]
-
-
-def test_losses_of_the_clusters_are_shared(hub, images, tmp_path):
-    train(images, tmp_path / "run", "--num_clusters", 3, "--push_to_hub")
-    pushed = set(hub.repos["models", "owner/run"].branches["main"].files)
-    assert pushed >= {"training_config.json", "loss_per_cluster.png", "loss_history.jsonl"}
-
-
 @pytest.mark.parametrize("balancing", ["uncertainty", "continuous_uncertainty"])
 def test_what_balancing_learns_has_its_own_rate_and_no_decay_also_after_resuming(
     balancing, images, tmp_path, monkeypatch
@@ -201,24 +173,6 @@ def test_what_balancing_learns_has_its_own_rate_and_no_decay_also_after_resuming
         assert learned[1] == 0
         assert learned[0] == pytest.approx(model[0] / 0.01 * 0.025)
     assert taken[1][1][0] == 0.025
-
-
-def test_missing_torchjd_is_said_before_anything_is_done(images, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "torchjd", None)
-    with pytest.raises(SystemExit) as exit_info:
-        run_main(load_script(SCRIPT), arguments(images, tmp_path / "run", "--balancing", "pcgrad"))
-    assert exit_info.value.code == 2
-    assert '`--balancing pcgrad` needs torchjd: pip install "diffusers-dtr[balancing]"' in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-    assert load_script(SCRIPT).parse_args(arguments(images, tmp_path / "run", "--balancing", "uncertainty"))
-
-
-def test_batch_too_small_to_compare_gradients_is_refused_before_training(images, tmp_path):
-    flags = ["--balancing", "nash_mtl", "--num_clusters", 8, *ACCUMULATED]
-    with pytest.raises(
-        ValueError, match=r"all 8 clusters in a forward call.*got 4: use a larger `--train_batch_size`"
-    ):
-        train(images, tmp_path / "run", *flags)
 
 
 def timesteps_of(run_flags: list, images: Path, folder: Path, monkeypatch) -> torch.Tensor:

@@ -199,26 +199,6 @@ def test_other_resolution_is_what_the_fine_tuned_pipeline_samples(ours, images, 
     assert pipeline(class_labels=[0], num_inference_steps=1).images[0].size == (16, 16)
 
 
-def test_learning_a_variance_that_is_not_predicted_is_refused(ours, images, tmp_path):
-    with pytest.raises(ValueError, match="`--learn_sigma` needs a pretrained model that predicts a variance"):
-        fine_tune(images, tmp_path / "run", ours, "--learn_sigma")
-
-
-def test_autoencoder_with_other_latents_than_the_pretrained_model_is_refused(ours, vae_folder, images, tmp_path):
-    with pytest.raises(ValueError, match=r"latents have 2 channels, but the pretrained model has `in_channels`=1"):
-        fine_tune(images, tmp_path / "run", ours, "--vae_name_or_path", vae_folder)
-
-
-def test_cached_and_fresh_latents_train_alike(vae_folder, images, tmp_path, monkeypatch):
-    flags = ["--vae_name_or_path", vae_folder, "--center_crop", "--random_flip", "--max_train_steps", 8, "--use_ema"]
-    fresh = train(images, tmp_path / "fresh", *flags, source=OF_LATENTS)
-    cached = train(images, tmp_path / "cached", *flags, "--cache_latents", "--train_batch_size", 4, source=OF_LATENTS)
-    assert not (fresh / "latents").exists()
-    assert list((cached / "latents").iterdir())
-    for name, weight in weights(fresh).items():
-        torch.testing.assert_close(weights(cached)[name], weight, rtol=0, atol=1e-5)
-
-
 def test_latent_pipeline_has_the_autoencoder_and_samples_images(vae_folder, images, tmp_path):
     flags = ["--vae_name_or_path", vae_folder, "--resolution", 16, "--validation_data_dir", images]
     run = train(images, tmp_path / "run", *flags, source=OF_LATENTS)

@@ -42,7 +42,8 @@ def losses_in(logs: dict[str, bytes], folder: Path) -> list[int]:
 def test_pushed_pipeline_loads_from_the_hub_without_what_is_of_no_use(hub, images, tmp_path):
     flags = ["--hub_token", "hf_owner", "--hub_private_repo", "--report_to", "tensorboard"]
     run = train(images, tmp_path / "run", *DIGITS, *flags)
-    assert hub_files(hub) >= {"README.md", "model_index.json", "training_config.json", "samples/step-00000003.png"}
+    shown = {"samples/step-00000003.png", "loss_per_cluster.png", "loss_history.jsonl"}
+    assert hub_files(hub) >= {"README.md", "model_index.json", "training_config.json", *shown}
     logs = {path: content for path, content in hub.files("owner/digits").items() if path.startswith("logs/")}
     assert losses_in(logs, tmp_path / "logs") == [3]
     assert not [path for path in hub_files(hub) if path.startswith(("checkpoint-", ".p", "latents", "last-"))]

@@ -5,22 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, PixArtAlphaPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
+from diffusers import PixArtAlphaPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
 from huggingface_hub import HfApi
 from PIL import Image
 from safetensors.torch import load_file
-from text_to_image_runs import FAMILIES, SCRIPT, every_family, make_captioned_images, train
+from text_to_image_runs import FAMILIES, every_family, make_captioned_images, train
 from training_runs import (
-    arguments,
     assert_equal_weights,
     assert_same_configs,
-    load_script,
     record,
     same_weights,
     weights,
 )
-
-from diffusers_dtr.training.config import data as config_data
 
 
 PIPELINES = {"sd": StableDiffusionPipeline, "pixart": PixArtAlphaPipeline, "sd3": StableDiffusion3Pipeline}
@@ -182,21 +178,6 @@ def test_denoiser_from_scratch_has_the_config_and_the_size_of_the_images(plain, 
     assert (unet.config.block_out_channels, unet.config.sample_size) == ([4, 8], 8)
 
 
-def test_denoiser_from_scratch_is_drawn_from_the_seed_alone(plain, images, tmp_path):
-    flags = ["--denoiser_config", FAMILIES["sd"].family.config, "--learning_rate", 0, "--max_train_steps", 1]
-    runs = []
-    for number in range(2):
-        torch.manual_seed(number)
-        runs.append(train("sd", images, tmp_path / str(number), plain["sd"], *flags))
-    assert same_weights(*runs, "unet")
-
-
-def test_latents_that_the_pretrained_model_was_not_made_for_are_refused(plain, images, tmp_path):
-    AutoencoderKL(latent_channels=2, block_out_channels=(4,), norm_num_groups=2).save_pretrained(tmp_path / "vae")
-    with pytest.raises(ValueError, match=r"latents have 2 channels, but the pretrained model has `in_channels`=4"):
-        train("sd", images, tmp_path / "run", plain["sd"], "--vae_name_or_path", tmp_path / "vae")
-
-
 def test_result_is_in_full_precision_whatever_that_of_the_run(images, tmp_path):
     base = FAMILIES["sd"].pipeline(FAMILIES["sd"].family.plain())
     base.vae.register_to_config(force_upcast=False)
@@ -213,14 +194,6 @@ def test_predicted_variance_is_learned(plain, images, tmp_path):
     pipeline = PixArtAlphaPipeline.from_pretrained(train("pixart", images, tmp_path / "run", plain["pixart"], *flags))
     assert pipeline.transformer.config.out_channels == 8
     assert sample(pipeline).shape == (1, 3, 8, 8)
-
-
-def test_flow_matching_takes_logit_normal_timesteps(plain, images, tmp_path):
-    flags = ["--timestep_sampling", "logit_normal", "--logit_mean", 0.5, "--logit_std", 1.2]
-    one_step = ["--max_train_steps", 1]
-    uniform = train("sd3", images, tmp_path / "uniform", plain["sd3"], *one_step)
-    logit_normal = train("sd3", images, tmp_path / "logit_normal", plain["sd3"], *one_step, *flags)
-    assert not same_weights(uniform, logit_normal)
 
 
 def test_all_that_the_trainer_can_do_works_together(plain, images, tmp_path):
@@ -249,29 +222,3 @@ def test_revision_and_variant_of_a_hub_repository_are_loaded(hub, images, tmp_pa
     run = train("sd", images, tmp_path / "run", "owner/base", *flags)
     before = load_file(tmp_path / "base" / "unet" / "diffusion_pytorch_model.fp16.safetensors")
     assert all(torch.equal(value, before[key]) for key, value in weights(run, "unet").items())
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--rank", 2, "--use_ema"], "`--rank` does not go with --use_ema"),
-        (["--rank", 2, "--denoiser_config", {}], "`--rank` does not go with --denoiser_config"),
-        (["--lora_alpha", 2], "`--lora_alpha` has an effect with --rank only"),
-        (["--proportion_empty_prompts", 1.5], r"`--proportion_empty_prompts` must be a number in \[0, 1\], got 1.5"),
-    ],
-)
-def test_flags_that_do_not_fit_are_refused(flags, message, images, tmp_path, capsys):
-    source = ("--pretrained_model_name_or_path", "base")
-    with pytest.raises(SystemExit):
-        load_script(SCRIPT).parse_args(arguments(images, tmp_path / "run", *flags, source=source))
-    assert message.replace("\\", "") in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-
-
-def test_missing_peft_is_said_before_anything_is_done(images, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(config_data, "find_spec", lambda name: None if name == "peft" else name)
-    with pytest.raises(SystemExit):
-        load_script(SCRIPT).parse_args(
-            arguments(images, tmp_path / "run", "--rank", 2, source=("--pretrained_model_name_or_path", "base"))
-        )
-    assert '`--rank` needs peft: pip install "diffusers-dtr[training]"' in capsys.readouterr().err

@@ -191,19 +191,6 @@ def test_variance_that_is_not_predicted_cannot_be_learned(plain_pipeline, images
         train(images, tmp_path / "run", ("--pretrained_model_name_or_path", plain_pipeline), "--learn_sigma")
 
 
-def test_u_net_of_a_size_that_its_levels_cannot_halve_is_refused_before_training(images, tmp_path, monkeypatch):
-    monkeypatch.setattr(training.Trainer, "train", None)
-    with pytest.raises(ValueError, match=r"`--resolution` must be a multiple of 2, got 9"):
-        train(images, tmp_path / "run", SOURCES["unet"], "--resolution", 9)
-
-
-def test_more_validation_steps_than_timesteps_are_refused_before_training(images, tmp_path, monkeypatch):
-    monkeypatch.setattr(training.Trainer, "train", None)
-    steps = ("--num_train_timesteps", 20, "--validation_num_inference_steps", 50)
-    with pytest.raises(ValueError, match=r"`--validation_num_inference_steps` must be at most the 20 .*, got 50"):
-        train(images, tmp_path / "run", SOURCES["unet"], *steps)
-
-
 def test_preset_is_a_transformer_of_colour_pixels():
     script = load_script(SCRIPT)
     argv = ["--model_preset", "DiT-S/8", "--train_data_dir", "d", "--output_dir", "o", "--resolution", "32"]

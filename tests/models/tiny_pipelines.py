@@ -60,13 +60,14 @@ _LANGUAGE = {
     "vocab_size": 300,
     "hidden_size": WIDTH,
     "intermediate_size": 8,
-    # Flux.2 takes the tenth, twentieth and thirtieth.
-    "num_hidden_layers": 30,
+    "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "head_dim": 6,
     "pad_token_id": 0,
 }
+# Flux.2 takes the tenth, twentieth and thirtieth layer.
+_DEEP = {**_LANGUAGE, "num_hidden_layers": 30}
 _VISION = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
 _CHAT = (
     "{% for message in messages %}<{{ message.role }}>{% if message.content is string %}{{ message.content }}"
@@ -101,7 +102,7 @@ def gemma() -> Gemma2Model:
 
 
 def qwen_3(model_class: type[PreTrainedModel] = Qwen3Model) -> PreTrainedModel:
-    return _built(model_class, Qwen3Config(**_LANGUAGE))
+    return _built(model_class, Qwen3Config(**_DEEP))
 
 
 def qwen_2_5_vl() -> Qwen2_5_VLForConditionalGeneration:
@@ -112,7 +113,7 @@ def qwen_2_5_vl() -> Qwen2_5_VLForConditionalGeneration:
 
 
 def mistral_3() -> Mistral3ForConditionalGeneration:
-    text, vision = MistralConfig(**_LANGUAGE), PixtralVisionConfig(**_VISION, num_hidden_layers=1, head_dim=4)
+    text, vision = MistralConfig(**_DEEP), PixtralVisionConfig(**_VISION, num_hidden_layers=1, head_dim=4)
     return _built(Mistral3ForConditionalGeneration, Mistral3Config(vision_config=vision, text_config=text))
 
 

@@ -115,13 +115,6 @@ def test_a_slow_network_gets_the_latest_checkpoint_only_and_nobody_waits(hub, ho
     assert files(hub)["last-checkpoint/training_state.json"].endswith("step 40")
 
 
-def test_without_hard_links_checkpoints_are_copied(hub, output_dir, monkeypatch):
-    monkeypatch.setattr("os.link", lambda *paths: (_ for _ in ()).throw(PermissionError("no links here")))
-    push = BackgroundPush(output_dir)
-    push.push_checkpoint(checkpoint(output_dir, 10), 10)
-    assert push.finish().pushed == [10]
-
-
 def test_a_checkpoint_of_training_arrives_without_paths_of_this_machine_and_can_be_resumed(hub, output_dir, tmp_path):
     routed_dit().save_pretrained(tmp_path / "pretrained")
     model = type(routed_dit()).from_pretrained(tmp_path / "pretrained")
@@ -216,15 +209,6 @@ def test_a_process_ends_though_an_upload_hangs(hub, hold, output_dir, fresh_proc
     assert fresh_process(code) == [10]
     assert hold.reached.is_set()
     assert not hold.released.is_set()
-
-
-def test_nothing_has_failed_where_nothing_is_left_to_push_and_no_time_is_given(hub, output_dir, caplog):
-    """What a killed run left to push is removed."""
-    leftover = checkpoint(output_dir / ".push", 5)
-    push = BackgroundPush(output_dir)
-    assert not leftover.exists()
-    assert push.finish(timeout=0) == PushReport()
-    assert caplog.text == ""
 
 
 def test_a_disk_that_is_full_is_reported(hub, output_dir, monkeypatch):

@@ -1,15 +1,13 @@
 import json
-from itertools import islice
 from pathlib import Path
 
 import datasets
 import pytest
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from diffusers_dtr.training.data.captions import CaptionedDataset, Captions
 from diffusers_dtr.training.data.images import ImageTransform
-from diffusers_dtr.training.data.samples import ImageDataset, TrainingBatches
+from diffusers_dtr.training.data.samples import ImageDataset
 from diffusers_dtr.training.data.training_images import load_training_images
 
 
@@ -77,17 +75,6 @@ def test_a_caption_depends_on_its_place_and_seed_alone():
     assert drawn(CaptionedDataset(Rows(20), seed=2, **options), range(1)) != first
 
 
-def test_workers_draw_the_same():
-    dataset = CaptionedDataset(Rows(8), captions(*[["a", "b", "c"]] * 8), seed=1, proportion_empty=0.2)
-
-    def read(num_workers):
-        batches = TrainingBatches(8, 4, seed=0)
-        loader = DataLoader(dataset, batch_sampler=batches, num_workers=num_workers)
-        return [batch["caption"] for batch in islice(loader, 4)]
-
-    assert read(2) == read(0)
-
-
 def test_the_asked_for_share_of_captions_is_empty():
     dataset = CaptionedDataset(Rows(10), captions(*"abcdefghij"), seed=0, proportion_empty=0.1)
     empty = drawn(dataset, range(400)).count("")
@@ -106,17 +93,6 @@ def test_which_caption_is_drawn_does_not_depend_on_how_many_are_empty():
 def test_without_a_seed_every_row_has_its_first_caption():
     dataset = CaptionedDataset(Rows(2), captions(["a", "b"], ["c", "d"]))
     assert drawn(dataset, range(3)) == ["a", "c"] * 3
-
-
-@pytest.mark.parametrize("proportion", [-0.1, 1.1])
-def test_share_outside_its_range_is_refused(proportion):
-    with pytest.raises(ValueError, match=r"`proportion_empty` must be in \[0, 1\], got"):
-        CaptionedDataset(Rows(1), captions("a"), seed=0, proportion_empty=proportion)
-
-
-def test_empty_captions_need_a_seed():
-    with pytest.raises(ValueError, match="`seed` must be given"):
-        CaptionedDataset(Rows(1), captions("a"), proportion_empty=0.1)
 
 
 def make_image_folder(folder: Path, names: list[str]) -> Path:

@@ -122,11 +122,6 @@ def test_oldest_checkpoints_go_beyond_the_limit(tmp_path):
     assert names(tmp_path) == ["checkpoint-10", "checkpoint-11"]
 
 
-def test_limit_below_one_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="`checkpoints_total_limit` must be at least 1, got 0"):
-        Run(tmp_path, total_limit=0)
-
-
 def test_whenever_the_process_dies_the_latest_checkpoint_is_whole(tmp_path):
     """Step 1 is saved; saving step 2 and deleting step 1 is cut off at every moment."""
     run = Run(tmp_path, total_limit=1)
@@ -155,15 +150,6 @@ def test_whenever_the_process_dies_the_latest_checkpoint_is_whole(tmp_path):
     assert found == sorted(found)
     assert set(found) == {1, 2}
     assert names(tmp_path) == ["checkpoint-2"]
-
-
-def test_what_a_dead_process_left_is_cleared_and_replaced(tmp_path):
-    """Every process goes on in what the one before left when it died."""
-    run = Run(tmp_path, total_limit=1)
-    run.checkpoints.save(state(1))
-    die_before_every_change(lambda: run.checkpoints.save(state(2)), lambda: None)
-    assert names(tmp_path) == ["checkpoint-2"]
-    assert Run(tmp_path).checkpoints.resume("latest", SETTINGS).global_step == 2
 
 
 @pytest.mark.parametrize("missing", ["training_state.json", ""])
@@ -203,14 +189,6 @@ def test_weights_that_are_not_finite_are_not_saved(value, tmp_path):
     with pytest.raises(FloatingPointError, match=r"weights were not finite at step 2\. .* is .*/checkpoint-1;"):
         run.checkpoints.save(state(2))
     assert names(tmp_path) == ["checkpoint-1"]
-
-
-def test_average_goes_on_with_the_decay_of_the_flags(tmp_path):
-    Run(tmp_path).checkpoints.save(state(1))
-    other = Run(tmp_path)
-    other.ema.decay = 0.9
-    other.checkpoints.resume("latest", SETTINGS)
-    assert other.ema.decay == 0.9
 
 
 def test_weights_of_another_model_or_damaged_ones_are_refused(tmp_path):

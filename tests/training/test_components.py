@@ -22,7 +22,7 @@ from diffusers_dtr import (
 from diffusers_dtr.training import load_noise_scheduler, load_vae, resolve_resolution
 from diffusers_dtr.training.components import check_direction, denoiser_routing, sample_size
 from diffusers_dtr.training.config import ModelConfig
-from diffusers_dtr.training.pretrained import pretrained_component, pretrained_denoiser
+from diffusers_dtr.training.pretrained import pretrained_component, pretrained_denoiser, pretrained_options
 
 
 TWO_BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
@@ -205,3 +205,11 @@ def test_a_range_runs_as_the_timesteps_of_the_family_do(model_class, right):
     check_direction(run_config(routing_timestep_range=right).routing, model_class, {})
     with pytest.raises(ValueError, match="must go from the cleanest to the noisiest timestep"):
         check_direction(run_config(routing_timestep_range=right[::-1]).routing, model_class, {})
+
+
+def test_variant_that_a_folder_has_no_weights_of_is_refused(tmp_path):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "diffusion_pytorch_model.fp16-00001-of-00002.safetensors").touch()
+    assert pretrained_options(ModelConfig(str(tmp_path), variant="fp16"))["variant"] == "fp16"
+    with pytest.raises(ValueError, match=r"`--variant` must be one that .* has weights of, .* got 'bf16'"):
+        pretrained_options(ModelConfig(str(tmp_path), variant="bf16"))

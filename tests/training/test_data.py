@@ -53,12 +53,6 @@ def test_images_without_labels_are_for_unconditional_training(tmp_path):
     assert (images.labels, images.num_classes, images.id2label) == (None, None, None)
 
 
-@pytest.mark.parametrize("given", [{}, {"dataset_name": "a", "train_data_dir": "b"}])
-def test_exactly_one_source_is_needed(given):
-    with pytest.raises(ValueError, match="Exactly one of `dataset_name` and `train_data_dir`"):
-        load_training_images(**given)
-
-
 def test_folders_may_be_named_like_patterns(tmp_path):
     folder = make_folder(tmp_path / "data [1]*")
     assert len(load_training_images(train_data_dir=folder, cache_dir=tmp_path / "cache")) == 4
@@ -92,19 +86,9 @@ def test_integers_are_labels(dtype):
     assert (images.labels.tolist(), images.num_classes, images.id2label) == ([3, 0, 4], 5, None)
 
 
-def test_format_of_the_dataset_does_not_matter():
-    plain, formatted = (training_images(rows) for rows in (table([1, 0]), table([1, 0]).with_format("pandas")))
-    assert formatted.read(1).getpixel((0, 0)) == plain.read(1).getpixel((0, 0)) == 1
-    assert formatted.labels.tolist() == plain.labels.tolist() == [1, 0]
-
-
 def test_names_of_classes_come_with_class_labels():
     images = training_images(table([1, 0, 1], datasets.ClassLabel(names=["a", "b", "c"])))
     assert (images.num_classes, images.id2label) == (3, {0: "a", 1: "b", 2: "c"})
-
-
-def test_labels_follow_a_selection_of_rows():
-    assert training_images(table([3, 0, 4]).select([2, 0])).labels.tolist() == [4, 3]
 
 
 def test_the_first_label_out_of_range_is_named_without_decoding_images():

@@ -71,12 +71,6 @@ def test_every_epoch_draws_a_sample_of_its_own(folder):
     assert not torch.equal(cached[3, 0]["latents"], cached[4, 0]["latents"])
 
 
-def test_workers_read_the_same(folder):
-    cached = cache(folder)
-    for alone, by_workers in zip(batches(cached), batches(cached, num_workers=2), strict=True):
-        assert torch.equal(alone["latents"], by_workers["latents"])
-
-
 def test_a_pickled_dataset_does_not_hold_the_latents(folder):
     cached = cache(folder)
     expected = cached[0, 1]["latents"]
@@ -162,8 +156,3 @@ def test_an_interrupted_run_leaves_no_cache(folder):
     with pytest.raises(UnreadableImageError, match=r"5\.png \(row 5\)"):
         cache(folder, batch_size=2)
     assert caches(folder) == []
-
-
-def test_random_crops_cannot_be_cached(folder):
-    with pytest.raises(ValueError, match="--center_crop"):
-        cache(folder, transform=replace(TRANSFORM, center_crop=False))

@@ -91,13 +91,6 @@ def test_flow_matching_is_trained_with_the_shift_that_its_solver_samples_with(tm
     assert settings(sampling_scheduler(config, latents=True)) == settings(original)
 
 
-def test_without_a_pipeline_the_flags_decide():
-    scheduler = load_noise_scheduler(run_config(noise_schedule="squaredcos_cap_v2"))
-    assert type(scheduler) is DDPMScheduler
-    assert scheduler.config.beta_schedule == "squaredcos_cap_v2"
-    assert scheduler.config.num_train_timesteps == 1000
-
-
 # ---- what the result is sampled with
 
 UNUSUAL = [
@@ -185,10 +178,6 @@ def test_fewer_timesteps_of_a_pretrained_schedule_span_the_same_noise_levels(tmp
     result = sampling_scheduler(config, latents=True)
     assert noisiest(result) == pytest.approx(noisiest(before), rel=0.1)
     assert (result.config.beta_start, result.config.beta_end) == pytest.approx((0.0085, 0.12))
-
-
-def test_usual_number_of_timesteps_has_the_usual_betas():
-    assert load_noise_scheduler(run_config(num_train_timesteps=1000)).config == DDPMScheduler().config
 
 
 def test_schedule_that_leaves_an_image_is_refused_when_asked_for_and_named_when_found(tmp_path, caplog):

@@ -15,7 +15,7 @@ from diffusers_dtr import DTRTransformer2DModel, NoiseLevels, TaskAffinity
 from diffusers_dtr.objective.adaptive_sampling import AdaptiveTimestepSampler
 from diffusers_dtr.objective.clustered_loss import ClusteredLossOutput
 from diffusers_dtr.objective.weighting import WEIGHTINGS
-from diffusers_dtr.training.objective import build_objective
+from diffusers_dtr.training.objective import build_objective, draw_noise
 from diffusers_dtr.training.optimizer import build_optimizer
 
 
@@ -165,10 +165,6 @@ def test_timesteps_follow_the_statistic_that_was_asked_for(statistic, preferred,
     assert setup.objective.sampler.shares.argmax() == preferred
 
 
-def test_losses_have_no_weights_where_timesteps_do_not_follow_them():
-    assert Setup().objective.sample_weights(torch.arange(4)) is None
-
-
 def test_density_stays_as_it_is_in_the_middle_of_a_step(quick_fit):
     """Two forward calls are observed as one of twice as many samples, and only when the step is done."""
     timesteps = torch.arange(0, 1000, 1000 // (4 * BATCH))[: 4 * BATCH].reshape(4, BATCH)
@@ -192,15 +188,6 @@ def test_density_stays_as_it_is_in_the_middle_of_a_step(quick_fit):
     assert not torch.equal(divided.objective.sample_weights(torch.arange(1000)), before)
 
 
-def test_observing_keeps_no_graph():
-    setup = Setup(timestep_sampling="loss", gradient_accumulation_steps=2)
-    with setup.accelerator.accumulate(setup.model):
-        per_sample = torch.ones(BATCH, requires_grad=True) * 2
-        setup.objective.observe(setup.accelerator, torch.arange(BATCH), SimpleNamespace(per_sample=per_sample))
-    assert len(setup.objective._observed) == 1
-    assert not any(losses.requires_grad for _, losses in setup.objective._observed)
-
-
 # ---- flags and state
 
 
@@ -216,12 +203,6 @@ def test_weighting_for_flow_matching_is_refused_with_another_schedule():
         ValueError, match="`--loss_weighting logit_normal` is for flow matching, got epsilon prediction"
     ):
         Setup(loss_weighting="logit_normal")
-
-
-def test_record_has_the_boundaries():
-    described = Setup(num_clusters=2, cluster_cost="uniform").objective.describe()
-    assert described["num_clusters"] == 2
-    assert list(described["boundaries"]) == [0, 500, 1000]
 
 
 @pytest.mark.parametrize("options", STATEFUL, ids=str)
@@ -263,12 +244,6 @@ def test_state_of_another_objective_is_refused(options, message):
         Setup(balancing="uncertainty").objective.load_state_dict(states[1])
 
 
-def test_state_of_other_boundaries_is_refused():
-    state = Setup().objective.state_dict()
-    with pytest.raises(ValueError, match="must be of clusters with the boundaries"):
-        Setup(DDPMScheduler(beta_schedule="squaredcos_cap_v2")).objective.load_state_dict(state)
-
-
 def planted_affinity(path, boundaries: tuple[int, ...]) -> str:
     """A file that says: timesteps get along within these clusters, and not with others."""
     levels = NoiseLevels(DDPMScheduler(num_train_timesteps=boundaries[-1]))
@@ -295,3 +270,35 @@ def test_clusters_are_those_whose_gradients_get_along(tmp_path):
         Setup(DDPMScheduler(num_train_timesteps=50, beta_schedule="squaredcos_cap_v2"), **options)
     with pytest.raises(ValueError, match="must be a task affinity file"):
         Setup(cluster_cost="affinity", affinity_path=str(tmp_path / "nothing.safetensors"))
+
+
+# ---- noise
+
+
+SHAPE = torch.Size((4000, 3, 2, 2))
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def test_noise_to_learn_is_the_noise_that_is_added():
+    noise, added = draw_noise(SHAPE, seeded())
+    assert torch.equal(noise, torch.randn(SHAPE, generator=seeded()))
+    assert torch.equal(noise, added)
+
+
+@pytest.mark.parametrize("shape", [(4000, 3, 2, 2), (4000, 3, 2, 2, 2)])
+def test_offset_is_one_number_per_sample_and_channel(shape):
+    noise, added = draw_noise(torch.Size(shape), seeded(), noise_offset=0.5)
+    offset = noise - draw_noise(torch.Size(shape), seeded())[0]
+    assert torch.equal(noise, added)
+    assert offset.std().item() == pytest.approx(0.5, rel=0.02)
+    assert offset.flatten(1).view(*shape[:2], -1).var(-1, correction=0).max() < 1e-10
+
+
+def test_perturbation_is_added_but_not_learned():
+    plain, _ = draw_noise(SHAPE, seeded(), noise_offset=0.5)
+    noise, added = draw_noise(SHAPE, seeded(), noise_offset=0.5, input_perturbation=0.1)
+    assert torch.equal(noise, plain)
+    assert (added - noise).std().item() == pytest.approx(0.1, rel=0.02)

@@ -6,7 +6,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -81,6 +81,7 @@ def test_an_unreadable_image_is_named(num_workers):
 # ---- their order
 
 
+@settings(max_examples=30)
 @given(num_samples=st.integers(1, 20), batch_size=st.integers(1, 50), seed=st.integers(0, 2**40))
 def test_every_epoch_has_every_sample_once(num_samples, batch_size, seed):
     steps = -(-3 * num_samples // batch_size)

@@ -64,12 +64,6 @@ def test_a_second_run_encodes_nothing(tmp_path):
     assert len(caches(tmp_path)) == 1
 
 
-def test_the_order_of_the_texts_does_not_matter(tmp_path):
-    for texts in (sorted(TEXTS), sorted(TEXTS, reverse=True)):
-        assert cache(tmp_path, Encoder(), texts)(["one"]).keys() == {"prompt_embeds", "prompt_attention_mask"}
-    assert len(caches(tmp_path)) == 1
-
-
 def test_where_an_encoder_was_loaded_from_does_not_matter(tmp_path):
     encoder, loaded = Encoder(), Encoder()
     cache(tmp_path, encoder)
@@ -122,21 +116,6 @@ def test_other_texts_or_settings_have_another_cache(tmp_path):
     for change in ({}, {"texts": TEXTS | {"five"}}, {"max_sequence_length": 4}):
         cache(tmp_path, encoder, **change)
     assert len(caches(tmp_path)) == 3
-
-
-def test_an_interrupted_run_leaves_no_cache(tmp_path):
-    encoder = Encoder()
-
-    def broken(texts):
-        if encoder.calls == 2:
-            raise RuntimeError("killed")
-        return encoder(texts)
-
-    with pytest.raises(RuntimeError, match="killed"):
-        cache_text_embeddings(
-            broken, TEXTS, [encoder.tokenizer], [encoder.model], {}, tmp_path / "cache", batch_size=2, device=CPU
-        )
-    assert caches(tmp_path) == []
 
 
 def test_embeddings_are_read_from_the_file_and_not_held_in_memory(tmp_path):

@@ -1,14 +1,18 @@
+import sys
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 from diffusers import DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from run_config import run_config
 
 from diffusers_dtr import DenoisingLoss, NoiseLevels, TaskAffinity, cluster_timesteps
 from diffusers_dtr.training import HeldOutLoss
-from diffusers_dtr.training.validation import ends_epochs, forward_once, save_sample_grid, try_sampling
+from diffusers_dtr.training.validation import ends_epochs, forward_once, log_image, save_sample_grid, try_sampling
 
 
 LEVELS = NoiseLevels(DDPMScheduler())
@@ -177,11 +181,6 @@ def test_images_fill_the_grid_row_by_row_and_black_the_rest(tmp_path):
     assert np.array_equal(np.asarray(Image.open(tmp_path / "samples" / "grid.png")), np.asarray(grid))
 
 
-def test_few_images_make_a_single_row(tmp_path):
-    images = [Image.new("RGB", (2, 2))] * 2
-    assert save_sample_grid(images, 5, tmp_path / "grid.png").size == (4, 2)
-
-
 def test_model_answers_inputs_of_the_same_shape_with_what_it_computed_first():
     model = torch.nn.Linear(2, 2)
     own = model(torch.zeros(1, 2))
@@ -214,3 +213,36 @@ def test_what_cannot_be_sampled_names_the_flags_of_validation():
     with pytest.raises(ValueError, match=r"`--resolution 8`.*`--validation_num_inference_steps 1`.*: IndexError"):
         try_sampling(lambda: ()[0], config)
     try_sampling(lambda: [], config)
+
+
+# ---- pictures for trackers
+
+PICTURE = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4))
+
+
+def test_tensorboard_shows_the_picture(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    project = ProjectConfiguration(project_dir=str(tmp_path), logging_dir=str(tmp_path))
+    accelerator = Accelerator(cpu=True, log_with="tensorboard", project_config=project)
+    accelerator.init_trackers("run")
+    log_image(accelerator, "samples", PICTURE, 7)
+    accelerator.end_training()
+    (event,) = EventAccumulator(str(tmp_path / "run")).Reload().Images("samples")
+    assert (event.step, event.width, event.height) == (7, 4, 3)
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_other_trackers_get_colour_pixels_and_the_step(tracker, monkeypatch):
+    """What accelerate's trackers of these names take; the packages themselves want an account or a server."""
+    logged = {}
+
+    def log(values, step):
+        logged.update(values, step=step)
+
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(Image=lambda pixels: pixels))
+    methods = {"log_images": lambda values, step: log({name: images[0] for name, images in values.items()}, step)}
+    accelerator = SimpleNamespace(trackers=[SimpleNamespace(name=tracker, log=log, **methods)])
+    log_image(accelerator, "samples", PICTURE, 7)
+    assert logged["step"] == 7
+    assert np.array_equal(logged["samples"], np.asarray(PICTURE.convert("RGB")))

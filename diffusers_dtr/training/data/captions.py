@@ -78,16 +78,9 @@ class CaptionedDataset(Dataset):
         seed: Seed of the run, >= 0: one of a row's captions is drawn, depending on (seed, epoch, index) alone. None
             gives every row its first caption.
         proportion_empty: Share of samples whose caption is replaced by an empty one, in [0, 1], drawn likewise.
-
-    Raises:
-        ValueError: For a `proportion_empty` outside [0, 1], or one above 0 without a seed.
     """
 
     def __init__(self, dataset: Dataset, captions: Captions, seed: int | None = None, proportion_empty: float = 0.0):
-        if not 0 <= proportion_empty <= 1:
-            raise ValueError(f"`proportion_empty` must be in [0, 1], got {proportion_empty}.")
-        if seed is None and proportion_empty > 0:
-            raise ValueError("`seed` must be given for captions to be replaced at random, got None.")
         self.dataset = dataset
         self.captions = captions
         self.seed = seed

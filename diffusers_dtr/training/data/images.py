@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from ..config.data import INTERPOLATION_MODES
 from .color_profiles import to_srgb
 
 
@@ -144,16 +143,6 @@ class ImageTransform:
     center_crop: bool = False
     random_flip: bool = False
     interpolation: str = "bilinear"
-
-    def __post_init__(self):
-        if self.resolution < 1:
-            raise ValueError(f"`resolution` must be at least 1, got {self.resolution}.")
-        if self.channels not in _MODES:
-            raise ValueError(f"`channels` must be 1 (grey) or 3 (RGB), got {self.channels}.")
-        if self.interpolation not in INTERPOLATION_MODES:
-            raise ValueError(
-                f"`interpolation` must be one of {', '.join(INTERPOLATION_MODES)}, got {self.interpolation!r}."
-            )
 
     def draw(self, generator: torch.Generator) -> Augmentation:
         """Draws a sample's augmentation. The flip does not depend on whether the crop is random."""

@@ -97,11 +97,6 @@ def cache_latents(
     A cache takes 8 bytes per latent value and image, 16 with flips, of which both views are encoded: 42 and 84 GB for
     ImageNet's 256×256 images.
     """
-    if not transform.center_crop:
-        raise ValueError(
-            "`transform.center_crop` must be True for latents to be cached: a random crop would have to be encoded "
-            "anew for every sample. Pass `--center_crop`."
-        )
     normalization = LatentNormalization.from_vae(vae)
     folder = Path(cache_dir) / f"latents-{_content_key(vae, images, transform)}"
     upright = ImageDataset(images, replace(transform, random_flip=False), seed=seed)

@@ -64,7 +64,7 @@ def load_images(config: TrainingConfig) -> TrainingImages:
         dataset_name=data.dataset_name,
         dataset_config_name=data.dataset_config_name,
         train_data_dir=data.train_data_dir,
-        split=data.train_split if data.train_data_dir is None else "train",
+        split=data.train_split,
         image_column=data.image_column,
         label_column=getattr(data, "label_column", None),
         caption_column=config.text and config.text.caption_column,
@@ -218,9 +218,7 @@ def held_out_dataset(config: TrainingConfig, images: TrainingImages, channels: i
     )
     if images.labels is not None:
         held_out, _ = match_classes(held_out, images.id2label, images.num_classes)
-    transform = ImageTransform(
-        data.resolution, channels, center_crop=True, interpolation=data.image_interpolation_mode
-    )
+    transform = ImageTransform(data.resolution, channels, True, interpolation=data.image_interpolation_mode)
     return ImageDataset(held_out, transform, seed=0)
 
 

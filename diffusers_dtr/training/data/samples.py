@@ -70,17 +70,6 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
         process_index: int = 0,
         start_step: int = 0,
     ):
-        for name, value, least in (
-            ("num_samples", num_samples, 1),
-            ("batch_size", batch_size, 1),
-            ("seed", seed, 0),
-            ("num_processes", num_processes, 1),
-            ("start_step", start_step, 0),
-        ):
-            if value < least:
-                raise ValueError(f"`{name}` must be at least {least}, got {value}.")
-        if not 0 <= process_index < num_processes:
-            raise ValueError(f"`process_index` must be in [0, {num_processes}), got {process_index}.")
         self.num_samples = num_samples
         self.batch_size = batch_size
         self.seed = seed

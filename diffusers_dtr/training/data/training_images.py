@@ -91,16 +91,11 @@ def load_training_images(
     cache_dir: str | os.PathLike | None = None,
 ) -> TrainingImages:
     """Finds images, and checks their columns, labels and captions without decoding any."""
-    if (dataset_name is None) == (train_data_dir is None):
-        given = "neither" if dataset_name is None else "both"
-        raise ValueError(f"Exactly one of `dataset_name` and `train_data_dir` must be given, got {given}.")
     if train_data_dir is None:
         dataset = datasets.load_dataset(dataset_name, dataset_config_name, split=split, cache_dir=cache_dir)
     else:
         if not os.path.isdir(train_data_dir):
             raise ValueError(f"`train_data_dir` must be a folder, got {os.fspath(train_data_dir)!r}.")
-        if split != "train":
-            raise ValueError(f"`split` must be 'train' for a folder of images, which has no other, got {split!r}.")
         dataset = load_image_folder(
             train_data_dir,
             image_column=image_column,

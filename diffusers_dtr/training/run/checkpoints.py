@@ -53,8 +53,6 @@ class Checkpoints:
         total_limit: int | None = None,
         objective: Objective | None = None,
     ):
-        if total_limit is not None and total_limit < 1:
-            raise ValueError(f"`checkpoints_total_limit` must be at least 1, got {total_limit}.")
         self.accelerator = accelerator
         self.output_dir = Path(output_dir)
         self.model_name = model_name

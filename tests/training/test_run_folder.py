@@ -1,0 +1,241 @@
+"""A run's folder: one run at a time, never over what is there, never half a pipeline; a dead run holds up nobody."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler
+from sudden_death import die_before_every_change
+
+from diffusers_dtr import DTRPipeline, DTRTransformer2DModel
+from diffusers_dtr.training.run import folder as run_folder
+from diffusers_dtr.training.run.folder import (
+    check_output_dir,
+    lock_run_folder,
+    save_pipeline,
+    save_record,
+    unlock_run_folder,
+)
+
+
+def make_pipeline(seed: int = 0, vae: bool = False) -> DTRPipeline:
+    torch.manual_seed(seed)
+    size = {"num_layers": 1, "num_attention_heads": 1, "attention_head_dim": 8, "sample_size": 4}
+    transformer = DTRTransformer2DModel(**size, num_embeds_ada_norm=2)
+    autoencoder = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2) if vae else None
+    return DTRPipeline(transformer=transformer, scheduler=DDPMScheduler(), vae=autoencoder)
+
+
+def weight(pipeline: DTRPipeline) -> torch.Tensor:
+    return pipeline.transformer.pos_embed.proj.weight
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("present", ["model_index.json", "checkpoint-10"])
+def test_only_a_resumed_run_goes_on_in_a_folder_with_results(present, tmp_path):
+    (tmp_path / present).mkdir()
+    with pytest.raises(ValueError, match=f"`output_dir`=.* already holds {present}"):
+        check_output_dir(tmp_path)
+
+
+@pytest.mark.parametrize("present", ["notes.txt", "logs", "checkpoint-10.partial"])
+def test_folder_without_results_may_hold_other_things(present, tmp_path):
+    (tmp_path / present).mkdir()
+    check_output_dir(tmp_path)
+
+
+def test_saved_pipeline_loads_and_leaves_nothing_else_behind(tmp_path):
+    pipeline = make_pipeline()
+    (tmp_path / "logs").mkdir()
+    save_pipeline(pipeline, tmp_path)
+    assert torch.equal(weight(DTRPipeline.from_pretrained(tmp_path)), weight(pipeline))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["logs", "model_index.json", "scheduler", "transformer"]
+
+
+def test_pipeline_replaces_an_older_one(tmp_path):
+    save_pipeline(make_pipeline(0, vae=True), tmp_path)
+    newer = make_pipeline(1)
+    save_pipeline(newer, tmp_path)
+    loaded = DTRPipeline.from_pretrained(tmp_path)
+    assert torch.equal(weight(loaded), weight(newer))
+    assert loaded.vae is None
+
+
+@pytest.mark.parametrize("has_older", [False, True])
+def test_whenever_saving_is_cut_off_the_folder_loads_as_one_pipeline_or_not_at_all(has_older, tmp_path):
+    older, newer = make_pipeline(0), make_pipeline(1)
+    folder, untouched = tmp_path / "run", tmp_path / "untouched"
+    untouched.mkdir()
+    if has_older:
+        save_pipeline(older, untouched)
+    shutil.copytree(untouched, folder)
+    found = []
+
+    def check():
+        if (folder / "model_index.json").exists():
+            found.append(weight(DTRPipeline.from_pretrained(folder)))
+        shutil.rmtree(folder)
+        shutil.copytree(untouched, folder)
+
+    assert die_before_every_change(lambda: save_pipeline(newer, folder), check) > 10
+    assert all(torch.equal(one, weight(older)) or torch.equal(one, weight(newer)) for one in found)
+    assert any(torch.equal(one, weight(older)) for one in found) is has_older
+    assert torch.equal(weight(DTRPipeline.from_pretrained(folder)), weight(newer))
+
+
+def test_record_is_json_and_replaced_as_a_whole(tmp_path):
+    save_record({"results": {"loss": 1.5}}, tmp_path)
+    contents = []
+    die_before_every_change(lambda: save_record({"name": "β"}, tmp_path), lambda: contents.append(files(tmp_path)))
+    assert all(json.loads(found["training_config.json"]) == {"results": {"loss": 1.5}} for found in contents)
+    assert json.loads((tmp_path / "training_config.json").read_text()) == {"name": "β"}
+    assert [name for name in files(tmp_path) if not name.endswith(".partial")] == ["training_config.json"]
+
+
+def test_a_pipeline_without_checkpoints_is_nobodys_to_go_on_with(tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    other = tmp_path.parent / f"{tmp_path.name}-other" / "checkpoint-3"
+    for checkpoint in (tmp_path / "checkpoint-1", other):
+        with pytest.raises(ValueError, match=r"already holds model_index\.json"):
+            check_output_dir(tmp_path, "latest" if checkpoint != other else str(other))
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "training_state.json").write_text("{}")
+    check_output_dir(tmp_path, "latest")
+    check_output_dir(tmp_path, str(tmp_path / "checkpoint-1"))
+    check_output_dir(tmp_path, "checkpoint-1")
+    with pytest.raises(ValueError, match=r"already holds model_index\.json"):
+        check_output_dir(tmp_path, str(other))
+
+
+# ---- the lock
+
+
+@pytest.fixture(autouse=True)
+def nothing_held(monkeypatch):
+    monkeypatch.setattr(run_folder, "_held", {})
+    yield
+    run_folder._unlock_all()
+
+
+def run_with_a_worker(folder, locked):
+    """As a run has them while its images are loaded, so that it leaves them behind when it is killed."""
+    os.setsid()
+    lock_run_folder(folder)
+    multiprocessing.get_context("fork").Process(target=time.sleep, args=(3,)).start()
+    locked.set()
+    time.sleep(60)
+
+
+@pytest.fixture
+def other(tmp_path):
+    """Another process that runs in the folder."""
+    fork = multiprocessing.get_context("fork")
+    locked = fork.Event()
+    process = fork.Process(target=run_with_a_worker, args=(tmp_path, locked))
+    process.start()
+    assert locked.wait(60)
+    yield process
+    os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+
+
+def test_second_run_is_told_of_the_first_until_that_is_killed(other, tmp_path):
+    with pytest.raises(ValueError, match=rf"is in use by a run of process {other.pid} on ") as error:
+        lock_run_folder(tmp_path)
+    assert error.value.__cause__ is None  # nothing of the lock's own error in a traceback
+    other.kill()
+    other.join()
+    # Its worker ends a little later. Not every version of filelock lets go of the lock in a child.
+    deadline = time.monotonic() + 6
+    while True:
+        try:
+            lock_run_folder(tmp_path)
+            break
+        except ValueError:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    assert f"process {os.getpid()} on" in (tmp_path / ".run.lock.holder").read_text()
+
+
+def test_a_process_may_take_its_folder_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lock_run_folder(tmp_path)
+    lock_run_folder(Path("."))
+    unlock_run_folder(tmp_path)
+    monkeypatch.setattr(run_folder, "_held", {})  # as another process would find it
+    lock_run_folder(tmp_path)
+
+
+def test_folders_do_not_concern_each_other(tmp_path):
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        lock_run_folder(tmp_path / name)
+    unlock_run_folder(tmp_path)
+
+
+def test_nothing_is_left_of_a_lock_and_of_a_folder_that_was_made_for_it(tmp_path):
+    (tmp_path / "there").mkdir()
+    for folder in (tmp_path / "there", tmp_path / "made" / "for" / "it"):
+        lock_run_folder(folder)
+        unlock_run_folder(folder)
+    assert [*tmp_path.rglob("*")] == [tmp_path / "there"]
+
+
+def test_a_folder_with_something_in_it_stays(tmp_path):
+    lock_run_folder(tmp_path / "made" / "run")
+    (tmp_path / "made" / "run" / "latents").mkdir()
+    unlock_run_folder(tmp_path / "made" / "run")
+    assert {path.name for path in tmp_path.rglob("*")} == {"made", "run", "latents"}
+
+
+def take_turns(folder):
+    """Ends with an error if two processes hold the folder at once."""
+    for _ in range(200):
+        try:
+            lock_run_folder(folder)
+        except ValueError:
+            continue
+        os.close(os.open(folder / "inside", os.O_CREAT | os.O_EXCL))
+        (folder / "inside").unlink()
+        unlock_run_folder(folder)
+
+
+def test_a_lock_that_is_deleted_at_the_end_is_never_held_by_two(tmp_path):
+    workers = [multiprocessing.get_context("fork").Process(target=take_turns, args=(tmp_path,)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_the_end_of_a_process_leaves_no_lock(tmp_path):
+    code = "import sys; from diffusers_dtr.training.run.folder import *; lock_run_folder(sys.argv[1]); 1 / 0"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], capture_output=True)
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc, where nobody can write, not even root")
+@pytest.mark.parametrize("folder", ["/proc/self/task", "/proc/self/task/run"])
+def test_folder_that_cannot_be_written_to_is_refused(folder):
+    with pytest.raises(ValueError, match="`output_dir` must be a folder that can be written to, got '/proc/"):
+        lock_run_folder(folder)
+
+
+def test_file_in_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(ValueError, match="`output_dir` must be a folder that can be written to"):
+        lock_run_folder(tmp_path / "run")
+    assert (tmp_path / "run").read_text() == "mine"
