@@ -1,12 +1,10 @@
 """A text-to-image run that is interrupted and resumed ends with the weights of the uninterrupted one, to the bit."""
 
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from text_to_image_runs import FAMILIES, make_captioned_images, train
+from text_to_image_runs import FAMILIES, make_captioned_images, saved_weights, train
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,13 +34,3 @@ def test_resumed_run_ends_with_the_uninterrupted_weights(name, way, tmp_path):
     assert one.keys() == other.keys()
     assert one
     assert all(torch.equal(one[key], value) for key, value in other.items())
-
-
-def saved_weights(run: Path) -> dict[str, torch.Tensor]:
-    """Of the result, and of the last checkpoint."""
-    files = [run / "pytorch_lora_weights.safetensors", *run.glob("*/diffusion_pytorch_model.safetensors")]
-    files += (run / "checkpoint-4").rglob("*.safetensors")
-    tensors = {}
-    for file in filter(Path.exists, files):
-        tensors |= {f"{file.relative_to(run)}/{key}": value for key, value in load_file(file).items()}
-    return tensors

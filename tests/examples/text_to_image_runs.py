@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from PIL import Image
+from safetensors.torch import load_file
 from training_runs import EXAMPLES, arguments, load_script, run_main
 
 
@@ -71,3 +73,13 @@ def train(name: str, images: Path, output_dir: Path, pipeline: Path, *flags: obj
     """Runs the script in this process."""
     source = ("--pretrained_model_name_or_path", pipeline, *FAMILIES[name].flags)
     return run_main(load_script(SCRIPT), arguments(images, output_dir, *flags, source=source))
+
+
+def saved_weights(run: Path) -> dict[str, torch.Tensor]:
+    """Of the result, and of the last checkpoint."""
+    files = [run / "pytorch_lora_weights.safetensors", *run.glob("*/diffusion_pytorch_model.safetensors")]
+    files += (run / "checkpoint-4").rglob("*.safetensors")
+    tensors = {}
+    for file in filter(Path.exists, files):
+        tensors |= {f"{file.relative_to(run)}/{key}": value for key, value in load_file(file).items()}
+    return tensors
