@@ -15,18 +15,7 @@ from .lora import has_lora
 def check_agreement(
     config: TrainingConfig, model: ModelMixin, data: TrainingData, noise_scheduler: SchedulerMixin
 ) -> None:
-    """Refuse what would be recorded of a run, but not be done.
-
-    Args:
-        config: The run's configuration.
-        model: The denoiser.
-        data: What it is trained on.
-        noise_scheduler: Scheduler that is trained with.
-
-    Raises:
-        ValueError: If the model is not routed, or not as the configuration says; if one of them has adapters, an
-            autoencoder or classes, and the other has not.
-    """
+    """Refuse what would be recorded of a run, but not be done."""
     if not isinstance(model, RoutedModelMixin):
         raise ValueError(f"`model` must be routed, got a {type(model).__name__}: train `diffusers_dtr.route(model)`.")
     if not config.lora.route_lora:

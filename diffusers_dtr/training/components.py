@@ -33,11 +33,9 @@ _DEFAULT_RESOLUTION = 32
 
 
 def load_vae(config: ModelConfig, dtype: torch.dtype = torch.float32) -> ModelMixin | None:
-    """The autoencoder of `--vae_name_or_path`, or else of the pretrained pipeline, frozen; None if there is neither.
+    """The frozen autoencoder of `--vae_name_or_path`, or else of the pretrained pipeline; None if there is neither.
 
-    Args:
-        config: Names it.
-        dtype: Its precision, unless its config has `force_upcast`: then it is in float32.
+    It has the precision `dtype`, unless its config has `force_upcast`: then it is in float32.
     """
     if config.vae_name_or_path is not None:
         source, options = config.vae_name_or_path, {"cache_dir": config.cache_dir}
@@ -81,16 +79,7 @@ def denoiser_routing(
 def check_direction(
     config: RoutingConfig, model_class: type[RoutedModelMixin], model_config: Mapping[str, Any]
 ) -> None:
-    """Refuse a range of timesteps that runs against what the denoiser is called with.
-
-    Args:
-        config: How it is routed.
-        model_class: Its class.
-        model_config: Its config, as far as it is not the default.
-
-    Raises:
-        ValueError: If the cleanest and the noisiest timestep are the wrong way round.
-    """
+    """Refuse a range of timesteps that runs against what the denoiser is called with."""
     given = config.routing_timestep_range
     if given is None:
         return
@@ -198,14 +187,8 @@ def resolve_resolution(
 ) -> TrainingConfig:
     """The run's configuration with a resolution that its denoiser can have, by default the one it was made for.
 
-    Args:
-        config: The run's configuration.
-        vae: The autoencoder, or None.
-        model_class: The denoiser's class.
-        model_config: The denoiser's config, as far as it is not the default.
-
-    Raises:
-        ValueError: If latents do not fill the images, or the denoiser cannot have latents or images of this size.
+    `model_config` is the denoiser's config, as far as it is not the default. A `ValueError` says which multiple of
+    pixels, or how many at most, the denoiser and the autoencoder work on.
     """
     factor = 1 if vae is None else vae_scale_factor(vae)
     model_config = {**default_config(model_class), **model_config}

@@ -35,19 +35,11 @@ class ClassPipeline:
 
     The other kinds have its attributes and methods, which are all that [`Trainer`] asks for.
 
-    Args:
-        config: The run's configuration.
-        model: The denoiser.
-        data: What it is trained on.
-
     Attributes:
         pipeline: The pipeline.
         denoiser: What it calls its denoiser: "transformer" or "unet".
         sampling: Arguments that the pipeline is called with for a sample grid, beside a generator.
         settings: Its frozen parts as settings of a run.
-
-    Raises:
-        ValueError: If the pipeline cannot sample as the configuration says.
     """
 
     def __init__(self, config: TrainingConfig, model: ModelMixin, data: TrainingData):
@@ -101,18 +93,7 @@ class ClassPipeline:
 
 
 class TextPipeline:
-    """A family's pipeline in training, whole or by adapters; images or videos. As [`ClassPipeline`].
-
-    Args:
-        config: The run's configuration.
-        family: The pipeline's family.
-        model: The denoiser.
-        data: Captioned images or videos, and the autoencoder.
-        accelerator: Tells device and precision. Its main process fills a cache of text embeddings.
-
-    Raises:
-        ValueError: If the pipeline cannot sample as the configuration says, or cannot be trained.
-    """
+    """A family's pipeline in training, whole or by adapters; images or videos. As [`ClassPipeline`]."""
 
     def __init__(
         self,

@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from ..objective.clusters import TimestepClusters
 from ..user_errors import USER_ERRORS
 from .config import TrainingConfig
 from .randomness import derive_seed
+from .run.losses import MeanLosses
 
 
 logger = logging.getLogger(__name__)
@@ -33,19 +33,6 @@ _SAMPLING_FLAGS = (
     *("resolution", "num_validation_images", "validation_num_inference_steps", "validation_guidance_scale"),
     "max_sequence_length",
 )
-
-
-@dataclass(frozen=True)
-class HeldOutLosses:
-    """Mean squared error of the prediction on held-out images.
-
-    Attributes:
-        mean: Over all timesteps.
-        per_cluster: Over the timesteps of each cluster.
-    """
-
-    mean: float
-    per_cluster: tuple[float, ...]
 
 
 class HeldOutLoss:
@@ -113,17 +100,11 @@ class HeldOutLoss:
         self,
         denoise: Callable[[torch.Tensor, torch.Tensor, dict[str, torch.Tensor | list]], torch.Tensor],
         accelerator: Accelerator,
-    ) -> HeldOutLosses:
-        """Measure a denoiser; all processes must call this.
+    ) -> MeanLosses:
+        """Measure a denoiser; all processes must call this, and share the work.
 
-        Args:
-            denoise: Called with the model input and timesteps of some samples and the rest of their batch, which
-                stays on the CPU; returns the model output. The model should be in eval mode, in which it drops no
-                labels.
-            accelerator: Its processes share the work.
-
-        Returns:
-            The losses.
+        `denoise` is called with the model input and timesteps of some samples and the rest of their batch, which
+        stays on the CPU, and returns the model output. The model should be in eval mode: it drops no labels then.
         """
         totals = torch.zeros(2, len(self.clusters), dtype=torch.float64, device=accelerator.device)
         batches = torch.arange(self.num_samples).split(self.batch_size)
@@ -134,7 +115,7 @@ class HeldOutLoss:
             totals[0].index_add_(0, cluster, losses.double())
             totals[1].index_add_(0, cluster, torch.ones_like(losses, dtype=torch.float64))
         sums, counts = accelerator.reduce(totals, "sum").cpu()
-        return HeldOutLosses((sums.sum() / counts.sum()).item(), tuple((sums / counts).tolist()))
+        return MeanLosses((sums.sum() / counts.sum()).item(), tuple((sums / counts).tolist()))
 
     def try_out(self, denoise: Callable, device: torch.device) -> None:
         """Measure one sample, to see that nothing fails."""

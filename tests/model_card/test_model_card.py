@@ -20,7 +20,7 @@ from diffusers_dtr import DTRPipeline, DTRTransformer2DModel, DTRUNet2DCondition
 from diffusers_dtr.model_card import build_model_card, fetch_card, save_metrics, save_model_card
 from diffusers_dtr.training.config import DataConfig, ModelConfig, RunConfig, TextConfig, TrainingConfig
 from diffusers_dtr.training.run.folder import save_record
-from diffusers_dtr.training.run.losses import LossHistory, ObservedLosses
+from diffusers_dtr.training.run.losses import LossHistory, MeanLosses
 from diffusers_dtr.training.run.record import describe_model, run_record
 
 
@@ -68,8 +68,8 @@ def run(tmp_path):
     DTRPipeline(DDPMScheduler(), transformer=model, id2label={0: "zero, nought", 1: "one"}).save_pretrained(folder)
     write_record(folder, model)
     history = LossHistory(folder)
-    history.append(10, ObservedLosses(0.5, (0.4, 0.6)), [1.0, 1.0])
-    history.append(20, ObservedLosses(0.4, (0.3, float("nan"))), [0.5, 1.5])
+    history.append(10, MeanLosses(0.5, (0.4, 0.6)), [1.0, 1.0])
+    history.append(20, MeanLosses(0.4, (0.3, float("nan"))), [0.5, 1.5])
     history.save_picture()
     (folder / "samples").mkdir()
     for step, colour in ((10, "black"), (20, "red")):

@@ -13,7 +13,7 @@ from PIL import Image
 from sudden_death import die_before_every_change
 
 from diffusers_dtr.objective.clustered_loss import ClusteredLossOutput
-from diffusers_dtr.training.run.losses import LossHistory, LossMonitor, ObservedLosses
+from diffusers_dtr.training.run.losses import LossHistory, LossMonitor, MeanLosses
 
 
 def out_of(per_cluster: list[float], counts: list[int], loss: float = 1.0) -> ClusteredLossOutput:
@@ -76,8 +76,8 @@ def test_watching_keeps_no_graph(monitor):
 # ---- the history
 
 
-def observed(step: int) -> ObservedLosses:
-    return ObservedLosses(mean=1 / step, per_cluster=(0.1 / step, 2 / step, 0.5))
+def observed(step: int) -> MeanLosses:
+    return MeanLosses(mean=1 / step, per_cluster=(0.1 / step, 2 / step, 0.5))
 
 
 def write(folder: Path, steps: range, global_step: int = 0) -> LossHistory:
@@ -100,7 +100,7 @@ def test_every_reading_is_a_line_with_loss_clusters_and_weights_to_the_bit(tmp_p
 
 
 def test_cluster_without_samples_has_no_number_that_json_lacks(tmp_path):
-    LossHistory(tmp_path).append(1, ObservedLosses(1.0, (1.0, math.nan)), [1.0, 1.0])
+    LossHistory(tmp_path).append(1, MeanLosses(1.0, (1.0, math.nan)), [1.0, 1.0])
     (line,) = lines(tmp_path)
     assert json.loads(line, parse_constant=lambda name: pytest.fail(name))["clusters"] == [1.0, None]
 

@@ -54,15 +54,7 @@ def _json_config(flag: str, value: JSONConfig) -> dict | None:
 
 
 def check_one_source(model: ModelConfig, *names: str) -> None:
-    """Refuse a configuration in which not exactly one option says what to train.
-
-    Args:
-        model: The configuration.
-        *names: Of the options.
-
-    Raises:
-        ValueError: If there is none, or more than one.
-    """
+    """Refuse a configuration in which not exactly one of these options says what to train."""
     given = [f"--{name}" for name in names if getattr(model, name) is not None]
     if len(given) != 1:
         flags = ", ".join(f"--{name}" for name in names)

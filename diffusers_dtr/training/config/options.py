@@ -29,13 +29,7 @@ BelowOne = Annotated[float, Range("[0, 1)")]
 
 
 def option(default: Any = MISSING, help: str | None = None, **argparse_options: Any) -> Any:
-    """A field of [`Options`].
-
-    Args:
-        default: Its default; without one it is required.
-        help: What `--help` says of it.
-        **argparse_options: What else `add_argument` takes, such as `nargs`.
-    """
+    """A field of [`Options`]: its default, its `--help`, and what else `add_argument` takes, such as `nargs`."""
     if help is not None and default not in (MISSING, None, False):
         help = f"{help} Default {default}."
     return field(default=default, metadata={"help": help, **argparse_options})

@@ -28,21 +28,7 @@ _NOT_SAVED = ("hub_token", "resume_from_checkpoint", "allow_changed_settings")
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The configuration of a run, in parts. No option is in two of them.
-
-    Args:
-        run: Folder, steps, precision and log.
-        data: Images or videos.
-        model: What is trained, and which pretrained parts.
-        optimizer: AdamW and the learning rate.
-        ema: Average of the weights.
-        noise: Noise schedule.
-        objective: Weighting, clusters and balancing.
-        routing: Denoising Task Routing.
-        validation: Sample grids and held-out loss.
-        hub: What is pushed.
-        text: Captions, or None without.
-        lora: Adapters.
+    """The configuration of a run, in parts, of which no two have the same option.
 
     Raises:
         ValueError: If parts do not fit each other.
@@ -167,11 +153,8 @@ def parse_config(
 ) -> TrainingConfig:
     """Parse a script's flags and the file that its `--config` names, or exit with a message.
 
-    Args:
-        argv: The flags; those of the process by default.
-        description: The script's.
-        **parts: Classes of parts of [`TrainingConfig`] by its names, where they are not the usual ones. Captions and
-            adapters have flags only if they are given.
+    `parts` are classes of parts of [`TrainingConfig`] by its names, where they are not the usual ones. Captions and
+    adapters have flags only if they are given.
     """
     parts = _USUAL_PARTS | parts
     parser = HfArgumentParser(

@@ -12,7 +12,7 @@ from ...models.dit import DTRTransformer2DModel
 from ...pipelines.class_labels import classes_by_name
 from ..config import ModelConfig
 from ..pretrained import pretrained_class_names
-from .training_images import TrainingImages
+from .training_images import TrainingImages, first_names
 
 
 logger = logging.getLogger(__name__)
@@ -46,20 +46,22 @@ def match_classes(
     new = [label for label in images.id2label if label not in found]
     if new and not new_classes:
         raise ValueError(
-            f"The classes of the images must be among {_first(known.values())}, got "
-            f"{_first(images.id2label[label] for label in new)}."
+            f"The classes of the images must be among {first_names(known.values())}, got "
+            f"{first_names(images.id2label[label] for label in new)}."
         )
     if not found:
         logger.warning(
-            f"None of the classes {_first(images.id2label.values())} is known to the pretrained model "
-            f"({_first(known.values())}): all of them are new classes."
+            f"None of the classes {first_names(images.id2label.values())} is known to the pretrained model "
+            f"({first_names(known.values())}): all of them are new classes."
         )
         return images, False
     found |= {label: num_classes + place for place, label in enumerate(new)}
     names = known | {found[label]: images.id2label[label] for label in new}
     logger.info(f"Classes that the model knows by their names: {len(images.id2label) - len(new)}.")
     if new:
-        logger.warning(f"New classes, from label {num_classes} on: {_first(names[found[label]] for label in new)}.")
+        logger.warning(
+            f"New classes, from label {num_classes} on: {first_names(names[found[label]] for label in new)}."
+        )
     labels = np.array([found[label] for label in range(images.num_classes)])[images.labels]
     return replace(images, labels=labels, num_classes=num_classes + len(new), id2label=names), True
 
@@ -67,13 +69,7 @@ def match_classes(
 def match_pretrained_classes(
     config: ModelConfig, model: DTRTransformer2DModel, images: TrainingImages
 ) -> TrainingImages:
-    """The images with the pretrained model's numbers for the classes whose names it knows.
-
-    Args:
-        config: Names the pretrained pipeline.
-        model: Its denoiser, which gets new embeddings where there are other or more classes.
-        images: With class labels.
-    """
+    """The images with the pretrained model's numbers for the classes whose names it knows."""
     names, num_classes = pretrained_class_names(config), model.config.num_embeds_ada_norm
     images, known = match_classes(images, names, num_classes or 0, new_classes=True)
     if not known or images.num_classes > num_classes:
@@ -121,8 +117,3 @@ def _known_labels(names: Mapping[int, str], known: Mapping[int, str]) -> dict[in
                 f"The classes {', '.join(same)} of the images are one class of the model, {known[label]}: merge them."
             )
     return found
-
-
-def _first(names, count: int = 10) -> str:
-    names = list(names)
-    return ", ".join(names[:count]) + (f", … ({len(names)} in all)" if len(names) > count else "")

@@ -54,10 +54,9 @@ class TrainingData:
 
 
 def load_images(config: TrainingConfig) -> TrainingImages:
-    """The images that the configuration names, or a draw of them; see [`load_training_images`] for what is checked.
+    """The images that the configuration names, or a draw of them; their columns, labels and captions are checked.
 
-    Args:
-        config: The run's configuration. Labels are read if its data have a `label_column`, captions if it has any.
+    Labels are read if the data have a `label_column`, captions if the configuration has any.
     """
     data = config.data
     images = load_training_images(
@@ -163,14 +162,7 @@ def _captioned(dataset: Dataset, captions: Captions | None, config: TrainingConf
 
 
 def build_loader(config: TrainingConfig, dataset: Dataset, accelerator: Accelerator, global_step: int) -> DataLoader:
-    """Endless batches of this process from an optimizer step on; not to be given to `Accelerator.prepare`.
-
-    Args:
-        config: The run's configuration.
-        dataset: What [`build_dataset`] returned.
-        accelerator: Tells the processes.
-        global_step: Optimizer steps already done.
-    """
+    """Endless batches of this process from an optimizer step on; not to be given to `Accelerator.prepare`."""
     batches = TrainingBatches(
         len(dataset),
         config.run.train_batch_size,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import datasets
@@ -195,16 +196,18 @@ def _read_labels(dataset: datasets.Dataset, column: str) -> np.ndarray:
 
 def _describe_classes(labels: np.ndarray, num_classes: int, id2label: dict[int, str] | None) -> None:
     names = [str(number) if id2label is None else id2label[number] for number in range(num_classes)]
-    logger.info(f"{num_classes} classes: {_first(names)}.")
+    logger.info(f"{num_classes} classes: {first_names(names)}.")
     seen = np.zeros(num_classes, bool)
     seen[labels] = True
     if not seen.all():
         without = [names[number] for number in np.flatnonzero(~seen)]
-        logger.warning(f"{len(without)} of them have no image: {_first(without)}.")
+        logger.warning(f"{len(without)} of them have no image: {first_names(without)}.")
 
 
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
+def first_names(names: Iterable[str], count: int = 10) -> str:
+    """Some names, and how many there are."""
+    names = list(names)
+    return ", ".join(names[:count]) + (f", … ({len(names)} in all)" if len(names) > count else "")
 
 
 def _check_labels(labels: np.ndarray, num_classes: int, column: str) -> None:

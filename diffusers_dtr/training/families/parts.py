@@ -32,15 +32,7 @@ from .base import DenoiserFamily, TextRows
 
 
 def denoiser_family(config: TrainingConfig, families: Mapping[str, type[DenoiserFamily]]) -> DenoiserFamily:
-    """The family of `--pretrained_model_name_or_path`.
-
-    Args:
-        config: The run's configuration.
-        families: By the class of the pipeline.
-
-    Raises:
-        ValueError: If its pipeline is of none, or a flag asks for what the family does not have.
-    """
+    """The family of the pretrained pipeline; a `ValueError` if it is none of these or a flag does not fit it."""
     name = pretrained_pipeline_class(
         config.model.pretrained_model_name_or_path, revision=config.model.revision, cache_dir=config.model.cache_dir
     )
@@ -67,20 +59,10 @@ def load_family_denoiser(
     vae: ModelMixin,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[TrainingConfig, ModelMixin]:
-    """The denoiser to train: the pretrained pipeline's, with adapters if asked for, or a new one of a config.
+    """The configuration with a resolution, which `family` learns, and the pretrained denoiser or one of a config.
 
-    Args:
-        config: The run's configuration. By its routing `route_lora` routes the adapters, and else the denoiser.
-        family: The pipeline's family. It learns the resolution.
-        noise_scheduler: Scheduler that is trained with.
-        vae: The autoencoder.
-        dtype: Precision of a denoiser that is frozen under adapters.
-
-    Returns:
-        The configuration with a resolution, and the denoiser.
-
-    Raises:
-        ValueError: If the denoiser cannot have this size, routing or autoencoder.
+    The pretrained one has adapters if they are asked for, and is then frozen in the precision `dtype`. A `ValueError`
+    says which size, routing or autoencoder it cannot have.
     """
     new = getattr(config.model, "denoiser_config", None)
     model_class = family.routed_class

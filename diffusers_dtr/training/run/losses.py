@@ -18,8 +18,8 @@ from ..interruption import not_finite
 
 
 @dataclass(frozen=True)
-class ObservedLosses:
-    """Mean losses, before balancing, over some steps and all processes.
+class MeanLosses:
+    """Mean losses, before balancing, over all processes.
 
     Attributes:
         mean: Over all samples.
@@ -45,7 +45,7 @@ class LossMonitor:
         is_first_bad = ~out.loss.detach().isfinite() & (self._first_bad < 0)
         self._first_bad = torch.where(is_first_bad, step, self._first_bad)
 
-    def read(self, last_checkpoint: object = None) -> ObservedLosses:
+    def read(self, last_checkpoint: object = None) -> MeanLosses:
         """The mean losses since the last reading, over all processes; all of them must call this."""
         bad = self.accelerator.gather(self._first_bad.reshape(1))
         bad = bad[bad >= 0].tolist()
@@ -53,7 +53,7 @@ class LossMonitor:
             raise not_finite("The loss was", min(bad), last_checkpoint)
         sums, counts = self.accelerator.reduce(self._totals.clone(), "sum").double().cpu()
         self._totals.zero_()
-        return ObservedLosses((sums.sum() / counts.sum()).item(), tuple((sums / counts).tolist()))
+        return MeanLosses((sums.sum() / counts.sum()).item(), tuple((sums / counts).tolist()))
 
 
 class LossHistory:
@@ -70,7 +70,7 @@ class LossHistory:
             self.entries = [entry for entry in entries if entry["step"] <= global_step]
         self._rewrite = True
 
-    def append(self, step: int, losses: ObservedLosses, cluster_weights: list[float]) -> None:
+    def append(self, step: int, losses: MeanLosses, cluster_weights: list[float]) -> None:
         """Add what was read at a step."""
         # JSON has no NaN: a cluster that had no samples has no loss.
         per_cluster = [None if math.isnan(loss) else loss for loss in losses.per_cluster]

@@ -17,12 +17,6 @@ from .folder import check_output_dir, lock_run_folder
 def start_run(config: TrainingConfig) -> Accelerator:
     """Make the output folder and the repository, or check a resumed run's, and set up accelerate and logging.
 
-    Args:
-        config: The run's configuration.
-
-    Returns:
-        The accelerator that everything else is done with.
-
     Raises:
         ValueError: If a run that does not resume would write into a folder that holds a pipeline or checkpoints,
             another process runs in the folder, or a flag and accelerate's configuration give different values for one
