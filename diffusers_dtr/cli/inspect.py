@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from ..config_types import check_types
+from ..models.lora_files import WARNING_LAYER, header_routing
 from ..pipelines.model_index import pipeline_class_name
 from ..run_record import LORA_FILE, PIPELINE_INDEX, RECORD_FILE
 from ..training.run.checkpoints import STATE_FILE
@@ -115,13 +116,16 @@ def _adapters(source: Source, record: dict[str, Any]) -> dict[str, Any] | None:
     header = next((header for header in headers if header is not None), None)
     if header is None:
         return None
-    shapes = [info.shape for name, info in header.tensors.items() if name.endswith(_FIRST_LAYERS) and info.shape]
+    tensors = {name: info for name, info in header.tensors.items() if WARNING_LAYER not in name}
+    shapes = [info.shape for name, info in tensors.items() if name.endswith(_FIRST_LAYERS) and info.shape]
+    routings = [*header_routing(header.metadata or {}, LORA_FILE).values()]
     return {
         "of": (record.get("model") or {}).get("class"),
         "for": (record.get("arguments") or {}).get("pretrained_model_name_or_path"),
         "ranks": sorted({shape[0] for shape in shapes}),
         "layers": len(shapes),
-        "parameters": sum(header.parameter_count.values()),
+        "parameters": sum(header.parameter_count.values()) - (len(header.tensors) - len(tensors)),
+        "routing": {name.removeprefix("routing_"): value for name, value in routings[0].items()} if routings else None,
         "dtypes": [_DTYPES.get(name, name) for name in sorted(header.parameter_count)],
     }
 
@@ -161,6 +165,10 @@ def _draw_masks(routing: dict[str, Any] | None, path: str) -> None:
         figure.savefig(partial)
 
 
+def _named_values(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in values.items())
+
+
 def _as_text(description: dict[str, Any]) -> str:
     denoiser, adapters, clusters = (description[name] for name in ("denoiser", "adapters", "clusters"))
     rows = [("pipeline", description["pipeline"]), ("step", description["step"])]
@@ -178,6 +186,7 @@ def _as_text(description: dict[str, Any]) -> str:
             ("adapters", f"LoRA of rank {ranks} for {adapters['layers']} layers"),
             ("of", adapters["of"]),
             ("for", adapters["for"]),
+            ("channels", adapters["routing"] and f"of the rank are routed: {_named_values(adapters['routing'])}"),
             ("parameters", " ".join([f"{adapters['parameters']:,}", *adapters["dtypes"]])),
         ]
     rows += _routing_rows(description["routing"])
@@ -186,7 +195,7 @@ def _as_text(description: dict[str, Any]) -> str:
         rows.append(("clusters", f"{clusters.get('num_clusters')} of timesteps, bounded by {edges}"))
     if description["scheduler"]:
         values = dict(description["scheduler"])
-        rows.append(("scheduler", ", ".join([str(values.pop("class")), *(f"{key}={values[key]}" for key in values)])))
+        rows.append(("scheduler", ", ".join([str(values.pop("class")), _named_values(values)])))
     rows.append(("vae", description["vae"]))
     return "\n".join(printable(f"{name:<11} {value}") for name, value in rows if value is not None)
 

@@ -48,7 +48,8 @@ Arguments = TypedDict(
 )
 Model = TypedDict(
     "Model",
-    _each("num_parameters num_trained_parameters", int) | {"class": str, "config": Config, "routed_widths": list[int]},
+    _each("num_parameters num_trained_parameters", int)
+    | {"class": str, "config": Config, "adapter_routing": Config, "routed_widths": list[int]},
 )
 Record = TypedDict(
     "Record",

@@ -35,7 +35,7 @@ from .route import route, unroute
 logger = logging.getLogger(__name__)
 
 _HEADER_KEY = "diffusers_dtr_routing"
-_WARNING_LAYER = "this_lora_is_routed_load_it_with_diffusers_dtr.load_routed_lora"
+WARNING_LAYER = "this_lora_is_routed_load_it_with_diffusers_dtr.load_routed_lora"
 
 
 def mark_routed(path: str | os.PathLike, routing: Mapping[str, Mapping[str, Any]]) -> None:
@@ -48,7 +48,7 @@ def mark_routed(path: str | os.PathLike, routing: Mapping[str, Mapping[str, Any]
     """
     tensors, header = _read(path)
     for prefix in routing:
-        layer = ".".join(filter(None, (prefix, _WARNING_LAYER)))
+        layer = ".".join(filter(None, (prefix, WARNING_LAYER)))
         tensors[f"{layer}.lora_A.weight"] = torch.zeros(1, 1)
     with replacing(path) as partial:
         save_file(tensors, partial, {**header, _HEADER_KEY: json.dumps(routing)})
@@ -61,8 +61,12 @@ def file_routing(path: str | os.PathLike) -> dict[str, dict[str, Any]]:
         ValueError: If the file's header says something else.
     """
     with safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {}).get(_HEADER_KEY, "{}")
-    routing = parse_object(text, _HEADER_KEY)
+        return header_routing(file.metadata() or {}, path)
+
+
+def header_routing(header: Mapping[str, str], path: str | os.PathLike) -> dict[str, dict[str, Any]]:
+    """As [`file_routing`], of the metadata in a file's header."""
+    routing = parse_object(header.get(_HEADER_KEY, "{}"), _HEADER_KEY)
     check_types(dict.fromkeys(routing, dict), routing, f"`{_HEADER_KEY}`")
     for values in routing.values():
         unknown = values.keys() - ROUTING_PARAMETERS.keys()
@@ -157,7 +161,7 @@ def load_routed_lora(
         # diffusers reads the scale of the adapters from the file alone, so that it has to be one.
         tensors, header = _read(path)
         save_file(
-            {name: tensor for name, tensor in tensors.items() if _WARNING_LAYER not in name},
+            {name: tensor for name, tensor in tensors.items() if WARNING_LAYER not in name},
             Path(folder, LORA_FILE),
             header,
         )
@@ -174,8 +178,16 @@ def load_routed_lora(
                 if not takes_adapters:
                     unroute(target)
                 raise
-    for prefix, model in models.items():
-        route_adapter(model, adapter_name, **routing[prefix])
+    try:
+        for prefix, model in models.items():
+            route_adapter(model, adapter_name, **routing[prefix])
+    except Exception:
+        # Unrouted, it would be another adapter.
+        for model in models.values():
+            model.delete_adapters(adapter_name)
+            if not is_pipeline and not takes_adapters:
+                unroute(model)
+        raise
 
 
 def _read(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -51,8 +51,13 @@ def unroute(model: ModelMixin) -> ModelMixin:
         `model`, or the same model if it was not routed.
 
     Raises:
-        TypeError: For a model that has no plain class with the same weights, such as a [`DTRTransformer2DModel`].
+        TypeError: For what is no model, or compiled, and for a model that has no plain class with the same weights,
+            such as a [`DTRTransformer2DModel`].
     """
+    if is_compiled_module(model) or not isinstance(model, ModelMixin):
+        raise TypeError(
+            f"`model` must be a model of diffusers, got a `{type(model).__name__}`: unwrap what is wrapped."
+        )
     if not isinstance(model, RoutedModelMixin):
         return model
     if not isinstance(model, ScopedRoutingMixin):

@@ -7,15 +7,19 @@ gradient checkpointing a block runs again after its forward call has ended, so w
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from ..run_record import LORA_FILE
 
 
 # By what is routed, bool `(batch, width)` or `(batch, n, width)`; None where nothing is.
@@ -121,6 +125,30 @@ class ScopedMixin:
         """
         super().enable_gradient_checkpointing(gradient_checkpointing_func or partial(checkpoint, use_reentrant=False))
         scope_checkpointing(self)
+
+    def save_lora_adapter(
+        self,
+        save_directory: str | os.PathLike,
+        adapter_name: str = "default",
+        upcast_before_saving: bool = False,
+        safe_serialization: bool = True,
+        weight_name: str | None = None,
+    ) -> None:
+        """Save a LoRA adapter as diffusers does; the file of a routed one says how it is routed.
+
+        Raises:
+            ValueError: If a routed one is to be saved as a pickle, which has no header.
+        """
+        from .adapters import adapter_routing  # these are made of this module
+        from .lora_files import mark_routed
+
+        routing = adapter_routing(self, adapter_name)
+        if routing is not None and not safe_serialization:
+            raise ValueError("`safe_serialization` must be True for a routed adapter, whose routing is in the header.")
+        options = (adapter_name, upcast_before_saving, safe_serialization, weight_name)
+        super().save_lora_adapter(save_directory, *options)
+        if routing is not None:
+            mark_routed(Path(save_directory, weight_name or LORA_FILE), {"": routing})
 
     def load_lora_adapter(
         self,

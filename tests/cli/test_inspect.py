@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from tiny_dit import plain_dit, routed_dit
 
-from diffusers_dtr import DTRPipeline, DTRUNet2DModel
+from diffusers_dtr import DTRPipeline, DTRUNet2DModel, mark_routed
 from diffusers_dtr.cli import main
 
 
@@ -261,3 +261,12 @@ def test_what_is_no_folder_is_named(folder, monkeypatch, capsys):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert main(["inspect", "my-modle"]) == 2
     assert "There is no folder 'my-modle', and the Hub cannot be asked" in capsys.readouterr().err
+
+
+def test_routed_adapters_are_said_to_be(tmp_path, capsys):
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    save_file({"a.lora_A.weight": torch.ones(4, 16), "a.lora_B.weight": torch.ones(8, 4)}, path)
+    mark_routed(path, {"": {"routing_beta": 0.5, "routing_type": "dtr"}})
+    lines = shown(tmp_path, capsys)
+    assert (lines["adapters"], lines["parameters"]) == ("LoRA of rank 4 for 1 layers", "96 float32")
+    assert lines["channels"] == "of the rank are routed: beta=0.5, type=dtr"

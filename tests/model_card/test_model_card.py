@@ -16,7 +16,15 @@ from PIL import Image
 from tiny_dit import routed_dit
 
 import diffusers_dtr
-from diffusers_dtr import DTRPipeline, DTRTransformer2DModel, DTRUNet2DConditionModel, DTRUNet2DModel
+from diffusers_dtr import (
+    DTRPipeline,
+    DTRTransformer2DModel,
+    DTRUNet2DConditionModel,
+    DTRUNet2DModel,
+    route,
+    route_adapter,
+    save_routed_lora,
+)
 from diffusers_dtr.model_card import build_model_card, fetch_card, save_metrics, save_model_card
 from diffusers_dtr.training.config import DataConfig, ModelConfig, RunConfig, TextConfig, TrainingConfig
 from diffusers_dtr.training.run.folder import save_record
@@ -352,3 +360,14 @@ def test_a_card_elsewhere_has_copies_of_all_it_links_to(run, tmp_path):
     assert {link for link in links if not (tmp_path / "card" / link).is_file()} == set()
     assert (tmp_path / "card" / "metrics.json").is_file()
     assert not (run / "README.md").exists()
+
+
+def test_the_card_of_routed_adapters_says_how_they_are_routed(tmp_path):
+    unet = UNet2DConditionModel(**UNET_CONDITION).requires_grad_(False)
+    unet.add_adapter(LoraConfig(r=4, target_modules=["to_q"]))
+    save_routed_lora(route_adapter(unet, routing_beta=0.25), tmp_path)
+    route(unet, routing_type="none")
+    write_record(tmp_path, unet, {"pretrained_model_name_or_path": "owner/base", "caption_column": "text"})
+    card = card_of(tmp_path)
+    assert rows(card)["share of active rank channels β"] == ["0.25"]
+    assert "all channels are active" not in card.text

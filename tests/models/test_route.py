@@ -274,3 +274,9 @@ def test_a_routed_block_has_the_name_of_the_class_it_routes(family):
     assert {type(module).__name__ for module in routed.modules()} - {type(routed).__name__} == {
         type(module).__name__ for module in plain.modules()
     } - {type(plain).__name__}
+
+
+@pytest.mark.parametrize("wrapped", [lambda model: torch.compile(model), lambda model: None, torch.nn.Sequential])
+def test_what_is_no_model_is_not_said_to_be_unrouted(wrapped):
+    with pytest.raises(TypeError, match="`model` must be a model of diffusers"):
+        unroute(wrapped(route(FLUX.plain())))

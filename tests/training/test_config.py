@@ -354,8 +354,8 @@ def test_every_kind_of_data_is_saved_with_what_it_requires(tmp_path):
 
 
 def test_paths_may_be_path_objects(tmp_path):
-    config = run_config(output_dir=tmp_path / "run", train_data_dir=tmp_path)
-    assert (config.run.output_dir, config.data.train_data_dir) == (str(tmp_path / "run"), str(tmp_path))
+    config = run_config(output_dir=tmp_path / "run", train_data_dir=tmp_path / "images")
+    assert (config.run.output_dir, config.data.train_data_dir) == (str(tmp_path / "run"), str(tmp_path / "images"))
 
 
 @pytest.mark.parametrize("name", ["options.yaml", "options.json"])
@@ -392,5 +392,7 @@ def test_numbers_of_numpy_are_saved(tmp_path):
 def test_a_run_does_not_write_over_what_it_begins_with(tmp_path):
     with pytest.raises(ValueError, match="`--output_dir` must not be the folder of a pretrained model"):
         run_config(output_dir=str(tmp_path), pretrained_model_name_or_path=f"{tmp_path}/../{tmp_path.name}")
+    with pytest.raises(ValueError, match="`--output_dir` must not be in `--train_data_dir`"):
+        run_config(train_data_dir=tmp_path, output_dir=tmp_path / "out")
     with pytest.raises(ValueError, match="`--logging_dir` must not be a folder of the result"):
         run_config(logging_dir="transformer")

@@ -2,6 +2,7 @@ import json
 import logging
 import os
 import shutil
+import zipfile
 from pathlib import Path
 
 import datasets
@@ -237,3 +238,25 @@ def test_classes_without_an_image_are_named(messages):
 def test_files_are_found_in_the_order_of_their_places(tmp_path):
     folder = put(tmp_path / "data", "b/0.png", "a/1.png", "a-b/0.png", "a/0.png")
     assert [file.place for file in scan_folder(folder)] == ["a/0.png", "a/1.png", "a-b/0.png", "b/0.png"]
+
+
+def test_folders_of_training_runs_are_left_out(tmp_path, messages):
+    folder = put(tmp_path / "images", "a/1.png", "b/1.png", "out/samples/1.png")
+    (folder / "out" / "run_config.json").write_text("{}")
+    assert set(load(folder, min_classes=2).id2label.values()) == {"a", "b"}
+    assert "folders of training runs" in messages.text
+
+
+def test_empty_metadata_are_named(tmp_path):
+    put(tmp_path / "images", "1.png", "metadata.jsonl")
+    (tmp_path / "images" / "metadata.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"metadata\.jsonl.*it is empty"):
+        load(tmp_path / "images", label_column=None, caption_column="text")
+
+
+def test_a_zip_file_that_claims_too_much_is_not_unpacked(tmp_path):
+    with zipfile.ZipFile(tmp_path / "images.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("1.png", bytes(200_000_000))
+    with pytest.raises(ValueError, match="would unpack to 200000000"):
+        unzip(str(tmp_path / "images.zip"), tmp_path / "cache")
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]

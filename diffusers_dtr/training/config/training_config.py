@@ -78,6 +78,13 @@ class TrainingConfig:
             raise ValueError(
                 "`--report_to wandb` uploads the command line, and --hub_token with it: use `hf auth login`."
             )
+        for flag in ("train_data_dir", "validation_data_dir"):
+            folder = getattr(self.data, flag)
+            if folder is not None and Path(self.run.output_dir).resolve().is_relative_to(Path(folder).resolve()):
+                raise ValueError(
+                    f"`--output_dir` must not be in `--{flag}`, of whose next reader its samples would be images, got "
+                    f"{self.run.output_dir}."
+                )
         self._check_adapters()
 
     def _check_adapters(self) -> None:

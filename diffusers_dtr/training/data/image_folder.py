@@ -16,6 +16,7 @@ import datasets
 from PIL import Image
 
 from ...caches import build_folder, content_key
+from ...run_record import RECORD_FILE, RUN_CONFIG, RUN_LOCK
 
 
 logger = logging.getLogger(__name__)
@@ -24,10 +25,13 @@ _METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 IMAGE, METADATA = "image", "of metadata that no flag asks for"
 _HIDDEN, OTHER = "hidden", "not of a format that Pillow opens"
 _BROKEN, _CYCLE = "links that lead nowhere", "links to a folder that they are in"
+_RUN, _OF_RUNS = "folders of training runs", (RECORD_FILE, RUN_CONFIG, RUN_LOCK)
 # Pillow tells these formats, but decodes none of their files.
 _STUBS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 _SPLITS = {"train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing"}
 _EXAMPLES = 3
+# A zip file of more bytes than this must not grow more than so many times.
+_MAX_UNPACKED, _MAX_RATIO = 10**8, 50
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,9 @@ def scan_folder(folder: str | os.PathLike, cache_dir: str | os.PathLike | None =
         if inode in above:
             files.append(FoundFile(path, place.rstrip("/"), _CYCLE))
             return
+        if place and any(os.path.lexists(os.path.join(path, name)) for name in _OF_RUNS):
+            files.append(FoundFile(path, place.rstrip("/"), _RUN))
+            return
         with os.scandir(path) as entries:
             for entry in entries:
                 is_hidden = hidden or entry.name.startswith(".") or entry.name == "__MACOSX"
@@ -100,6 +107,10 @@ def unzip(archive: str, cache_dir: str | os.PathLike | None = None) -> str:
 
     def unpack(partial: Path) -> None:
         with zipfile.ZipFile(archive) as file:
+            claimed = sum(member.file_size for member in file.infolist())
+            # Images are compressed already.
+            if claimed > _MAX_UNPACKED and claimed > _MAX_RATIO * status.st_size:
+                raise ValueError(f"The zip file {archive} of {status.st_size} bytes would unpack to {claimed}.")
             file.extractall(partial / "files")
 
     try:
@@ -198,6 +209,8 @@ def _check_classes(folder: str | os.PathLike, files: list[FoundFile], classes: l
 
 def _read_metadata(folder, metadata: list[FoundFile], cache_dir) -> datasets.Dataset:
     def read(file: FoundFile) -> datasets.Dataset:
+        if os.path.getsize(file.path) == 0:
+            raise ValueError("it is empty")
         files = {"train": glob.escape(file.path)}
         return datasets.load_dataset("imagefolder", data_files=files, split="train", cache_dir=cache_dir)
 
@@ -206,7 +219,8 @@ def _read_metadata(folder, metadata: list[FoundFile], cache_dir) -> datasets.Dat
         return datasets.concatenate_datasets([read(file) for file in metadata])
     except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
         places = _examples([file.place for file in metadata])
-        raise ValueError(f"{_named(folder)} has metadata that cannot be read, {places}: {error}") from error
+        cause = error.__cause__ or error  # `datasets` says that there was an error
+        raise ValueError(f"{_named(folder)} has metadata that cannot be read, {places}: {cause}") from error
 
 
 def _with_metadata(folder, files: list[FoundFile], rows: datasets.Dataset, image_column: str) -> datasets.Dataset:

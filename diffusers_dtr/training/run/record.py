@@ -33,12 +33,14 @@ def describe_model(model: RoutedModelMixin) -> dict[str, Any]:
     """What a record says of the denoiser; all that is known of it where adapters alone are saved."""
     names = ("num_attention_heads", "attention_head_dim", "block_out_channels", "num_layers", "sample_size")
     config = {key: value for key, value in model.config.items() if key.startswith("routing_") or key in names}
+    adapters = [routing.config for routing in vars(model).get("routed_adapters", {}).values()]
     return {
         "class": type(model).__name__,
         "num_parameters": model.num_parameters(),
         "num_trained_parameters": model.num_parameters(only_trainable=True),
         "routed_widths": list(model.routed_widths),
         "config": config,
+        **({"adapter_routing": adapters[0]} if adapters else {}),
     }
 
 
