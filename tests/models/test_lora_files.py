@@ -47,7 +47,7 @@ def test_an_adapter_that_cannot_be_routed_as_its_file_says_is_taken_off_again(lo
     with pytest.raises(ValueError, match="routing_beta"):
         load_routed_lora(model, lora_file)
     assert type(model) is FluxTransformer2DModel
-    assert model.peft_config == {}
+    assert not getattr(model, "peft_config", {})
     assert torch.equal(output(model, FLUX.inputs()), output(plain, FLUX.inputs()))
 
 
