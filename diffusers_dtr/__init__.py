@@ -6,11 +6,12 @@ from diffusers import ModelMixin
 from .analysis import TaskAffinity
 from .diffusers_registration import register_library, register_pipeline
 from .latents import decode_latents, encode_images, vae_scale_factor
+from .lora_files import load_routed_lora, save_routed_lora
 from .models.adapters import route_adapter, unroute_adapter
 from .models.dit import DTRTransformer2DModel
 from .models.families import TRANSFORMERS, UNETS, routed_class
 from .models.family import Family
-from .models.lora_files import load_routed_lora, mark_routed, save_routed_lora
+from .models.lora_header import mark_routed
 from .models.presets import DIT_PRESETS
 from .models.route import route, unroute
 from .models.routed_blocks import Stream

@@ -13,12 +13,21 @@ PACKAGE = Path(diffusers_dtr.__file__).parent
 # Seven floors of rooms: each room may import those of the floors below it, and itself.
 FLOORS = [
     {
-        *("atomic_files", "config_types", "diffusers_registration", "evaluating", "extras", "latents", "noise_levels"),
+        *(
+            "atomic_files",
+            "call_timesteps",
+            "config_types",
+            "diffusers_registration",
+            "evaluating",
+            "extras",
+            "latents",
+            "noise_levels",
+        ),
         *("ranges", "run_record", "user_errors"),
     },
     {"caches", "hub", "objective", "routing"},
     {"analysis", "models"},
-    {"conversion", "pipelines", "visualization"},
+    {"conversion", "lora_files", "pipelines", "visualization"},
     {"model_card"},
     {"training"},
     {"cli"},

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from ..config_types import check_types
-from ..models.lora_files import WARNING_LAYER, header_routing
+from ..models.lora_header import WARNING_LAYER, header_routing
 from ..pipelines.model_index import pipeline_class_name
 from ..run_record import LORA_FILE, PIPELINE_INDEX, RECORD_FILE
 from ..training.run.checkpoints import STATE_FILE

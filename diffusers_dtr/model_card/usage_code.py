@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 from safetensors import SafetensorError, safe_open
 
-from ..models.lora_files import file_routing
+from ..models.lora_header import file_routing
 from ..models.routed_model import RoutedModelMixin
 from ..run_record import LOCAL_PREFIX, LORA_FILE, RECORD_FILE
 from .trained_model import Config, TrainedModel, is_class

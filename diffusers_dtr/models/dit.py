@@ -17,8 +17,8 @@ from diffusers.models.embeddings import LabelEmbedding, PatchEmbed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
+from ..call_timesteps import timestep_batch
 from ..config_types import built_from_file
-from .call_timesteps import timestep_batch
 from .dit_block import (
     PER_BLOCK_CLASS_NAMES,
     DTRTransformerBlock,

@@ -140,7 +140,7 @@ class ScopedMixin:
             ValueError: If a routed one is to be saved as a pickle, which has no header.
         """
         from .adapters import adapter_routing  # these are made of this module
-        from .lora_files import mark_routed
+        from .lora_header import mark_routed
 
         routing = adapter_routing(self, adapter_name)
         if routing is not None and not safe_serialization:

@@ -17,8 +17,8 @@ from diffusers import ModelMixin
 from diffusers.configuration_utils import FrozenDict, register_to_config
 from torch import nn
 
+from ..call_timesteps import argument, timestep_batch
 from ..routing import ChannelRouting
-from .call_timesteps import argument, timestep_batch
 from .derived_class import DerivedModule, change_class, check_class_can_change, derived_class, signed_as
 from .family import ROUTING_PARAMETERS, Family, check_family, check_routing_names, routing_parameters
 from .routed_blocks import RoutedBlock

@@ -9,8 +9,9 @@ from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.training_utils import cast_training_params
 from safetensors.torch import load_file
 
+from ..lora_files import adapter_state, save_routed_lora, save_unrouted_lora
 from ..models.adapters import adapter_routing, route_adapter
-from ..models.lora_files import adapter_state, mark_routed, save_routed_lora, save_unrouted_lora
+from ..models.lora_header import mark_routed
 from ..run_record import LORA_FILE
 from .config import LoraConfig, RoutingConfig
 

@@ -53,8 +53,7 @@ class Trainer:
         config: The run's configuration.
         pipeline: What the denoiser is told, and how it is sampled and saved; by default as [`ClassPipeline`] does.
         noise_scheduler: Scheduler that is trained with; by default that of [`load_noise_scheduler`].
-        accelerator: Of [`start_run`], which is called by default.
-        project_name: What trackers call the run's project.
+        accelerator: Of [`start_run`], by default. `project_name` is what trackers call the run's project.
 
     Attributes:
         state: Optimizer steps done, and what else a checkpoint tells of the run.
@@ -80,12 +79,11 @@ class Trainer:
         self.model, self.data, self.output_dir = model, data, Path(config.run.output_dir)
         self.micro_batches = accelerator.num_processes * accelerator.gradient_accumulation_steps
         self.num_images, self.images_per_step = len(data.dataset), config.run.train_batch_size * self.micro_batches
-        # What a run is started again with has what accelerate has decided
-        settled = {"gradient_accumulation_steps": accelerator.gradient_accumulation_steps}
-        if accelerator.mixed_precision != "fp8":  # which is set up in accelerate's configuration alone
-            settled["mixed_precision"] = accelerator.mixed_precision
-        self.config = config = config.replace(**settled).with_max_train_steps(self.num_images, self.images_per_step)
-        self.max_train_steps = config.run.max_train_steps
+        # What a run is started again with has what accelerate has decided; fp8 is no option of ours.
+        precision = None if accelerator.mixed_precision == "fp8" else accelerator.mixed_precision
+        config = config.replace(gradient_accumulation_steps=accelerator.gradient_accumulation_steps)
+        config = config.replace(mixed_precision=precision).with_max_train_steps(self.num_images, self.images_per_step)
+        self.config, self.max_train_steps = config, config.run.max_train_steps
         if data.vae is not None:
             data.vae.to(accelerator.device)
         self.noise_scheduler = noise_scheduler or load_noise_scheduler(config)

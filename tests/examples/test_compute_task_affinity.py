@@ -226,7 +226,7 @@ def test_denoiser_is_told_the_first_captions_of_the_images(name, flags, captione
     finally:
         reset_accelerate()
     first_captions = [json.loads(line)["text"][0] for line in (images / "metadata.jsonl").read_text().splitlines()]
-    captions = [first_captions[row] for row in batches[0]["row"]]
+    captions = [first_captions[row] for row in batches[0]["index"]]
     family, pipeline = pipelines.family, DiffusionPipeline.from_pretrained(pipeline)
     options = family.prompt_options(pipeline, pipelines.args.max_sequence_length)
     encoded = family.encode(pipeline, captions, torch.device("cpu"), options)

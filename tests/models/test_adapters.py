@@ -14,8 +14,9 @@ from tiny_models import DIT, FLUX, PIXART, SD3, UNET_CONDITION, output
 from torch import nn
 
 from diffusers_dtr import DTRFluxTransformer2DModel, load_routed_lora, route, route_adapter, unroute, unroute_adapter
+from diffusers_dtr.lora_files import save_routed_lora
 from diffusers_dtr.models.adapters import adapter_routing
-from diffusers_dtr.models.lora_files import file_routing, save_routed_lora
+from diffusers_dtr.models.lora_header import file_routing
 from diffusers_dtr.routing import routing_mask
 from diffusers_dtr.run_record import LORA_FILE
 

@@ -9,7 +9,7 @@ import torch
 from run_config import run_config
 from safetensors.torch import save_file
 
-from diffusers_dtr.models.lora_files import file_routing
+from diffusers_dtr.models.lora_header import file_routing
 from diffusers_dtr.training.config import ModelConfig
 from diffusers_dtr.training.pretrained import pretrained_class_names, pretrained_component, pretrained_pipeline_class
 from diffusers_dtr.training.run.resuming import RunState

@@ -105,3 +105,8 @@ def test_trackers_get_numbers_and_strings_without_the_token_and_paths(here):
     assert config["output_dir"] == f"path/to/{here.name}"
     assert {*map(type, config.values())} <= {int, float, str, bool}
     assert "hub_token" not in config
+
+
+@pytest.mark.parametrize("argv", ["", "-c", "/usr/lib/ipykernel_launcher.py"])
+def test_a_notebook_has_no_command(argv):
+    assert run_record(run_config(), [argv], Accelerator(cpu=True), 1.0)["command"] == ""

@@ -195,3 +195,10 @@ def test_a_fingerprint_that_a_checkpoint_of_another_version_lacks_is_no_differen
     assert go_on({"--seed": 0}, {"--seed": 0, "fingerprint of captions": "78"}) == []
     with pytest.raises(ValueError, match="`fingerprint of captions` was 77 and is 78 now"):
         go_on({"fingerprint of captions": "77"}, {"fingerprint of captions": "78"})
+
+
+def test_the_state_of_a_run_that_passed_over_images_is_read(tmp_path):
+    RunState(3).write(tmp_path / "state.json")
+    old = json.loads((tmp_path / "state.json").read_text()) | {"unreadable_images": ["1.png"]}
+    (tmp_path / "state.json").write_text(json.dumps(old))
+    assert RunState.read(tmp_path / "state.json").global_step == 3

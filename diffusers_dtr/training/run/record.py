@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
@@ -70,7 +69,7 @@ def run_record(
 
 def _is_script(argv: Sequence[str]) -> bool:
     """Whether it is a script's command line, and not that of a notebook or an interactive session."""
-    return argv[0].endswith(".py") and hasattr(sys.modules["__main__"], "__file__")
+    return argv[0].endswith(".py") and os.path.basename(argv[0]) != "ipykernel_launcher.py"
 
 
 def _is_typed(flag: str, argv: Sequence[str]) -> bool:

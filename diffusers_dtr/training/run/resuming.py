@@ -89,6 +89,7 @@ class RunState:
         """Read what [`write`] wrote."""
         types = constructor_types(cls)
         values = read_object(path, str(path), types)
+        values.pop("unreadable_images", None)  # of versions that passed over images
         unknown = values.keys() - types.keys()
         if unknown:
             raise ValueError(f"{path} must be the state of a training run, got {shortened(sorted(unknown))} in it.")
