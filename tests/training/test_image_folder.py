@@ -9,6 +9,7 @@ import datasets
 import pytest
 from PIL import Image, features
 
+from diffusers_dtr.training.data import match_classes
 from diffusers_dtr.training.data.image_folder import scan_folder, unzip
 from diffusers_dtr.training.data.training_images import TrainingImages, load_training_images, training_images
 
@@ -121,7 +122,7 @@ def test_without_labels_all_images_are_used_wherever_they_lie(tmp_path):
         (["cat/0.png"], r"at least two class folders of images, found 'cat' \(1 image\).*train_unconditional"),
         (["cat/0.png", "1.png"], r"'cat' \(1 image\), 1 image in the folder itself"),
         (["n/a/0.png", "n/b/0.png"], "If the folders in it are the classes, name .*data/n"),
-        (["train/a/0.png", "test/b/0.png"], "found test, train, which are splits that hold folders"),
+        (["train/a/0.png", "test/b/0.png"], "found test, train, which are splits"),
         ([], "must hold images, found nothing"),
         (["a.heic"], r"must hold images, found 1 file not of a format that Pillow opens \(a.heic\)"),
     ],
@@ -260,3 +261,24 @@ def test_a_zip_file_that_claims_too_much_is_not_unpacked(tmp_path):
     with pytest.raises(ValueError, match="would unpack to 200000000"):
         unzip(str(tmp_path / "images.zip"), tmp_path / "cache")
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+def test_an_accent_of_its_own_makes_no_other_class(tmp_path):
+    folder = put(tmp_path / "images", "caf\u00e9/1.png", "cafe\u0301/2.png", "tea/1.png")
+    images = load(folder)
+    assert images.id2label == {0: "caf\u00e9", 1: "tea"}
+    matched, _ = match_classes(images, {0: "tea", 1: "cafe\u0301"}, 2)
+    assert matched.labels.tolist() == [1, 1, 0]
+
+
+def test_of_splits_alone_one_is_to_be_named_without_classes_too(tmp_path):
+    folder = put(tmp_path / "images", "train/1.png", "test/1.png")
+    with pytest.raises(ValueError, match="found test, train, which are splits"):
+        load(folder, label_column=None)
+
+
+def test_what_is_neither_file_nor_folder_is_no_link(tmp_path, messages):
+    folder = put(tmp_path / "images", "1.png")
+    os.mkfifo(folder / "2.png")
+    load(folder, label_column=None)
+    assert "1 neither files nor folders (2.png)" in messages.text

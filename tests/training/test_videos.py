@@ -304,3 +304,15 @@ def test_videos_that_cannot_be_read_are_named(name, tmp_path):
         (tmp_path / file).write_bytes(b"none")
     with pytest.raises(UnreadableImageError, match=rf"The video .*{name} cannot be read: "):
         only(tmp_path, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("thumb.png", r"frames must be of one size, got .*thumb\.png"), ("000.bmp", "several files for")],
+)
+def test_what_is_no_frame_of_the_video_is_named(name, message, tmp_path):
+    folder = folder_of(tmp_path, {"clip": "a clip"})
+    make_folder(folder / "clip", 3)
+    Image.new("RGB", (2, 2)).save(folder / "clip" / name)
+    with pytest.raises(UnreadableImageError, match=message):
+        load(folder)

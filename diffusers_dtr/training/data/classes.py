@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from unicodedata import normalize
 
 import numpy as np
 
@@ -39,7 +40,8 @@ def match_classes(
         ValueError: If a name may be one of several classes, or several names are one class, or for a class that the
             model does not know where there must not be any.
     """
-    known = {int(label): name for label, name in (id2label or {}).items() if int(label) < num_classes}
+    names = {int(label): normalize("NFC", name) for label, name in (id2label or {}).items()}
+    known = {label: name for label, name in names.items() if label < num_classes}
     if not known or images.id2label is None:
         return _match_by_number(images, known, num_classes, new_classes)
     found = _known_labels(images.id2label, known)

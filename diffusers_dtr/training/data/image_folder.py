@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import logging
 import os
+import unicodedata
 import zipfile
 from collections import Counter
 from collections.abc import Iterable
@@ -25,6 +26,7 @@ _METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 IMAGE, METADATA = "image", "of metadata that no flag asks for"
 _HIDDEN, OTHER = "hidden", "not of a format that Pillow opens"
 _BROKEN, _CYCLE = "links that lead nowhere", "links to a folder that they are in"
+_SPECIAL = "neither files nor folders"
 _RUN, _OF_RUNS = "folders of training runs", (RECORD_FILE, RUN_CONFIG, RUN_LOCK)
 # Pillow tells these formats, but decodes none of their files.
 _STUBS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
@@ -52,7 +54,7 @@ class FoundFile:
     def top_folder(self) -> str | None:
         """The folder at the top that it is in, or None for a file at the top."""
         top, slash, _ = self.place.partition("/")
-        return top if slash else None
+        return unicodedata.normalize("NFC", top) if slash else None
 
 
 @cache
@@ -93,7 +95,7 @@ def scan_folder(folder: str | os.PathLike, cache_dir: str | os.PathLike | None =
 
 def _kind(entry: os.DirEntry) -> str:
     if not entry.is_file():
-        return _BROKEN
+        return _BROKEN if entry.is_symlink() else _SPECIAL
     if entry.name in _METADATA_NAMES:
         return METADATA
     return IMAGE if os.path.splitext(entry.name)[1].lower() in image_suffixes() else OTHER
@@ -147,9 +149,10 @@ def load_image_folder(
     if caption_column is not None:
         raise ValueError(
             f"{_named(folder)} must have a metadata.jsonl, with `file_name` and {caption_column!r} of every image, "
-            f"found {found(files)} and no metadata file. Choose the column with `--caption_column`."
+            f"found {found(files)} and no metadata file. Folders of classes are for train_class_conditional.py."
         )
     if label_column is None:
+        _check_splits(folder, {file.top_folder for file in images})
         classes = None
     else:
         images = [file for file in images if file.top_folder is not None]
@@ -186,7 +189,8 @@ def report(
     logger.info(f"{os.fspath(folder)}: {number} of {_count(len(files), 'file')} used{left_out_are}.")
     if classes is not None:
         with os.scandir(folder) as entries:
-            folders = {entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")}
+            names = {entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")}
+        folders = {unicodedata.normalize("NFC", name) for name in names}
         empty = sorted(folders - set(classes) - {"__MACOSX"})
         if empty:
             logger.warning("Folders without images are no classes: %s.", ", ".join(empty))
@@ -200,10 +204,17 @@ def _check_classes(folder: str | os.PathLike, files: list[FoundFile], classes: l
             hint = f"If the folders in it are the classes, name {os.path.join(os.fspath(folder), classes[0])}. {hint}"
         raise ValueError(f"{_named(folder)} must have at least {number} of images, found {found(files)}. {hint}")
     nested = {file.top_folder for file in files if file.kind == IMAGE and file.place.count("/") > 1}
-    if nested.issuperset(classes) and {name.lower() for name in classes} <= _SPLITS:
+    if nested.issuperset(classes):
+        _check_splits(folder, set(classes))
+
+
+def _check_splits(folder: str | os.PathLike, tops: set[str | None]) -> None:
+    """Refuse a folder of nothing but splits, of which one is meant."""
+    if len(tops) > 1 and None not in tops and {name.lower() for name in tops} <= _SPLITS:
+        names = sorted(tops)
         raise ValueError(
-            f"{_named(folder)} must have a folder per class, found {', '.join(classes)}, which are splits that "
-            f"hold folders. Name one of these, such as {os.path.join(os.fspath(folder), classes[0])}."
+            f"{_named(folder)} must have images or a folder per class, found {', '.join(names)}, which are splits. "
+            f"Name one of these, such as {os.path.join(os.fspath(folder), names[0])}."
         )
 
 

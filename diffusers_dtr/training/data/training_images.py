@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from unicodedata import normalize
 
 import datasets
 import numpy as np
@@ -167,7 +168,8 @@ def training_images(
     labels = _read_labels(dataset, label_column)
     num_classes = int(labels.max()) + 1 if names is None else len(names)
     _check_labels(labels, num_classes, label_column)
-    id2label = None if names is None else dict(enumerate(names))
+    # Some file systems write an accent as a character of its own.
+    id2label = None if names is None else {label: normalize("NFC", name) for label, name in enumerate(names)}
     _describe_classes(labels, num_classes, id2label)
     return TrainingImages(images, image_column, labels, num_classes, id2label, captions)
 

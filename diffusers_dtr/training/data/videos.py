@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -45,6 +46,7 @@ class Video:
         """A video at a path: a file for Pillow or PyAV, or a folder of frames in the order of their numbers."""
         with decoding(f"The video {path} cannot be read: "):
             if files := tuple(sorted(frames, key=_numbered)):
+                _check_frames(files)
                 return cls(path, len(files), _decode_frame(files[0]).size, files)
             if _is_image(path):
                 with Image.open(path) as image:
@@ -65,6 +67,22 @@ class Video:
                 return decode_frames(self.path, numbers)
             decoded = enumerate(islice(_decode(self.path), numbers[-1] + 1))
             return [_upright(frame) for number, frame in decoded if number in numbers]
+
+
+def _check_frames(files: Sequence[str]) -> None:
+    """Refuse files that are no frames of one video; of each, only the header is read."""
+    stems = Counter(os.path.splitext(os.path.basename(file))[0] for file in files)
+    twice = [stem for stem, number in stems.items() if number > 1]
+    if twice:
+        raise UnreadableImageError(f"there are several files for its frame {twice[0]}")
+    sizes = {}
+    for file in files:
+        with Image.open(file) as image:
+            sizes.setdefault(image.size, file)
+    if len(sizes) > 1:
+        (size, _), (other, file), *_ = sizes.items()
+        name = os.path.basename(file)
+        raise UnreadableImageError(f"its frames must be of one size, got {size}, and {other} of {name}")
 
 
 def _numbered(path: str) -> tuple[list[str | int], str]:
