@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,15 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from diffusers.utils import delete_adapter_layers, recurse_remove_peft_layers
 from huggingface_hub import hf_hub_download
 from safetensors.torch import save_file
+from torch import nn
 
-from .models.adapters import adapter_routing, route_adapter
+from .models.adapters import adapter_routing, check_adapter_name, route_adapter, unroute_adapter
 from .models.lora_header import WARNING_LAYER, file_routing, mark_routed, read_lora
-from .models.route import route, unroute
+from .models.route import check_is_model, route, unroute
+from .models.routed_model import RoutedModelMixin
 from .run_record import LORA_FILE
 
 
@@ -29,6 +34,8 @@ def adapter_state(model: ModelMixin, adapter_name: str = "default") -> tuple[dic
     """The tensors of a model's adapter, and its config, without which its scale would be lost."""
     from peft import get_peft_model_state_dict  # an extra: `diffusers-dtr[training]`
 
+    check_is_model(model)
+    check_adapter_name(model, adapter_name)
     config = model.peft_config[adapter_name].to_dict()
     # The order of a set differs between runs.
     config = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
@@ -90,7 +97,10 @@ def load_routed_lora(
 
     Raises:
         ValueError: If `target` has no such model or takes no adapters, or a routing that does not exist is named.
+            After any error nothing is loaded.
     """
+    if not isinstance(adapter_name, str):
+        raise ValueError(f"`adapter_name` must be a name, got {adapter_name!r}.")
     source = Path(source) if os.path.exists(source) else Path(hf_hub_download(str(source), weight_name, **kwargs))
     path = source / weight_name if source.is_dir() else source
     routing = file_routing(path)
@@ -106,7 +116,7 @@ def load_routed_lora(
         if not isinstance(model, ModelMixin) or is_pipeline != bool(prefix):
             place = f"the `{prefix}` of a pipeline" if prefix else "a denoiser"
             raise ValueError(f"`source` has routed adapters for {place}, but `target` is a `{type(target).__name__}`.")
-    with tempfile.TemporaryDirectory() as folder:
+    with _taken_off_on_failure(target, adapter_name), tempfile.TemporaryDirectory() as folder:
         # diffusers reads the scale of the adapters from the file alone, so that it has to be one.
         tensors, header = read_lora(path)
         save_file(
@@ -117,23 +127,39 @@ def load_routed_lora(
         if is_pipeline:
             target.load_lora_weights(folder, weight_name=LORA_FILE, adapter_name=adapter_name)
         else:
-            takes_adapters = isinstance(target, PeftAdapterMixin)
-            if not takes_adapters:
-                # As its routed class, the model does.
+            if not isinstance(target, PeftAdapterMixin):
+                # As its routed class, the model takes adapters.
                 route(target, routing_type="none")
-            try:
-                target.load_lora_adapter(folder, weight_name=LORA_FILE, adapter_name=adapter_name, prefix=None)
-            except Exception:
-                if not takes_adapters:
-                    unroute(target)
-                raise
-    try:
+            target.load_lora_adapter(folder, weight_name=LORA_FILE, adapter_name=adapter_name, prefix=None)
         for prefix, model in models.items():
             route_adapter(model, adapter_name, **routing[prefix])
-    except Exception:
-        # Unrouted, it would be another adapter.
-        for model in models.values():
-            model.delete_adapters(adapter_name)
-            if not is_pipeline and not takes_adapters:
-                unroute(model)
+
+
+@contextmanager
+def _taken_off_on_failure(target: DiffusionPipeline | nn.Module, adapter_name: str) -> Iterator[None]:
+    """Take an adapter off every model that did not have it, if it cannot be loaded and routed."""
+    takes_adapters = isinstance(target, (DiffusionPipeline, PeftAdapterMixin))
+    parts = target.components.values() if isinstance(target, DiffusionPipeline) else [target]
+    before = {part: list(getattr(part, "peft_config", ())) for part in parts if isinstance(part, nn.Module)}
+    try:
+        yield
+    except BaseException:
+        for part, names in before.items():
+            if adapter_name not in names and hasattr(part, "peft_config"):
+                _take_off(part, adapter_name, is_last=not names)
+        if not takes_adapters and isinstance(target, RoutedModelMixin):
+            unroute(target)
         raise
+
+
+def _take_off(part: nn.Module, adapter_name: str, is_last: bool) -> None:
+    if adapter_name in vars(part).get("routed_adapters", {}):
+        unroute_adapter(part, adapter_name)
+    if not is_last:
+        delete_adapter_layers(part, adapter_name)
+        part.peft_config.pop(adapter_name, None)
+    elif isinstance(part, PeftAdapterMixin):
+        part.unload_lora()
+    else:  # a text encoder
+        recurse_remove_peft_layers(part)
+        del part.peft_config

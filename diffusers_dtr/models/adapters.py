@@ -21,7 +21,7 @@ from torch import nn
 from ..routing import ChannelRouting
 from .derived_class import DerivedModule, change_class, check_class_can_change, derived_class, signed_as
 from .family import ROUTING_PARAMETERS, Family, check_routing_names
-from .route import family_of
+from .route import check_is_model, family_of
 from .scope import scope_checkpointing, token_mask
 from .scoped_model import ScopedModel, ScopedRoutingMixin, scoped_class
 
@@ -56,11 +56,13 @@ def route_adapter(model: ModelMixin, adapter_name: str = "default", **routing: A
     """
     family = family_of(model)
     check_routing_names(routing)
+    check_adapter_name(model, adapter_name)
     _check_layers(model, adapter_name, family)
     layers = _adapted_layers(model, adapter_name)
     if not layers:
-        known = ", ".join(getattr(model, "peft_config", {})) or "none"
-        raise ValueError(f"`adapter_name` must be a LoRA adapter of the model ({known}), got {adapter_name!r}.")
+        raise ValueError(
+            f"`adapter_name`={adapter_name!r} must be a LoRA adapter, but it adapts no layer by two projections."
+        )
     if any(family.stream_of(block).batch_dim for block in family.streams):
         raise ValueError(
             f"Adapters of a `{type(model).__name__}` cannot be routed: its first axis is not the samples'."
@@ -97,9 +99,15 @@ def unroute_adapter(model: ModelMixin, adapter_name: str = "default") -> ModelMi
 
     Returns:
         `model`.
+
+    Raises:
+        TypeError: For a model that `torch.compile` wraps, and for what is no model of diffusers.
+        ValueError: If it has no adapter of that name.
     """
+    check_is_model(model)
     adapters = vars(model).get("routed_adapters", {})
-    if adapter_name not in adapters:
+    if adapter_name not in list(adapters):  # which need not be hashable
+        check_adapter_name(model, adapter_name)
         return model
     remaining = {name: routing for name, routing in adapters.items() if name != adapter_name}
     for layer in _adapted_layers(model, adapter_name).values():
@@ -122,6 +130,14 @@ def adapter_routing(model: ModelMixin, adapter_name: str = "default") -> dict[st
     # The layers know: an adapter that was deleted may have been followed by a plain one of its name.
     is_routed = any(_is_routed(layer, adapter_name) for layer in _adapted_layers(model, adapter_name).values())
     return model.routed_adapters[adapter_name].config if is_routed else None
+
+
+def check_adapter_name(model: ModelMixin, adapter_name: Any) -> None:
+    """Refuse what names no adapter of a model."""
+    known = list(getattr(model, "peft_config", {}))
+    if adapter_name not in known:
+        names = ", ".join(known) or "none"
+        raise ValueError(f"`adapter_name` must be a LoRA adapter of the model ({names}), got {adapter_name!r}.")
 
 
 def _adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, nn.Module]:

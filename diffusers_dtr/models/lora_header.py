@@ -29,6 +29,9 @@ WARNING_LAYER = "this_lora_is_routed_load_it_with_diffusers_dtr.load_routed_lora
 def mark_routed(path: str | os.PathLike, routing: Mapping[str, Mapping[str, Any]]) -> None:
     """Write into a LoRA file how its adapters are routed; nothing of it is lost.
 
+    A model's `save_lora_adapter` does so itself. A pipeline's `save_lora_weights(folder, transformer_lora_layers=...)`
+    is given tensors, which do not know how they were routed: mark its file.
+
     Args:
         path: A safetensors file that diffusers saved.
         routing: The [`adapter_routing`] of each adapted model, by the prefix that its weights have in the file,

@@ -34,8 +34,7 @@ def route(model: ModelMixin, **routing: Any) -> ModelMixin:
         TypeError: For a model of no known family, one that `torch.compile` wraps, and unknown names in `routing`.
         ValueError: For a routing that does not exist. In every case the model is as it was.
     """
-    if is_compiled_module(model):
-        raise TypeError("`model` must be a model, got what `torch.compile` made of one. Route it before compiling it.")
+    check_is_model(model)
     if isinstance(model, RoutedModelMixin) and not isinstance(model, ScopedRoutingMixin):
         raise TypeError(f"`model` is routed by nature: make another `{type(model).__name__}` with `from_transformer`.")
     return _class_for(model)._routed_in_place(model, routing)
@@ -51,13 +50,10 @@ def unroute(model: ModelMixin) -> ModelMixin:
         `model`, or the same model if it was not routed.
 
     Raises:
-        TypeError: For what is no model, or compiled, and for a model that has no plain class with the same weights,
-            such as a [`DTRTransformer2DModel`].
+        TypeError: For a model that has no plain class with the same weights, such as a [`DTRTransformer2DModel`], for
+            one that `torch.compile` wraps, and for what is no model of diffusers.
     """
-    if is_compiled_module(model) or not isinstance(model, ModelMixin):
-        raise TypeError(
-            f"`model` must be a model of diffusers, got a `{type(model).__name__}`: unwrap what is wrapped."
-        )
+    check_is_model(model)
     if not isinstance(model, RoutedModelMixin):
         return model
     if not isinstance(model, ScopedRoutingMixin):
@@ -68,12 +64,27 @@ def unroute(model: ModelMixin) -> ModelMixin:
     return model._unrouted_in_place()
 
 
+def check_is_model(model: Any) -> None:
+    """Refuse what wraps a model, and what is none."""
+    if is_compiled_module(model):
+        raise TypeError(
+            "`model` must be a model, got what `torch.compile` made of one. Route or unroute it before compiling it."
+        )
+    if not isinstance(model, ModelMixin):
+        raise TypeError(
+            f"`model` must be a model of diffusers, got a `{type(model).__name__}`. Of a pipeline it is the "
+            "transformer or the unet; unwrap what is wrapped, such as the `module` of a data-parallel one, or PEFT's "
+            "`get_base_model()`."
+        )
+
+
 def family_of(model: ModelMixin) -> Family:
     """What is special about a model.
 
     Raises:
         TypeError: For a model of no known family.
     """
+    check_is_model(model)
     is_own = isinstance(model, RoutedModelMixin) and not isinstance(model, ScopedRoutingMixin)
     return Family() if is_own else _class_for(model).family
 
@@ -81,11 +92,6 @@ def family_of(model: ModelMixin) -> Family:
 def _class_for(model: ModelMixin) -> type[ScopedRoutingMixin]:
     plain = model.plain_class if isinstance(model, ScopedRoutingMixin) else plain_type(model)
     name = plain.__name__
-    if not issubclass(plain, ModelMixin):
-        raise TypeError(
-            f"`model` must be a model of diffusers, got a `{name}`. Of a pipeline it is the transformer or the unet; "
-            "unwrap what is wrapped, such as the `module` of a data-parallel one, or PEFT's `get_base_model()`."
-        )
     if (name in TRANSFORMERS or name in UNETS) and getattr(diffusers, name) is plain:
         return routed_class(name)
     found = ScopedRoutingMixin.routed_classes.get(plain)

@@ -3,6 +3,7 @@
 import copy
 import logging
 import pickle
+import re
 
 import diffusers
 import pytest
@@ -173,9 +174,13 @@ def test_fusing_is_refused_and_says_why():
         route_adapter(model)
 
 
-def test_an_adapter_that_is_not_there_is_named():
-    with pytest.raises(ValueError, match=r"must be a LoRA adapter of the model \(default\), got 'style'"):
-        route_adapter(adapted(FLUX), "style")
+@pytest.mark.parametrize("name", ["style", ["default"], None])
+@pytest.mark.parametrize("change", [route_adapter, unroute_adapter])
+def test_an_adapter_that_is_not_there_is_named(change, name):
+    with pytest.raises(
+        ValueError, match=r"must be a LoRA adapter of the model \(default\), got " + re.escape(repr(name))
+    ):
+        change(adapted(FLUX), name)
 
 
 def test_a_rank_without_an_active_channel_is_refused():
@@ -216,6 +221,8 @@ def test_an_adapter_of_an_embedding_is_refused_and_not_left_as_it_is():
 def test_an_adapter_that_takes_the_name_of_a_deleted_one_is_a_plain_one(tmp_path):
     model = route_adapter(adapted(FLUX))
     model.delete_adapters("default")
+    with pytest.raises(ValueError, match="LoRA adapter of the model"):
+        route_adapter(model)
     adapted(FLUX, model)
     assert adapter_routing(model) is None
     assert file_routing(save_routed_lora(model, tmp_path)) == {}

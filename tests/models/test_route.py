@@ -13,7 +13,7 @@ from tiny_models import DIT, FLUX, PIXART, SCOPED_FAMILIES, UNET, output
 from torch import nn
 
 import diffusers_dtr
-from diffusers_dtr import Family, RoutedTransformerMixin, route, unroute
+from diffusers_dtr import Family, RoutedTransformerMixin, route, route_adapter, unroute, unroute_adapter
 
 
 every_family = pytest.mark.parametrize("family", SCOPED_FAMILIES, ids=lambda family: family.routed_class.__name__)
@@ -167,9 +167,20 @@ def test_checkpointing_that_was_on_before_gives_the_gradients_of_each_call(famil
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_what_torch_compile_wraps_is_refused():
-    with pytest.raises(TypeError, match="Route it before compiling it"):
-        route(torch.compile(FLUX.plain()))
+every_change = pytest.mark.parametrize("change", [route, unroute, route_adapter, unroute_adapter])
+
+
+@every_change
+def test_what_torch_compile_wraps_is_refused(change):
+    with pytest.raises(TypeError, match="before compiling it"):
+        change(torch.compile(route_adapter(adapted(route(FLUX.plain())))))
+
+
+@every_change
+@pytest.mark.parametrize("model", [None, nn.Linear(2, 2), nn.DataParallel(nn.Linear(2, 2))], ids=type)
+def test_what_is_no_model_of_diffusers_is_refused(change, model):
+    with pytest.raises(TypeError, match=f"must be a model of diffusers, got a `{type(model).__name__}`"):
+        change(model)
 
 
 # What cannot be.
@@ -274,9 +285,3 @@ def test_a_routed_block_has_the_name_of_the_class_it_routes(family):
     assert {type(module).__name__ for module in routed.modules()} - {type(routed).__name__} == {
         type(module).__name__ for module in plain.modules()
     } - {type(plain).__name__}
-
-
-@pytest.mark.parametrize("wrapped", [lambda model: torch.compile(model), lambda model: None, torch.nn.Sequential])
-def test_what_is_no_model_is_not_said_to_be_unrouted(wrapped):
-    with pytest.raises(TypeError, match="`model` must be a model of diffusers"):
-        unroute(wrapped(route(FLUX.plain())))
