@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from typing import Any
 
 from ..config_types import check_types
@@ -67,6 +68,8 @@ def run(args: argparse.Namespace) -> None:
     if args.masks is not None:
         _draw_masks(description["routing"], args.masks)
     print(json.dumps(description, indent=2, ensure_ascii=False) if args.json else _as_text(description))
+    if args.masks is not None:  # and standard output stays one JSON object
+        print(printable(f"{'masks':<11} {args.masks}"), file=sys.stderr if args.json else sys.stdout)
 
 
 def describe(source: Source) -> dict[str, Any]:

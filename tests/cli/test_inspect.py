@@ -192,6 +192,7 @@ def test_masks_are_drawn_for_every_width(tmp_path, capsys):
     described(tmp_path, capsys, "--masks", str(tmp_path / "unet.png"))
     routed_dit().save_pretrained(tmp_path / "transformer")
     described(tmp_path, capsys, "--masks", str(tmp_path / "dit.png"))
+    assert shown(tmp_path, capsys, "--masks", str(tmp_path / "text.png"))["masks"] == str(tmp_path / "text.png")
     four, one = (Image.open(tmp_path / name) for name in ("unet.png", "dit.png"))
     assert four.width > 3 * one.width
     assert len(four.convert("L").getcolors()) > 2
