@@ -175,14 +175,7 @@ UNETS = {
 
 @cache
 def routed_class(plain_name: str) -> type[ScopedRoutingMixin]:
-    """The routed class of a declared model, made when it is first asked for.
-
-    Args:
-        plain_name: Class of diffusers, a key of `TRANSFORMERS` or `UNETS`.
-
-    Returns:
-        The class, which is public as `diffusers_dtr.DTR...`.
-    """
+    """The routed class of a key of `TRANSFORMERS` or `UNETS`, made when it is first asked for."""
     mixin, families = (RoutedUNetMixin, UNETS) if plain_name in UNETS else (RoutedTransformerMixin, TRANSFORMERS)
     plain = getattr(diffusers, plain_name)
     bases = (mixin, plain) if issubclass(plain, PeftAdapterMixin) else (mixin, plain, PeftAdapterMixin)

@@ -79,11 +79,7 @@ def check_is_model(model: Any) -> None:
 
 
 def family_of(model: ModelMixin) -> Family:
-    """What is special about a model.
-
-    Raises:
-        TypeError: For a model of no known family.
-    """
+    """What is special about a model, or a TypeError if that is not known."""
     check_is_model(model)
     is_own = isinstance(model, RoutedModelMixin) and not isinstance(model, ScopedRoutingMixin)
     return Family() if is_own else _class_for(model).family

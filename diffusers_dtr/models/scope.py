@@ -117,12 +117,7 @@ class ScopedMixin:
     """A model within whose forward calls there are masks; to be named before its class."""
 
     def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable | None = None) -> None:
-        """Recompute blocks during backward, with the masks of the forward call that they belong to.
-
-        Args:
-            gradient_checkpointing_func: Called as `gradient_checkpointing_func(block, *args)`. Defaults to
-                `torch.utils.checkpoint.checkpoint` without reentrant autograd.
-        """
+        """Recompute blocks during backward, with the masks of the forward call that they belong to."""
         super().enable_gradient_checkpointing(gradient_checkpointing_func or partial(checkpoint, use_reentrant=False))
         scope_checkpointing(self)
 
@@ -134,11 +129,7 @@ class ScopedMixin:
         safe_serialization: bool = True,
         weight_name: str | None = None,
     ) -> None:
-        """Save a LoRA adapter as diffusers does; the file of a routed one says how it is routed.
-
-        Raises:
-            ValueError: If a routed one is to be saved as a pickle, which has no header.
-        """
+        """Save a LoRA adapter as diffusers does; the file of a routed one says how it is routed, so it is no pickle."""
         from .adapters import adapter_routing  # these are made of this module
         from .lora_header import mark_routed
 
