@@ -129,7 +129,7 @@ class ScopedMixin:
         safe_serialization: bool = True,
         weight_name: str | None = None,
     ) -> None:
-        """Save a LoRA adapter as diffusers does; the file of a routed one says how it is routed, so it is no pickle."""
+        """Save a LoRA adapter as diffusers does; the file of a routed one says so, and cannot be a pickle."""
         from .adapters import adapter_routing  # these are made of this module
         from .lora_header import mark_routed
 

@@ -83,6 +83,8 @@ REFUSED = [
     ({"dataset_name": "mnist", "train_data_dir": "images"}, "Exactly one of --dataset_name and --train_data_dir must"),
     ({"train_data_dir": None}, "Exactly one of --dataset_name and --train_data_dir must be given"),
     ({"validation_split": "test"}, "with --train_data_dir use --validation_data_dir"),
+    ({"train_split": "test"}, "`--train_split` has an effect with --dataset_name only"),
+    ({"dataset_config_name": "small"}, "`--dataset_config_name` has an effect with --dataset_name only"),
     (
         {"dataset_name": "mnist", "validation_split": "test", "validation_data_dir": "d"},
         "At most one of --validation_split and --validation_data_dir",

@@ -92,6 +92,7 @@ class DataConfig(Options):
         super().__post_init__()
         if (self.dataset_name is None) == (self.train_data_dir is None):
             raise ValueError("Exactly one of --dataset_name and --train_data_dir must be given.")
+        self.effect_only(self.dataset_name is not None, "with --dataset_name", "dataset_config_name", "train_split")
         if self.validation_split is not None and self.dataset_name is None:
             raise ValueError(
                 "`--validation_split` is a split of --dataset_name; with --train_data_dir use --validation_data_dir."
