@@ -43,16 +43,7 @@ def adapter_state(model: ModelMixin, adapter_name: str = "default") -> tuple[dic
 
 
 def save_unrouted_lora(model: ModelMixin, folder: str | os.PathLike, adapter_name: str = "default") -> Path:
-    """Write what `model.save_lora_adapter` writes, without its warning of a cast that it does not make.
-
-    Args:
-        model: The denoiser.
-        folder: Made if need be.
-        adapter_name: The adapter.
-
-    Returns:
-        The file.
-    """
+    """Write what `model.save_lora_adapter` writes, without its warning of a cast that it does not make."""
     layers, config = adapter_state(model, adapter_name)
     path = Path(folder, LORA_FILE)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ def waiting_at_most(seconds: float) -> Iterator[None]:
     set_client_factory(lambda: client(event_hooks=limited, timeout=seconds))
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # a timeout may be wrapped in any class of the client's; others are raised again
         cause: BaseException | None = error
         while cause is not None:
             # The transport's class for it is not always of one package.

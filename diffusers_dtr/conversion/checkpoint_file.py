@@ -104,8 +104,7 @@ def _load(path: Path):
     except Exception as error:  # damaged and hostile files lead the unpickler into errors of almost every type
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         if refused is None:
-            message = f"{path.name} is not a checkpoint of tensors, or is damaged ({type(error).__name__})."
-            raise ValueError(message) from error
+            raise _damaged(path, error) from error
         # Without its cause, which advises to switch the protection off.
         raise ValueError(
             f"{path.name} names `{refused[1]}`, which is neither a tensor nor a known part of a run's arguments. A "
@@ -118,6 +117,10 @@ def _load(path: Path):
     return checkpoint
 
 
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path.name} is not a checkpoint of tensors, or is damaged ({type(error).__name__}).")
+
+
 def _copied(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The state dict with each mask once: all blocks may share one table, which is read once and never copied."""
     masks = {name: value for name, value in state_dict.items() if name.endswith(f".{MASK_BUFFER}")}
@@ -126,11 +129,15 @@ def _copied(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _load_restricted(path: Path):
-    with path.open("rb") as file:
-        is_zip = file.read(4) == b"PK\x03\x04"
     with torch.serialization.safe_globals(_STAND_INS):
         # What was saved before torch 1.6 is no zip file, and cannot be mapped.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+
+
+def _is_zip(path: Path) -> bool:
+    """As torch tells it."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
 
 
 # ---- a few bytes can describe gigabytes
@@ -138,11 +145,14 @@ def _load_restricted(path: Path):
 
 def _check_archive(path: Path) -> None:
     """Refuse a compressed zip file: `torch.save` writes none, and it can grow a thousandfold."""
+    if not _is_zip(path):
+        return
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError):
-        return
+    except (zipfile.BadZipFile, NotImplementedError) as error:
+        # torch has a reader of its own, which may unpack what this one could not look through.
+        raise _damaged(path, error) from error
     compressed = [member.filename for member in members if member.compress_type != zipfile.ZIP_STORED]
     if compressed:
         raise ValueError(

@@ -39,7 +39,7 @@ def adapter(model: TrainedModel) -> dict[str, Any] | None:
     try:
         is_routed = bool(file_routing(path))
         with safe_open(path, framework="numpy") as weights:
-            of_pipeline = any(key.startswith(f"{component}.") for key in weights.keys())  # noqa: SIM118
+            of_pipeline = any(key.startswith(f"{component}.") for key in weights.keys())  # noqa: SIM118 - not a dictionary
     except SafetensorError as error:
         raise ValueError(f"{LORA_FILE} must be safetensors: {error}") from error
     known = sorted(name for name in Config.__annotations__ if name.startswith("routing_"))

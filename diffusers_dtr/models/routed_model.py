@@ -98,7 +98,7 @@ class RoutedModelMixin(HubMixin):
 
     # Wrapped, because pipelines look at the arguments.
     @wraps(ModelMixin.save_pretrained)
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102 - that of diffusers
         check_token(kwargs.get("token"))
         super().save_pretrained(*args, **kwargs)
 

@@ -58,6 +58,8 @@ class ScopedRoutingMixin(ScopedMixin, RoutedModelMixin):
         cls.forward = _scoped_forward(cls.plain_class, family.timestep)
         ScopedRoutingMixin.routed_classes[cls.plain_class] = cls
 
+    # ---- what differs between transformers and U-Nets: what raises here is in the mixin of each
+
     @classmethod
     def _widths(cls, config: Mapping[str, Any]) -> set[int]:
         """What a config tells of the routed widths before a model is built."""

@@ -253,6 +253,21 @@ def test_a_compressed_file_is_refused(tmp_path):
         load_original_checkpoint(tmp_path / "bomb.pt")
 
 
+def test_a_compressed_file_is_refused_if_only_torch_can_read_it(tmp_path):
+    path, plain = tmp_path / "bomb.pt", tmp_path / "plain.pt"
+    torch.save(weights(), plain)
+    with zipfile.ZipFile(plain) as read, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as written:
+        for member in read.namelist():
+            written.writestr(member, read.read(member))
+    # Of each entry of the directory, the version of zip that is needed: one that there is not.
+    head, *entries = path.read_bytes().split(b"PK\x01\x02")
+    path.write_bytes(b"PK\x01\x02".join([head, *(entry[:2] + b"\x63\x00" + entry[4:] for entry in entries)]))
+    assert equal(torch.load(path, weights_only=True), weights())
+
+    with pytest.raises(ValueError, match=r"bomb\.pt is not a checkpoint of tensors, or is damaged \(NotImpl"):
+        load_original_checkpoint(path)
+
+
 def test_parameters_and_parts_of_larger_tensors_are_read(save):
     table = torch.arange(12.0).reshape(3, 4)
     read = load_original_checkpoint(save({"a": table[:, 1:3], "b": torch.nn.Parameter(torch.ones(2))}))
