@@ -8,7 +8,7 @@ import shlex
 from typing import Any
 
 from markupsafe import Markup
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from ..models.lora_header import file_routing
 from ..models.routed_model import RoutedModelMixin
@@ -36,12 +36,9 @@ def adapter(model: TrainedModel) -> dict[str, Any] | None:
             f"`model: class` of {RECORD_FILE} must be a class of diffusers_dtr, got {routed_class!r:.60}."
         )
     component = "unet" if "UNet" in routed_class else "transformer"
-    try:
-        is_routed = bool(file_routing(path))
-        with safe_open(path, framework="numpy") as weights:
-            of_pipeline = any(key.startswith(f"{component}.") for key in weights.keys())  # noqa: SIM118 - not a dictionary
-    except SafetensorError as error:
-        raise ValueError(f"{LORA_FILE} must be safetensors: {error}") from error
+    is_routed = bool(file_routing(path))
+    with safe_open(path, framework="numpy") as weights:
+        of_pipeline = any(key.startswith(f"{component}.") for key in weights.keys())  # noqa: SIM118 - not a dictionary
     known = sorted(name for name in Config.__annotations__ if name.startswith("routing_"))
     routing = {name: model.config[name] for name in known if name in model.config}
     base = model.hub_id("pretrained_model_name_or_path") or f"{LOCAL_PREFIX}base-model"

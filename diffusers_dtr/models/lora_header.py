@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ..atomic_files import replacing
@@ -49,10 +49,13 @@ def file_routing(path: str | os.PathLike) -> dict[str, dict[str, Any]]:
     """How the adapters of a LoRA file are routed, as [`mark_routed`] was told, or an empty mapping.
 
     Raises:
-        ValueError: If the file's header says something else.
+        ValueError: If the file's header says something else, or it is not safetensors.
     """
-    with safe_open(path, framework="pt") as file:
-        return header_routing(file.metadata() or {}, path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return header_routing(file.metadata() or {}, path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} must be safetensors ({error}). Save it with `safe_serialization`.") from error
 
 
 def header_routing(header: Mapping[str, str], path: str | os.PathLike) -> dict[str, dict[str, Any]]:

@@ -111,3 +111,9 @@ def test_an_adapter_to_be_saved_must_be_there(tmp_path, name):
 def test_an_adapter_is_loaded_under_a_name(lora_file):
     with pytest.raises(ValueError, match=r"`adapter_name` must be a name, got \['default'\]"):
         load_routed_lora(FLUX.plain(), lora_file, ["default"])
+
+
+def test_a_file_that_is_not_safetensors_is_named(tmp_path):
+    (tmp_path / "lora.bin").write_bytes(b"\x80\x02" * 8)
+    with pytest.raises(ValueError, match=r"lora\.bin must be safetensors .*`safe_serialization`"):
+        load_routed_lora(FLUX.plain(), tmp_path / "lora.bin")
