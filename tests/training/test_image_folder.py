@@ -263,12 +263,13 @@ def test_a_zip_file_that_claims_too_much_is_not_unpacked(tmp_path):
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
-def test_an_accent_of_its_own_makes_no_other_class(tmp_path):
+def test_an_accent_of_its_own_makes_no_other_class(tmp_path, messages):
     folder = put(tmp_path / "images", "caf\u00e9/1.png", "cafe\u0301/2.png", "tea/1.png")
     images = load(folder)
     assert images.id2label == {0: "caf\u00e9", 1: "tea"}
     matched, _ = match_classes(images, {0: "tea", 1: "cafe\u0301"}, 2)
     assert matched.labels.tolist() == [1, 1, 0]
+    assert "Folders without images" not in messages.text
 
 
 def test_of_splits_alone_one_is_to_be_named_without_classes_too(tmp_path):
