@@ -1,4 +1,7 @@
-"""Help and version of `diffusers-dtr` without importing anything large: `entry_point` runs this file."""
+"""The command `diffusers-dtr`, whose help and version import nothing large.
+
+An installation has this file as a module of its own beside the package, because importing that takes seconds.
+"""
 
 from __future__ import annotations
 

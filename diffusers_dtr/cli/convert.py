@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler
+from diffusers import AutoencoderKL, ConfigMixin, DDPMScheduler
 
 from ..config_types import built_from_file, read_object
 from ..conversion import convert_original_dit, original_dit_state_dict
@@ -21,11 +21,20 @@ from ..models.dit_block import PER_BLOCK_CLASS_NAMES
 from ..pipelines.pipeline_dtr import DTRPipeline
 from ..ranges import COUNT, Range
 from ..routing import ALPHA_RANGE, BETA_RANGE
-from ..run_record import PIPELINE_INDEX
-from .options import add_hub_arguments, new_parser
-from .outputs import forget_local_paths, new_output
+from ..run_record import PIPELINE_INDEX, publishable
+from .options import new_output
 from .sources import open_source
 
+
+DESCRIPTION = """\
+SOURCE is a file of the authors' code (.pt or .safetensors), which becomes a pipeline, or a pipeline with a
+DiT, in a folder or on the Hub, which becomes a routed one or, with --to_original, a state dict of the
+authors' code. Nothing in a file is executed: one that asks for it is refused. Nothing is overwritten."""
+EXAMPLES = """\
+  diffusers-dtr convert 0400000.pt dit-l-dtr
+  diffusers-dtr convert DiT-XL-2-256x256.pt dit-xl --vae_name_or_path path/to/vae --labels names.json
+  diffusers-dtr convert facebook/DiT-XL-2-256 dit-xl-routed --routing_beta 0.8
+  diffusers-dtr convert dit-l-dtr back.pt --to_original"""
 
 _VAE = "stabilityai/sd-vae-ft-ema"
 # Of all autoencoders that the authors use.
@@ -36,115 +45,98 @@ _IMAGENET_CLASSES = 1000
 _FILE_SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
 _HALF_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 
-# Flags that have an effect for each kind of source.
 _ROUTING = ("routing_alpha", "routing_beta")
 _HUB = ("revision", "token")
 _FILE_FLAGS = (
     *("weights", "num_attention_heads", "class_dropout_prob", "noise_schedule", "num_train_timesteps"),
     *("vae_name_or_path", "no_vae", "labels", "no_labels", *_ROUTING, "token"),
 )
-_EXAMPLE = f"""\
-  diffusers-dtr convert 0400000.pt dit-l-dtr
-  diffusers-dtr convert DiT-XL-2-256x256.pt dit-xl --vae_name_or_path path/to/vae --labels names.json
-  diffusers-dtr convert {_IMAGENET_PIPELINE} dit-xl-routed --routing_beta 0.8
-  diffusers-dtr convert dit-l-dtr back.pt --to_original"""
 
 
-def add_parser(subparsers) -> None:
-    """Add the command's parser."""
-    parser = new_parser(
-        subparsers,
-        "convert",
-        "SOURCE is a file of the authors' code (.pt or .safetensors), which becomes a pipeline, or a pipeline with a\n"
-        "DiT, in a folder or on the Hub, which becomes a routed one or, with --to_original, a state dict of the\n"
-        "authors' code. Nothing in a file is executed: one that asks for it is refused. Nothing is overwritten.",
-        _EXAMPLE,
-    )
-    parser.add_argument("source", metavar="SOURCE", help="Checkpoint file, or a pipeline's folder or repository.")
-    parser.add_argument("output", metavar="OUTPUT", help="Folder of the new pipeline, or the .pt file to write.")
-    parser.add_argument(
-        "--to_original", action="store_true", help="Write a state dict under the names of the authors' code."
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="Checkpoint file, or a pipeline's folder or repository.")
+    add("output", metavar="OUTPUT", help="Folder of the new pipeline, or the .pt file to write.")
+    add("--to_original", action="store_true", help="Write a state dict under the names of the authors' code.")
+
     group = parser.add_argument_group("what a checkpoint file may not say")
-    group.add_argument(
-        "--weights",
-        choices=CHECKPOINT_WEIGHTS,
-        help="Which weights of a training checkpoint: averaged, or as trained. Default: ema.",
-    )
-    group.add_argument(
-        "--num_attention_heads",
-        type=COUNT,
-        help="Attention heads. Default: those of the published model of the same depth and width.",
-    )
-    group.add_argument(
+    add = group.add_argument
+    weights = "Which weights of a training checkpoint: averaged, or as trained. Default: ema."
+    add("--weights", choices=CHECKPOINT_WEIGHTS, help=weights)
+    heads = "Attention heads. Default: those of the published model of the same depth and width."
+    add("--num_attention_heads", type=COUNT, help=heads)
+    add(
         "--class_dropout_prob",
         type=Range("[0, 1)"),
         help="Probability of dropping labels in training; at 0 all rows of the label table are classes. "
         "Default: 0.1, or 0 for a table of one row.",
     )
-    group.add_argument(
+    add(
         "--noise_schedule",
         choices=("linear", "squaredcos_cap_v2"),
         help="Noise schedule that the model was trained on. Default: that which the file says or its code always has; "
         "linear for a state dict alone, without masks, as DiT's are published. It must be given for other files.",
     )
-    group.add_argument(
-        "--num_train_timesteps",
-        type=COUNT,
-        help="Timesteps that it was trained on. Default: as many as the masks have, or the file says, or 1000.",
-    )
-    vae = group.add_mutually_exclusive_group()
-    vae.add_argument(
+    timesteps = "Timesteps that it was trained on. Default: as many as the masks have, or the file says, or 1000."
+    add("--num_train_timesteps", type=COUNT, help=timesteps)
+    add = group.add_mutually_exclusive_group().add_argument
+    add(
         "--vae_name_or_path",
         help=f"Autoencoder in whose latent space the model works; it is copied into the pipeline. Default: that which "
         f"the file says, or {_VAE}.",
     )
-    vae.add_argument("--no_vae", action="store_true", help="The model works on pixels.")
-    labels = group.add_mutually_exclusive_group()
-    labels.add_argument(
+    add("--no_vae", action="store_true", help="The model works on pixels.")
+    add = group.add_mutually_exclusive_group().add_argument
+    add(
         "--labels",
         help='Names of the classes: a JSON file {"0": "name", ...}, or a pipeline that has them (folder or '
         f"repository). Default: those of {_IMAGENET_PIPELINE} for {_IMAGENET_CLASSES} classes, else none.",
     )
-    labels.add_argument("--no_labels", action="store_true", help="Leave the classes without names.")
-    group = parser.add_argument_group(
-        "routing", "Read from the masks of DTR's checkpoints, and kept of routed pipelines; other models are unrouted."
-    )
-    group.add_argument("--routing_alpha", type=ALPHA_RANGE, help="How late the channel window slides.")
-    group.add_argument("--routing_beta", type=BETA_RANGE, help="Share of active channels; 1 is unrouted.")
-    add_hub_arguments(parser)
-    parser.set_defaults(run=run)
+    add("--no_labels", action="store_true", help="Leave the classes without names.")
+
+    kept = "Read from the masks of DTR's checkpoints, and kept of routed pipelines; other models are unrouted."
+    add = parser.add_argument_group("routing", kept).add_argument
+    add("--routing_alpha", type=ALPHA_RANGE, help="How late the channel window slides.")
+    add("--routing_beta", type=BETA_RANGE, help="Share of active channels; 1 is unrouted.")
 
 
 def run(args: argparse.Namespace) -> None:
     """Convert."""
-    source = Path(args.source)
-    if source.suffix in _FILE_SUFFIXES and not source.is_file():
+    is_file = Path(args.source).is_file()
+    if Path(args.source).suffix in _FILE_SUFFIXES and not is_file:
         raise ValueError(f"There is no file {args.source!r}.")
-    if args.to_original:
-        if source.is_file():
-            raise ValueError("`--to_original` takes a pipeline, in a folder or on the Hub, got a file.")
-        _check_flags(args, _HUB, "--to_original")
-        with new_output(args.output, suffix=".pt") as path:
+    if args.to_original and is_file:
+        raise ValueError("`--to_original` takes a pipeline, in a folder or on the Hub, got a file.")
+    _check_flags(args, is_file)
+    with new_output(args.output, suffix=".pt" if args.to_original else "") as path:
+        if is_file:
+            _save(_from_file(args), path)
+        elif args.to_original:
             torch.save(original_dit_state_dict(_load_transformer(args)), path)
-    else:
-        _check_flags(args, *((_FILE_FLAGS, "a file") if source.is_file() else ((*_ROUTING, *_HUB), "a pipeline")))
-        with new_output(args.output) as path:
-            if source.is_file():
-                pipeline = _from_file(args)
-            else:
-                parts = {"transformer": _load_transformer(args), "revision": args.revision, "token": args.token}
-                pipeline = DTRPipeline.from_pretrained(args.source, **parts)
-            forget_local_paths(pipeline)
-            pipeline.save_pretrained(path)
+        else:
+            parts = {"transformer": _load_transformer(args), "revision": args.revision, "token": args.token}
+            _save(DTRPipeline.from_pretrained(args.source, **parts), path)
     print(args.output)
 
 
-def _check_flags(args: argparse.Namespace, used: tuple[str, ...], source: str) -> None:
+def _check_flags(args: argparse.Namespace, is_file: bool) -> None:
+    """Refuse flags that have no effect for this kind of source."""
+    routing = () if args.to_original else _ROUTING
+    used, source = (_FILE_FLAGS, "a file") if is_file else ((*routing, *_HUB), "a pipeline")
+    source = "--to_original" if args.to_original else source
     given = [name for name in (*_FILE_FLAGS, "revision") if getattr(args, name) not in (None, False)]
     useless = [f"`--{name}`" for name in given if name not in used]
     if useless:
         raise ValueError(f"{', '.join(useless)} would have no effect for {source}, and must be left out.")
+
+
+def _save(pipeline: DTRPipeline, path: Path) -> None:
+    """Save a pipeline without this machine's paths, which diffusers keeps in its configs."""
+    for part in (pipeline, *pipeline.components.values()):
+        if isinstance(part, ConfigMixin) and part.config.get("_name_or_path") is not None:
+            part.register_to_config(_name_or_path=publishable(part.config["_name_or_path"], "_name_or_path"))
+    pipeline.save_pretrained(path)
 
 
 # ---- from a checkpoint of the authors' code
@@ -169,7 +161,7 @@ def _from_file(args: argparse.Namespace) -> DTRPipeline:
         scheduler=_scheduler(transformer, schedule, latents=not args.no_vae),
         transformer=transformer,
         id2label=_labels(args, transformer.config.num_embeds_ada_norm),
-        vae=_vae(args, run.vae or _VAE, transformer.config.in_channels),
+        vae=None if args.no_vae else _vae(args, run.vae or _VAE, transformer.config.in_channels),
     )
 
 
@@ -217,9 +209,7 @@ def _instead(what: str, flags: str) -> Iterator[None]:
         raise ValueError(f"{what} could not be loaded ({type(error).__name__}). Give {flags}.") from error
 
 
-def _vae(args: argparse.Namespace, default: str, in_channels: int) -> AutoencoderKL | None:
-    if args.no_vae:
-        return None
+def _vae(args: argparse.Namespace, default: str, in_channels: int) -> AutoencoderKL:
     name = args.vae_name_or_path or default
     flags = "`--vae_name_or_path` its folder or repository, or `--no_vae` for a model of pixels"
     with _instead(f"The autoencoder {name}", flags):

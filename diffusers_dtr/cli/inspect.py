@@ -14,13 +14,13 @@ from ..run_record import LORA_FILE, PIPELINE_INDEX, RECORD_FILE
 from ..training.run.checkpoints import STATE_FILE
 from ..user_errors import printable
 from ..visualization import draw_routing_masks
-from .options import add_hub_arguments, new_parser
-from .outputs import new_output
+from .options import new_output
 from .saved_routing import saved_routing
 from .sources import Source, open_source
 
 
-_EXAMPLE = """\
+DESCRIPTION = "Reads only configs and the headers of safetensors files: weights are not downloaded."
+EXAMPLES = """\
   diffusers-dtr inspect ./demo/pipeline
   diffusers-dtr inspect owner/model --masks masks.png
   diffusers-dtr inspect my-run/checkpoint-20000 --json"""
@@ -41,25 +41,14 @@ _FOLDERS = ("transformer/", "unet/", "")
 _FIRST_LAYERS = ("lora_A.weight", "lora.down.weight", "lora_down.weight")
 
 
-def add_parser(subparsers) -> None:
-    """Add the command's parser."""
-    parser = new_parser(
-        subparsers,
-        "inspect",
-        "Reads only configs and the headers of safetensors files: weights are not downloaded.",
-        _EXAMPLE,
-    )
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="A pipeline, a model, LoRA adapters or a checkpoint of a run: the folder, or a repository.",
-    )
-    parser.add_argument("--json", action="store_true", help="Print one JSON object.")
-    parser.add_argument(
-        "--masks", metavar="PNG", help="Draw which channels are active when into this file; it must not exist."
-    )
-    add_hub_arguments(parser)
-    parser.set_defaults(run=run)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
+    add = parser.add_argument
+    model = "A pipeline, a model, LoRA adapters or a checkpoint of a run: the folder, or a repository."
+    add("model", metavar="MODEL", help=model)
+    add("--json", action="store_true", help="Print one JSON object.")
+    masks = "Draw which channels are active when into this file; it must not exist."
+    add("--masks", metavar="PNG", help=masks)
 
 
 def run(args: argparse.Namespace) -> None:

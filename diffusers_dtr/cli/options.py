@@ -1,42 +1,29 @@
-"""Parts shared by the commands' parsers."""
+"""Flags and outputs that the commands share."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
+from ..atomic_files import creating
 from ..hub.pushing import check_token
 from ..ranges import POSITIVE
-from .command import COMMANDS
-
-
-def new_parser(subparsers, name: str, description: str, example: str) -> argparse.ArgumentParser:
-    """Add the parser of a command, whose help ends with example command lines."""
-    return subparsers.add_parser(
-        name,
-        help=COMMANDS[name],
-        description=f"{COMMANDS[name]}\n\n{description}",
-        epilog=f"examples:\n{example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
 
 
 def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags for access to the Hub."""
-    group = parser.add_argument_group("Hub")
-    group.add_argument("--revision", help="Branch, tag or commit of a repository. Its main branch by default.")
-    group.add_argument(
+    add = parser.add_argument_group("Hub").add_argument
+    add("--revision", help="Branch, tag or commit of a repository. Its main branch by default.")
+    add(
         "--token",
         type=token,
         help="Access token. Better leave it out of the command line: `hf auth login` or the variable HF_TOKEN "
         "serve all commands.",
     )
-    group.add_argument(
-        "--timeout",
-        type=POSITIVE,
-        default=60.0,
-        metavar="SECONDS",
-        help="Give up when the Hub has not answered for this long. Default: %(default)g.",
-    )
+    wait = "Give up when the Hub has not answered for this long. Default: %(default)g."
+    add("--timeout", type=POSITIVE, default=60.0, metavar="SECONDS", help=wait)
 
 
 def token(text: str) -> str:
@@ -45,3 +32,12 @@ def token(text: str) -> str:
         return check_token(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+@contextmanager
+def new_output(path: str, suffix: str = "") -> Iterator[Path]:
+    """A path to write a command's output to, as `creating` yields it; its name must end in `suffix`."""
+    if suffix and Path(path).suffix != suffix:
+        raise ValueError(f"The output must end in `{suffix}`, got {path!r}.")
+    with creating(path) as partial:
+        yield partial

@@ -18,14 +18,16 @@ from ..pipelines.pipeline_dtr import DTRPipeline
 from ..ranges import COUNT, FINITE, NON_NEGATIVE, SEED
 from ..run_record import LORA_FILE, PIPELINE_INDEX
 from ..visualization import image_grid
-from .options import add_hub_arguments, new_parser
-from .outputs import new_output
+from .options import new_output
 from .sources import Source, open_source
 
 
 _DTYPES = ("float32", "float16", "bfloat16")
 
-_EXAMPLE = """\
+DESCRIPTION = """\
+The n-th image of a label is drawn from the seed plus n: asking for more labels or images keeps the others,
+up to rounding, and the images of a column begin with the same noise."""
+EXAMPLES = """\
   diffusers-dtr sample ./demo/pipeline --labels 3 7 --num_images 8 --guidance_scale 1.5 --output digits.png
   diffusers-dtr sample owner/model --labels "golden retriever" --scheduler DPMSolverMultistepScheduler \\
     --num_inference_steps 20 --dtype float16"""
@@ -47,72 +49,29 @@ def device(name: str) -> torch.device:
         raise argparse.ArgumentTypeError(f"must be a device of this machine, such as cpu, got {name!r}") from error
 
 
-def add_parser(subparsers) -> None:
-    """Add the command's parser."""
-    parser = new_parser(
-        subparsers,
-        "sample",
-        "The n-th image of a label is drawn from the seed plus n: asking for more labels or images keeps the others,\n"
-        "up to rounding, and the images of a column begin with the same noise.",
-        _EXAMPLE,
-    )
-    parser.add_argument("pipeline", metavar="PIPELINE", help="Folder of a pipeline, or its repository on the Hub.")
-    parser.add_argument(
-        "--labels",
-        nargs="+",
-        action="extend",
-        metavar="LABEL",
-        help="Classes, one row of the grid each: names that the pipeline knows, or else numbers. None by default.",
-    )
-    parser.add_argument(
-        "--num_images",
-        type=COUNT,
-        default=4,
-        help="Images per label, or in all where there are no labels. Default: %(default)s.",
-    )
-    parser.add_argument(
-        "--guidance_scale",
-        type=NON_NEGATIVE,
-        default=1.0,
-        help="Classifier-free guidance, off at 1 or below. Default: %(default)s.",
-    )
-    parser.add_argument(
-        "--guidance_interval",
-        type=FINITE,
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-        help="Guide at these timesteps and those between them only. Everywhere by default.",
-    )
-    parser.add_argument("--height", type=COUNT, help="Height of the images in pixels. The model's by default.")
-    parser.add_argument("--width", type=COUNT, help="Width of the images in pixels. The model's by default.")
-    parser.add_argument("--num_inference_steps", type=COUNT, default=50, help="Denoising steps. Default: %(default)s.")
-    parser.add_argument(
-        "--scheduler",
-        type=scheduler_class,
-        metavar="CLASS",
-        help="Scheduler of diffusers, made with the config of the pipeline's own, which is used by default.",
-    )
-    parser.add_argument("--seed", type=SEED, default=0, help="Seed. Default: %(default)s.")
-    parser.add_argument(
-        "--max_batch_size",
-        type=COUNT,
-        default=16,
-        help="Compute at most this many images at once, to save memory. Default: %(default)s.",
-    )
-    parser.add_argument(
-        "--device", type=device, help="Where to compute, such as cuda:1. An accelerator, if there is one."
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=_DTYPES,
-        default="float32",
-        help="Precision. Default: %(default)s.",
-    )
-    parser.add_argument(
-        "--output", default="samples.png", help="PNG to write; it must not exist. Default: %(default)s."
-    )
-    add_hub_arguments(parser)
-    parser.set_defaults(run=run)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
+    add = parser.add_argument
+    add("pipeline", metavar="PIPELINE", help="Folder of a pipeline, or its repository on the Hub.")
+    labels = "Classes, one row of the grid each: names that the pipeline knows, or else numbers. None by default."
+    add("--labels", nargs="+", action="extend", metavar="LABEL", help=labels)
+    number = "Images per label, or in all where there are no labels. Default: %(default)s."
+    add("--num_images", type=COUNT, default=4, help=number)
+    guidance = "Classifier-free guidance, off at 1 or below. Default: %(default)s."
+    add("--guidance_scale", type=NON_NEGATIVE, default=1.0, help=guidance)
+    interval = "Guide at these timesteps and those between them only. Everywhere by default."
+    add("--guidance_interval", type=FINITE, nargs=2, metavar=("LOW", "HIGH"), help=interval)
+    add("--height", type=COUNT, help="Height of the images in pixels. The model's by default.")
+    add("--width", type=COUNT, help="Width of the images in pixels. The model's by default.")
+    add("--num_inference_steps", type=COUNT, default=50, help="Denoising steps. Default: %(default)s.")
+    scheduler = "Scheduler of diffusers, made with the config of the pipeline's own, which is used by default."
+    add("--scheduler", type=scheduler_class, metavar="CLASS", help=scheduler)
+    add("--seed", type=SEED, default=0, help="Seed. Default: %(default)s.")
+    batch = "Compute at most this many images at once, to save memory. Default: %(default)s."
+    add("--max_batch_size", type=COUNT, default=16, help=batch)
+    add("--device", type=device, help="Where to compute, such as cuda:1. An accelerator, if there is one.")
+    add("--dtype", choices=_DTYPES, default="float32", help="Precision. Default: %(default)s.")
+    add("--output", default="samples.png", help="PNG to write; it must not exist. Default: %(default)s.")
 
 
 def run(args: argparse.Namespace) -> None:

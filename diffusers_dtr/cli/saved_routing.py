@@ -15,32 +15,24 @@ from ..models.routed_model import RoutedModelMixin, config_types
 from ..routing import ChannelRouting
 
 
-def routed_model_class(config: Mapping[str, Any]) -> type[RoutedModelMixin] | None:
-    """The class that a `config.json` names, or None if it is not a routed one of this package."""
-    name = config.get("_class_name")
-    found = getattr(diffusers_dtr, name, None) if isinstance(name, str) else None
-    return found if isinstance(found, type) and issubclass(found, RoutedModelMixin) else None
-
-
 def saved_routing(config: Mapping[str, Any]) -> tuple[ChannelRouting, tuple[int, ...]] | None:
     """The routing of a `config.json` and the widths of its routed blocks, or None if the model is not routed."""
-    model_class = routed_model_class(config)
-    if model_class is None:
+    name = config.get("_class_name")
+    model_class = getattr(diffusers_dtr, name, None) if isinstance(name, str) else None
+    if not (isinstance(model_class, type) and issubclass(model_class, RoutedModelMixin)):
         return None
-    check_types(config_types(model_class), config, f"the config of {model_class.__name__}")
+    check_types(config_types(model_class), config, f"the config of {name}")
     parameters = signature(model_class.__init__).parameters
     defaults = {name: value.default for name, value in parameters.items() if value.default is not Parameter.empty}
     config = {**defaults, **config}
     family = getattr(model_class, "family", Family())
-    with built_from_file(f"A {model_class.__name__}"):
+    with built_from_file(f"A {name}"):
         config["routing_timestep_range"] = family.range_of(config)
-        widths = _unet_widths(config) if "block_out_channels" in config else _transformer_widths(family, config)
-        names = ("routing_alpha", "routing_beta", "routing_type", "routing_seed", "routing_timestep_range")
-        return ChannelRouting(*(config[name] for name in names), widths=widths), tuple(sorted(widths))
-
-
-def _transformer_widths(family: Family, config: Mapping[str, Any]) -> set[int]:
-    return {math.prod(config[name.strip()] for name in family.width.split("*"))}
+        is_unet = "block_out_channels" in config
+        widths = _unet_widths(config) if is_unet else {math.prod(config[name] for name in family.widths)}
+        names = ("alpha", "beta", "type", "seed", "timestep_range")
+        routing = ChannelRouting(*(config[f"routing_{name}"] for name in names), widths=widths)
+    return routing, tuple(sorted(widths))
 
 
 def _unet_widths(config: Mapping[str, Any]) -> set[int]:

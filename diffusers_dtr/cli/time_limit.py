@@ -12,6 +12,9 @@ from huggingface_hub import get_session, set_client_factory
 from huggingface_hub.errors import HTTPError
 
 
+_ADVICE = "Try again later, or give `--timeout` more seconds."
+
+
 class NoAnswerError(OSError):
     """The Hub did not answer within the time limit. The request is not retried."""
 
@@ -20,11 +23,11 @@ class NoAnswerError(OSError):
 def waiting_at_most(seconds: float) -> Iterator[None]:
     """Give up on a request that has no answer after this time, retries included. Transfers may take longer."""
     session, patience = get_session(), _Patience(seconds)
-    hooks = {name: [*session.event_hooks.get(name, ())] for name in ("request", "response")}
+    hooks = session.event_hooks
     limited = {"request": [*hooks["request"], patience.asked], "response": [*hooks["response"], patience.answered]}
     # The client's own transport, of which there have been several packages.
-    client = partial(type(session), follow_redirects=True)
-    set_client_factory(lambda: client(event_hooks=limited, timeout=seconds))
+    client = partial(type(session), follow_redirects=True, timeout=None)
+    set_client_factory(partial(client, event_hooks=limited))
     try:
         yield
     except Exception as error:  # a timeout may be wrapped in any class of the client's; others are raised again
@@ -32,13 +35,11 @@ def waiting_at_most(seconds: float) -> Iterator[None]:
         while cause is not None:
             # The transport's class for it is not always of one package.
             if isinstance(cause, HTTPError) and "Timeout" in type(cause).__name__:
-                raise NoAnswerError(
-                    f"The Hub has not answered in time. Try again later, or give `--timeout` more seconds. ({error})"
-                ) from error
+                raise NoAnswerError(f"The Hub has not answered in time. {_ADVICE} ({error})") from error
             cause = cause.__cause__ or cause.__context__
         raise
     finally:
-        set_client_factory(lambda: client(event_hooks=hooks, timeout=None))
+        set_client_factory(partial(client, event_hooks=hooks))
 
 
 class _Patience:
@@ -53,16 +54,11 @@ class _Patience:
         since = now if request.method == "PUT" else self.waiting.setdefault((request.method, str(request.url)), now)
         left = since + self.seconds - now
         if left <= 0:
-            raise NoAnswerError(
-                f"{request.url.scheme}://{request.url.netloc.decode()} has not answered for {self.seconds:g} s. Try "
-                "again later, or give `--timeout` more seconds."
-            )
+            host = f"{request.url.scheme}://{request.url.netloc.decode()}"
+            raise NoAnswerError(f"{host} has not answered for {self.seconds:g} s. {_ADVICE}")
         # Some calls ask for no limit, and some for a shorter one.
-        limits = request.extensions.get("timeout", {})
-        request.extensions["timeout"] = {
-            wait: left if limits.get(wait) is None else min(left, limits[wait])
-            for wait in ("connect", "read", "write", "pool")
-        }
+        limits = request.extensions["timeout"]
+        request.extensions["timeout"] = {kind: min(left, limit or left) for kind, limit in limits.items()}
 
     def answered(self, response: Any) -> None:
         self.waiting.pop((response.request.method, str(response.request.url)), None)

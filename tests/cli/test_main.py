@@ -17,7 +17,6 @@ from huggingface_hub import HfApi, get_session
 import diffusers_dtr
 from diffusers_dtr import cli
 from diffusers_dtr.cli import command as light
-from diffusers_dtr.cli import entry_point
 
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +29,7 @@ def fail(monkeypatch, error):
     def run(args):
         raise error
 
-    for command in cli._COMMANDS:
+    for command in cli._MODULES.values():
         monkeypatch.setattr(command, "run", run)
 
 
@@ -70,7 +69,7 @@ def run_installed(*arguments, path):
 
 
 def test_version_and_help_import_nothing_large(tmp_path):
-    shutil.copy(entry_point.__file__, tmp_path / "diffusers_dtr_command.py")
+    shutil.copy(light.__file__, tmp_path / "diffusers_dtr_command.py")
     for arguments in (["--help"], ["unknown"]):
         done = run_installed(*arguments, path=[tmp_path, ROOT])
         assert done.stderr.endswith("set()\n"), done.stderr
