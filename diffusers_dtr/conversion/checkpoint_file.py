@@ -1,9 +1,8 @@
 """Reading of checkpoint files of the original DiT, DTR and ANT code, without executing code in them.
 
-These files are pickles that hold, beside weights, the run's arguments: objects of argparse and OmegaConf. A pickle can
-name any function to call. torch's restricted unpickler calls none but those that make tensors; for the classes of the
-arguments it is handed stand-ins, which keep their state as data, so that none of them is built, and any other name is
-refused.
+They are pickles, which can name any function to call, and hold objects of argparse and OmegaConf beside weights.
+torch's restricted unpickler calls only what makes tensors; for the classes of those objects it is handed stand-ins,
+which keep their state as data. Any other name is refused.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -29,18 +28,20 @@ def _plain_dict(*args) -> dict:
     return {}
 
 
-_RECORDED = (
-    "argparse.Namespace",
-    *(f"omegaconf.base.{name}" for name in ("ContainerMetadata", "Metadata")),
-    "omegaconf.dictconfig.DictConfig",
-    "omegaconf.listconfig.ListConfig",
-    *(f"omegaconf.nodes.{name}Node" for name in ("Any", "Boolean", "Bytes", "Float", "Integer", "Path", "String")),
-    "omegaconf.nodes.InterpolationResultNode",
+_RECORDED = {
+    "argparse": "Namespace",
+    "omegaconf.base": "ContainerMetadata Metadata",
+    "omegaconf.dictconfig": "DictConfig",
+    "omegaconf.listconfig": "ListConfig",
+    "omegaconf.nodes": "AnyNode BooleanNode BytesNode FloatNode IntegerNode PathNode StringNode "
+    "InterpolationResultNode",
     # Types and paths that these refer to. `builtins` goes by its name in Python 2 in a pickle, and by this one here.
-    *(f"builtins.{name}" for name in ("bool", "bytes", "dict", "float", "int", "list", "object", "str", "tuple")),
-    *("pathlib.PosixPath", "pathlib.WindowsPath", "typing.Any", "typing.Dict", "typing.List"),
-)
-_STAND_INS = [*((Recorded, name) for name in _RECORDED), (_plain_dict, "collections.defaultdict")]
+    "builtins": "bool bytes dict float int list object str tuple",
+    "pathlib": "PosixPath WindowsPath",
+    "typing": "Any Dict List",
+}
+_STAND_INS = [(Recorded, f"{module}.{name}") for module, names in _RECORDED.items() for name in names.split()]
+_STAND_INS.append((_plain_dict, "collections.defaultdict"))
 
 
 def load_original_checkpoint(path: str | Path, weights: str | None = None) -> dict[str, torch.Tensor]:
@@ -49,8 +50,8 @@ def load_original_checkpoint(path: str | Path, weights: str | None = None) -> di
     Args:
         path: A file written by `torch.save`, with a state dict or with "ema", "model" and more, or a `.safetensors`
             file with a state dict. It is mapped into memory where its format allows, and read as tensors are used.
-        weights: "ema" (the averaged weights, which the authors sample from) or "model", for a file with both. Defaults
-            to "ema". A file that holds a state dict and nothing else has no such choice.
+        weights: "ema" (the averaged weights, which the authors sample from) or "model", for a file that has more than
+            one state dict. Defaults to "ema".
 
     Returns:
         The tensors by their names in the file, on the CPU.
@@ -76,59 +77,54 @@ def read_original_checkpoint(path: str | Path, weights: str | None = None) -> Or
         raise ValueError(f"`weights` must be one of {', '.join(CHECKPOINT_WEIGHTS)}, got {weights!r}.")
     path = Path(path)
     checkpoint = _load(path)
-    if _is_state_dict(checkpoint):
+    is_single = _is_state_dict(checkpoint)
+    held = checkpoint if isinstance(checkpoint, Mapping) and not is_single else {None: checkpoint}
+    state_dicts = {name: value for name, value in held.items() if _is_state_dict(value)}
+    for state_dict in state_dicts.values():
+        _check_claims(state_dict, path)
+    if is_single:
         if weights is not None:
             raise ValueError(f"`weights` must be left out: {path.name} is a single state dict, got {weights!r}.")
         return OriginalCheckpoint(dict(checkpoint), None)
     weights = weights or "ema"
-    if not isinstance(checkpoint, Mapping) or not _is_state_dict(checkpoint.get(weights)):
-        held = checkpoint if isinstance(checkpoint, Mapping) else {}
-        named = [repr(key) for key, value in held.items() if _is_state_dict(value)]
-        raise ValueError(
-            f"`weights`={weights!r} must name a state dict in {path.name}, which has {', '.join(named) or 'none'}."
-        )
+    if weights not in state_dicts:
+        named = ", ".join(map(repr, state_dicts)) or "none"
+        raise ValueError(f"`weights`={weights!r} must name a state dict in {path.name}, which has {named}.")
     return OriginalCheckpoint(dict(checkpoint[weights]), read_settings(checkpoint))
 
 
-def _is_state_dict(value) -> bool:
+def _is_state_dict(value: Any) -> bool:
     items = value.items() if isinstance(value, Mapping) else ()
     return bool(items) and all(isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in items)
 
 
-def _load(path: Path):
-    _check_archive(path)
+def _load(path: Path) -> Any:
     try:
-        checkpoint = load_file(path) if path.suffix == ".safetensors" else _load_restricted(path)
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        compressed = _compressed_members(path)
+        if not compressed:
+            return _load_restricted(path)
     except (MemoryError, OSError):
         raise
     except Exception as error:  # damaged and hostile files lead the unpickler into errors of almost every type
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         if refused is None:
-            raise _damaged(path, error) from error
+            raise ValueError(
+                f"{path.name} is not a checkpoint of tensors, or is damaged ({type(error).__name__})."
+            ) from error
         # Without its cause, which advises to switch the protection off.
         raise ValueError(
             f"{path.name} names `{refused[1]}`, which is neither a tensor nor a known part of a run's arguments. A "
             "checkpoint can have any code run in this way, so nothing of it was loaded. Whoever made it can save its "
             "state dict alone, best as safetensors."
         ) from None
-    for held in (checkpoint, *(checkpoint.values() if isinstance(checkpoint, Mapping) else ())):
-        if _is_state_dict(held):
-            _check_claims(_copied(held), path)
-    return checkpoint
+    raise ValueError(
+        f"{path.name} must hold its tensors as `torch.save` writes them, but {compressed[0]} is compressed."
+    )
 
 
-def _damaged(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path.name} is not a checkpoint of tensors, or is damaged ({type(error).__name__}).")
-
-
-def _copied(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The state dict with each mask once: all blocks may share one table, which is read once and never copied."""
-    masks = {name: value for name, value in state_dict.items() if name.endswith(f".{MASK_BUFFER}")}
-    distinct = {id(value): name for name, value in masks.items()}
-    return {name: value for name, value in state_dict.items() if name not in masks or distinct[id(value)] == name}
-
-
-def _load_restricted(path: Path):
+def _load_restricted(path: Path) -> Any:
     with torch.serialization.safe_globals(_STAND_INS):
         # What was saved before torch 1.6 is no zip file, and cannot be mapped.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
@@ -143,33 +139,25 @@ def _is_zip(path: Path) -> bool:
 # ---- a few bytes can describe gigabytes
 
 
-def _check_archive(path: Path) -> None:
-    """Refuse a compressed zip file: `torch.save` writes none, and it can grow a thousandfold."""
+def _compressed_members(path: Path) -> list[str]:
+    """Members of a zip file that may grow a thousandfold; `torch.save` writes none. What only torch can read fails."""
     if not _is_zip(path):
-        return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError) as error:
-        # torch has a reader of its own, which may unpack what this one could not look through.
-        raise _damaged(path, error) from error
-    compressed = [member.filename for member in members if member.compress_type != zipfile.ZIP_STORED]
-    if compressed:
-        raise ValueError(
-            f"{path.name} must hold its tensors as `torch.save` writes them, but {compressed[0]} is compressed."
-        )
+        return []
+    with zipfile.ZipFile(path) as archive:
+        return [member.filename for member in archive.infolist() if member.compress_type != zipfile.ZIP_STORED]
 
 
 def _check_claims(state_dict: Mapping[str, torch.Tensor], path: Path) -> None:
     """Refuse tensors that would take more memory, if copied, than the file has bytes."""
-    claimed = 0
     for name, tensor in state_dict.items():
         if tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
             raise ValueError(
                 f"`{name}` in {path.name} must be a dense tensor with its data, got one of layout {tensor.layout} on "
                 f"the device {tensor.device.type}."
             )
-        claimed += tensor.numel() * tensor.element_size()
+    # All blocks may share one table of masks, which is read once and never copied.
+    copied = {id(value) if name.endswith(f".{MASK_BUFFER}") else name: value for name, value in state_dict.items()}
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in copied.values())
     present = path.stat().st_size
     if claimed > present:
         raise ValueError(

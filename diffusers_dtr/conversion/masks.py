@@ -19,15 +19,15 @@ MASK_BUFFER = "routing._unit_mapping"
 
 # The only value in the released code, assumed where the masks fit any.
 _RELEASED_ALPHA = 4.0
-
 _ROUNDING = 1e-12
 
 
 def mask_table(num_timesteps: int, num_channels: int, alpha: float, beta: float) -> torch.Tensor:
     """The masks of all timesteps as DTR's code saves them: float32 `(num_timesteps, num_channels)`, 1 is active."""
-    timesteps = torch.arange(num_timesteps)
     limits = (0, num_timesteps - 1)
-    return routing_mask(timesteps, num_channels, alpha=alpha, beta=beta, timestep_range=limits).float()
+    return routing_mask(
+        torch.arange(num_timesteps), num_channels, alpha=alpha, beta=beta, timestep_range=limits
+    ).float()
 
 
 def read_mask_tables(tables: Iterable[torch.Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,38 +39,34 @@ def read_mask_tables(tables: Iterable[torch.Tensor], given: Mapping[str, Any]) -
             "only one sliding window for all blocks can be converted."
         )
     found = _infer_routing(first)
-    if found is None:
+    if found is None or not _gives(first, found):
         raise ValueError(
             f"The masks of the checkpoint, of shape {tuple(first.shape)}, are not those of a window that slides over "
             "the timesteps, so they cannot be converted."
         )
     routing = {**found, **{name: given[name] for name in found if given.get(name) is not None}}
-    if routing["routing_type"] != "dtr" or not _gives(first, routing):
+    if not _gives(first, routing):
         differing = {name: given[name] for name, value in found.items() if given.get(name, value) != value}
         raise ValueError(f"The routing must be that of the checkpoint's masks, {found}, got {differing}.")
     return routing
 
 
 def _infer_routing(table: torch.Tensor) -> dict[str, Any] | None:
-    if table.ndim != 2 or table.shape[0] < 2 or table.shape[1] < 1:
+    if table.ndim != 2 or table.shape[0] < 2 or table.shape[1] < 1 or not table[0].any():
         return None
     num_timesteps, num_channels = table.shape
     num_active = int(table[0].count_nonzero())
-    if num_active == 0:
-        return None
-    routing = {
+    below_next = math.nextafter((num_active + 1) / num_channels, 0)
+    return {
         "routing_type": "dtr",
         "routing_alpha": _alpha(table.argmax(dim=1), num_channels - num_active),
-        "routing_beta": _shortest_decimal(
-            num_active / num_channels, math.nextafter((num_active + 1) / num_channels, 0)
-        ),
+        "routing_beta": _shortest_decimal(num_active / num_channels, below_next),
         "routing_timestep_range": (0, num_timesteps - 1),
     }
-    return routing if _gives(table, routing) else None
 
 
 def _gives(table: torch.Tensor, routing: Mapping[str, Any]) -> bool:
-    if tuple(routing["routing_timestep_range"]) != (0, table.shape[0] - 1):
+    if routing["routing_type"] != "dtr" or tuple(routing["routing_timestep_range"]) != (0, table.shape[0] - 1):
         return False
     return torch.equal(table.float(), mask_table(*table.shape, routing["routing_alpha"], routing["routing_beta"]))
 

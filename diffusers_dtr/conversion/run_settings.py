@@ -1,8 +1,7 @@
-"""Settings of the run in checkpoint files of the original DiT, DTR and ANT code.
+"""Settings of the run in checkpoint files of the original DiT, DTR and ANT code: numbers, strings and the like.
 
 DTR's files hold all of its configuration under "config", ANT's the flags under "args" and the model under "config",
-DiT's the flags alone. They are OmegaConf's and argparse's objects; here they are data, and only numbers, strings and
-the like are taken from them.
+DiT's the flags alone.
 """
 
 from __future__ import annotations
@@ -76,16 +75,13 @@ class OriginalRun:
 
 def original_run(settings: Mapping[str, Setting]) -> OriginalRun:
     """Interpret the settings of a file."""
-    schedule, reason = _noise_schedule(settings)
-    vae = _VAES.get(str(_named(settings, "vae")))
-    if "args.mtl_method" in settings:  # ANT's script for one GPU has another than that for several
-        vae = "madebyollin/sdxl-vae-fp16-fix"
+    # ANT's script for one GPU has another autoencoder than that for several.
+    is_mtl = "args.mtl_method" in settings
     return OriginalRun(
-        schedule,
-        reason,
+        *_noise_schedule(settings),
         num_train_timesteps=_count(_named(settings, "diffusion_steps", "taskcount")),
         image_size=_count(_named(settings, "image_size")),
-        vae=vae,
+        vae="madebyollin/sdxl-vae-fp16-fix" if is_mtl else _VAES.get(str(_named(settings, "vae"))),
     )
 
 
@@ -93,10 +89,8 @@ def _noise_schedule(settings: Mapping[str, Setting]) -> tuple[str | None, str | 
     named = _named(settings, "schedule_name", "noise_schedule")
     if named is not None:
         if named not in _SCHEDULES:
-            raise ValueError(
-                f"The noise schedule of the file must be one of {', '.join(_SCHEDULES)}, got {named!r}: no scheduler "
-                "of diffusers has it."
-            )
+            known = ", ".join(_SCHEDULES)
+            raise ValueError(f"The noise schedule of the file must be one of {known} for diffusers, got {named!r}.")
         return _SCHEDULES[named], "as the file says"
     # Those who wrote the other two scripts left it to the default of `create_diffusion`.
     if "args.total_clusters" in settings:

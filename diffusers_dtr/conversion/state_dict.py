@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import accelerate
 import torch
@@ -15,11 +16,13 @@ from ..models.presets import DIT_PRESETS
 from .masks import MASK_BUFFER, mask_table, read_mask_tables
 
 
+# Modules of the original code, and those here that hold their rows.
 _BLOCK_NAMES = {
-    "attn.proj": "attn1.to_out.0",
-    "mlp.fc1": "ff.net.0.proj",
-    "mlp.fc2": "ff.net.2",
-    "adaLN_modulation.1": "norm1.linear",
+    "attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+    "attn.proj": ("attn1.to_out.0",),
+    "mlp.fc1": ("ff.net.0.proj",),
+    "mlp.fc2": ("ff.net.2",),
+    "adaLN_modulation.1": ("norm1.linear",),
 }
 _NAMES = {
     "x_embedder.proj": "pos_embed.proj",
@@ -29,9 +32,6 @@ _NAMES = {
     "final_layer.adaLN_modulation.1": "proj_out_1",
     "final_layer.linear": "proj_out_2",
 }
-_QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
-
-_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 
 # The original's weight averaging works on the fixed table too: x <- 0.9999 x + 0.0001 p in float32 comes to rest at up
 # to 1.7e-4 from p. The table is part of the model's definition, so the exact one is used.
@@ -46,12 +46,6 @@ _FIXED = {
 }
 
 
-_INSTEAD = (
-    "Use this model as the pipeline that it is; for the original's code, train one with its values from the start, as "
-    "`--model_preset` and `DTRTransformer2DModel.from_preset` have them."
-)
-
-
 def convert_original_dit(
     state_dict: Mapping[str, torch.Tensor],
     num_attention_heads: int | None = None,
@@ -61,8 +55,8 @@ def convert_original_dit(
 ) -> DTRTransformer2DModel:
     """Convert a state dict of the original DiT, DTR or ANT code to a model.
 
-    Depth, widths, patch size, input size, channels, learned variance, classes and null class come from the shapes, the
-    routing from the mask buffers of DTR checkpoints. A checkpoint without any is taken for one of the unrouted code.
+    The architecture and the null class come from the shapes, the routing from the mask buffers of DTR checkpoints. A
+    checkpoint without any is taken for one of the unrouted code.
 
     Args:
         state_dict: Weights under the original's names, `x_embedder.proj.weight` and so on.
@@ -70,9 +64,8 @@ def convert_original_dit(
             model of this depth and width (6, 12, 16, 16 for S, B, L, XL).
         class_dropout_prob: Probability of dropping a label. The last row of the label table is the null class where it
             is above 0. Defaults to 0.1, or to 0 for a table of a single row.
-        **config: Config values of [`DTRTransformer2DModel`] that a checkpoint may not hold: `routing_alpha`,
-            `routing_beta`, `routing_timestep_range`, ... They have to agree with the masks, if there are any.
-            `routing_beta` defaults to 1, the unrouted model, if there are none.
+        **config: Config values of [`DTRTransformer2DModel`] that a checkpoint may not hold, such as `routing_beta`
+            (1 by default without masks). They have to agree with the masks, if there are any.
 
     Returns:
         The model, in eval mode, with the original's epsilon (1e-6) and frequencies (`freq_shift=0`).
@@ -81,43 +74,54 @@ def convert_original_dit(
         ValueError: If a tensor is missing, unknown or of a shape that does not fit, the position table is not the
             fixed one, the number of heads is not known, or the masks are not those of the routing.
     """
-    masks = [value for key, value in state_dict.items() if key.endswith(f".{MASK_BUFFER}")]
-    weights = {key: value for key, value in state_dict.items() if not key.endswith(f".{MASK_BUFFER}")}
+    weights = dict(state_dict)
+    masks = [weights.pop(key) for key in state_dict if key.endswith(f".{MASK_BUFFER}")]
     routing = read_mask_tables(masks, config) if masks else {"routing_beta": config.get("routing_beta", 1.0)}
     config = {**_infer_config(weights, num_attention_heads, class_dropout_prob), **config, **routing}
-    width = config["num_attention_heads"] * config["attention_head_dim"]
-    if masks and (masks[0].shape[1], len(masks)) != (width, config["num_layers"]):
+    width, num_layers = config["num_attention_heads"] * config["attention_head_dim"], config["num_layers"]
+    if masks and (masks[0].shape[1], len(masks)) != (width, num_layers):
         raise ValueError(
-            f"`state_dict` must have masks of {width} channels for {config['num_layers']} blocks, got "
+            f"`state_dict` must have masks of {width} channels for {num_layers} blocks, got "
             f"{masks[0].shape[1]} channels for {len(masks)} blocks."
         )
     with accelerate.init_empty_weights():
         model = DTRTransformer2DModel(**config)
-    table, expected = weights.pop("pos_embed", model.pos_embed.pos_embed), model.pos_embed.pos_embed
+    expected = model.pos_embed.pos_embed
+    table = weights.pop("pos_embed", expected)
     if table.shape != expected.shape or (table.float() - expected).abs().max() > _POSITION_TOLERANCE:
         raise ValueError(
             "`pos_embed` must be the fixed sine-cosine table of a square grid of shape "
             f"{tuple(expected.shape)}; this one, of shape {tuple(table.shape)}, holds other values."
         )
-    # Copies, also because query, key and value would otherwise share memory, which safetensors cannot save.
-    converted = {key: value.clone() for key, value in _rename(weights).items()}
+    converted = {}
+    for theirs, ours, kind in _parameters(num_layers):
+        if f"{theirs}.{kind}" in weights:
+            parts = torch.atleast_1d(weights.pop(f"{theirs}.{kind}")).tensor_split(len(ours))
+            # Copies, also because query, key and value would otherwise share memory, which safetensors cannot save.
+            converted |= {f"{name}.{kind}": part.clone() for name, part in zip(ours, parts, strict=True)}
+    if weights:
+        raise ValueError(f"`state_dict` has a tensor that an original DiT does not have: `{next(iter(weights))}`.")
     with built_from_file("A DTRTransformer2DModel"):
         model.load_state_dict(converted, strict=True, assign=True)
     return model.eval()
 
 
-def _infer_config(weights, num_attention_heads, class_dropout_prob) -> dict:
+def _infer_config(
+    weights: Mapping[str, torch.Tensor], num_attention_heads: int | None, class_dropout_prob: float | None
+) -> dict[str, Any]:
     width, in_channels, patch_size, _ = _shape(weights, "x_embedder.proj.weight", 4)
-    num_layers = 1 + max((int(match[1]) for match in map(_BLOCK.fullmatch, weights) if match), default=-1)
+    blocks = [int(match[1]) for match in (re.match(r"blocks\.(\d+)\.", name) for name in weights) if match]
+    num_layers = 1 + max(blocks, default=-1)
     if num_attention_heads is None:
-        for preset in DIT_PRESETS.values():
-            heads = preset["num_attention_heads"]
-            if (num_layers, width) == (preset["num_layers"], heads * preset["attention_head_dim"]):
-                num_attention_heads = heads
-    if num_attention_heads is None:
-        raise ValueError(
-            f"`num_attention_heads` must be given: {num_layers} blocks of width {width} are of no published model."
-        )
+        published = {
+            (preset["num_layers"], preset["num_attention_heads"] * preset["attention_head_dim"]): preset
+            for preset in DIT_PRESETS.values()
+        }
+        if (num_layers, width) not in published:
+            raise ValueError(
+                f"`num_attention_heads` must be given: {num_layers} blocks of width {width} are of no published model."
+            )
+        num_attention_heads = published[num_layers, width]["num_attention_heads"]
     if num_attention_heads < 1 or width % num_attention_heads:
         raise ValueError(f"`num_attention_heads` must divide the width {width}, got {num_attention_heads!r}.")
     hidden_width = _shape(weights, "blocks.0.mlp.fc1.weight", 2)[0]
@@ -143,7 +147,7 @@ def _infer_config(weights, num_attention_heads, class_dropout_prob) -> dict:
     return config
 
 
-def _shape(weights, name, num_dimensions) -> torch.Size:
+def _shape(weights: Mapping[str, torch.Tensor], name: str, num_dimensions: int) -> torch.Size:
     if name not in weights:
         raise ValueError(f"`state_dict` must be that of an original DiT, but it has no `{name}`.")
     shape = weights[name].shape
@@ -152,21 +156,13 @@ def _shape(weights, name, num_dimensions) -> torch.Size:
     return shape
 
 
-def _rename(weights) -> dict[str, torch.Tensor]:
-    converted = {}
-    for key, value in weights.items():
-        module, _, kind = key.rpartition(".")
-        match = _BLOCK.fullmatch(module)
-        prefix, name = (f"transformer_blocks.{match[1]}.", match[2]) if match else ("", module)
-        names = _BLOCK_NAMES if match else _NAMES
-        if match and name == "attn.qkv":
-            for projection, part in zip(_QKV, torch.atleast_1d(value).tensor_split(3), strict=True):
-                converted[f"{prefix}{projection}.{kind}"] = part
-        elif name in names:
-            converted[f"{prefix}{names[name]}.{kind}"] = value
-        else:
-            raise ValueError(f"`state_dict` has a tensor that an original DiT does not have: `{key}`.")
-    return converted
+def _parameters(num_layers: int) -> Iterator[tuple[str, list[str], str]]:
+    """Modules of the original code, those here that hold their rows, and each kind of parameter that they may have."""
+    modules = [(theirs, [ours]) for theirs, ours in _NAMES.items()]
+    for block in range(num_layers):
+        for theirs, ours in _BLOCK_NAMES.items():
+            modules.append((f"blocks.{block}.{theirs}", [f"transformer_blocks.{block}.{name}" for name in ours]))
+    return ((theirs, ours, kind) for theirs, ours in modules for kind in ("weight", "bias"))
 
 
 def original_dit_state_dict(model: DTRTransformer2DModel) -> dict[str, torch.Tensor]:
@@ -187,49 +183,42 @@ def original_dit_state_dict(model: DTRTransformer2DModel) -> dict[str, torch.Ten
     Raises:
         ValueError: If the model's config has a value that the original's code cannot have; it names that.
     """
-    is_routed = model.routing.routing_type != "none" and model.routing.beta < 1
+    routing, num_layers = model.routing, model.config.num_layers
+    is_routed = routing.routing_type != "none" and routing.beta < 1
     _check_expressible(model, is_routed)
     weights = model.state_dict()
-    parts: dict[str, list[torch.Tensor]] = {"pos_embed": [model.pos_embed.pos_embed.to(model.dtype)]}
-    for ours, theirs in _original_modules(model.config.num_layers):
-        for kind in ("weight", "bias"):
-            if f"{ours}.{kind}" in weights:
-                parts.setdefault(f"{theirs}.{kind}", []).append(weights.pop(f"{ours}.{kind}"))
+    state_dict = {"pos_embed": model.pos_embed.pos_embed.to(model.dtype)}
+    for theirs, ours, kind in _parameters(num_layers):
+        parts = [weights.pop(f"{name}.{kind}") for name in ours if f"{name}.{kind}" in weights]
+        if parts:
+            state_dict[f"{theirs}.{kind}"] = parts[0] if len(parts) == 1 else torch.cat(parts)
     if weights:
         raise ValueError(
             f"`model` must have the weights of an original DiT alone, but it has `{next(iter(weights))}`."
         )
-    state_dict = {key: tensors[0] if len(tensors) == 1 else torch.cat(tensors) for key, tensors in parts.items()}
     if is_routed:  # one table for all blocks, which `torch.save` writes once
-        routing = model.routing
         table = mask_table(int(routing.timestep_range[1]) + 1, model.inner_dim, routing.alpha, routing.beta)
-        state_dict |= {f"blocks.{block}.{MASK_BUFFER}": table for block in range(model.config.num_layers)}
+        state_dict |= {f"blocks.{block}.{MASK_BUFFER}": table for block in range(num_layers)}
     return state_dict
 
 
-def _original_modules(num_layers) -> Iterator[tuple[str, str]]:
-    """Module names here and in the original, where query, key and value are one module."""
-    yield from ((ours, theirs) for theirs, ours in _NAMES.items())
-    for block in range(num_layers):
-        prefix = f"transformer_blocks.{block}"
-        yield from ((f"{prefix}.{ours}", f"blocks.{block}.attn.qkv") for ours in _QKV)
-        yield from ((f"{prefix}.{ours}", f"blocks.{block}.{theirs}") for theirs, ours in _BLOCK_NAMES.items())
-
-
-def _check_expressible(model, is_routed) -> None:
-    config = model.config
-    for name, value in _FIXED.items():
-        if config[name] != value:
-            raise ValueError(
-                f"The original's code has `{name}`={value!r} only, got a model with {config[name]!r}. {_INSTEAD}"
-            )
+def _check_expressible(model: DTRTransformer2DModel, is_routed: bool) -> None:
+    config, kind, (low, high) = model.config, model.routing.routing_type, model.routing.timestep_range
+    unknown = [
+        f"`{name}`={value!r} only, got a model with {config[name]!r}"
+        for name, value in _FIXED.items()
+        if config[name] != value
+    ]
     if config.num_embeds_ada_norm is None:
-        raise ValueError(
-            f"The original's code has no model without classes, got `num_embeds_ada_norm`=None. {_INSTEAD}"
+        unknown.append("no model without classes, got `num_embeds_ada_norm`=None")
+    if is_routed and (kind != "dtr" or low != 0 or high != int(high)):
+        unknown.append(
+            '`routing_type`="dtr" and a `routing_timestep_range` from 0 to an integer only, got a model with '
+            f"{kind!r} and {(low, high)}"
         )
-    low, high = model.routing.timestep_range
-    if is_routed and (model.routing.routing_type != "dtr" or low != 0 or high != int(high)):
+    if unknown:
         raise ValueError(
-            'The original\'s code has `routing_type`="dtr" and a `routing_timestep_range` from 0 to an integer only, '
-            f"got a model with {model.routing.routing_type!r} and {model.routing.timestep_range}. {_INSTEAD}"
+            f"The original's code has {unknown[0]}. Use this model as the pipeline that it is; for the original's "
+            "code, train one with its values from the start, as `--model_preset` and "
+            "`DTRTransformer2DModel.from_preset` have them."
         )
