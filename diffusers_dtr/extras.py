@@ -6,16 +6,7 @@ from importlib import import_module
 
 
 def require(package: str, extra: str, purpose: str) -> None:
-    """Import an optional dependency, or say how to install it.
-
-    Args:
-        package: Its name.
-        extra: The extra of this package that brings it.
-        purpose: What needs it, in the plural, at the beginning of a sentence.
-
-    Raises:
-        ImportError: Without it.
-    """
+    """Import an optional dependency; `purpose`, in the plural, begins the ImportError that names its extra."""
     try:
         import_module(package)
     except ImportError as error:

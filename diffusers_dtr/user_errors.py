@@ -16,14 +16,8 @@ __all__ = ["run_script"]
 # Arguments, files, the network, missing extras, a run that diverges. `HTTPError` is that of the Hub client's
 # transport, whose package depends on the client's version.
 USER_ERRORS = (
-    ValueError,
-    OSError,
-    ImportError,
-    FloatingPointError,
-    HTTPError,
-    EntryNotFoundError,
-    SafetensorsParsingError,
-    SafetensorError,
+    *(ValueError, OSError, ImportError, FloatingPointError),
+    *(HTTPError, EntryNotFoundError, SafetensorsParsingError, SafetensorError),
 )
 
 

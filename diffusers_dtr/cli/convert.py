@@ -23,7 +23,7 @@ from ..ranges import COUNT, Range
 from ..routing import ALPHA_RANGE, BETA_RANGE
 from ..run_record import PIPELINE_INDEX, publishable
 from .options import new_output
-from .sources import open_source
+from .sources import Source
 
 
 DESCRIPTION = """\
@@ -231,7 +231,7 @@ def _labels(args: argparse.Namespace, num_classes: int) -> dict[str, str] | None
     else:
         flags = "`--labels` a JSON file or a pipeline that has them, or `--no_labels`"
         with _instead(f"The names of the classes in {name}", flags):
-            labels = (open_source(name, token=args.token).read_json(PIPELINE_INDEX) or {}).get("id2label")
+            labels = (Source(name, token=args.token).read_json(PIPELINE_INDEX) or {}).get("id2label")
         if labels is None:
             raise ValueError(f"`--labels` must be a pipeline with names of classes (`id2label`), but {name} has none.")
     known = {str(label) for label in range(num_classes)}
@@ -246,7 +246,7 @@ def _labels(args: argparse.Namespace, num_classes: int) -> dict[str, str] | None
 
 def _load_transformer(args: argparse.Namespace) -> DTRTransformer2DModel:
     """A pipeline's denoiser in its saved precision, with the requested routing."""
-    source = open_source(args.source, args.revision, args.token)
+    source = Source(args.source, args.revision, args.token)
     config = source.read_json("transformer/config.json") or {}
     name = config.get("_class_name")
     if name not in ("DTRTransformer2DModel", *PER_BLOCK_CLASS_NAMES):

@@ -16,7 +16,7 @@ from ..user_errors import printable
 from ..visualization import draw_routing_masks
 from .options import new_output
 from .saved_routing import saved_routing
-from .sources import Source, open_source
+from .sources import Source
 
 
 DESCRIPTION = "Reads only configs and the headers of safetensors files: weights are not downloaded."
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the description."""
-    description = describe(open_source(args.model, args.revision, args.token))
+    description = describe(Source(args.model, args.revision, args.token))
     if args.masks is not None:
         _draw_masks(description["routing"], args.masks)
     print(json.dumps(description, indent=2, ensure_ascii=False) if args.json else _as_text(description))
@@ -195,10 +195,10 @@ def _as_text(description: dict[str, Any]) -> str:
 def _routing_rows(routing: dict[str, Any] | None) -> list[tuple[str, str]]:
     if routing is None:
         return [("routing", "none, not a routed model")]
-    low, high = routing["timestep_range"]
+    timesteps = "timesteps {:g} to {:g}".format(*routing["timestep_range"])
     numbers = {
-        "dtr": f"alpha={routing['alpha']:g}, beta={routing['beta']:g}, timesteps {low:g} to {high:g}",
-        "random": f"beta={routing['beta']:g}, seed={routing['seed']}, timesteps {low:g} to {high:g}",
+        "dtr": f"alpha={routing['alpha']:g}, beta={routing['beta']:g}, {timesteps}",
+        "random": f"beta={routing['beta']:g}, seed={routing['seed']}, {timesteps}",
         "none": "all channels are active",
     }
     widths = ", ".join(f"{width['active']} of {width['channels']}" for width in routing["widths"])

@@ -19,9 +19,11 @@ from ..ranges import COUNT, FINITE, NON_NEGATIVE, SEED
 from ..run_record import LORA_FILE, PIPELINE_INDEX
 from ..visualization import image_grid
 from .options import new_output
-from .sources import Source, open_source
+from .sources import Source
 
 
+# Arguments of the pipeline
+_PASSED_ON = ("guidance_scale", "guidance_interval", "height", "width", "num_inference_steps", "max_batch_size")
 _DTYPES = ("float32", "float16", "bfloat16")
 
 DESCRIPTION = """\
@@ -84,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _write_grid(args: argparse.Namespace) -> None:
-    source = open_source(args.pipeline, args.revision, args.token)
+    source = Source(args.pipeline, args.revision, args.token)
     labels = _labels(args, _checked_index(source, args.pipeline), source)
     with new_output(args.output, suffix=".png") as path:
         pipeline = DTRPipeline.from_pretrained(
@@ -101,16 +103,8 @@ def _write_grid(args: argparse.Namespace) -> None:
             seeds = [*seeds] * len(labels)
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         pipeline.to(args.device or accelerator or torch.device("cpu"))
-        images = pipeline(
-            **wanted,
-            guidance_scale=args.guidance_scale,
-            guidance_interval=args.guidance_interval,
-            height=args.height,
-            width=args.width,
-            num_inference_steps=args.num_inference_steps,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            max_batch_size=args.max_batch_size,
-        ).images
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        images = pipeline(**wanted, **{name: getattr(args, name) for name in _PASSED_ON}, generator=generators).images
         image_grid(images, columns, args.labels).save(path)
     print(args.output)
 

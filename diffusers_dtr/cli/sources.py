@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +19,22 @@ from ..hub.pushing import check_token
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-@dataclass(frozen=True)
 class Source:
-    """The files of a folder, or of a repository: its small files go to the client's cache."""
+    """A folder of that name, or else a repository, whose small files go to the client's cache."""
 
-    name: str
-    revision: str | None = None
-    token: str | None = None
-
-    @property
-    def is_folder(self) -> bool:
-        """Whether it is a folder of this machine."""
-        return Path(self.name).is_dir()
+    def __init__(self, name: str, revision: str | None = None, token: str | None = None):
+        self.name, self.revision, self.api = name, revision, HfApi(token=check_token(token))
+        self.is_folder = Path(name).is_dir()
+        if self.is_folder:
+            if revision is not None:
+                raise ValueError(f"`revision` must be left out for a folder, which {name!r} is.")
+            return
+        try:
+            validate_repo_id(name)
+        except HFValidationError as error:
+            raise ValueError(
+                f"There is no folder {name!r}, and no repository on the Hub can have that name. Name one that exists."
+            ) from error
 
     def read_json(self, path: str, types: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
         """The JSON object in a file, with values of these types, or None if there is no such file."""
@@ -40,7 +43,7 @@ class Source:
 
     def _fetch(self, path: str) -> Path | None:
         try:
-            return Path(HfApi(token=self.token).hf_hub_download(self.name, path, revision=self.revision))
+            return Path(self.api.hf_hub_download(self.name, path, revision=self.revision))
         except LocalEntryNotFoundError as error:
             # Not in the cache, and nobody to ask: that says nothing about the repository.
             raise LocalEntryNotFoundError(
@@ -54,8 +57,7 @@ class Source:
         if not self.is_folder:
             try:
                 with built_from_file(f"The header of `{path}`"):
-                    api = HfApi(token=self.token)
-                    return api.parse_safetensors_file_metadata(self.name, path, revision=self.revision)
+                    return self.api.parse_safetensors_file_metadata(self.name, path, revision=self.revision)
             except EntryNotFoundError:
                 return None
         if not Path(self.name, path).is_file():
@@ -65,32 +67,17 @@ class Source:
             infos = {key: TensorInfo(part.get_dtype(), part.get_shape(), (0, 0)) for key, part in slices.items()}
             return SafetensorsFileMetadata(file.metadata() or {}, infos)
 
-    def parameter_counts(self, folder: str) -> dict[str, int]:
+    def parameter_counts(self, folder: str) -> Counter[str]:
         """How many parameters a saved model has of each dtype; `folder` ends in `/` or is empty."""
         name = f"{_WEIGHTS}.index.json"
         index = self.read_json(folder + name, {"weight_map": dict})
         if index is None:
             header = self.header(folder + _WEIGHTS)
-            return {} if header is None else header.parameter_count
+            return Counter() if header is None else Counter(header.parameter_count)
         counts: Counter[str] = Counter()
         for file in sorted(set(map(str, index.get("weight_map", {}).values()))):
             header = None if "/" in file or "\\" in file else self.header(folder + file)
             if header is None:
                 raise ValueError(f"`{name}` must name files beside it, got {file!r}.")
             counts.update(header.parameter_count)
-        return dict(counts)
-
-
-def open_source(name: str, revision: str | None = None, token: str | None = None) -> Source:
-    """A folder of that name, or else a repository on the Hub."""
-    if Path(name).is_dir():
-        if revision is not None:
-            raise ValueError(f"`revision` must be left out for a folder, which {name!r} is.")
-    else:
-        try:
-            validate_repo_id(name)
-        except HFValidationError as error:
-            raise ValueError(
-                f"There is no folder {name!r}, and no repository on the Hub can have that name. Name one that exists."
-            ) from error
-    return Source(name, revision, check_token(token))
+        return counts
