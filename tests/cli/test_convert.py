@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
-from hostile_pickles import fake_omegaconf, omegaconf_of
+from original_checkpoints import fake_omegaconf, omegaconf_of
 from huggingface_hub import HfApi
 from safetensors import safe_open
 from tiny_dit import output, plain_dit, routed_dit

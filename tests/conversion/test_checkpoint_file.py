@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import pickle
 import sys
 import zipfile
-from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hostile_pickles import Evaluates, Executes, Imports, fake_omegaconf, omegaconf_of
+from original_checkpoints import fake_omegaconf, omegaconf_of, same
 from safetensors.torch import save_file
 
 from diffusers_dtr.conversion import checkpoint_file, load_original_checkpoint
@@ -23,29 +23,24 @@ SETTINGS = {
     "general": {"image_size": 256, "lr": 1e-4, "mixed_precision": True, "vae": "ema", "root": Path("/data")},
     "betas": [0.9, 0.999],
 }
-FORMATS = [True, False]
 
 
 def weights(seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return OrderedDict(a=torch.randn(3, 2, generator=generator), b=torch.randn(4, generator=generator).half())
-
-
-def optimizer_state():
-    parameter = torch.nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.AdamW([parameter])
-    parameter.sum().backward()
-    optimizer.step()
-    return optimizer.state_dict()
+    return {"a": torch.randn(3, 2, generator=generator), "b": torch.randn(4, generator=generator).half()}
 
 
 def authors_checkpoint(**more):
     """What DTR's and ANT's training scripts save."""
     args = argparse.Namespace(data_path="/home/somebody/imagenet", iterations=400_000, lr=1e-4, resume=None)
-    return {"model": weights(0), "ema": weights(1), "opt": optimizer_state(), "args": args, **more}
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([parameter])
+    parameter.sum().backward()
+    optimizer.step()
+    return {"model": weights(0), "ema": weights(1), "opt": optimizer.state_dict(), "args": args, **more}
 
 
-@pytest.fixture(params=FORMATS, ids=["zip", "legacy"])
+@pytest.fixture(params=[True, False], ids=["zip", "legacy"])
 def save(request, tmp_path):
     """Saves as torch does today, or as it did before 1.6."""
 
@@ -56,38 +51,34 @@ def save(request, tmp_path):
     return save
 
 
-def equal(state_dict, expected):
-    assert state_dict.keys() == expected.keys()
-    return all(
-        torch.equal(value, expected[key]) and value.dtype == expected[key].dtype for key, value in state_dict.items()
-    )
-
-
 # ---- what is read
 
 
 def test_averaged_weights_are_read_unless_others_are_named(save):
     path = save(authors_checkpoint())
-    assert equal(load_original_checkpoint(path), weights(1))
-    assert equal(load_original_checkpoint(str(path), "model"), weights(0))
+    assert same(load_original_checkpoint(path), weights(1))
+    assert same(load_original_checkpoint(str(path), "model"), weights(0))
 
 
 def test_a_single_state_dict_is_read_from_either_format(save, tmp_path):
-    assert equal(load_original_checkpoint(save(weights())), weights())
+    table = torch.arange(12.0).reshape(3, 4)
+    state_dict = {**weights(), "part of a larger tensor": table[:, 1:3], "c": torch.nn.Parameter(torch.ones(2))}
+    assert same(load_original_checkpoint(save(state_dict)), state_dict)
     save_file(weights(), tmp_path / "dit.safetensors")
-    assert equal(load_original_checkpoint(tmp_path / "dit.safetensors"), weights())
+    assert same(load_original_checkpoint(tmp_path / "dit.safetensors"), weights())
 
 
 def test_arguments_are_not_built_and_of_them_numbers_and_strings_alone_are_kept(save):
+    before = set(torch.serialization.get_safe_globals())
     with fake_omegaconf() as modules:
         path = save(authors_checkpoint(config=omegaconf_of(modules, SETTINGS), uw={"log_var": torch.zeros(8)}))
+    assert same(load_original_checkpoint(path), weights(1))
     assert "omegaconf" not in sys.modules
-    assert equal(load_original_checkpoint(path), weights(1))
+    assert set(torch.serialization.get_safe_globals()) == before
     read = checkpoint_file._load_restricted(path)
-    assert not isinstance(read["args"], argparse.Namespace)
     assert type(read["args"]) is type(read["config"]) is checkpoint_file.Recorded
     args = {"data_path": "/home/somebody/imagenet", "iterations": 400_000, "lr": 1e-4, "resume": None}
-    general = {"image_size": 256, "lr": 1e-4, "mixed_precision": True, "vae": "ema"}
+    general = {name: value for name, value in SETTINGS["general"].items() if name != "root"}
     expected = {f"args.{name}": value for name, value in args.items()}
     expected |= {f"config.general.{name}": value for name, value in general.items()}
     expected |= {"config.betas.0": 0.9, "config.betas.1": 0.999}
@@ -96,24 +87,33 @@ def test_arguments_are_not_built_and_of_them_numbers_and_strings_alone_are_kept(
     assert checkpoint_file.read_original_checkpoint(save({"ema": weights()})).settings == {}
 
 
-def test_reading_leaves_torchs_list_of_safe_names_as_it_was(save):
-    before = set(torch.serialization.get_safe_globals())
-    load_original_checkpoint(save(authors_checkpoint()))
-    assert set(torch.serialization.get_safe_globals()) == before
-
-
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="/proc/self/maps is not there to look at")
 def test_weights_are_mapped_and_not_copied(tmp_path):
     torch.save({"model": weights(), "ema": {"a": torch.ones(1000)}}, tmp_path / "big.pt")
     (tensor,) = load_original_checkpoint(tmp_path / "big.pt").values()
-    maps = Path("/proc/self/maps")
-    if not maps.exists():
-        pytest.skip("/proc/self/maps is not there to look at")
-    spans = [line.split() for line in maps.read_text().splitlines() if line.endswith("big.pt")]
-    limits = [[int(end, 16) for end in span[0].split("-")] for span in spans]
-    assert any(low <= tensor.data_ptr() < high for low, high in limits)
+    spans = [line.split("-", 1) for line in Path("/proc/self/maps").read_text().splitlines() if "big.pt" in line]
+    assert any(int(low, 16) <= tensor.data_ptr() < int(rest.split()[0], 16) for low, rest in spans)
 
 
 # ---- what is refused
+
+
+class Executes:
+    """Unpickled, this runs a shell command that leaves a file behind."""
+
+    def __init__(self, proof: Path):
+        self.proof = proof
+
+    def __reduce__(self):
+        return os.system, (f"touch '{self.proof}'",)
+
+
+class Evaluates(Executes):
+    """The same with a builtin function."""
+
+    def __reduce__(self):
+        return eval, (f"open({str(self.proof)!r}, 'w')",)
+
 
 HOSTILE = {
     "as_the_checkpoint": lambda bad: bad,
@@ -125,9 +125,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("place", HOSTILE.values(), ids=HOSTILE)
-@pytest.mark.parametrize(
-    ("bad", "name"), [(Executes, r"(posix|nt)\.system"), (Evaluates, "eval"), (Imports, r"(posix|nt)\.system")]
-)
+@pytest.mark.parametrize(("bad", "name"), [(Executes, r"(posix|nt)\.system"), (Evaluates, "eval")])
 def test_nothing_that_a_file_asks_for_is_run(save, tmp_path, place, bad, name):
     proof = tmp_path / "ran"
     path = save(place(bad(proof)))
@@ -140,17 +138,20 @@ def test_nothing_that_a_file_asks_for_is_run(save, tmp_path, place, bad, name):
     assert proof.exists()
 
 
+def write_zip(path, compression=zipfile.ZIP_STORED, **members):
+    with zipfile.ZipFile(path, "w", compression) as file:
+        for name, content in members.items():
+            file.writestr(name, content)
+
+
 def test_stand_ins_cannot_be_made_to_call_anything(tmp_path):
     """The state of a skipped object, and calls of the names that are skipped, come to nothing."""
     # builtins.list(("ab",)), as __reduce__ of any class may say, then state with names that Python gives a meaning to.
     stream = b"\x80\x02c__builtin__\nlist\nX\x02\x00\x00\x00ab\x85R}X\x09\x00\x00\x00__class__K\x01sb."
     assert pickle.loads(b"\x80\x02c__builtin__\nlist\nX\x02\x00\x00\x00ab\x85R.") == ["a", "b"]
-    path = tmp_path / "list.pt"
-    with zipfile.ZipFile(path, "w") as file:
-        file.writestr("archive/data.pkl", stream)
-        file.writestr("archive/version", "3\n")
+    write_zip(tmp_path / "list.pt", **{"archive/data.pkl": stream, "archive/version": "3\n"})
     with pytest.raises(ValueError, match=r"must name a state dict in list\.pt, which has none"):
-        load_original_checkpoint(path)
+        load_original_checkpoint(tmp_path / "list.pt")
 
 
 @pytest.mark.parametrize(
@@ -183,7 +184,7 @@ def test_an_unknown_module_is_named_and_not_imported(save, tmp_path, monkeypatch
         ({"model": weights()}, [], r"`weights`='ema' must name a state dict in 0400000\.pt, which has 'model'\."),
         (authors_checkpoint(model=None), ["model"], r"'model' must name a state dict .* which has 'ema'\."),
         ([weights()], [], "which has none"),
-        ({}, [], "which has none"),
+        ({None: weights()}, [], "which has None"),
         ({"a": 1.0}, [], "which has none"),
         (weights(), ["model"], r"`weights` must be left out: 0400000\.pt is a single state dict, got 'model'\."),
         (weights(), ["opt"], "`weights` must be one of ema, model, got 'opt'"),
@@ -212,20 +213,15 @@ def test_another_file_is_an_error(tmp_path):
 
 # ---- what claims more than there is
 
-
-def numbers(*shape):
-    return torch.ones(1).expand(shape)
-
-
-SHARED = torch.ones(64)
+MASK = f"a.{MASK_BUFFER}"
+ENDLESS = torch.ones(1).expand(10**6, 1000)
 CLAIMS = {
-    "one number repeated": {"a": numbers(10**6, 1000)},
-    "many views of one storage": {f"{index}": SHARED for index in range(1000)},
+    "one number repeated": {"a": ENDLESS},
+    "many views of one storage": dict.fromkeys(map(str, range(1000)), torch.ones(64)),
     "overlapping windows": {"a": torch.ones(2000).as_strided((1000, 1000), (1, 1))},
-    "under the name of a mask too": dict.fromkeys([*"abcdefgh", f"a.{MASK_BUFFER}"], torch.ones(10_000)),
-    "in a mask": {f"a.{MASK_BUFFER}": numbers(10**6, 1000)},
-    "in averaged weights": {"ema": {"a": numbers(10**6, 1000)}, "model": {"a": torch.ones(2)}},
-    "in weights that are not asked for": {"ema": {"a": torch.ones(2)}, "model": {"a": numbers(10**6, 1000)}},
+    "under the name of a mask too": dict.fromkeys([*"abcdefgh", MASK], torch.ones(10_000)),
+    "in a mask": {MASK: ENDLESS},
+    "in weights that are not asked for": {"ema": {"a": torch.ones(2)}, "model": {"a": ENDLESS}},
 }
 
 
@@ -243,33 +239,19 @@ def test_tensors_without_their_data_are_refused(save, tensor):
 
 def test_masks_of_all_blocks_may_be_one_table(save):
     masks = dict.fromkeys((f"blocks.{block}.{MASK_BUFFER}" for block in range(9)), torch.ones(10_000))
-    assert equal(load_original_checkpoint(save(masks)), masks)
+    assert same(load_original_checkpoint(save(masks)), masks)
 
 
-def test_a_compressed_file_is_refused(tmp_path):
-    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as file:
-        file.writestr("archive/data.pkl", pickle.dumps({}))
-    with pytest.raises(ValueError, match=r"bomb\.pt must hold its tensors as .* is compressed"):
-        load_original_checkpoint(tmp_path / "bomb.pt")
-
-
-def test_a_compressed_file_is_refused_if_only_torch_can_read_it(tmp_path):
+def test_a_compressed_file_is_refused_also_if_only_torch_can_read_it(tmp_path):
     path, plain = tmp_path / "bomb.pt", tmp_path / "plain.pt"
     torch.save(weights(), plain)
-    with zipfile.ZipFile(plain) as read, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as written:
-        for member in read.namelist():
-            written.writestr(member, read.read(member))
+    with zipfile.ZipFile(plain) as read:
+        write_zip(path, zipfile.ZIP_DEFLATED, **{name: read.read(name) for name in read.namelist()})
+    with pytest.raises(ValueError, match=r"bomb\.pt must hold its tensors as .* is compressed"):
+        load_original_checkpoint(path)
     # Of each entry of the directory, the version of zip that is needed: one that there is not.
     head, *entries = path.read_bytes().split(b"PK\x01\x02")
     path.write_bytes(b"PK\x01\x02".join([head, *(entry[:2] + b"\x63\x00" + entry[4:] for entry in entries)]))
-    assert equal(torch.load(path, weights_only=True), weights())
-
+    assert same(torch.load(path, weights_only=True), weights())
     with pytest.raises(ValueError, match=r"bomb\.pt is not a checkpoint of tensors, or is damaged \(NotImpl"):
         load_original_checkpoint(path)
-
-
-def test_parameters_and_parts_of_larger_tensors_are_read(save):
-    table = torch.arange(12.0).reshape(3, 4)
-    read = load_original_checkpoint(save({"a": table[:, 1:3], "b": torch.nn.Parameter(torch.ones(2))}))
-    assert torch.equal(read["a"], table[:, 1:3])
-    assert torch.equal(read["b"], torch.ones(2))

@@ -71,14 +71,9 @@ def damaged(position, value):
 @pytest.mark.parametrize(
     "table",
     [
-        torch.zeros(100, 16),
-        torch.ones(1, 16),
-        torch.ones(100),
-        torch.ones(100, 0),
+        *(torch.zeros(100, 16), torch.ones(1, 16), torch.ones(100), torch.ones(100, 0)),
         torch.zeros(100, 16).index_fill(1, torch.tensor([15]), 1.0),
-        damaged((50, 15), 1.0),
-        damaged((50, 3), 0.5),
-        damaged((50, 3), float("nan")),
+        *(damaged((50, 15), 1.0), damaged((50, 3), 0.5), damaged((50, 3), float("nan"))),
         random_routing_mask(torch.arange(100), 16, beta=0.5).float(),
     ],
 )
