@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from diffusers import DDPMScheduler
@@ -20,12 +21,8 @@ CARD = {"README.md", "figures/routing_masks.png", "training_config.json"}
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     DTRPipeline(DDPMScheduler(), transformer=routed_dit()).save_pretrained("digits")
-    record = {
-        "command": "accelerate launch train.py",
-        "arguments": {"max_train_steps": 20},
-        "model": {"routed_widths": [16]},
-    }
-    (tmp_path / "digits" / "training_config.json").write_text(json.dumps(record))
+    record = {"command": "accelerate launch train.py", "arguments": {"max_train_steps": 20}}
+    Path("digits/training_config.json").write_text(json.dumps({**record, "model": {"routed_widths": [16]}}))
     return tmp_path / "digits"
 
 
@@ -40,13 +37,13 @@ def card(*arguments: object) -> None:
     assert main(["card", *map(str, arguments)]) == 0
 
 
-def files(repo_id: str) -> set[str]:
-    return set(HfApi().list_repo_files(repo_id)) - {".gitattributes"}
-
-
 def published(repo_id: str, revision: str | None = None) -> str:
-    with open(HfApi().hf_hub_download(repo_id, "README.md", revision=revision), encoding="utf-8") as file:
-        return file.read()
+    return Path(HfApi().hf_hub_download(repo_id, "README.md", revision=revision)).read_text(encoding="utf-8")
+
+
+def edit(repo_id: str, old: str, new: str, revision: str | None = None) -> None:
+    text = published(repo_id, revision).replace(old, new).encode()
+    HfApi().upload_file(repo_id=repo_id, revision=revision, path_or_fileobj=text, path_in_repo="README.md")
 
 
 def test_a_folder_gets_its_card(folder, capsys):
@@ -69,7 +66,7 @@ def test_a_card_written_elsewhere_leaves_the_folder_as_it_is(folder):
 def test_the_card_of_a_folder_is_pushed_without_its_weights(hub, folder, capsys):
     HfApi().create_repo("owner/other")
     card("digits", "--push", "--hub_model_id", "owner/other")
-    assert files("owner/other") == CARD
+    assert set(HfApi().list_repo_files("owner/other")) - {".gitattributes"} == CARD
     assert 'from_pretrained("owner/other")' in published("owner/other")
     assert "/owner/other/commit/" in capsys.readouterr().out
 
@@ -77,32 +74,30 @@ def test_the_card_of_a_folder_is_pushed_without_its_weights(hub, folder, capsys)
 def test_the_card_of_a_branch_is_renewed_there_around_edits_made_there(repository):
     before = [commit.title for commit in HfApi().list_repo_commits(repository)]
     HfApi().create_branch(repository, branch="experiment")
-    where = {"repo_id": repository, "revision": "experiment"}
-    from_folder = ["digits", "--push", "--hub_model_id", repository, "--revision", "experiment"]
-    card(*from_folder)
-    edited = published(repository, "experiment").replace("# digits", "# On the branch")
-    HfApi().upload_file(**where, path_or_fileobj=edited.encode(), path_in_repo="README.md")
-    card(*from_folder)
+    branch = ["--push", "--revision", "experiment"]
+    card("digits", "--hub_model_id", repository, *branch)
+    edit(repository, "# digits", "# On the branch", "experiment")
+    card("digits", "--hub_model_id", repository, *branch)
     assert "# On the branch" in published(repository, "experiment")
-    record = b'{"command": "python x", "arguments": {"max_train_steps": 4000}}'
-    HfApi().upload_file(**where, path_or_fileobj=record, path_in_repo="training_config.json")
-    card(repository, "--push", "--revision", "experiment")
+    record = {"path_or_fileobj": b'{"arguments": {"max_train_steps": 4000}}', "path_in_repo": "training_config.json"}
+    HfApi().upload_file(repo_id=repository, revision="experiment", **record)
+    card(repository, *branch)
     assert "# On the branch" in published(repository, "experiment")
     assert "| optimizer steps | 4,000 |" in published(repository, "experiment")
     assert [commit.title for commit in HfApi().list_repo_commits(repository)] == before
-    assert len(HfApi().list_repo_commits(repository, revision="experiment")) == len(before) + 4
-    assert "transformer/diffusion_pytorch_model.safetensors" in HfApi().list_repo_files(**where)
+    files = HfApi().list_repo_files(repository, revision="experiment")
+    assert "transformer/diffusion_pytorch_model.safetensors" in files
 
 
 def test_the_card_of_a_repository_is_written_without_fetching_weights_around_edits_made_there(hub, repository, folder):
     card(repository, "--push")
-    edited = published(repository).replace("# digits", "# On the Hub")
-    HfApi().upload_file(repo_id=repository, path_or_fileobj=edited.encode(), path_in_repo="README.md")
+    edit(repository, "# digits", "# On the Hub")
     hub.requests.clear()
     card(repository, "--output", "card")
-    assert "# On the Hub" in (folder.parent / "card" / "README.md").read_text()
+    written = (folder.parent / "card" / "README.md").read_text()
+    assert "# On the Hub" in written
+    assert 'from_pretrained("owner/digits")' in written
     assert not [request for request in hub.requests if ".safetensors" in str(request)]
-    assert 'from_pretrained("owner/digits")' in (folder.parent / "card" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

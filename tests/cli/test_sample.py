@@ -35,27 +35,28 @@ def folder(pipeline, tmp_path):
     return tmp_path / "pipeline"
 
 
-def sample(folder, output, *arguments):
-    code = main(["sample", str(folder), "--num_inference_steps", "2", "--output", str(output), *arguments])
-    assert code == 0
-    number = int(arguments[arguments.index("--num_images") + 1]) if "--num_images" in arguments else 4
-    return tiles(output, number if "--labels" in arguments else math.ceil(math.sqrt(number)))
+@pytest.fixture
+def path(tmp_path):
+    """The grid's."""
+    return tmp_path / "new" / "grid.png"
 
 
-def tiles(path, columns):
+def sample(folder, path, *arguments, num_images=1):
     """The grid's images before they were enlarged, `(rows, columns, height, width, channels)`."""
+    flags = ["--num_inference_steps", "2", "--num_images", str(num_images), "--output", str(path)]
+    assert main(["sample", str(folder), *flags, *arguments]) == 0
+    columns = num_images if "--labels" in arguments else math.ceil(math.sqrt(num_images))
     grid = np.asarray(Image.open(path)).astype(int)
     scale = max(1, round(400 / (columns * SIZE)))
     step = SIZE * scale + GAP
     names = grid.shape[1] - columns * step + GAP
-    rows = range(0, grid.shape[0], step)
-    lefts = range(names, grid.shape[1], step)
+    rows, lefts = range(0, grid.shape[0], step), range(names, grid.shape[1], step)
     return np.stack(
         [[grid[top : top + step - GAP : scale, left : left + step - GAP : scale] for left in lefts] for top in rows]
     )
 
 
-def expected(pipeline, label, seed, **arguments):
+def expected(pipeline, label, seed=0, **arguments):
     """An image on its own."""
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
@@ -68,8 +69,8 @@ def same(image, other):
     return abs(image - other).max() <= 1
 
 
-def test_a_grid_has_a_row_of_images_for_every_label(folder, pipeline, tmp_path):
-    grid = sample(folder, tmp_path / "new" / "grid.png", "--labels", "tabby", "4", "--num_images", "3", "--seed", "7")
+def test_a_grid_has_a_row_of_images_for_every_label(folder, pipeline, path):
+    grid = sample(folder, path, "--labels", "tabby", "4", "--seed", "7", num_images=3)
     assert grid.shape[:2] == (2, 3)
     for row, label in enumerate((1, 4)):
         for column in range(3):
@@ -77,14 +78,14 @@ def test_a_grid_has_a_row_of_images_for_every_label(folder, pipeline, tmp_path):
     assert not same(grid[0, 0], grid[0, 1])
 
 
-def test_a_label_is_a_name_before_it_is_a_number(folder, pipeline, tmp_path):
-    grid = sample(folder, tmp_path / "g.png", "--labels", "1", "--labels", "golden retriever", "--num_images", "1")
-    assert same(grid[0, 0], expected(pipeline, 0, 0))
-    assert same(grid[1, 0], expected(pipeline, 2, 0))
+def test_a_label_is_a_name_before_it_is_a_number(folder, pipeline, path):
+    grid = sample(folder, path, "--labels", "1", "--labels", "golden retriever")
+    assert same(grid[0, 0], expected(pipeline, 0))
+    assert same(grid[1, 0], expected(pipeline, 2))
 
 
-def test_images_without_labels_fill_a_square(folder, pipeline, tmp_path):
-    grid = sample(folder, tmp_path / "grid.png", "--num_images", "3", "--max_batch_size", "2")
+def test_images_without_labels_fill_a_square(folder, pipeline, path):
+    grid = sample(folder, path, "--max_batch_size", "2", num_images=3)
     assert grid.shape[:2] == (2, 2)
     assert same(grid[1, 0], expected(pipeline, None, 2))
     assert (grid[1, 1] == 255).all()
@@ -100,59 +101,53 @@ def test_images_without_labels_fill_a_square(folder, pipeline, tmp_path):
     ],
     ids=str,
 )
-def test_every_option_is_used(folder, pipeline, tmp_path, changed, dtype):
+def test_every_option_is_used(folder, pipeline, path, changed, dtype):
     texts = {name: "DDPMScheduler" if name == "scheduler" else value for name, value in changed.items()}
     flags = [part for name, value in texts.items() for part in (f"--{name}", *map(str, np.ravel(value)))]
-    flags += ["--labels", "3", "--num_images", "1", "--device", "cpu", "--dtype", dtype]
-    image = sample(folder, tmp_path / "grid.png", *flags)[0, 0]
+    image = sample(folder, path, *flags, "--labels", "3", "--device", "cpu", "--dtype", dtype)[0, 0]
     # Loaded in its precision: a cast would round the positions too, which are not weights.
     loaded = DTRPipeline.from_pretrained(folder, dtype=getattr(torch, dtype))
     if "scheduler" in changed:
         loaded.scheduler = changed.pop("scheduler").from_config(loaded.scheduler.config)
-    assert same(image, expected(loaded, 3, 0, **changed))
-    assert (image != expected(pipeline, 3, 0)).any()
+    assert same(image, expected(loaded, 3, **changed))
+    assert (image != expected(pipeline, 3)).any()
 
 
-def test_a_private_repository_is_sampled_at_a_revision(hub, pipeline, tmp_path, monkeypatch):
+def test_a_private_repository_is_sampled_at_a_revision(hub, pipeline, path, monkeypatch):
     pipeline.push_to_hub("owner/model", private=True)
     revision = hub.repos["models", "owner/model"].resolve("main").sha
     DTRPipeline(DDIMScheduler(), transformer=routed_dit(in_channels=3, num_layers=1)).push_to_hub("owner/model")
     monkeypatch.delenv("HF_TOKEN")
-    assert main(["sample", "owner/model", "--output", str(tmp_path / "grid.png")]) == 2
-    private = ["--revision", revision, "--token", "hf_owner"]
-    grid = sample("owner/model", tmp_path / "grid.png", "--labels", "3", *private)
-    assert same(grid[0, 0], expected(pipeline, 3, 0))
+    assert main(["sample", "owner/model", "--output", str(path)]) == 2
+    grid = sample("owner/model", path, "--labels", "3", "--revision", revision, "--token", "hf_owner")
+    assert same(grid[0, 0], expected(pipeline, 3))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--labels", "dog"], "`--labels` has no class named 'dog'. Known names: 1, cat"),
-        (["--labels", "6"], "`--labels` must be names of classes or numbers in [0, 4], got 6."),
-        (["--labels", "5"], "`--labels` must be names of classes or numbers in [0, 4], got 5."),
-        (["--guidance_interval", "9", "1"], "`guidance_interval` must be (low, high)"),
-        (["--height", "9"], "`height` must be a multiple of"),
-        (["--width", "9"], "`width` must be a multiple of"),
-        (["--guidance_scale", "2"], "`guidance_scale`=2.0, which is above 1, needs `--labels`"),
-        (["--output", "grid.jpeg"], "The output must end in `.png`, got 'grid.jpeg'."),
-        (["--output", "mine.png"], "'mine.png' exists already"),
-        (["--labels=-1"], "no class named '-1'"),
-        (
-            ["--scheduler", "DDPMPipeline"],
-            "must be a scheduler of diffusers, such as DDIMScheduler, got 'DDPMPipeline'",
-        ),
-        (["--scheduler", "utils"], "must be a scheduler of diffusers, such as DDIMScheduler, got 'utils'"),
-        (["--device", "cuda:99"], "must be a device of this machine, such as cpu, got 'cuda:99'"),
-        (["--device", "nonsense"], "must be a device of this machine, such as cpu, got 'nonsense'"),
+        ("--labels dog", "`--labels` has no class named 'dog'. Known names: 1, cat"),
+        ("--labels 5", "`--labels` must be names of classes or numbers in [0, 4], got 5."),
+        ("--labels=-1", "no class named '-1'"),
+        ("--guidance_interval 9 1", "`guidance_interval` must be (low, high)"),
+        ("--height 9", "`height` must be a multiple of"),
+        ("--width 9", "`width` must be a multiple of"),
+        ("--guidance_scale 2", "`guidance_scale`=2.0, which is above 1, needs `--labels`"),
+        ("--output grid.jpeg", "The output must end in `.png`, got 'grid.jpeg'."),
+        ("--output mine.png", "'mine.png' exists already"),
+        ("--scheduler DDPMPipeline", "must be a scheduler of diffusers, such as DDIMScheduler, got 'DDPMPipeline'"),
+        ("--scheduler utils", "must be a scheduler of diffusers, such as DDIMScheduler, got 'utils'"),
+        ("--device cuda:99", "must be a device of this machine, such as cpu, got 'cuda:99'"),
+        ("--device nonsense", "must be a device of this machine, such as cpu, got 'nonsense'"),
     ],
 )
 def test_what_cannot_be_sampled_is_one_line_on_stderr(folder, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.png").write_text("mine")
-    if "--labels" in arguments[0]:  # checked before weights are loaded
+    if "--labels" in arguments:  # checked before weights are loaded
         (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
     with suppress(SystemExit):
-        assert main(["sample", str(folder), *arguments]) == 2
+        assert main(["sample", str(folder), *arguments.split()]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("diffusers-dtr sample: ")
     assert message in last
@@ -160,17 +155,17 @@ def test_what_cannot_be_sampled_is_one_line_on_stderr(folder, tmp_path, monkeypa
     assert (tmp_path / "mine.png").read_text() == "mine"
 
 
-def test_a_torch_that_is_built_for_a_gpu_does_without_one(folder, tmp_path, monkeypatch):
-    built_for = torch.device("cuda")
-    monkeypatch.setattr(
-        torch.accelerator, "current_accelerator", lambda check_available=False: None if check_available else built_for
-    )
-    assert sample(folder, tmp_path / "grid.png", "--num_images", "1", "--labels", "0").shape[:2] == (1, 1)
+def test_a_torch_that_is_built_for_a_gpu_does_without_one(folder, path, monkeypatch):
+    def current_accelerator(check_available=False):
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", current_accelerator)
+    assert sample(folder, path, "--labels", "0").shape[:2] == (1, 1)
 
 
 def test_rows_have_the_names_of_their_classes(folder, tmp_path):
-    sample(folder, tmp_path / "short.png", "--labels", "3", "--num_images", "1")
-    sample(folder, tmp_path / "long.png", "--labels", "golden retriever", "--num_images", "1")
+    for name, label in (("short", "3"), ("long", "golden retriever")):
+        sample(folder, tmp_path / f"{name}.png", "--labels", label)
     short, long = (Image.open(tmp_path / name) for name in ("short.png", "long.png"))
     assert short.width < long.width
     assert np.asarray(long)[:, :50].min() == 0, "black on white"
@@ -181,27 +176,22 @@ def refused(folder, capsys, *arguments):
     return capsys.readouterr().err.splitlines()[-1]
 
 
-def test_pipelines_of_other_kinds_are_told_what_serves_them(tmp_path, capsys):
-    folder = tmp_path / "p"
-    folder.mkdir()
-    index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
-    (folder / "model_index.json").write_text(json.dumps({**index, "tokenizer": ["transformers", "CLIPTokenizer"]}))
-    message = refused(folder, capsys)
-    assert "got a StableDiffusionPipeline" in message
-    assert f"diffusers.StableDiffusionPipeline.from_pretrained('{folder}')" in message
-
-
-def test_what_is_no_pipeline_is_told_what_it_is(tmp_path, capsys):
+def test_what_is_no_pipeline_to_sample_is_told_what_serves_it(tmp_path, capsys):
     plain_dit().save_pretrained(tmp_path / "model")
     assert "`diffusers-dtr inspect` says what it is" in refused(tmp_path / "model", capsys)
     (tmp_path / "lora").mkdir()
     save_file({"a.lora_A.weight": torch.ones(2, 2)}, tmp_path / "lora" / "pytorch_lora_weights.safetensors")
     assert "`load_lora_weights`" in refused(tmp_path / "lora", capsys)
+    index = {"_class_name": "StableDiffusionPipeline", "tokenizer": ["transformers", "CLIPTokenizer"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    message = refused(tmp_path, capsys)
+    assert "got a StableDiffusionPipeline" in message
+    assert f"diffusers.StableDiffusionPipeline.from_pretrained('{tmp_path}')" in message
 
 
-def test_unconditional_pipelines_of_diffusers_are_sampled(tmp_path, capsys):
+def test_unconditional_pipelines_of_diffusers_are_sampled(tmp_path, path, capsys):
     blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
     unet = UNet2DModel(8, **blocks, layers_per_block=1, norm_num_groups=4)
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "p")
-    assert sample(tmp_path / "p", tmp_path / "grid.png", "--num_images", "2").shape == (1, 2, 8, 8, 3)
+    assert sample(tmp_path / "p", path, num_images=2).shape == (1, 2, 8, 8, 3)
     assert "`--labels` must be left out" in refused(tmp_path / "p", capsys, "--labels", "1")
