@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -254,17 +253,6 @@ def test_all_of_a_private_repositorys_revision_is_converted(hub, tmp_path, monke
 
 
 # ---- mistakes
-
-
-def test_a_failure_half_way_leaves_nothing(checkpoint, tmp_path, capsys, monkeypatch):
-    def fill_the_disk(self, path):
-        Path(path).mkdir()
-        (Path(path) / "half").write_text("half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(DTRPipeline, "save_pretrained", fill_the_disk)
-    assert "No space left on device" in refused(capsys, checkpoint, tmp_path / "dit", *PIXELS)
-    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.name]
 
 
 @pytest.mark.parametrize(
