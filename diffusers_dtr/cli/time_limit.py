@@ -15,10 +15,6 @@ from huggingface_hub.errors import HTTPError
 _ADVICE = "Try again later, or give `--timeout` more seconds."
 
 
-class NoAnswerError(OSError):
-    """The Hub did not answer within the time limit. The request is not retried."""
-
-
 @contextmanager
 def waiting_at_most(seconds: float) -> Iterator[None]:
     """Give up on a request that has no answer after this time, retries included. Transfers may take longer."""
@@ -35,7 +31,7 @@ def waiting_at_most(seconds: float) -> Iterator[None]:
         while cause is not None:
             # The transport's class for it is not always of one package.
             if isinstance(cause, HTTPError) and "Timeout" in type(cause).__name__:
-                raise NoAnswerError(f"The Hub has not answered in time. {_ADVICE} ({error})") from error
+                raise TimeoutError(f"The Hub has not answered in time. {_ADVICE} ({error})") from error
             cause = cause.__cause__ or cause.__context__
         raise
     finally:
@@ -53,9 +49,9 @@ class _Patience:
         # The answer to an upload comes after it.
         since = now if request.method == "PUT" else self.waiting.setdefault((request.method, str(request.url)), now)
         left = since + self.seconds - now
-        if left <= 0:
+        if left <= 0:  # Python's own error is not one that the client tries again after
             host = f"{request.url.scheme}://{request.url.netloc.decode()}"
-            raise NoAnswerError(f"{host} has not answered for {self.seconds:g} s. {_ADVICE}")
+            raise TimeoutError(f"{host} has not answered for {self.seconds:g} s. {_ADVICE}")
         # Some calls ask for no limit, and some for a shorter one.
         limits = request.extensions["timeout"]
         request.extensions["timeout"] = {kind: min(left, limit or left) for kind, limit in limits.items()}

@@ -102,7 +102,7 @@ def _noise_schedule(settings: Mapping[str, Setting]) -> tuple[str | None, str | 
 
 def _named(settings: Mapping[str, Setting], *names: str) -> Setting:
     """The value of the first setting of one of these names, at any level."""
-    found = [settings[path] for name in names for path in settings if path.rpartition(".")[2] == name]
+    found = (value for name in names for path, value in settings.items() if path.rpartition(".")[2] == name)
     return next((value for value in found if value is not None), None)
 
 
