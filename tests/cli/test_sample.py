@@ -129,7 +129,6 @@ def test_a_private_repository_is_sampled_at_a_revision(hub, pipeline, path, monk
         ("--labels dog", "`--labels` has no class named 'dog'. Known names: 1, cat"),
         ("--labels 5", "`--labels` must be names of classes or numbers in [0, 4], got 5."),
         ("--labels=-1", "no class named '-1'"),
-        ("--guidance_interval 9 1", "`guidance_interval` must be (low, high)"),
         ("--height 9", "`height` must be a multiple of"),
         ("--width 9", "`width` must be a multiple of"),
         ("--guidance_scale 2", "`guidance_scale`=2.0, which is above 1, needs `--labels`"),
