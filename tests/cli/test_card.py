@@ -98,19 +98,3 @@ def test_the_card_of_a_repository_is_written_without_fetching_weights_around_edi
     assert "# On the Hub" in written
     assert 'from_pretrained("owner/digits")' in written
     assert not [request for request in hub.requests if ".safetensors" in str(request)]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["owner/digits"], "give `--output FOLDER` or `--push`"),
-        (["digits", "--push"], "`--hub_model_id owner/name`"),
-        (["digits/transformer"], "must hold one of model_index.json"),
-        (["digits", "--push", "--hub_model_id", "owner/typo"], "owner/typo"),
-    ],
-)
-def test_what_cannot_be_done_is_one_line(hub, folder, capsys, arguments, message):
-    assert main(["card", *arguments]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
