@@ -81,11 +81,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     timesteps = "Timesteps that it was trained on. Default: as many as the masks have, or the file says, or 1000."
     add("--num_train_timesteps", type=COUNT, help=timesteps)
     add = group.add_mutually_exclusive_group().add_argument
-    add(
-        "--vae_name_or_path",
-        help=f"Autoencoder in whose latent space the model works; it is copied into the pipeline. Default: that which "
-        f"the file says, or {_VAE}.",
-    )
+    vae = "Autoencoder in whose latent space the model works; it is copied into the pipeline."
+    add("--vae_name_or_path", help=f"{vae} Default: that which the file says, or {_VAE}.")
     add("--no_vae", action="store_true", help="The model works on pixels.")
     add = group.add_mutually_exclusive_group().add_argument
     add(

@@ -44,11 +44,9 @@ _FIRST_LAYERS = ("lora_A.weight", "lora.down.weight", "lora_down.weight")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
     add = parser.add_argument
-    model = "A pipeline, a model, LoRA adapters or a checkpoint of a run: the folder, or a repository."
-    add("model", metavar="MODEL", help=model)
+    add("model", metavar="MODEL", help="Folder or repository of a pipeline, model, LoRA adapters or run's checkpoint.")
     add("--json", action="store_true", help="Print one JSON object.")
-    masks = "Draw which channels are active when into this file; it must not exist."
-    add("--masks", metavar="PNG", help=masks)
+    add("--masks", metavar="PNG", help="Draw which channels are active when into this file; it must not exist.")
 
 
 def run(args: argparse.Namespace) -> None:

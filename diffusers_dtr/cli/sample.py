@@ -57,23 +57,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("pipeline", metavar="PIPELINE", help="Folder of a pipeline, or its repository on the Hub.")
     labels = "Classes, one row of the grid each: names that the pipeline knows, or else numbers. None by default."
     add("--labels", nargs="+", action="extend", metavar="LABEL", help=labels)
-    number = "Images per label, or in all where there are no labels. Default: %(default)s."
-    add("--num_images", type=COUNT, default=4, help=number)
-    guidance = "Classifier-free guidance, off at 1 or below. Default: %(default)s."
+    default = "Default: %(default)s."
+    add("--num_images", type=COUNT, default=4, help=f"Images per label, or in all without labels. {default}")
+    guidance = f"Classifier-free guidance, off at 1 or below. {default}"
     add("--guidance_scale", type=NON_NEGATIVE, default=1.0, help=guidance)
     interval = "Guide at these timesteps and those between them only. Everywhere by default."
     add("--guidance_interval", type=FINITE, nargs=2, metavar=("LOW", "HIGH"), help=interval)
     add("--height", type=COUNT, help="Height of the images in pixels. The model's by default.")
     add("--width", type=COUNT, help="Width of the images in pixels. The model's by default.")
-    add("--num_inference_steps", type=COUNT, default=50, help="Denoising steps. Default: %(default)s.")
+    add("--num_inference_steps", type=COUNT, default=50, help=f"Denoising steps. {default}")
     scheduler = "Scheduler of diffusers, made with the config of the pipeline's own, which is used by default."
     add("--scheduler", type=scheduler_class, metavar="CLASS", help=scheduler)
-    add("--seed", type=SEED, default=0, help="Seed. Default: %(default)s.")
-    batch = "Compute at most this many images at once, to save memory. Default: %(default)s."
-    add("--max_batch_size", type=COUNT, default=16, help=batch)
+    add("--seed", type=SEED, default=0, help=f"Seed. {default}")
+    add("--max_batch_size", type=COUNT, default=16, help=f"Images computed at once, which takes memory. {default}")
     add("--device", type=device, help="Where to compute, such as cuda:1. An accelerator, if there is one.")
-    add("--dtype", choices=_DTYPES, default="float32", help="Precision. Default: %(default)s.")
-    add("--output", default="samples.png", help="PNG to write; it must not exist. Default: %(default)s.")
+    add("--dtype", choices=_DTYPES, default="float32", help=f"Precision. {default}")
+    add("--output", default="samples.png", help=f"PNG to write; it must not exist. {default}")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -41,15 +41,6 @@ def absurd_sizes(folder: Path) -> Path:
     return written(folder, "transformer/config.json", json.dumps({**config, "sample_size": 10**9}))
 
 
-def endless_unet(folder: Path) -> Path:
-    levels = {"block_out_channels": [32] * 100, "down_block_types": ["DownBlock2D"] * 100, "layers_per_block": 10**9}
-    (folder / "unet").mkdir(parents=True)
-    config = {"_class_name": "DTRUNet2DModel", "up_block_types": ["UpBlock2D"] * 100, **levels}
-    (folder / "unet" / "config.json").write_text(json.dumps(config))
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "DTRPipeline"}))
-    return folder
-
-
 def repeated_number(folder: Path) -> Path:
     state = original_dit_state_dict(routed_dit(norm_eps=1e-6, freq_shift=0))
     name = next(name for name in state if name.endswith("mlp.fc1.weight"))
@@ -63,7 +54,6 @@ NESTED = '{"a": ' + "[" * 10**6 + "]" * 10**6 + "}"
 LONG_NUMBER = '{"_class_name": "DTRTransformer2DModel", "a": ' + "9" * 10**6 + "}"
 SCHEDULER, WEIGHTS = "scheduler/scheduler_config.json", "transformer/diffusion_pytorch_model.safetensors"
 HOSTILE = {
-    "endless U-Net": (endless_unet, "inspect", 0),
     "absurd sizes": (absurd_sizes, "inspect", 0),
     "nested config": (lambda f: written(f, "transformer/config.json", NESTED), "inspect", 2),
     "nested scheduler": (lambda f: written(f, SCHEDULER, NESTED), "sample", 2),
