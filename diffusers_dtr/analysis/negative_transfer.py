@@ -20,15 +20,15 @@ from ..extras import require
 from ..objective.clusters import TimestepClusters
 from ..objective.denoising_loss import DenoisingLoss
 from ..ranges import COUNT, Range
-from .conditions import checked_conditions
+from .timestep_gradients import checked_conditions
 
 
 class HeldOutClusterLosses:
     """Denoising loss within one cluster of timesteps, on the same images, noise and timesteps for every model.
 
     The samples of a cluster are drawn from the seed and the cluster's number alone, so that the losses of two models
-    can be compared sample by sample, in which much less noise is left than in either loss. The model is called in eval
-    mode, as by [`DenoisingLoss.of_model`].
+    can be compared sample by sample, with much less noise than in either loss. The model is called in eval mode, as by
+    [`DenoisingLoss.of_model`].
 
     Args:
         loss_fn: The loss, of the scheduler that the models were trained with. Of a learned variance, the squared error
@@ -88,14 +88,11 @@ class HeldOutClusterLosses:
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, cluster: int) -> Tensor:
-        """The losses of a model.
+        """The losses of a model, evaluated where it is: float64 `(num_samples,)` on the CPU.
 
         Args:
-            model: The denoiser; it is evaluated on the device of its parameters.
+            model: The denoiser.
             cluster: Number of a cluster, in [0, k).
-
-        Returns:
-            float64 `(num_samples,)` on the CPU.
 
         Raises:
             ValueError: If there is no such cluster, or as [`DenoisingLoss`].
@@ -127,7 +124,7 @@ def negative_transfer_gap(specialist: Tensor, joint: Tensor, *, relative: bool =
 
     Args:
         specialist: The metric, of any shape, where the cluster's timesteps are the specialist's.
-        joint: The metric where they are the joint model's, of a shape that broadcasts.
+        joint: The metric where they are the joint model's, of a shape that broadcasts with it.
         relative: Divide by the joint model's metric, for clusters whose losses differ by orders of magnitude.
 
     Returns:
@@ -139,17 +136,14 @@ def negative_transfer_gap(specialist: Tensor, joint: Tensor, *, relative: bool =
 
 
 def confidence_interval(values: Tensor, confidence: float = 0.95) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean of independent values with its confidence interval by Student's t distribution.
+    """Mean, lower and upper end, float64 `(...)`, of a confidence interval by Student's t distribution.
 
-    Exact for normally distributed values. Few values have wide intervals: the half-width at 95 % is 9.0 standard
-    deviations of two values, 2.5 of three and 1.2 of five.
+    Exact for independent, normally distributed values. Few values have wide intervals: the half-width at 95 % is 9.0
+    standard deviations of two values, 2.5 of three and 1.2 of five.
 
     Args:
         values: `(n, ...)`, n >= 2: one entry for each seed.
         confidence: Share of such intervals that hold the expectation, in (0, 1).
-
-    Returns:
-        Mean, lower and upper end, float64 `(...)`.
 
     Raises:
         ImportError: Without SciPy.

@@ -4,7 +4,7 @@ from diffusers import DDPMScheduler
 from torch import nn
 
 from diffusers_dtr import DenoisingLoss
-from diffusers_dtr.analysis.timestep_gradients import DenoisingBatch, TimestepGradients, chosen_parameters
+from diffusers_dtr.analysis.timestep_gradients import DenoisingBatch, TimestepGradients
 
 
 class Denoiser(nn.Module):
@@ -18,8 +18,7 @@ class Denoiser(nn.Module):
     def forward(self, sample, timestep, shift, return_dict):
         assert not return_dict
         assert timestep.dtype == torch.int64
-        output = self.dropout(sample * (self.one + self.other)) + shift.view(-1, 1, 1, 1)
-        return (output,)
+        return (self.dropout(sample * (self.one + self.other)) + shift.view(-1, 1, 1, 1),)
 
 
 def batch(count=8):
@@ -49,7 +48,7 @@ def test_gradient_is_that_of_the_loss_over_the_images_of_the_part():
 
 def test_parts_share_no_image_leave_none_out_and_keep_conditions_with_their_images():
     clean, names = torch.arange(12.0).view(12, 1), torch.arange(12)
-    samples = DenoisingBatch(clean, clean, {"texts": names, "sizes": {"height": 10 * names}}).to(torch.device("cpu"))
+    samples = DenoisingBatch(clean, clean, {"texts": names, "sizes": {"height": 10 * names}})
     seen = []
     for part in range(4):
         for images, _, conditions in samples.parts(part, 2):
@@ -61,7 +60,7 @@ def test_parts_share_no_image_leave_none_out_and_keep_conditions_with_their_imag
     assert samples.fingerprint() != others.fingerprint()
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
 def test_gradient_does_not_depend_on_the_batch_size(batch_size):
     whole, small = (
         gradients(batch(20), batch_size=size)(torch.tensor(500), 2, ["one", "other"]) for size in (None, batch_size)
@@ -73,12 +72,10 @@ def test_gradient_does_not_depend_on_the_batch_size(batch_size):
 def test_frozen_and_unchosen_parameters_are_left_out():
     model = Denoiser()
     model.other.requires_grad_(False)
-    assert list(chosen_parameters(model, None)) == ["one", "unused"]
-    assert list(chosen_parameters(model, lambda name: name != "unused")) == ["one"]
-    with pytest.raises(
-        ValueError, match=r"`parameters` must leave at least one parameter.*2 trainable ones of Denoiser"
-    ):
-        chosen_parameters(model, lambda name: name == "other")
+    assert list(gradients(batch(), model).parameters) == ["one", "unused"]
+    assert list(gradients(batch(), model, parameters=lambda name: name != "unused").parameters) == ["one"]
+    with pytest.raises(ValueError, match=r"`parameters` must leave at least one .*2 trainable ones of Denoiser"):
+        gradients(batch(), model, parameters=lambda name: name == "other")
 
 
 CLEAN = torch.zeros(4, 2)
@@ -87,15 +84,10 @@ CLEAN = torch.zeros(4, 2)
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        *(
-            (lambda count=count: batch(count), f"`clean` must have a multiple of 4 images.* got {count}")
-            for count in (0, 3, 6)
-        ),
+        (lambda: batch(0), "`clean` must have a multiple of 4 images.* got 0"),
+        (lambda: batch(6), "`clean` must have a multiple of 4 images.* got 6"),
         (lambda: DenoisingBatch(CLEAN, torch.zeros(4, 3)), r"must have the shape of `clean`, \(4, 2\), got \(4, 3\)"),
-        (
-            lambda: DenoisingBatch(CLEAN, CLEAN, {"labels": torch.zeros(5)}),
-            "each of the 4 clean samples, got 5 of 'labels'",
-        ),
+        (lambda: DenoisingBatch(CLEAN, CLEAN, {"labels": torch.zeros(5)}), "the 4 clean samples, got 5 of 'labels'"),
         (lambda: DenoisingBatch(CLEAN, CLEAN, {"sizes": {"height": torch.zeros(2)}}), r"got 2 of 'sizes\.height'"),
         (lambda: gradients(batch(), batch_size=0), "`batch_size` must be an integer >= 1, got 0"),
     ],
