@@ -16,13 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..atomic_files import replacing
+from ..caches import fingerprint
 from ..extras import require
 from ..noise_levels import NoiseLevels
 from ..objective.denoising_loss import DenoisingLoss
 from .estimators import ESTIMATORS, cosines, reliability
 from .gradient_projections import CountSketch, exact_blocks
 from .measurement import Workspace
-from .timestep_gradients import NUM_PARTS, DenoisingBatch, TimestepGradients
+from .timestep_gradients import NUM_PARTS, TimestepGradients, checked_samples, named_tensors
 
 
 _FORMAT = "diffusers-dtr task affinity 1"
@@ -134,14 +135,16 @@ class TaskAffinity:
         """
         if estimator not in ESTIMATORS:
             raise ValueError(f"`estimator` must be one of {', '.join(ESTIMATORS)}, got {estimator!r}.")
-        batch = DenoisingBatch(clean, noise, conditions)
+        samples = clean, noise, conditions = checked_samples(clean, noise, conditions)
         levels = loss_fn.levels
         measured = _measured_timesteps(levels, timesteps)
         given = {
             **(settings or {}),
             "timesteps": measured.tolist(),
-            "images": len(batch),
-            "samples_sha256": batch.fingerprint(),
+            "images": len(clean),
+            "samples_sha256": fingerprint(
+                [("clean", clean), ("noise", noise), *sorted(named_tensors(conditions).items())]
+            ),
             "sketch_size": sketch_size,
             "seed": seed,
             "memory_limit": None if sketch_size is not None else memory_limit,
@@ -151,7 +154,7 @@ class TaskAffinity:
             workspace = workspace or Workspace(Path(folder))
             workspace.claim(given)
             for model in [models] if isinstance(models, nn.Module) else models:
-                gradients = TimestepGradients(model, loss_fn, batch, parameters=parameters, batch_size=batch_size)
+                gradients = TimestepGradients(model, loss_fn, samples, parameters=parameters, batch_size=batch_size)
                 if sketch_size is None:
                     projections = exact_blocks(gradients.parameters, _block_size(memory_limit, len(measured)))
                 else:

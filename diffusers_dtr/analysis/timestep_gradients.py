@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device, slice_tensors
 from torch import Tensor, nn
 
-from ..caches import fingerprint
 from ..objective.denoising_loss import DenoisingLoss
 from ..ranges import COUNT
 
@@ -39,51 +38,30 @@ def checked_conditions(conditions: Mapping[str, Any] | None, num_images: int) ->
     return dict(conditions or {})
 
 
-class DenoisingBatch:
-    """The images and noise that all gradients are taken over, in four equal parts.
-
-    Part p has the images p, p + 4, p + 8, ..., so that images sorted by class spread over the parts.
-    """
-
-    def __init__(self, clean: Tensor, noise: Tensor, conditions: Mapping[str, Any] | None = None):
-        if len(clean) == 0 or len(clean) % NUM_PARTS:
-            raise ValueError(
-                f"`clean` must have a multiple of {NUM_PARTS} images, which are compared in {NUM_PARTS} parts, "
-                f"got {len(clean)}."
-            )
-        if noise.shape != clean.shape:
-            raise ValueError(
-                f"`noise` must have the shape of `clean`, {tuple(clean.shape)}, got {tuple(noise.shape)}."
-            )
-        self.clean = clean
-        self.noise = noise
-        self.conditions = checked_conditions(conditions, len(clean))
-
-    def __len__(self) -> int:
-        return len(self.clean)
-
-    def parts(self, part: int, batch_size: int | None) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
-        """The samples of a part, at most `batch_size` at a time: clean, noise and conditions."""
-        stride = len(self) if batch_size is None else batch_size * NUM_PARTS
-        for start in range(part, len(self), stride):
-            own = slice(start, start + stride, NUM_PARTS)
-            yield slice_tensors((self.clean, self.noise, self.conditions), own)
-
-    def fingerprint(self) -> str:
-        """A hash of all values, types and shapes."""
-        conditions = sorted(named_tensors(self.conditions).items())
-        return fingerprint([("clean", self.clean), ("noise", self.noise), *conditions])
+def checked_samples(
+    clean: Tensor, noise: Tensor, conditions: Mapping[str, Any] | None = None
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """The clean samples, noise and conditions that all gradients are taken over, in four equal parts."""
+    if len(clean) == 0 or len(clean) % NUM_PARTS:
+        raise ValueError(
+            f"`clean` must have a multiple of {NUM_PARTS} images, which are compared in {NUM_PARTS} parts, got "
+            f"{len(clean)}."
+        )
+    if noise.shape != clean.shape:
+        raise ValueError(f"`noise` must have the shape of `clean`, {tuple(clean.shape)}, got {tuple(noise.shape)}.")
+    return clean, noise, checked_conditions(conditions, len(clean))
 
 
 class TimestepGradients:
     """The gradient of a model's denoising loss at any timestep, averaged over one part of the images.
 
-    The model's mode is left as it is: gradients of one that drops labels or features at random are not comparable.
+    Part p has the images p, p + 4, p + 8, ..., so that images sorted by class spread over the parts. The model's mode
+    is left as it is: gradients of one that drops labels or features at random are not comparable.
 
     Args:
         model: The denoiser, called as by [`DenoisingLoss.of_model`].
         loss_fn: The loss.
-        batch: Images and noise, which are moved to the model's device.
+        samples: Of [`checked_samples`]; they are moved to the model's device.
         parameters: Which parameters take part, by name; all by default. Those with `requires_grad=False` never do.
         batch_size: Images per forward call; all of a part by default.
 
@@ -95,7 +73,7 @@ class TimestepGradients:
         self,
         model: nn.Module,
         loss_fn: DenoisingLoss,
-        batch: DenoisingBatch,
+        samples: tuple[Tensor, Tensor, dict[str, Any]],
         *,
         parameters: Callable[[str], bool] | None = None,
         batch_size: int | None = None,
@@ -111,8 +89,7 @@ class TimestepGradients:
             )
         self.model = model
         self.loss_fn = loss_fn
-        device = next(iter(self.parameters.values())).device
-        self.batch = DenoisingBatch(*send_to_device((batch.clean, batch.noise, batch.conditions), device))
+        self.samples = send_to_device(samples, next(iter(self.parameters.values())).device)
         self.batch_size = batch_size
 
     @torch.enable_grad()
@@ -126,10 +103,13 @@ class TimestepGradients:
         """
         parameters = {name: self.parameters[name] for name in names}
         sums: dict[str, Tensor] = {}
-        for clean, noise, conditions in self.batch.parts(part, self.batch_size):
+        num_images = len(self.samples[0])
+        stride = num_images if self.batch_size is None else self.batch_size * NUM_PARTS
+        for start in range(part, num_images, stride):
+            clean, noise, conditions = slice_tensors(self.samples, slice(start, start + stride, NUM_PARTS))
             timesteps = timestep.to(clean.device).expand(len(clean))
             losses = self.loss_fn.of_model(self.model, clean, noise, timesteps, conditions).per_sample
-            loss = losses.sum() / (len(self.batch) // NUM_PARTS)
+            loss = losses.sum() / (num_images // NUM_PARTS)
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
             for name, gradient in zip(parameters, gradients, strict=True):
                 # Not in place: autograd may return one tensor for two parameters.

@@ -81,10 +81,9 @@ def test_number_of_samples_in_a_call_changes_nothing():
     torch.testing.assert_close(few, all_at_once)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_clusters_and_seeds_have_noise_of_their_own(seed):
+def test_clusters_and_seeds_have_noise_of_their_own():
     one, other, again = Recorder(), Recorder(), Recorder()
-    losses(seed=seed)(one, 1), losses()(other, 2), losses(seed=seed + 1)(again, 1)
+    losses()(one, 1), losses()(other, 2), losses(seed=1)(again, 1)
     noises = torch.stack([model.asked_about()[1].flatten() for model in (one, other, again)])
     assert torch.corrcoef(noises).triu(1).abs().max() < 0.05
 
