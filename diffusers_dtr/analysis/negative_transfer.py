@@ -1,14 +1,14 @@
 """Negative transfer: what training on all timesteps does to the timesteps of one cluster.
 
-A model that was trained on all timesteps is compared with specialists, each of which was trained with the same budget
-on one cluster of timesteps alone. Addressing Negative Transfer in Diffusion Models (ANT, arXiv 2306.00354, Section 3,
-observation O2) measures this as the negative transfer gap: what changes where one cluster is left to its specialist.
+A model trained on all timesteps is compared with specialists, each trained with the same budget on one cluster alone
+(Addressing Negative Transfer in Diffusion Models, ANT, arXiv 2306.00354, Section 3, observation O2).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from ..ranges import COUNT, Range
 from .timestep_gradients import checked_conditions
 
 
+@dataclass(eq=False)
 class HeldOutClusterLosses:
     """Denoising loss within one cluster of timesteps, on the same images, noise and timesteps for every model.
 
@@ -61,30 +62,24 @@ class HeldOutClusterLosses:
         torch.Size([64])
     """
 
-    def __init__(
-        self,
-        loss_fn: DenoisingLoss,
-        clusters: TimestepClusters,
-        clean: Tensor,
-        conditions: Mapping[str, Any] | None = None,
-        *,
-        num_samples: int = 2048,
-        seed: int = 0,
-        batch_size: int = 256,
-    ):
-        if clusters.num_train_timesteps != loss_fn.levels.num_train_timesteps:
+    loss_fn: DenoisingLoss
+    clusters: TimestepClusters
+    clean: Tensor
+    conditions: Mapping[str, Any] | None = None
+    _: KW_ONLY
+    num_samples: int = 2048
+    seed: int = 0
+    batch_size: int = 256
+
+    def __post_init__(self):
+        num_timesteps = self.loss_fn.levels.num_train_timesteps
+        if self.clusters.num_train_timesteps != num_timesteps:
             raise ValueError(
-                f"`clusters` must be of the {loss_fn.levels.num_train_timesteps} timesteps of `loss_fn`, got clusters "
-                f"of {clusters.num_train_timesteps}."
+                f"`clusters` must be of the {num_timesteps} timesteps of `loss_fn`, got clusters of "
+                f"{self.clusters.num_train_timesteps}."
             )
-        COUNT.check(**{"num_samples": num_samples, "batch_size": batch_size, "len(clean)": len(clean)})
-        self.loss_fn = loss_fn
-        self.clusters = clusters
-        self.clean = clean
-        self.conditions = checked_conditions(conditions, len(clean))
-        self.num_samples = num_samples
-        self.seed = seed
-        self.batch_size = batch_size
+        COUNT.check(num_samples=self.num_samples, batch_size=self.batch_size, **{"len(clean)": len(self.clean)})
+        self.conditions = checked_conditions(self.conditions, len(self.clean))
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, cluster: int) -> Tensor:

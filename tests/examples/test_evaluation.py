@@ -142,26 +142,6 @@ def test_samples_do_not_depend_on_the_batch_size_or_on_what_was_there(folder, tm
     assert [shards[number].stat().st_mtime_ns for number in (0, 2)] == [times[0], times[2]]
 
 
-def test_interrupted_evaluation_leaves_complete_shards_and_goes_on(folder, tmp_path, monkeypatch):
-    import evaluation_samples
-
-    whole = evaluate(flags(folder, tmp_path / "whole"))
-    draw, calls = evaluation_samples.Sampler.__call__, []
-
-    def stopping(self, *arguments):
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return draw(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluation_samples.Sampler, "__call__", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            evaluate(flags(folder, tmp_path / "out"))
-    assert [path.name for path in (tmp_path / "out" / "samples").iterdir()] == ["00000.npz"]
-    assert evaluate(flags(folder, tmp_path / "out"))["metrics"] == whole["metrics"]
-
-
 def test_folder_of_other_settings_or_weights_is_refused(folder, tmp_path):
     evaluate(flags(folder, tmp_path / "out"))
     with pytest.raises(ValueError, match=r"other settings \(num_inference_steps, seed\)"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import accelerate
@@ -304,7 +303,7 @@ def test_slices_of_a_batch_give_the_images_of_the_whole(max_batch_size):
     assert max(len(args[0]) for args, _ in decoded) == min(max_batch_size, 5)
 
 
-# ---- components in training mode, threads, offloading
+# ---- components in training mode, offloading
 
 
 def test_a_model_in_training_mode_is_sampled_without_dropping_labels_and_stays_in_it():
@@ -318,21 +317,6 @@ def test_a_model_in_training_mode_is_sampled_without_dropping_labels_and_stays_i
         sample(pipeline, callback_on_step_end=lambda *_: 1 / 0)
     assert model.training
     assert vae.training
-
-
-def test_threads_with_a_pipeline_each_share_one_model():
-    model = make_dit()
-    plans = [([3, 7], 4), ([1], 7), ([5, 2, 0], 5), ([9], 3)]
-
-    def run(plan):
-        labels, steps = plan
-        pipeline = make_pipeline(model, DDPMScheduler())
-        return sample(pipeline, labels, num_inference_steps=steps, guidance_scale=2.0)
-
-    expected = [run(plan) for plan in plans]
-    with ThreadPoolExecutor(2) as pool:
-        for _ in range(3):
-            assert all(torch.equal(*pair) for pair in zip(pool.map(run, plans), expected, strict=True))
 
 
 def offload_sequentially(pipeline, device):
