@@ -13,15 +13,12 @@ def frechet_distance(features: Tensor, other: Tensor) -> float:
 
     (Dowson and Landau 1982). With Inception features it is called FID (Heusel et al., arXiv 1706.08500, Eq. 6). It is
     computed in float64, with unbiased covariances, from symmetric square roots: the trace of the root is the sum of
-    the singular values of $\Sigma_1^{1/2} \Sigma_2^{1/2}$, which no feature of zero variance upsets. Finite sets are
-    farther apart than their distributions: compare distances of equally many features only.
+    the singular values of $\Sigma_1^{1/2} \Sigma_2^{1/2}$, which no feature of zero variance upsets. It is >= 0 up to
+    rounding. Finite sets are farther apart than their distributions: compare distances of equally many features only.
 
     Args:
         features: `(n, d)`, of any real type.
         other: `(m, d)`.
-
-    Returns:
-        The distance, >= 0 up to rounding.
 
     Raises:
         ValueError: If the shapes do not fit each other, a set has no more features than each of them has numbers, so

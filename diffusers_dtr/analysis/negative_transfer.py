@@ -112,7 +112,7 @@ class HeldOutClusterLosses:
 
 
 def negative_transfer_gap(specialist: Tensor, joint: Tensor, *, relative: bool = False) -> Tensor:
-    """The negative transfer gap of ANT: a metric of the specialist in its cluster, minus that of the joint model.
+    """The negative transfer gap of ANT, in float64: a metric of the specialist in its cluster less the joint model's.
 
     The metric is one of which less is better, as a held-out loss or a Fréchet distance. Below zero there is negative
     transfer: training on the other timesteps too made the joint model worse in this cluster. Above zero, it gained.
@@ -121,9 +121,6 @@ def negative_transfer_gap(specialist: Tensor, joint: Tensor, *, relative: bool =
         specialist: The metric, of any shape, where the cluster's timesteps are the specialist's.
         joint: The metric where they are the joint model's, of a shape that broadcasts with it.
         relative: Divide by the joint model's metric, for clusters whose losses differ by orders of magnitude.
-
-    Returns:
-        float64 tensor.
     """
     specialist, joint = specialist.double(), joint.double()
     gap = specialist - joint

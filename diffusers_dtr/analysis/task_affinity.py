@@ -47,8 +47,7 @@ class TaskAffinity:
         timesteps: float64 `(n,)`, increasing: what the denoiser was called with.
         training_timesteps: float64 `(T,)`, increasing: the training grid.
         log_snr: float64 `(n,)`: natural logarithm of the signal-to-noise ratio at `timesteps`.
-        reliability: Split-half reliability of the matrix, see
-            [`~diffusers_dtr.analysis.reliability`].
+        reliability: Split-half reliability of the matrix, see [`~diffusers_dtr.analysis.reliability`].
         estimator: "unbiased" or "plain", see [`~diffusers_dtr.analysis.cosines`].
         provenance: What else is known about the measurement, of JSON types.
 
@@ -124,10 +123,7 @@ class TaskAffinity:
             memory_limit: Bytes that the gradients of a block may take, all timesteps and quarters together.
             workspace: Where what is measured is kept until the end, so that several processes can share the work and
                 an interrupted measurement goes on. A temporary folder by default.
-            settings: What else the workspace's measurement depends on, of JSON types.
-
-        Returns:
-            The affinity; `provenance` holds the settings.
+            settings: What else the workspace's measurement depends on, of JSON types; `provenance` holds it too.
 
         Raises:
             ValueError: For arguments out of range; for a workspace with a measurement of other settings; for gradients
@@ -228,14 +224,11 @@ class TaskAffinity:
 
 
 def load_task_affinity(path: str | PathLike, levels: NoiseLevels | None = None) -> Tensor:
-    """Load the full affinity matrix of a file, for `cluster_timesteps(scheduler, k, cost=...)`.
+    """Load the full affinity matrix of a file, float64 `(T, T)`, for `cluster_timesteps(scheduler, k, cost=...)`.
 
     Args:
         path: File of [`TaskAffinity.save`].
         levels: Noise levels that it must have been measured at; any by default.
-
-    Returns:
-        float64 `(T, T)`, interpolated where fewer timesteps were measured.
 
     Raises:
         ValueError: If the file holds no task affinity, or one of other noise levels.
