@@ -38,9 +38,6 @@ __all__ = [
     "plot_task_affinity",
 ]
 
-# Letters of a name before a row of images.
-_ROW_NAME = 24
-
 
 def plot_routing_masks(
     num_channels: int,
@@ -50,36 +47,19 @@ def plot_routing_masks(
     timestep_range: Sequence[float] = DEFAULT_TIMESTEP_RANGE,
     ax: Axes | None = None,
 ) -> Axes:
-    """Plot which channels are active at which timestep.
-
-    Args:
-        num_channels: Width of the blocks.
-        alpha: As in [`routing_mask`].
-        beta: As in [`routing_mask`].
-        timestep_range: As in [`routing_mask`].
-        ax: Axes to draw on.
-
-    Raises:
-        ValueError: As [`routing_mask`].
-    """
+    """Plot which of a block's channels are active at which timestep; arguments and errors as of [`routing_mask`]."""
     check_routing(timestep_range=timestep_range)
     timesteps = torch.linspace(*map(float, timestep_range), 500, dtype=torch.float64)
     masks = routing_mask(timesteps, num_channels, alpha=alpha, beta=beta, timestep_range=timestep_range)
     ax = _axes(ax)
     extent = (timestep_range[0], timestep_range[1], 0, num_channels)
     ax.imshow(masks.T.numpy(), aspect="auto", origin="lower", extent=extent, cmap="Blues", interpolation="nearest")
-    ax.set_xlabel("timestep")
-    ax.set_ylabel("channel (active ones dark)")
+    ax.set(xlabel="timestep", ylabel="channel (active ones dark)")
     return ax
 
 
 def draw_routing_masks(widths: Sequence[int], **routing: Any) -> Figure:
-    """Figure of a model's masks, to save to a file: one plot for each width of its blocks, side by side.
-
-    Args:
-        widths: Widths of the blocks.
-        **routing: As in [`plot_routing_masks`], with its errors.
-    """
+    """Figure of a model's masks: one [`plot_routing_masks`] for each width of its blocks, side by side."""
     require("matplotlib", "training", "Pictures")
     from matplotlib.figure import Figure
 
@@ -94,11 +74,8 @@ def plot_cluster_losses(history: Sequence[dict], ax: Axes | None = None) -> Axes
 
     Args:
         history: Entries with `step` and `clusters`, the loss of each cluster or None where it had no samples; the
-            lines of a run's `loss_history.jsonl`.
+            lines of a run's `loss_history.jsonl`. A ValueError if there are none.
         ax: Axes to draw on.
-
-    Raises:
-        ValueError: If the history is empty.
     """
     if not history:
         raise ValueError("`history` must have at least one entry, got none.")
@@ -107,27 +84,16 @@ def plot_cluster_losses(history: Sequence[dict], ax: Axes | None = None) -> Axes
     for cluster in range(num_clusters):
         # Left out rather than NaN: a line has no point between two gaps.
         seen = [entry for entry in history if entry["clusters"][cluster] is not None]
-        ax.plot(
-            [entry["step"] for entry in seen],
-            [entry["clusters"][cluster] for entry in seen],
-            color=_color(cluster, num_clusters),
-            marker="." if len(history) < 30 else None,
-            label=f"cluster {cluster}",
-        )
-    ax.set_xlabel("step")
-    ax.set_ylabel("loss before balancing")
-    ax.set_yscale("log")
+        steps, losses = [entry["step"] for entry in seen], [entry["clusters"][cluster] for entry in seen]
+        style = {"color": _color(cluster, num_clusters), "marker": "." if len(history) < 30 else None}
+        ax.plot(steps, losses, **style, label=f"cluster {cluster}")
+    ax.set(xlabel="step", ylabel="loss before balancing", yscale="log")
     ax.legend(title="from clean to noisy", fontsize="small", ncols=2)
     return ax
 
 
 def plot_task_affinity(affinity: TaskAffinity, ax: Axes | None = None) -> Axes:
-    """Plot the task affinity of all pairs of training timesteps, with timesteps at the left and below, log SNR above.
-
-    Args:
-        affinity: What [`~diffusers_dtr.TaskAffinity.measure`] or `load` returned.
-        ax: Axes to draw on.
-    """
+    """Plot the task affinity of all pairs of training timesteps, which stand at the left and below, log SNR above."""
     ax = _axes(ax)
     full = affinity.full_matrix().numpy()
     # Colours are the same in every picture of this kind; noise can lead beyond them.
@@ -138,8 +104,7 @@ def plot_task_affinity(affinity: TaskAffinity, ax: Axes | None = None) -> Axes:
     labels = [f"{timestep:.4g}" for timestep in grid[numbers].tolist()]
     ax.set_xticks(numbers.tolist(), labels)
     ax.set_yticks(numbers.tolist(), labels)
-    ax.set_xlabel("timestep")
-    ax.set_ylabel("timestep")
+    ax.set(xlabel="timestep", ylabel="timestep")
     above = ax.secondary_xaxis("top")
     finite = affinity.log_snr.isfinite()
     marks = torch.linspace(0, int(finite.sum()) - 1, 5).round().long().unique()
@@ -152,16 +117,7 @@ def plot_task_affinity(affinity: TaskAffinity, ax: Axes | None = None) -> Axes:
 def plot_affinity_by_noise_distance(affinity: TaskAffinity, ax: Axes | None = None) -> Axes:
     """Plot the task affinity of pairs of timesteps against their distance in log SNR, with a running median.
 
-    Args:
-        affinity: Of at least three timesteps of finite log SNR.
-        ax: Axes to draw on.
-
-    Returns:
-        The Axes, titled with the rank correlation, see
-        [`~diffusers_dtr.analysis.noise_distance_correlation`].
-
-    Raises:
-        ValueError: For fewer timesteps.
+    The title is their [`~diffusers_dtr.analysis.noise_distance_correlation`], whose errors are raised.
     """
     correlation = noise_distance_correlation(affinity)
     ax = _axes(ax)
@@ -177,8 +133,7 @@ def plot_affinity_by_noise_distance(affinity: TaskAffinity, ax: Axes | None = No
     medians = [(float(near.median()), float(values.median())) for near, values in parts if len(near)]
     ax.plot(*zip(*medians, strict=True), color="C1", marker="o", markersize=3, label="median of a twentieth of them")
     ax.axhline(0, color="0.7", linewidth=0.8, zorder=0)
-    ax.set_xlabel("distance in log SNR")
-    ax.set_ylabel("task affinity")
+    ax.set(xlabel="distance in log SNR", ylabel="task affinity")
     ax.set_title(f"Spearman rank correlation {correlation:.2f}", fontsize="medium")
     ax.legend(fontsize="small")
     return ax
@@ -189,16 +144,12 @@ def plot_cluster_boundaries(
 ) -> Axes:
     """Plot clusterings over log SNR, from clean to noisy: one row of bars for each.
 
+    Every cluster is a bar, with its first timestep on it where there is room.
+
     Args:
-        clusterings: By name; all of the timesteps of `levels`.
+        clusterings: By name, at least one; a ValueError for one of other timesteps than those of `levels`.
         levels: Noise levels of the scheduler. Those of infinite log SNR have no place on the axis.
         ax: Axes to draw on.
-
-    Returns:
-        The Axes, where every cluster is a bar, with its first timestep on it where there is room.
-
-    Raises:
-        ValueError: If there is no clustering, or one of another number of timesteps.
     """
     if not clusterings:
         raise ValueError("`clusterings` must have at least one clustering, got none.")
@@ -224,8 +175,7 @@ def plot_cluster_boundaries(
                 ink = "white" if number < 0.6 * len(clusters) else "black"
                 ax.text(left, row, first, va="center", fontsize="x-small", color=ink)
     ax.set_yticks(range(len(clusterings)), list(clusterings))
-    ax.set_xlim(float(finite[0]), float(finite[-1]))
-    ax.set_xlabel("log SNR (bars begin at the timestep written on them)")
+    ax.set(xlim=(float(finite[0]), float(finite[-1])), xlabel="log SNR (bars begin at the timestep written on them)")
     ax.invert_yaxis()
     return ax
 
@@ -234,11 +184,9 @@ def plot_cluster_gaps(gaps: Mapping[str, tuple[Tensor, Tensor, Tensor]], ax: Axe
     """Plot a value per cluster with its interval, for several models side by side, such as negative transfer gaps.
 
     Args:
-        gaps: For each model name: mean, lower and upper end of the interval, `(k,)` each.
+        gaps: For each model name: mean, lower and upper end of the interval, `(k,)` each, of one k (a ValueError
+            otherwise).
         ax: Axes to draw on.
-
-    Raises:
-        ValueError: If there is no model, or models have different numbers of clusters.
     """
     sizes = {len(values) for triple in gaps.values() for values in triple}
     if len(sizes) != 1:
@@ -252,21 +200,19 @@ def plot_cluster_gaps(gaps: Mapping[str, tuple[Tensor, Tensor, Tensor]], ax: Axe
         whiskers = {"yerr": torch.stack([mean - low, high - mean]).numpy(), "ecolor": "0.2", "capsize": 2}
         ax.bar(places.numpy(), mean.numpy(), width, color=f"C{number % 10}", label=name, **whiskers)
     ax.axhline(0, color="0.3", linewidth=0.8)
-    ax.set_xticks(range(num_clusters))
-    ax.set_xlabel("cluster, from clean to noisy")
-    ax.set_ylabel("gap")
+    ax.set(xticks=range(num_clusters), xlabel="cluster, from clean to noisy", ylabel="gap")
     ax.legend(fontsize="small")
     return ax
 
 
 def _axes(ax: Axes | None) -> Axes:
     """The Axes that are given, or those of a new figure."""
-    if ax is not None:
-        return ax
-    require("matplotlib", "training", "Pictures")
-    from matplotlib import pyplot
+    if ax is None:
+        require("matplotlib", "training", "Pictures")
+        from matplotlib import pyplot
 
-    return pyplot.subplots(layout="constrained")[1]
+        ax = pyplot.subplots(layout="constrained")[1]
+    return ax
 
 
 def _color(cluster: int, num_clusters: int):
@@ -282,29 +228,19 @@ def spaced_grid(path: Path, side: int | None) -> Image.Image:
     if side is None or side < 1 or grid.width % side or grid.height % side:
         return grid
     corners = [(left, top) for top in range(0, grid.height, side) for left in range(0, grid.width, side)]
-    return image_grid(
-        [grid.crop((left, top, left + side, top + side)) for left, top in corners], columns=grid.width // side
-    )
+    images = [grid.crop((left, top, left + side, top + side)) for left, top in corners]
+    return image_grid(images, columns=grid.width // side)
 
 
 def image_grid(images: Sequence[Image.Image], columns: int, row_names: Sequence[str] | None = None) -> Image.Image:
-    """Images in rows with gaps between them, enlarged to about 400 pixels if they are small, not smoothed.
-
-    Args:
-        images: Of equal size, row by row.
-        columns: Images per row.
-        row_names: Stand before the rows.
-
-    Returns:
-        The picture. Where the last row has no images it is white.
-    """
+    """Images of equal size, row by row with gaps between them, enlarged to about 400 pixels if small, not smoothed."""
     gap, about = 6, 400
     width, height = images[0].size
     columns = min(columns, len(images))
     scale = max(1, round(about / (columns * width)))
     width, height = width * scale, height * scale
     font = ImageFont.load_default(size=14)
-    names = [name if len(name) <= _ROW_NAME else f"{name[: _ROW_NAME - 1]}…" for name in row_names or ()]
+    names = [name if len(name) <= 24 else f"{name[:23]}…" for name in row_names or ()]
     margin = math.ceil(max((font.getlength(name) for name in names), default=0)) + (gap if names else 0)
     rows = math.ceil(len(images) / columns)
     picture = Image.new("RGB", (margin + columns * (width + gap) - gap, rows * (height + gap) - gap), "white")

@@ -30,19 +30,14 @@ LEVELS = NoiseLevels(DDPMScheduler(rescale_betas_zero_snr=True))
 CLUSTERS = {"even": TimestepClusters([0, 500, 1000]), "odd": TimestepClusters([0, 100, 600, 1000])}
 
 
-def falling_affinity():
-    """Of four timesteps, the last of which is pure noise."""
-    timesteps = torch.tensor([0.0, 300.0, 600.0, 999.0], dtype=torch.float64)
-    matrix = torch.exp(-(timesteps[:, None] - timesteps).abs() / 500)
-    return TaskAffinity(matrix, timesteps, LEVELS.timesteps, LEVELS.log_snr(timesteps), 0.9, "plain")
-
-
-AFFINITY = falling_affinity()
+# Of four timesteps, the last of which is pure noise.
+FOUR = torch.tensor([0.0, 300.0, 600.0, 999.0], dtype=torch.float64)
+FALLING = torch.exp(-(FOUR[:, None] - FOUR).abs() / 500)
+AFFINITY = TaskAffinity(FALLING, FOUR, LEVELS.timesteps, LEVELS.log_snr(FOUR), 0.9, "plain")
 
 
 @pytest.fixture(autouse=True)
 def close_figures():
-    pyplot.close("all")
     yield
     pyplot.close("all")
 
@@ -77,8 +72,7 @@ def test_every_cluster_is_a_line_that_goes_on_where_it_had_no_samples():
     assert lines == [[[10, 0.1], [20, 0.2], [30, 0.3]], [[10, 1.0], [30, 0.5]], []]
     assert len({line.get_color() for line in ax.lines}) == len(ax.get_legend().get_texts()) == 3
     assert ax.get_yscale() == "log"
-    single = plot_cluster_losses([{"step": 1, "clusters": [0.5]}])
-    assert single.lines[0].get_marker() == "."  # one reading is no line
+    assert ax.lines[0].get_marker() == "."  # one reading is no line
 
 
 def test_masks_are_those_of_the_routing_and_stand_side_by_side():
@@ -90,8 +84,7 @@ def test_masks_are_those_of_the_routing_and_stand_side_by_side():
         assert np.array_equal(shown[:, column], routing_mask(timestep, 10, **routing)[0])
     assert (shown.sum(0) == 5).all()
     assert image.get_extent() == [0, 9, 0, 10]
-    figure = draw_routing_masks([10, 16], **routing)
-    several = [ax.images[0].get_array() for ax in figure.axes]
+    several = [ax.images[0].get_array() for ax in draw_routing_masks([10, 16], **routing).axes]
     assert np.array_equal(several[0], shown)
     assert len(several[1]) == 16
 
@@ -139,17 +132,16 @@ def test_gaps_are_bars_side_by_side_with_their_intervals():
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["plain", "routed"]
 
 
+SHORT = {"short": TimestepClusters([0, 10])}
+
+
 @pytest.mark.parametrize(
     ("plot", "message"),
     [
         (lambda: plot_cluster_losses([]), "`history` must have at least one entry, got none"),
-        (lambda: plot_routing_masks(8, beta=0), "`routing_beta`"),
         (lambda: plot_routing_masks(8, timestep_range=(0, 1, 2)), "`routing_timestep_range`"),
         (lambda: plot_cluster_boundaries({}, LEVELS), "`clusterings` must have at least one"),
-        (
-            lambda: plot_cluster_boundaries({"short": TimestepClusters([0, 10])}, LEVELS),
-            "of the 1000 timesteps of `levels`, got 'short' of 10",
-        ),
+        (lambda: plot_cluster_boundaries(SHORT, LEVELS), "of the 1000 timesteps of `levels`, got 'short' of 10"),
         (lambda: plot_cluster_gaps({}), "`gaps` must have the same number of clusters"),
         (lambda: plot_cluster_gaps({**GAPS, "short": ([1.0], [0.0], [2.0])}), "`gaps` must have the same number"),
     ],

@@ -4,8 +4,7 @@ from .estimators import cosines, gram, reliability
 from .frechet import frechet_distance
 from .measurement import Workspace
 from .negative_transfer import HeldOutClusterLosses, confidence_interval, negative_transfer_gap
-from .noise_distance import noise_distance_correlation, noise_distances
-from .task_affinity import TaskAffinity, load_task_affinity
+from .task_affinity import TaskAffinity, load_task_affinity, noise_distance_correlation, noise_distances
 
 
 __all__ = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations, combinations_with_replacement
 
 import torch
 from torch import Tensor
@@ -12,24 +13,19 @@ ESTIMATORS = ("unbiased", "plain")
 
 
 def gram(features: Tensor) -> Tensor:
-    """Inner products of all rows, in float64.
+    """Inner products of all rows: float64 `(parts, parts, timesteps, timesteps)`.
 
     Args:
         features: float32 `(parts, timesteps, size)` on the CPU.
-
-    Returns:
-        float64 `(parts, parts, timesteps, timesteps)`.
     """
     num_parts, num_timesteps, _ = features.shape
     products = torch.zeros(num_parts, num_parts, num_timesteps, num_timesteps, dtype=torch.float64)
     for columns in features.split(1024, dim=2):  # all of them in float64 would take twice the memory
         columns = columns.double()
-        for i in range(num_parts):
-            for j in range(i, num_parts):
-                products[i, j].addmm_(columns[i], columns[j].T)
-    for i in range(num_parts):
-        for j in range(i):
-            products[i, j] = products[j, i].T
+        for i, j in combinations_with_replacement(range(num_parts), 2):
+            products[i, j].addmm_(columns[i], columns[j].T)
+    for i, j in combinations(range(num_parts), 2):
+        products[j, i] = products[i, j].T
     return products
 
 
@@ -38,13 +34,13 @@ def cosines(products: Tensor, estimator: str) -> Tensor:
 
     With $g_t^i$ the gradient at timestep t over the images of part i, of k parts:
 
-    * `"plain"`: cosines of the gradients over all images, $\frac{1}{k} \sum_i g_t^i$, as in ANT (arXiv 2306.00354). Of
-      finitely many images the gradient is the expected one plus noise, and since the images and their noise are the
-      same at all timesteps, the noise of neighbouring timesteps is alike: it is part of these cosines.
+    * `"plain"`: cosines of the gradients over all images, $\frac{1}{k} \sum_i g_t^i$, as in ANT (arXiv 2306.00354).
+      The images and their noise are the same at all timesteps, so what finitely many of them add to the expected
+      gradient is alike at neighbouring timesteps, and part of these cosines.
     * `"unbiased"`: products of independent images only,
       $K_{st} = \frac{1}{k(k-1)} \sum_{i \ne j} \langle g_s^i, g_t^j \rangle$, whose expectations are the inner
-      products of the expected gradients, $K_{tt}$ their squared norms. The cosine is
-      $K_{st} / \sqrt{K_{ss} K_{tt}}$; with few images it is not confined to [-1, 1].
+      products of the expected gradients. The cosine $K_{st} / \sqrt{K_{ss} K_{tt}}$ is, with few images, not confined
+      to [-1, 1].
 
     Args:
         products: float64 `(k, k, n, n)`, see [`gram`].
@@ -62,19 +58,19 @@ def cosines(products: Tensor, estimator: str) -> Tensor:
         inner = (total - products.diagonal().sum(-1)) / (num_parts * (num_parts - 1))
     inner = (inner + inner.T) / 2
     norms = inner.diagonal().clamp(min=0).sqrt()
-    matrix = inner / norms.outer(norms)
+    matrix = (inner / norms.outer(norms)).fill_diagonal_(1.0)
     matrix[norms == 0] = torch.nan
     matrix[:, norms == 0] = torch.nan
-    return matrix.fill_diagonal_(1.0).masked_fill_((norms == 0).diag(), torch.nan)
+    return matrix
 
 
 def reliability(all_products: Sequence[Tensor], estimator: str) -> float:
     """Split-half reliability of the mean of several cosine matrices, by the formula of Spearman and Brown.
 
     The correlation r between the entries above the diagonal of two matrices, each made of one half of the images,
-    becomes 2r / (1 + |r|), what it would be between two matrices made of all images each, if the variance of their
-    noise fell as the number of images grows. Large noise falls faster, and the formula then says too little. 1 is a
-    matrix without noise; below about 0.8, take more images.
+    becomes 2r / (1 + |r|): that between two matrices of all images each, if the variance of their noise fell as the
+    number of images grows. Large noise falls faster, and the formula then says too little. 1 is a matrix without
+    noise; below about 0.8, take more images.
 
     Args:
         all_products: One `(4, 4, n, n)` per matrix.

@@ -13,29 +13,32 @@ def frechet_distance(features: Tensor, other: Tensor) -> float:
 
     (Dowson and Landau 1982). With Inception features it is called FID (Heusel et al., arXiv 1706.08500, Eq. 6). It is
     computed in float64, with unbiased covariances, from symmetric square roots: the trace of the root is the sum of
-    the singular values of $\Sigma_1^{1/2} \Sigma_2^{1/2}$, which no feature of zero variance upsets. Finite sets are
-    farther apart than their distributions: compare distances of equally many features only.
+    the singular values of $\Sigma_1^{1/2} \Sigma_2^{1/2}$, which no feature of zero variance upsets. It is >= 0 up to
+    rounding. Finite sets are farther apart than their distributions: compare distances of equally many features only.
 
     Args:
         features: `(n, d)`, of any real type.
         other: `(m, d)`.
-
-    Returns:
-        The distance, >= 0 up to rounding.
 
     Raises:
         ValueError: If the shapes do not fit each other, a set has no more features than each of them has numbers, so
             that its covariance is singular whatever its distribution, or a number is not finite.
     """
     for name, values in (("features", features), ("other", other)):
-        _check_features(name, values)
+        if values.ndim != 2 or values.shape[1] == 0 or values.shape[0] <= values.shape[1]:
+            raise ValueError(
+                f"`{name}` must have the shape (n, d) with n > d > 0, got {tuple(values.shape)}: take more samples, "
+                "or fewer numbers per sample."
+            )
+        if not values.isfinite().all():
+            raise ValueError(f"`{name}` must be finite, got {int((~values.isfinite()).sum())} numbers that are not.")
     if features.shape[1] != other.shape[1]:
         raise ValueError(
             f"`other` must have features of as many numbers as `features`, {features.shape[1]}, got {other.shape[1]}."
         )
-    means, roots = zip(*(_mean_and_root(values.double()) for values in (features, other)), strict=True)
-    traces = sum(root.square().sum() for root in roots)
-    distance = (means[0] - means[1]).square().sum() + traces - 2 * torch.linalg.svdvals(roots[0] @ roots[1]).sum()
+    (mean, root), (other_mean, other_root) = (_mean_and_root(values.double()) for values in (features, other))
+    traces = root.square().sum() + other_root.square().sum()
+    distance = (mean - other_mean).square().sum() + traces - 2 * torch.linalg.svdvals(root @ other_root).sum()
     return distance.item()
 
 
@@ -44,13 +47,3 @@ def _mean_and_root(features: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(torch.atleast_2d(features.T.cov()))
     # Rounding leaves zero eigenvalues on either side of zero.
     return features.mean(0), (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-
-
-def _check_features(name: str, features: Tensor) -> None:
-    if features.ndim != 2 or features.shape[1] == 0 or features.shape[0] <= features.shape[1]:
-        raise ValueError(
-            f"`{name}` must have the shape (n, d) with n > d > 0, got {tuple(features.shape)}: take more samples, or "
-            "fewer numbers per sample."
-        )
-    if not features.isfinite().all():
-        raise ValueError(f"`{name}` must be finite, got {int((~features.isfinite()).sum())} numbers that are not.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,19 +17,6 @@ _LANES = 8
 _COLUMNS = 2**17
 
 
-class Projection(Protocol):
-    """A linear map of gradients that preserves inner products, alone or summed over several maps.
-
-    Attributes:
-        names: The parameters whose gradients it takes.
-    """
-
-    names: tuple[str, ...]
-
-    def __call__(self, gradients: Mapping[str, Tensor]) -> Tensor:
-        """Project the gradients of `names`: float32 `(size,)`, on their device."""
-
-
 class CountSketch:
     r"""A random projection to m numbers: every coordinate is added to, or taken from, a random one of them.
 
@@ -39,36 +25,22 @@ class CountSketch:
     $(Sx)_b = \sum_{i : h_i = b} s_i x_i$. Both are functions of the seed and the parameter's name alone, so that the
     sketch of a gradient is the same in every process, and the sum of the sketches of any parts of it.
 
-    **Error of a cosine.** Take gradients x and y of cosine ρ.
+    **Error of a cosine.** For gradients of cosine ρ it is, to first order in S − I, $(1 - ρ^2) Z$ with
+    $Z = \langle Sp, Sq \rangle$ for two orthonormal vectors p and q in their plane. Z has mean 0,
+    $E Z^2 = \frac{1}{m}(1 - 2 \sum_i p_i^2 q_i^2)$ (one standard error is at most 0.011 at m = 8192), and, where only
+    products survive in which every coordinate occurs an even number of times,
+    $E Z^4 \le \frac{1}{m^2}(3 + 8 m \|p\|_4^4 \|q\|_4^4 + 12/m)$. By Markov's inequality
+    $P(|Z| > ε) \le E Z^4 / ε^4$, **the error of any cosine is at most 0.05 with 99 % confidence, at m = 8192, for
+    gradients that are spread over at least 235 coordinates** (a unit vector p is spread over $1 / \|p\|_4^4$ of them).
+    When it is spread over thousands, Z is close to normal, and 99 % of the errors are below 0.029. How neighbouring
+    coordinates are correlated makes no difference.
 
-    1. To first order in S − I, the error of the cosine of Sx and Sy is $(1 - ρ^2) Z$ with $Z = \langle Sp, Sq \rangle$
-       for two orthonormal vectors p and q in the plane of x and y. (With $y = ρx + \sqrt{1 - ρ^2}\,z$, it is
-       $1 - ρ^2$ times $\sqrt{1 - ρ^2}\langle Sx, Sz \rangle + \frac{ρ}{2}(|Sx|^2 - |Sz|^2)$, a quadratic form in the
-       plane with the eigenvalues ±1/2, which is $\langle Sp, Sq \rangle$ for p and q at 45° to its eigenvectors. The
-       next order is about 1/m.) So the error is at most |Z|, and less for gradients that resemble each other.
-    2. $Z = \sum_{i<j} s_i s_j [h_i = h_j] a_{ij}$ with $a_{ij} = p_i q_j + p_j q_i$ has mean 0. As two coordinates
-       collide with probability 1/m, $E Z^2 = \frac{1}{m}(1 - 2 \sum_i p_i^2 q_i^2) \le 1/m$: one standard error is at
-       most 0.011 at m = 8192, whatever the gradients. (Chebyshev's inequality alone gives 0.11 with 99 %
-       confidence, and 0.05 with 95 %.)
-    3. In $E Z^4$ only products survive in which every coordinate occurs an even number of times: one pair four times,
-       two pairs twice, and cycles of four. They add up to at most
-       $\frac{1}{m^2}(3 + 8 m \|p\|_4^4 \|q\|_4^4 + 12/m)$, since $\sum_{i<j} a_{ij}^4 \le 8 \|p\|_4^4 \|q\|_4^4$. By
-       Markov's inequality $P(|Z| > ε) \le E Z^4 / ε^4$, which for m = 8192 and ε = 0.05 is 0.72 % and stays below 1 %
-       while $\|p\|_4^4$ and $\|q\|_4^4$ are at most 1/235. That is: **the error of any cosine is at most 0.05 with
-       99 % confidence, for gradients that are spread over at least 235 coordinates** ($1 / \|p\|_4^4$, for unit p, is
-       the number of coordinates that p is spread over). When it is spread over thousands, Z, a sum over 8192
-       independent buckets, is close to normal, and 99 % of the errors are below 0.029.
-    4. What a gradient is concentrated on lies in small parameters: biases, the first and the last layer. So each
-       coordinate of a parameter of n is first copied, $\min(16, 2^{16} / n)$ times over, and divided by the root of
-       that number: an isometry, after which 1 to 3 hold of the copies. On a trained transformer of 1.3 M parameters
-       the gradients were spread over 108 to 450 coordinates (most of them the last layer's), and over 1 700 and more
-       with the copies.
+    What a gradient is concentrated on lies in small parameters: biases, the first and the last layer. So each
+    coordinate of a parameter of n is first copied, $\min(16, 2^{16} / n)$ times over, and divided by the root of that
+    number, which is an isometry. On a trained transformer of 1.3 M parameters the gradients were spread over 108 to
+    450 coordinates, and over 1 700 and more with the copies.
 
-    Nothing is assumed about how neighbouring coordinates are correlated, because buckets and signs are independent
-    from coordinate to coordinate.
-
-    A sketch takes about 1.7 ns per parameter on one CPU core, 60 ms for 33 M of them. 2 bytes per parameter are kept
-    (4 beyond m = 16384).
+    A sketch takes about 1.7 ns per parameter on one CPU core. 2 bytes per parameter are kept (4 beyond m = 16384).
 
     Args:
         parameters: The parameters by name; their sizes and devices are used.
@@ -87,9 +59,10 @@ class CountSketch:
         dtype = torch.int16 if 2 * size <= 2**15 else torch.int32
         self._codes = {}
         for name, value in parameters.items():
+            digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
             shape = (value.numel() * _copies(value),)
-            codes = torch.randint(2 * size, shape, generator=_generator(seed, name), dtype=dtype)
-            self._codes[name] = codes.to(value.device)
+            self._codes[name] = torch.randint(2 * size, shape, generator=generator, dtype=dtype).to(value.device)
 
     def __call__(self, gradients: Mapping[str, Tensor]) -> Tensor:
         """Sketch the gradients of all parameters: float32 `(m,)`, on their device."""
@@ -109,11 +82,7 @@ class CountSketch:
 
 
 class CoordinateBlock:
-    """A block of a gradient's coordinates: inner products add up exactly over all blocks.
-
-    Args:
-        slices: Which coordinates of which parameters, flattened.
-    """
+    """Slices of some flattened parameters: inner products add up exactly over all blocks."""
 
     def __init__(self, slices: Mapping[str, slice]):
         self.names = tuple(slices)
@@ -122,6 +91,10 @@ class CoordinateBlock:
     def __call__(self, gradients: Mapping[str, Tensor]) -> Tensor:
         """The coordinates of the block, float32."""
         return torch.cat([gradients[name].flatten()[own].float() for name, own in self._slices.items()])
+
+
+# What it projects are the gradients of its `names`, to float32 `(size,)` on their device.
+Projection = CountSketch | CoordinateBlock
 
 
 def exact_blocks(parameters: Mapping[str, Tensor], size: int) -> list[CoordinateBlock]:
@@ -144,8 +117,3 @@ def exact_blocks(parameters: Mapping[str, Tensor], size: int) -> list[Coordinate
 def _copies(parameter: Tensor) -> int:
     """How often each coordinate is copied."""
     return max(1, min(16, 2**16 // max(1, parameter.numel())))
-
-
-def _generator(seed: int, name: str) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))

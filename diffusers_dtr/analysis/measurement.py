@@ -24,9 +24,6 @@ from .gradient_projections import Projection
 from .timestep_gradients import NUM_PARTS, TimestepGradients
 
 
-SETTINGS_FILE = "settings.json"
-
-
 @dataclass(frozen=True)
 class Workspace:
     """The folder of a measurement, and the number of this process.
@@ -54,7 +51,7 @@ class Workspace:
         Raises:
             ValueError: If the folder has a measurement of other settings, of which at least one timestep is done.
         """
-        path = self.folder / SETTINGS_FILE
+        path = self.folder / "settings.json"
         settings = json.loads(json.dumps(settings))
         if path.exists() and any(self.folder.glob("*.safetensors")):
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -83,10 +80,10 @@ class Workspace:
         Returns:
             float64 `(4, 4, n, n)`, between the parts of the images.
         """
-        model = _key(gradients)
+        key = _cache_key(gradients)
         total = torch.zeros(NUM_PARTS, NUM_PARTS, len(timesteps), len(timesteps), dtype=torch.float64)
         for number, projection in enumerate(projections):
-            path = self.folder / f"{model}-{number}.safetensors"
+            path = self.folder / f"{key}-{number}.safetensors"
             if not path.exists():
                 self._measure(path, gradients, timesteps, projection)
             total += load_file(path)["products"]
@@ -99,26 +96,20 @@ class Workspace:
         self.wait_for_everyone()
         with evaluating(gradients.model):
             for index in self.progress(missing[self.process_index :: self.num_processes]):
-                features = torch.stack(
-                    [
-                        projection(gradients(timesteps[index], part, projection.names)).cpu()
-                        for part in range(NUM_PARTS)
-                    ]
-                )
-                _save({"features": features}, files[index])
+                parts = (gradients(timesteps[index], part, projection.names) for part in range(NUM_PARTS))
+                with replacing(files[index]) as partial:
+                    save_file({"features": torch.stack([projection(part).cpu() for part in parts])}, partial)
         self.wait_for_everyone()
         if self.process_index == 0:
-            _save({"products": gram(_read_features(files))}, path)
+            with replacing(path) as partial:
+                save_file({"products": gram(_read_features(files))}, partial)
             for file in files:
                 file.unlink()
         self.wait_for_everyone()
 
 
-def _key(gradients: TimestepGradients) -> str:
-    """Cache key of a model's gradients: a hash of its class, config and weights.
-
-    A plain model and a routed one that was made of it have the same weights.
-    """
+def _cache_key(gradients: TimestepGradients) -> str:
+    """A hash of a model's class, config and weights: plain and routed models may have the same weights."""
     model = gradients.model
     config = model.config if isinstance(model, ConfigMixin) else {}
     description = {
@@ -136,8 +127,3 @@ def _read_features(files: Sequence[Path]) -> Tensor:
     for index, file in enumerate(files):
         features[:, index] = load_file(file)["features"]
     return features
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    with replacing(path) as partial:
-        save_file(tensors, partial)

@@ -1,14 +1,14 @@
 """Negative transfer: what training on all timesteps does to the timesteps of one cluster.
 
-A model that was trained on all timesteps is compared with specialists, each of which was trained with the same budget
-on one cluster of timesteps alone. Addressing Negative Transfer in Diffusion Models (ANT, arXiv 2306.00354, Section 3,
-observation O2) measures this as the negative transfer gap: what changes where one cluster is left to its specialist.
+A model trained on all timesteps is compared with specialists, each trained with the same budget on one cluster alone
+(Addressing Negative Transfer in Diffusion Models, ANT, arXiv 2306.00354, Section 3, observation O2).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -20,15 +20,16 @@ from ..extras import require
 from ..objective.clusters import TimestepClusters
 from ..objective.denoising_loss import DenoisingLoss
 from ..ranges import COUNT, Range
-from .conditions import checked_conditions
+from .timestep_gradients import checked_conditions
 
 
+@dataclass(eq=False)
 class HeldOutClusterLosses:
     """Denoising loss within one cluster of timesteps, on the same images, noise and timesteps for every model.
 
     The samples of a cluster are drawn from the seed and the cluster's number alone, so that the losses of two models
-    can be compared sample by sample, in which much less noise is left than in either loss. The model is called in eval
-    mode, as by [`DenoisingLoss.of_model`].
+    can be compared sample by sample, with much less noise than in either loss. The model is called in eval mode, as by
+    [`DenoisingLoss.of_model`].
 
     Args:
         loss_fn: The loss, of the scheduler that the models were trained with. Of a learned variance, the squared error
@@ -61,41 +62,32 @@ class HeldOutClusterLosses:
         torch.Size([64])
     """
 
-    def __init__(
-        self,
-        loss_fn: DenoisingLoss,
-        clusters: TimestepClusters,
-        clean: Tensor,
-        conditions: Mapping[str, Any] | None = None,
-        *,
-        num_samples: int = 2048,
-        seed: int = 0,
-        batch_size: int = 256,
-    ):
-        if clusters.num_train_timesteps != loss_fn.levels.num_train_timesteps:
+    loss_fn: DenoisingLoss
+    clusters: TimestepClusters
+    clean: Tensor
+    conditions: Mapping[str, Any] | None = None
+    _: KW_ONLY
+    num_samples: int = 2048
+    seed: int = 0
+    batch_size: int = 256
+
+    def __post_init__(self):
+        num_timesteps = self.loss_fn.levels.num_train_timesteps
+        if self.clusters.num_train_timesteps != num_timesteps:
             raise ValueError(
-                f"`clusters` must be of the {loss_fn.levels.num_train_timesteps} timesteps of `loss_fn`, got clusters "
-                f"of {clusters.num_train_timesteps}."
+                f"`clusters` must be of the {num_timesteps} timesteps of `loss_fn`, got clusters of "
+                f"{self.clusters.num_train_timesteps}."
             )
-        COUNT.check(**{"num_samples": num_samples, "batch_size": batch_size, "len(clean)": len(clean)})
-        self.loss_fn = loss_fn
-        self.clusters = clusters
-        self.clean = clean
-        self.conditions = checked_conditions(conditions, len(clean))
-        self.num_samples = num_samples
-        self.seed = seed
-        self.batch_size = batch_size
+        COUNT.check(num_samples=self.num_samples, batch_size=self.batch_size, **{"len(clean)": len(self.clean)})
+        self.conditions = checked_conditions(self.conditions, len(self.clean))
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, cluster: int) -> Tensor:
-        """The losses of a model.
+        """The losses of a model, evaluated where it is: float64 `(num_samples,)` on the CPU.
 
         Args:
-            model: The denoiser; it is evaluated on the device of its parameters.
+            model: The denoiser.
             cluster: Number of a cluster, in [0, k).
-
-        Returns:
-            float64 `(num_samples,)` on the CPU.
 
         Raises:
             ValueError: If there is no such cluster, or as [`DenoisingLoss`].
@@ -120,18 +112,15 @@ class HeldOutClusterLosses:
 
 
 def negative_transfer_gap(specialist: Tensor, joint: Tensor, *, relative: bool = False) -> Tensor:
-    """The negative transfer gap of ANT: a metric of the specialist in its cluster, minus that of the joint model.
+    """The negative transfer gap of ANT, in float64: a metric of the specialist in its cluster less the joint model's.
 
     The metric is one of which less is better, as a held-out loss or a Fréchet distance. Below zero there is negative
     transfer: training on the other timesteps too made the joint model worse in this cluster. Above zero, it gained.
 
     Args:
         specialist: The metric, of any shape, where the cluster's timesteps are the specialist's.
-        joint: The metric where they are the joint model's, of a shape that broadcasts.
+        joint: The metric where they are the joint model's, of a shape that broadcasts with it.
         relative: Divide by the joint model's metric, for clusters whose losses differ by orders of magnitude.
-
-    Returns:
-        float64 tensor.
     """
     specialist, joint = specialist.double(), joint.double()
     gap = specialist - joint
@@ -139,17 +128,14 @@ def negative_transfer_gap(specialist: Tensor, joint: Tensor, *, relative: bool =
 
 
 def confidence_interval(values: Tensor, confidence: float = 0.95) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean of independent values with its confidence interval by Student's t distribution.
+    """Mean, lower and upper end, float64 `(...)`, of a confidence interval by Student's t distribution.
 
-    Exact for normally distributed values. Few values have wide intervals: the half-width at 95 % is 9.0 standard
-    deviations of two values, 2.5 of three and 1.2 of five.
+    Exact for independent, normally distributed values. Few values have wide intervals: the half-width at 95 % is 9.0
+    standard deviations of two values, 2.5 of three and 1.2 of five.
 
     Args:
         values: `(n, ...)`, n >= 2: one entry for each seed.
         confidence: Share of such intervals that hold the expectation, in (0, 1).
-
-    Returns:
-        Mean, lower and upper end, float64 `(...)`.
 
     Raises:
         ImportError: Without SciPy.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -17,12 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..atomic_files import replacing
+from ..caches import fingerprint
+from ..extras import require
 from ..noise_levels import NoiseLevels
 from ..objective.denoising_loss import DenoisingLoss
 from .estimators import ESTIMATORS, cosines, reliability
-from .gradient_projections import CountSketch, Projection, exact_blocks
+from .gradient_projections import CountSketch, exact_blocks
 from .measurement import Workspace
-from .timestep_gradients import NUM_PARTS, DenoisingBatch, TimestepGradients, chosen_parameters
+from .timestep_gradients import NUM_PARTS, TimestepGradients, checked_samples, named_tensors
 
 
 _FORMAT = "diffusers-dtr task affinity 1"
@@ -46,8 +47,7 @@ class TaskAffinity:
         timesteps: float64 `(n,)`, increasing: what the denoiser was called with.
         training_timesteps: float64 `(T,)`, increasing: the training grid.
         log_snr: float64 `(n,)`: natural logarithm of the signal-to-noise ratio at `timesteps`.
-        reliability: Split-half reliability of the matrix, see
-            [`~diffusers_dtr.analysis.reliability`].
+        reliability: Split-half reliability of the matrix, see [`~diffusers_dtr.analysis.reliability`].
         estimator: "unbiased" or "plain", see [`~diffusers_dtr.analysis.cosines`].
         provenance: What else is known about the measurement, of JSON types.
 
@@ -97,15 +97,12 @@ class TaskAffinity:
         Every gradient is of the same images and noise. The model is called in eval mode, as
         `model(model_input, timestep=timesteps, **conditions, return_dict=False)[0]`.
 
-        With a sketch, every gradient is projected to `sketch_size` numbers as soon as it is there, and the rest needs
-        no model: memory is that of one gradient, 2 bytes per parameter, 16 bytes for each of n · `sketch_size` numbers
-        and 256 for each of the n² pairs (0.4 GB for n = 1000 at 8192, beside the model). At 8192 the error of any
-        cosine of gradients is at most 0.05 with 99 % confidence: derived, with its condition, in
-        [`~diffusers_dtr.analysis.gradient_projections.CountSketch`]. In an "unbiased" cosine that bound grows by how
-        much longer the gradients of a part of the images are than the expected gradient.
-
-        Without one (`sketch_size=None`), cosines are exact, and computed block by block over the parameters: as many
-        coordinates at a time as `memory_limit` allows, with all backward passes once more for every block.
+        With a sketch, every gradient is projected to `sketch_size` numbers at once: memory is that of one gradient, 2
+        bytes per parameter, 16 bytes for each of n · `sketch_size` numbers and 256 for each of the n² pairs (0.4 GB
+        for n = 1000 at 8192). At 8192 the error of any cosine of gradients is at most 0.05 with 99 % confidence, see
+        [`~diffusers_dtr.analysis.gradient_projections.CountSketch`]; of an "unbiased" cosine more, by how much longer
+        the gradients of a part of the images are than the expected gradient. Without a sketch, cosines are exact, and
+        computed block by block over the parameters, with all backward passes once more for every block.
 
         Args:
             models: The denoiser, or several checkpoints of one, which may be loaded while iterating.
@@ -126,10 +123,7 @@ class TaskAffinity:
             memory_limit: Bytes that the gradients of a block may take, all timesteps and quarters together.
             workspace: Where what is measured is kept until the end, so that several processes can share the work and
                 an interrupted measurement goes on. A temporary folder by default.
-            settings: What else the workspace's measurement depends on, of JSON types.
-
-        Returns:
-            The affinity; `provenance` holds the settings.
+            settings: What else the workspace's measurement depends on, of JSON types; `provenance` holds it too.
 
         Raises:
             ValueError: For arguments out of range; for a workspace with a measurement of other settings; for gradients
@@ -137,38 +131,35 @@ class TaskAffinity:
         """
         if estimator not in ESTIMATORS:
             raise ValueError(f"`estimator` must be one of {', '.join(ESTIMATORS)}, got {estimator!r}.")
-        batch = DenoisingBatch(clean, noise, conditions)
+        samples = clean, noise, conditions = checked_samples(clean, noise, conditions)
         levels = loss_fn.levels
         measured = _measured_timesteps(levels, timesteps)
         given = {
             **(settings or {}),
             "timesteps": measured.tolist(),
-            "images": len(batch),
-            "samples_sha256": batch.fingerprint(),
+            "images": len(clean),
+            "samples_sha256": fingerprint(
+                [("clean", clean), ("noise", noise), *sorted(named_tensors(conditions).items())]
+            ),
             "sketch_size": sketch_size,
             "seed": seed,
             "memory_limit": None if sketch_size is not None else memory_limit,
         }
         all_products = []
-        with _folder(workspace) as work:
-            work.claim(given)
+        with TemporaryDirectory() as folder:
+            workspace = workspace or Workspace(Path(folder))
+            workspace.claim(given)
             for model in [models] if isinstance(models, nn.Module) else models:
-                chosen = chosen_parameters(model, parameters)
-                device = next(iter(chosen.values())).device
-                gradients = TimestepGradients(
-                    model, loss_fn, batch.to(device), parameters=parameters, batch_size=batch_size
-                )
+                gradients = TimestepGradients(model, loss_fn, samples, parameters=parameters, batch_size=batch_size)
                 if sketch_size is None:
-                    size = _block_size(memory_limit, len(measured))
-                    projections: Sequence[Projection] = exact_blocks(chosen, size)
+                    projections = exact_blocks(gradients.parameters, _block_size(memory_limit, len(measured)))
                 else:
-                    projections = [CountSketch(chosen, sketch_size, seed)]
-                all_products.append(work.products(gradients, levels.as_called(measured), projections))
+                    projections = [CountSketch(gradients.parameters, sketch_size, seed)]
+                all_products.append(workspace.products(gradients, levels.as_called(measured), projections))
         if not all_products:
             raise ValueError("`models` must have at least one model, got none.")
-        matrices = [_checked_cosines(products, estimator, measured) for products in all_products]
         return cls(
-            matrix=torch.stack(matrices).mean(0),
+            matrix=torch.stack([_checked_cosines(products, estimator, measured) for products in all_products]).mean(0),
             timesteps=measured,
             training_timesteps=levels.timesteps.clone(),
             log_snr=levels.log_snr(measured),
@@ -178,19 +169,18 @@ class TaskAffinity:
         )
 
     def full_matrix(self) -> Tensor:
-        """The affinity of all T training timesteps, for `cluster_timesteps(scheduler, k, cost=...)`.
+        """The affinity of all T training timesteps: float64 `(T, T)`, symmetric, ones on the diagonal.
 
         Linear interpolation in the number of the timestep: bilinear between four measured values, and on the diagonal,
         along which the matrix has a ridge of ones, between the ridge and the value beside it. Timesteps before the
         first measured one have its affinities, those after the last the last one's.
-
-        Returns:
-            float64 `(T, T)`, symmetric, ones on the diagonal.
         """
-        if torch.equal(self.timesteps, self.training_timesteps):
+        grid = self.training_timesteps
+        if torch.equal(self.timesteps, grid):
             return self.matrix.clone()
-        numbers = _numbers(self.timesteps, self.training_timesteps)
-        wanted = torch.arange(len(self.training_timesteps), dtype=torch.float64).clamp(numbers[0], numbers[-1])
+        below = (torch.searchsorted(grid, self.timesteps, right=True) - 1).clamp(0, len(grid) - 2)
+        numbers = below + (self.timesteps - grid[below]) / (grid[below + 1] - grid[below])
+        wanted = torch.arange(len(grid), dtype=torch.float64).clamp(numbers[0], numbers[-1])
         lower = (torch.searchsorted(numbers, wanted, right=True) - 1).clamp(max=len(numbers) - 2)
         share = (wanted - numbers[lower]) / (numbers[lower + 1] - numbers[lower])
         rows = torch.lerp(self.matrix[lower], self.matrix[lower + 1], share[:, None])
@@ -234,14 +224,11 @@ class TaskAffinity:
 
 
 def load_task_affinity(path: str | PathLike, levels: NoiseLevels | None = None) -> Tensor:
-    """Load the full affinity matrix of a file, for `cluster_timesteps(scheduler, k, cost=...)`.
+    """Load the full affinity matrix of a file, float64 `(T, T)`, for `cluster_timesteps(scheduler, k, cost=...)`.
 
     Args:
         path: File of [`TaskAffinity.save`].
         levels: Noise levels that it must have been measured at; any by default.
-
-    Returns:
-        float64 `(T, T)`, interpolated where fewer timesteps were measured.
 
     Raises:
         ValueError: If the file holds no task affinity, or one of other noise levels.
@@ -254,6 +241,35 @@ def load_task_affinity(path: str | PathLike, levels: NoiseLevels | None = None) 
             "noise scheduler that is trained with, or train with the one that it was measured with."
         )
     return affinity.full_matrix()
+
+
+def noise_distances(affinity: TaskAffinity) -> tuple[Tensor, Tensor]:
+    """|Δ log SNR| and affinity of every pair of different timesteps, float64 `(pairs,)` each.
+
+    Timesteps of infinite log SNR (pure noise, pure signal) are left out.
+    """
+    finite = affinity.log_snr.isfinite()
+    log_snr, matrix = affinity.log_snr[finite], affinity.matrix[finite][:, finite]
+    row, column = torch.triu_indices(len(log_snr), len(log_snr), offset=1)
+    return (log_snr[row] - log_snr[column]).abs(), matrix[row, column]
+
+
+def noise_distance_correlation(affinity: TaskAffinity) -> float:
+    """Spearman's rank correlation of affinity and |Δ log SNR| over all pairs: the first observation of ANT.
+
+    In [-1, 1]: -1 if affinity falls with every step apart, about 0 if distance says nothing.
+
+    Raises:
+        ImportError: Without SciPy.
+        ValueError: For fewer than three timesteps of finite log SNR.
+    """
+    require("scipy", "analysis", "Rank correlations")
+    from scipy import stats
+
+    distances, affinities = noise_distances(affinity)
+    if len(distances) < 2:
+        raise ValueError("`affinity` must be of at least three timesteps of finite log SNR.")
+    return float(stats.spearmanr(distances.numpy(), affinities.numpy()).statistic)
 
 
 def _difference(affinity: TaskAffinity, levels: NoiseLevels) -> str | None:
@@ -273,15 +289,6 @@ def _difference(affinity: TaskAffinity, levels: NoiseLevels) -> str | None:
     return None
 
 
-@contextmanager
-def _folder(workspace: Workspace | None):
-    if workspace is not None:
-        yield workspace
-        return
-    with TemporaryDirectory() as folder:
-        yield Workspace(Path(folder))
-
-
 def _measured_timesteps(levels: NoiseLevels, timesteps: int | Sequence[float] | Tensor | None) -> Tensor:
     grid = levels.timesteps
     if timesteps is None:
@@ -297,12 +304,6 @@ def _measured_timesteps(levels: NoiseLevels, timesteps: int | Sequence[float] | 
             f"`timesteps` must be at least two increasing numbers in [{low:g}, {high:g}], got {given.tolist()}."
         )
     return given
-
-
-def _numbers(timesteps: Tensor, grid: Tensor) -> Tensor:
-    """Fractional indices of timesteps in the training grid."""
-    lower = (torch.searchsorted(grid, timesteps, right=True) - 1).clamp(0, len(grid) - 2)
-    return lower + (timesteps - grid[lower]) / (grid[lower + 1] - grid[lower])
 
 
 def _block_size(memory_limit: int, num_timesteps: int) -> int:

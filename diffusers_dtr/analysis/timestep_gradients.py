@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device, slice_tensors
 from torch import Tensor, nn
 
-from ..caches import fingerprint
 from ..objective.denoising_loss import DenoisingLoss
 from ..ranges import COUNT
-from .conditions import checked_conditions, named_tensors
 
 
 # Two halves of the images for the reliability of a result, and two parts of each half for inner products of
@@ -20,64 +18,50 @@ from .conditions import checked_conditions, named_tensors
 NUM_PARTS = 4
 
 
-class DenoisingBatch:
-    """The images and noise that all gradients are taken over, in `NUM_PARTS` equal parts.
+def named_tensors(conditions: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
+    """All tensors by name, which is `mapping.name` for one in a mapping."""
+    tensors: dict[str, Tensor] = {}
+    for name, value in conditions.items():
+        nested = isinstance(value, Mapping)
+        tensors |= named_tensors(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+    return tensors
 
-    Part p has the images p, p + 4, p + 8, ..., so that images sorted by class spread over the parts.
 
-    Args:
-        clean: Clean samples `(N, C, ...)`; N is a multiple of 4.
-        noise: Standard normal noise of the same shape.
-        conditions: What else the denoiser is called with, by argument name: tensors `(N, ...)`, or mappings of these.
-
-    Raises:
-        ValueError: If N is no multiple of 4, or the tensors do not have N entries.
-    """
-
-    def __init__(self, clean: Tensor, noise: Tensor, conditions: Mapping[str, Any] | None = None):
-        if len(clean) == 0 or len(clean) % NUM_PARTS:
+def checked_conditions(conditions: Mapping[str, Any] | None, num_images: int) -> dict[str, Any]:
+    """What else a denoiser is called with: tensors `(num_images, ...)` by argument name, or mappings of these."""
+    for name, values in named_tensors(conditions or {}).items():
+        if len(values) != num_images:
             raise ValueError(
-                f"`clean` must have a multiple of {NUM_PARTS} images, which are compared in {NUM_PARTS} parts, "
-                f"got {len(clean)}."
+                f"`conditions` must have one entry for each of the {num_images} clean samples, got {len(values)} of "
+                f"{name!r}."
             )
-        if noise.shape != clean.shape:
-            raise ValueError(
-                f"`noise` must have the shape of `clean`, {tuple(clean.shape)}, got {tuple(noise.shape)}."
-            )
-        self.clean = clean
-        self.noise = noise
-        self.conditions = checked_conditions(conditions, len(clean))
+    return dict(conditions or {})
 
-    def __len__(self) -> int:
-        return len(self.clean)
 
-    def to(self, device: torch.device) -> DenoisingBatch:
-        """The same samples on a device."""
-        return DenoisingBatch(*send_to_device((self.clean, self.noise, self.conditions), device))
-
-    def parts(self, part: int, batch_size: int | None) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
-        """The samples of a part, at most `batch_size` at a time: clean, noise and conditions."""
-        stride = len(self) if batch_size is None else batch_size * NUM_PARTS
-        for start in range(part, len(self), stride):
-            own = slice(start, start + stride, NUM_PARTS)
-            yield slice_tensors((self.clean, self.noise, self.conditions), own)
-
-    def fingerprint(self) -> str:
-        """A hash of all values, types and shapes."""
-        conditions = sorted(named_tensors(self.conditions).items())
-        return fingerprint([("clean", self.clean), ("noise", self.noise), *conditions])
+def checked_samples(
+    clean: Tensor, noise: Tensor, conditions: Mapping[str, Any] | None = None
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """The clean samples, noise and conditions that all gradients are taken over, in four equal parts."""
+    if len(clean) == 0 or len(clean) % NUM_PARTS:
+        raise ValueError(
+            f"`clean` must have a multiple of {NUM_PARTS} images, which are compared in {NUM_PARTS} parts, got "
+            f"{len(clean)}."
+        )
+    if noise.shape != clean.shape:
+        raise ValueError(f"`noise` must have the shape of `clean`, {tuple(clean.shape)}, got {tuple(noise.shape)}.")
+    return clean, noise, checked_conditions(conditions, len(clean))
 
 
 class TimestepGradients:
     """The gradient of a model's denoising loss at any timestep, averaged over one part of the images.
 
-    The model is called as by [`DenoisingLoss.of_model`].
+    Part p has the images p, p + 4, p + 8, ..., so that images sorted by class spread over the parts. The model's mode
+    is left as it is: gradients of one that drops labels or features at random are not comparable.
 
     Args:
-        model: The denoiser. Its mode is left as it is: gradients of a model that drops labels or features at random
-            are not comparable, see [`~diffusers_dtr.evaluating.evaluating`].
+        model: The denoiser, called as by [`DenoisingLoss.of_model`].
         loss_fn: The loss.
-        batch: Images and noise, on the model's device.
+        samples: Of [`checked_samples`]; they are moved to the model's device.
         parameters: Which parameters take part, by name; all by default. Those with `requires_grad=False` never do.
         batch_size: Images per forward call; all of a part by default.
 
@@ -89,56 +73,45 @@ class TimestepGradients:
         self,
         model: nn.Module,
         loss_fn: DenoisingLoss,
-        batch: DenoisingBatch,
+        samples: tuple[Tensor, Tensor, dict[str, Any]],
         *,
         parameters: Callable[[str], bool] | None = None,
         batch_size: int | None = None,
     ):
         if batch_size is not None:
             COUNT.check(batch_size=batch_size)
-        self.parameters = chosen_parameters(model, parameters)
+        trainable = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        self.parameters = {name: value for name, value in trainable.items() if parameters is None or parameters(name)}
+        if not self.parameters:
+            raise ValueError(
+                "`parameters` must leave at least one parameter that requires a gradient, got none of the "
+                f"{len(trainable)} trainable ones of {type(model).__name__}."
+            )
         self.model = model
         self.loss_fn = loss_fn
-        self.batch = batch
+        self.samples = send_to_device(samples, next(iter(self.parameters.values())).device)
         self.batch_size = batch_size
 
+    @torch.enable_grad()
     def __call__(self, timestep: Tensor, part: int, names: Iterable[str]) -> dict[str, Tensor]:
-        """The gradient with respect to some of the parameters.
+        """The gradient with respect to the parameters of these names; zero where the output does not depend on one.
 
         Args:
             timestep: A scalar, of the type that the denoiser is called with.
             part: Which part of the images, in [0, 4).
             names: Names of parameters.
-
-        Returns:
-            One tensor per name, in the parameter's shape, type and device. It is zero for a parameter that the output
-            does not depend on.
         """
         parameters = {name: self.parameters[name] for name in names}
         sums: dict[str, Tensor] = {}
-        for clean, noise, conditions in self.batch.parts(part, self.batch_size):
-            loss = self._loss(timestep, clean, noise, conditions)
+        num_images = len(self.samples[0])
+        stride = num_images if self.batch_size is None else self.batch_size * NUM_PARTS
+        for start in range(part, num_images, stride):
+            clean, noise, conditions = slice_tensors(self.samples, slice(start, start + stride, NUM_PARTS))
+            timesteps = timestep.to(clean.device).expand(len(clean))
+            losses = self.loss_fn.of_model(self.model, clean, noise, timesteps, conditions).per_sample
+            loss = losses.sum() / (num_images // NUM_PARTS)
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
             for name, gradient in zip(parameters, gradients, strict=True):
                 # Not in place: autograd may return one tensor for two parameters.
                 sums[name] = sums[name] + gradient if name in sums else gradient
         return sums
-
-    @torch.enable_grad()
-    def _loss(self, timestep: Tensor, clean: Tensor, noise: Tensor, conditions: dict[str, Any]) -> Tensor:
-        """What these samples contribute to the mean loss of their part."""
-        timesteps = timestep.to(clean.device).expand(len(clean))
-        losses = self.loss_fn.of_model(self.model, clean, noise, timesteps, conditions).per_sample
-        return losses.sum() / (len(self.batch) // NUM_PARTS)
-
-
-def chosen_parameters(model: nn.Module, predicate: Callable[[str], bool] | None) -> dict[str, nn.Parameter]:
-    """The parameters of a model that take part, by name; a ValueError if there are none."""
-    trainable = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    chosen = {name: value for name, value in trainable.items() if predicate is None or predicate(name)}
-    if not chosen:
-        raise ValueError(
-            "`parameters` must leave at least one parameter that requires a gradient, got none of the "
-            f"{len(trainable)} trainable ones of {type(model).__name__}."
-        )
-    return chosen

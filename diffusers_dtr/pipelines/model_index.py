@@ -9,14 +9,7 @@ from typing import Any, get_args
 import diffusers
 from diffusers import ConfigMixin, DiffusionPipeline
 
-from ..config_types import (
-    COMMON_TYPES,
-    built_from_file,
-    check_types,
-    constructor_types,
-    read_object,
-    shortened,
-)
+from ..config_types import COMMON_TYPES, built_from_file, check_types, constructor_types, read_object, shortened
 
 
 # Whose classes the components of our pipelines are.
@@ -28,16 +21,18 @@ def check_model_index(index: dict[str, Any], folder: Path, pipeline_class: type[
     known = constructor_types(pipeline_class)
     values = {name: hint for name, hint in known.items() if not _is_component(hint)}
     check_types({**values, "id2label": dict[str, str] | None}, index, "`model_index.json`")
+    # A custom pipeline's `_class_name` has the form of a component; other such names are diffusers' own notes.
+    if not isinstance(index.get("_class_name", ""), str):
+        _check_class("_class_name", index["_class_name"], folder)
     for name, value in index.items():
-        # A custom pipeline's `_class_name` has the form of a component; other such names are diffusers' own notes.
-        if name != "_class_name" and name.startswith("_"):
+        if name.startswith("_"):
             continue
-        if name != "_class_name" and name not in known:
+        if name not in known:
             raise ValueError(
                 f"`model_index.json` must name what {pipeline_class.__name__} has ({', '.join(known)}), got {name!r}."
             )
-        if (name not in values and not (name == "_class_name" and isinstance(value, str))) and value != [None, None]:
-            _check_class(name, value, folder if name == "_class_name" else folder / name)
+        if name not in values and value != [None, None]:
+            _check_class(name, value, folder / name)
             _check_config(name, value, folder)
 
 
@@ -55,16 +50,18 @@ def _check_config(name: str, value: list[str], folder: Path) -> None:
         read_object(path, f"{name}/{path.name}", constructor_types(found))
 
 
+def _check_pair(name: str, value: Any) -> None:
+    if not (isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)):
+        raise ValueError(f"`model_index.json` must give `{name}` as [library, class], got {shortened(value)}.")
+
+
 def _check_class(name: str, value: Any, folder: Path) -> None:
-    is_pair = isinstance(value, list) and len(value) == 2
-    if not (is_pair and all(isinstance(part, str) and part.isidentifier() for part in value)):
+    _check_pair(name, value)
+    are_names = all(part.isidentifier() for part in value)  # a path could lead out of the folder
+    if not are_names or not (value[0] in LIBRARIES or (folder / f"{value[0]}.py").is_file()):
         raise ValueError(
-            f"`model_index.json` must give `{name}` as [library, class], got {shortened(value)}: refused."
-        )
-    if value[0] not in LIBRARIES and not (folder / f"{value[0]}.py").is_file():
-        raise ValueError(
-            f"`model_index.json` must name a class of {', '.join(LIBRARIES)} for `{name}`, got {value}: nothing of it "
-            "was imported."
+            f"`model_index.json` must name a class of {', '.join(LIBRARIES)} for `{name}`, got {shortened(value)}: "
+            "nothing of it was imported."
         )
 
 
@@ -83,8 +80,7 @@ def component_class_name(index: dict[str, Any], name: str) -> str | None:
     value = index.get(name) or [None, None]
     if value == [None, None]:
         return None
-    if not (isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)):
-        raise ValueError(f"`model_index.json` must give `{name}` as [library, class], got {shortened(value)}.")
+    _check_pair(name, value)
     return value[1]
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Sequence
+from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,12 +20,17 @@ from diffusers import (
 )
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor, unwrap_module
+from torch import nn
 
+from ..config_types import built_from_file
 from ..evaluating import evaluating
+from ..hub.mixin import HubMixin
+from ..hub.pushing import check_token
 from ..latents import LatentNormalization, decode_latents, vae_scale_factor
+from ..models.routed_model import check_no_weights_missing
 from ..noise_levels import uses_learned_variance
-from .checked_loading import CheckedPipelineMixin
 from .class_labels import class_named, classes_by_name, labels_of_images, names_of_classes
+from .model_index import check_model_index
 from .sampling_checks import (
     CALLBACK_TENSORS,
     check_channels,
@@ -33,20 +41,17 @@ from .sampling_checks import (
 )
 
 
-class DTRPipeline(CheckedPipelineMixin, DiffusionPipeline):
-    r"""Pipeline for image generation with a class-conditional or unconditional denoiser.
+class DTRPipeline(HubMixin, DiffusionPipeline):
+    r"""Image generation with a class-conditional or unconditional denoiser.
 
-    This pipeline inherits from [`~diffusers.DiffusionPipeline`], whose saving, loading, offloading and device handling
-    apply.
+    Saving, loading, offloading and device handling are those of [`~diffusers.DiffusionPipeline`].
 
     Args:
-        scheduler ([`~diffusers.SchedulerMixin`]): Scheduler that the denoiser is sampled with.
-        transformer ([`DTRTransformer2DModel`], *optional*): Denoiser. Exactly one of `transformer` and `unet`.
-        unet ([`~diffusers.UNet2DModel`], *optional*): Denoiser. Classes are its `num_class_embeds`.
-        vae ([`~diffusers.AutoencoderKL`], *optional*): Decoder of a denoiser that works on latents. Without it the
-            denoiser's output is the image, in [-1, 1].
-        id2label (`dict[int, str]`, *optional*): Names of the classes. Names separated by commas are synonyms, as in
-            ImageNet's.
+        scheduler: Scheduler that the denoiser is sampled with.
+        transformer: Denoiser, such as a [`DTRTransformer2DModel`]. Exactly one of `transformer` and `unet`.
+        unet: Denoiser, such as a [`~diffusers.UNet2DModel`], whose classes are its `num_class_embeds`.
+        vae: Decoder of a denoiser that works on latents. Without it the denoiser's output is the image, in [-1, 1].
+        id2label: Names of the classes by number. Names separated by commas are synonyms, as in ImageNet's.
 
     Raises:
         ValueError: Unless exactly one of `transformer` and `unet` is given, and it is unconditional or has numbered
@@ -83,19 +88,48 @@ class DTRPipeline(CheckedPipelineMixin, DiffusionPipeline):
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """Load as diffusers does; refuse an invalid `token`, and files that do not make up a whole pipeline."""
+        with built_from_file(f"A {cls.__name__}"):
+            pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        for component in pipeline.components.values():
+            if isinstance(component, nn.Module):
+                check_no_weights_missing(component)
+        return pipeline
+
+    @classmethod
+    @wraps(DiffusionPipeline.download.__func__)
+    def download(cls, *args: Any, **kwargs: Any) -> str:  # noqa: D102
+        check_token(kwargs.get("token"))
+        return super().download(*args, **kwargs)
+
+    @wraps(DiffusionPipeline.save_pretrained)
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102
+        check_token(kwargs.get("token"))
+        super().save_pretrained(*args, **kwargs)
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> dict | tuple:
+        """Load `model_index.json`, and refuse one that names other components, libraries or paths."""
+        loaded = super().load_config(pretrained_model_name_or_path, **kwargs)
+        path = Path(pretrained_model_name_or_path)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        check_model_index(config, path.parent if path.is_file() else path, cls)
+        return loaded
+
+    @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> DTRPipeline:
         """A pipeline of the same components as another one, without copying them.
 
         Args:
-            pipeline ([`~diffusers.DiffusionPipeline`]): A class-conditional or unconditional one: this class,
-                `DiTPipeline`, `DDPMPipeline` and the like.
+            pipeline: A class-conditional or unconditional one: this class, `DiTPipeline`, `DDPMPipeline` and the like.
             kwargs: Arguments of this class, which replace those of `pipeline`, and `dtype` (or `torch_dtype`), to
-                which the components are then cast. Without it they stay in the precision that they have.
+                which the components are then cast.
 
         Raises:
             ValueError: If `pipeline` has components that this one has no use for, such as a text encoder.
         """
-        dtypes = [kwargs.pop(name, None) for name in ("dtype", "torch_dtype")]
+        dtypes = [dtype for name in ("dtype", "torch_dtype") if (dtype := kwargs.pop(name, None)) is not None]
         own = [*inspect.signature(cls.__init__).parameters][1:]
         components = {name: part for name, part in pipeline.components.items() if part is not None}
         others = [name for name in components if name not in own]
@@ -105,8 +139,7 @@ class DTRPipeline(CheckedPipelineMixin, DiffusionPipeline):
                 f"with {', '.join(others)}."
             )
         new = cls(**{**components, "id2label": names_of_classes(pipeline), **kwargs})
-        dtype = next((dtype for dtype in dtypes if dtype is not None), None)
-        return new if dtype is None else new.to(dtype)
+        return new.to(dtypes[0]) if dtypes else new
 
     @property
     def denoiser(self) -> ModelMixin:
@@ -133,17 +166,7 @@ class DTRPipeline(CheckedPipelineMixin, DiffusionPipeline):
         return classes_by_name(self.config.id2label)
 
     def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
-        """Map names to class labels.
-
-        Args:
-            label: One name or several.
-
-        Returns:
-            One label per name.
-
-        Raises:
-            ValueError: If a name is unknown or stands for more than one class.
-        """
+        """The class of each name; a ValueError for one that is unknown or stands for more than one class."""
         classes = self.labels
         return [class_named(name, classes) for name in ([label] if isinstance(label, str) else label)]
 
@@ -168,40 +191,30 @@ class DTRPipeline(CheckedPipelineMixin, DiffusionPipeline):
         r"""Generate images.
 
         Args:
-            class_labels (`int`, `str`, a sequence of these or `torch.Tensor`, *optional*):
-                One class per image: an `int` is its number, a `str` its name in `id2label`. The two differ where
-                names are numbers: `2` is the class of this number, `"2"` the one of this name, which may be class 5.
-                None generates without a label, for a denoiser that has a null class, or fewer than two classes.
-            num_images (`int`, *optional*, defaults to 1):
-                How many images to generate where no `class_labels` say so.
-            guidance_scale (`float`, *optional*, defaults to 1.0):
-                Classifier-free guidance $w$ in $\epsilon_\emptyset + w (\epsilon_c - \epsilon_\emptyset)$
+            class_labels: One class per image: an `int` is its number, a `str` its name in `id2label`. The two differ
+                where names are numbers: `2` is the class of this number, `"2"` the one of this name, which may be
+                class 5. None generates without a label, for a denoiser that has a null class, or fewer than two
+                classes.
+            num_images: How many images to generate where no `class_labels` say so; 1 by default.
+            guidance_scale: Classifier-free guidance $w$ in $\epsilon_\emptyset + w (\epsilon_c - \epsilon_\emptyset)$
                 (arXiv 2207.12598); off at 1 or below.
-            guidance_interval (`tuple[float, float]`, *optional*):
-                Guide only at timesteps in this closed interval (arXiv 2404.07724). Everywhere by default.
-            num_inference_steps (`int`, *optional*, defaults to 50):
-                Number of denoising steps.
-            generator (`torch.Generator` or list of these, *optional*):
-                Source of all randomness; a list has one for every image, which makes an image independent of the
-                others, up to rounding.
-            latents (`torch.Tensor`, *optional*):
-                Gaussian noise of variance 1 to start from, `(images, in_channels, height, width)` of the denoiser.
-                Drawn from `generator` by default.
-            height (`int`, *optional*): Height of the images in pixels; the denoiser's own by default.
-            width (`int`, *optional*): Width of the images in pixels; the denoiser's own by default.
-            output_type (`str`, *optional*, defaults to `"pil"`):
-                `"pil"`, `"np"` (`(images, height, width, channels)` in [0, 1]), `"pt"` (`(images, channels, height,
-                width)` in [0, 1]) or `"latent"` (the denoiser's own space).
-            return_dict (`bool`, *optional*, defaults to `True`):
-                Whether to return an [`~diffusers.ImagePipelineOutput`] rather than a tuple.
-            callback_on_step_end (`Callable`, *optional*):
-                Called as `callback(pipeline, step, timestep, tensors)` after every step; it may return a dictionary
-                with replacements of the tensors.
-            callback_on_step_end_tensor_inputs (sequence of `str`, *optional*):
-                The tensors that the callback gets; `"latents"` is the only one there is.
-            max_batch_size (`int`, *optional*):
-                Denoise and decode at most this many images at once, to save memory. Changes the images by no more
-                than rounding.
+            guidance_interval: Guide only at timesteps in this closed interval (arXiv 2404.07724). Everywhere by
+                default.
+            num_inference_steps: Number of denoising steps.
+            generator: Source of all randomness; a list has one for every image, which makes an image independent of
+                the others, up to rounding.
+            latents: Gaussian noise of variance 1 to start from, `(images, in_channels, height, width)` of the
+                denoiser. Drawn from `generator` by default.
+            height: Height of the images in pixels; the denoiser's own by default.
+            width: Width of the images in pixels; the denoiser's own by default.
+            output_type: `"pil"`, `"np"` (`(images, height, width, channels)` in [0, 1]), `"pt"` (`(images, channels,
+                height, width)` in [0, 1]) or `"latent"` (the denoiser's own space).
+            return_dict: Whether to return an [`~diffusers.ImagePipelineOutput`] rather than a tuple of the images.
+            callback_on_step_end: Called as `callback(pipeline, step, timestep, tensors)` after every step; it may
+                return a dictionary with replacements of the tensors.
+            callback_on_step_end_tensor_inputs: The tensors that the callback gets; `"latents"` is the only one.
+            max_batch_size: Denoise and decode at most this many images at once, to save memory. Changes the images by
+                no more than rounding.
 
         Examples:
         ```py
@@ -213,9 +226,6 @@ class DTRPipeline(CheckedPipelineMixin, DiffusionPipeline):
         ...     class_labels=["7", 3], guidance_scale=1.5, generator=torch.manual_seed(0)
         ... ).images
         ```
-
-        Returns:
-            [`~diffusers.ImagePipelineOutput`] or a tuple whose only element is the images.
 
         Raises:
             ValueError: For arguments that do not fit each other, the denoiser or the scheduler, before any work is
@@ -283,7 +293,9 @@ class DTRPipeline(CheckedPipelineMixin, DiffusionPipeline):
         guidance_scale: float = 1.0,
         max_batch_size: int | None = None,
     ) -> torch.Tensor:
-        """The guided prediction for the scheduler's step, with a learned variance if the scheduler uses it.
+        """The guided prediction for the scheduler's step: `(images, channels, height, width)`.
+
+        A scheduler that uses a learned variance gets twice the channels.
 
         Args:
             model_input: `(images, channels, height, width)`.
@@ -291,9 +303,6 @@ class DTRPipeline(CheckedPipelineMixin, DiffusionPipeline):
             class_labels: `(images,)`, or None.
             guidance_scale: Guided above 1. Only the prediction is; a learned variance is that of the labelled half.
             max_batch_size: Evaluate at most this many images at once.
-
-        Returns:
-            `(images, channels, height, width)`, or twice the channels with a variance.
         """
         slices = model_input.split(max_batch_size or len(model_input))
         label_slices = [None] * len(slices) if class_labels is None else class_labels.split(len(slices[0]))
@@ -302,19 +311,16 @@ class DTRPipeline(CheckedPipelineMixin, DiffusionPipeline):
             for inputs, labels in zip(slices, label_slices, strict=True)
         ]
         output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-        keep_variance = uses_learned_variance(self.scheduler)
-        return output if keep_variance else output[:, : model_input.shape[1]]
+        return output if uses_learned_variance(self.scheduler) else output[:, : model_input.shape[1]]
 
     def _predict_slice(self, inputs, timestep, labels, guidance_scale):
-        if guidance_scale <= 1:
-            return self._evaluate(inputs, timestep, labels)
-        null_labels = torch.full_like(labels, self.null_class)
-        output = self._evaluate(torch.cat([inputs, inputs]), timestep, torch.cat([labels, null_labels]))
+        channels, is_guided = inputs.shape[1], guidance_scale > 1
+        if is_guided:
+            inputs, labels = torch.cat([inputs, inputs]), torch.cat([labels, torch.full_like(labels, self.null_class)])
+        timesteps = timestep.to(inputs.device).expand(len(inputs))
+        output = self.denoiser(inputs, timesteps, class_labels=labels, return_dict=False)[0]
+        if not is_guided:
+            return output
         labelled, unlabelled = output.chunk(2)
-        channels = inputs.shape[1]
         guided = unlabelled[:, :channels].lerp(labelled[:, :channels], guidance_scale)
         return torch.cat([guided, labelled[:, channels:]], dim=1)
-
-    def _evaluate(self, inputs, timestep, labels):
-        timestep = timestep.to(inputs.device).expand(len(inputs))
-        return self.denoiser(inputs, timestep, class_labels=labels, return_dict=False)[0]

@@ -43,11 +43,7 @@ def check_sampling(
 
 
 def check_guidance(
-    guidance_scale: float,
-    guidance_interval: tuple[float, float] | None,
-    *,
-    is_labelled: bool,
-    null_class: int | None,
+    guidance_scale: float, guidance_interval: tuple[float, float] | None, *, is_labelled: bool, null_class: int | None
 ) -> None:
     """Refuse guidance without labels, or without a null class to be guided away from."""
     if guidance_scale > 1 and null_class is None:
@@ -111,16 +107,14 @@ def check_channels(denoiser: ModelMixin, scheduler: SchedulerMixin) -> None:
 
 
 def scheduler_of_chosen_channels(scheduler: SchedulerMixin) -> SchedulerMixin:
-    """The scheduler, or a copy whose step keeps all of the channels that it is given."""
-    if not _keeps_three_channels(scheduler):
-        return scheduler
-    return type(scheduler).from_config(scheduler.config, variance_type=None)
+    """The scheduler, or a copy whose step keeps all of the channels that it is given.
 
-
-def _keeps_three_channels(scheduler: SchedulerMixin) -> bool:
-    """Whether the step drops a learned variance by taking three channels, as DPM-Solvers and SASolver do."""
+    DPM-Solvers and SASolver drop a learned variance by taking three channels.
+    """
     # Others can have the value in their config from the scheduler that theirs was made of, but no such argument.
     if "variance_type" not in inspect.signature(type(scheduler).__init__).parameters:
-        return False
+        return scheduler
     is_learned = scheduler.config.variance_type in ("learned", "learned_range")
-    return is_learned and scheduler.config.prediction_type == "epsilon" and not uses_learned_variance(scheduler)
+    if not is_learned or scheduler.config.prediction_type != "epsilon" or uses_learned_variance(scheduler):
+        return scheduler
+    return type(scheduler).from_config(scheduler.config, variance_type=None)

@@ -13,17 +13,15 @@ def gaussian(num_features, size, seed=0):
     return torch.randn(num_features, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def test_single_numbers_are_as_far_apart_as_their_means_and_deviations():
-    one, other = torch.tensor([[0.0], [2.0]]), torch.tensor([[10.0], [14.0]])
-    assert frechet_distance(one, other) == pytest.approx(11**2 + (2 * math.sqrt(2) - math.sqrt(2)) ** 2)
-
-
 def test_distance_is_that_of_scipys_matrix_root():
     one, other = gaussian(200, 16) @ gaussian(16, 16, seed=3), gaussian(150, 16, seed=1) + 0.3
     root = linalg.sqrtm((one.T.cov() @ other.T.cov()).numpy()).real.trace()
     mean = (one.mean(0) - other.mean(0)).square().sum()
     expected = mean + one.T.cov().trace() + other.T.cov().trace() - 2 * root
     assert frechet_distance(one, other) == pytest.approx(expected.item(), rel=1e-9)
+    # Single numbers
+    one, other = torch.tensor([[0.0], [2.0]]), torch.tensor([[10.0], [14.0]])
+    assert frechet_distance(one, other) == pytest.approx(11**2 + (2 * math.sqrt(2) - math.sqrt(2)) ** 2)
 
 
 @given(st.integers(0, 10_000))
@@ -52,11 +50,9 @@ def test_features_in_half_precision_are_compared_in_float64():
 @pytest.mark.parametrize(
     ("one", "other", "message"),
     [
-        *(
-            (torch.zeros(shape), torch.randn(20, shape[-1]), r"`features` must have the shape \(n, d\) with n > d > 0")
-            for shape in ((4, 4), (10,), (5, 0), (2, 3, 1))
-        ),
-        (torch.randn(20, 4), torch.zeros(4, 4), r"`other` must have the shape \(n, d\)"),
+        (torch.zeros(4, 4), torch.randn(20, 4), r"`features` must have the shape \(n, d\) with n > d > 0"),
+        (torch.zeros(5, 0), torch.randn(20, 0), r"`features` must have the shape \(n, d\)"),
+        (torch.randn(20, 4), torch.zeros(10), r"`other` must have the shape \(n, d\)"),
         (torch.randn(9, 3), torch.randn(9, 4), "`other` must have features of as many numbers .* 3, got 4"),
         (torch.randn(9, 1), torch.tensor([[1.0], [math.nan], [math.inf]]), "`other` must be finite, got 2 numbers"),
     ],

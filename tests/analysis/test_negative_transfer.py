@@ -1,4 +1,5 @@
 import math
+import sys
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def losses(clean=CLEAN, conditions=LABELS, clusters=CLUSTERS, **options):
     )
 
 
-@pytest.mark.parametrize("cluster", range(4))
+@pytest.mark.parametrize("cluster", [0, 3])
 def test_losses_are_squared_errors_of_the_target_at_timesteps_of_the_cluster(cluster):
     model = Recorder()
     values = losses()(model, cluster)
@@ -59,15 +60,10 @@ def test_losses_are_squared_errors_of_the_target_at_timesteps_of_the_cluster(clu
 def test_every_clean_sample_takes_its_turn_with_its_conditions():
     model = Recorder()
     losses(conditions={**LABELS, "sizes": {"height": torch.arange(6)}}, batch_size=7)(model, 0)
-    labels, heights = (
-        torch.cat([of_call(call[2]) for call in model.calls])
-        for of_call in (
-            lambda conditions: conditions["class_labels"],
-            lambda conditions: conditions["sizes"]["height"],
-        )
-    )
+    conditions = [call[2] for call in model.calls]
+    labels = torch.cat([of_call["class_labels"] for of_call in conditions])
     assert torch.equal(labels, LABELS["class_labels"][torch.arange(40) % 6])
-    assert torch.equal(heights, torch.arange(40) % 6)
+    assert torch.equal(torch.cat([of_call["sizes"]["height"] for of_call in conditions]), torch.arange(40) % 6)
 
 
 def test_models_are_compared_on_the_same_samples():
@@ -85,10 +81,9 @@ def test_number_of_samples_in_a_call_changes_nothing():
     torch.testing.assert_close(few, all_at_once)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_clusters_and_seeds_have_noise_of_their_own(seed):
+def test_clusters_and_seeds_have_noise_of_their_own():
     one, other, again = Recorder(), Recorder(), Recorder()
-    losses(seed=seed)(one, 1), losses()(other, 2), losses(seed=seed + 1)(again, 1)
+    losses()(one, 1), losses()(other, 2), losses(seed=1)(again, 1)
     noises = torch.stack([model.asked_about()[1].flatten() for model in (one, other, again)])
     assert torch.corrcoef(noises).triu(1).abs().max() < 0.05
 
@@ -112,8 +107,7 @@ def test_squared_error_alone_counts_where_a_variance_is_learned_and_the_model_ke
 @pytest.mark.parametrize(
     ("arguments", "cluster", "message"),
     [
-        ({"num_samples": 0}, 0, "`num_samples` must be an integer >= 1, got 0"),
-        ({"batch_size": 0}, 0, "`batch_size` must be an integer >= 1, got 0"),
+        *(({name: 0}, 0, f"`{name}` must be an integer >= 1, got 0") for name in ("num_samples", "batch_size")),
         ({"clean": CLEAN[:0], "conditions": None}, 0, r"`len\(clean\)` must be an integer >= 1, got 0"),
         ({"clean": CLEAN[:4]}, 0, "one entry for each of the 4 clean samples, got 6 of 'class_labels'"),
         ({"clusters": TimestepClusters([0, 10])}, 0, "`clusters` must be of the 1000 timesteps .* of 10"),
@@ -127,22 +121,20 @@ def test_arguments_that_do_not_fit_are_refused(arguments, cluster, message):
 
 
 @pytest.mark.parametrize(
-    ("specialist", "joint", "relative", "gap"),
+    ("joint", "relative", "gap"),
     [
-        ([[0.9, 2.2]], [[1.0, 2.0]], False, [[-0.1, 0.2]]),  # negative where the specialist is better
-        ([[0.9, 2.2]], [[1.0, 2.0]], True, [[-0.1, 0.1]]),
-        ([[1.0, 4.0], [2.0, 0.0]], [[2.0], [1.0]], False, [[-1, 2], [1, -1]]),  # one value for all clusters
+        ([[1.0, 2.0], [3.0, 1.0]], False, [[-0.1, 2], [-1, -1]]),  # negative where the specialist is better
+        ([[1.0, 2.0], [4.0, 1.0]], True, [[-0.1, 1], [-0.5, -1]]),
+        ([[2.0], [1.0]], False, [[-1.1, 2], [1, -1]]),  # one value for all clusters
     ],
 )
-def test_gap_is_the_specialists_metric_less_the_joint_models(specialist, joint, relative, gap):
-    found = negative_transfer_gap(torch.tensor(specialist), torch.tensor(joint), relative=relative)
+def test_gap_is_the_specialists_metric_less_the_joint_models(joint, relative, gap):
+    found = negative_transfer_gap(torch.tensor([[0.9, 4.0], [2.0, 0.0]]), torch.tensor(joint), relative=relative)
     torch.testing.assert_close(found, torch.tensor(gap).double(), atol=1e-6, rtol=0)
 
 
 # Tables of Student's t distribution, two-sided
-@pytest.mark.parametrize(
-    ("count", "confidence", "quantile"), [(2, 0.95, 12.706), (3, 0.95, 4.303), (4, 0.99, 5.841), (5, 0.9, 2.132)]
-)
+@pytest.mark.parametrize(("count", "confidence", "quantile"), [(2, 0.95, 12.706), (4, 0.99, 5.841)])
 def test_half_width_is_that_of_the_tables_over_the_first_dimension(count, confidence, quantile):
     values = torch.linspace(-1, 3, count)
     mean, low, high = confidence_interval(torch.stack([values, 7 * values], 1)[:, None], confidence)
@@ -157,9 +149,15 @@ def test_half_width_is_that_of_the_tables_over_the_first_dimension(count, confid
     ("values", "confidence", "message"),
     [
         *((values, 0.95, "`values` must have at least two") for values in (torch.tensor(1.0), torch.ones(1, 5))),
-        *((torch.ones(3), share, r"`confidence` must be a number in \(0, 1\)") for share in (0, 1, 95, math.nan)),
+        *((torch.ones(3), share, r"`confidence` must be a number in \(0, 1\)") for share in (0, 1, math.nan)),
     ],
 )
 def test_values_without_an_interval_are_refused(values, confidence, message):
     with pytest.raises(ValueError, match=message):
         confidence_interval(values, confidence)
+
+
+def test_missing_scipy_is_an_error_that_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(ImportError, match=r'need scipy: pip install "diffusers-dtr\[analysis\]"'):
+        confidence_interval(torch.ones(3))

@@ -1,4 +1,6 @@
 import json
+import math
+import sys
 
 import pytest
 import torch
@@ -8,11 +10,13 @@ from tiny_dit import NUM_CLASSES, routed_dit, with_random_weights
 from torch import nn
 
 from diffusers_dtr import DenoisingLoss, NoiseLevels, TaskAffinity
-from diffusers_dtr.analysis import Workspace, load_task_affinity
+from diffusers_dtr.analysis import Workspace, load_task_affinity, noise_distance_correlation, noise_distances
 
 
 EXACT = {"sketch_size": None, "memory_limit": 2**20}
-COSINE = {"beta_schedule": "squaredcos_cap_v2"}
+COSINE = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+ZERO_SNR = DDPMScheduler(beta_schedule="squaredcos_cap_v2", rescale_betas_zero_snr=True)
+SHIFTED = FlowMatchEulerDiscreteScheduler(shift=3.0)
 
 
 def samples(count=8):
@@ -44,49 +48,27 @@ def naive_matrix(model, timesteps):
 
 @pytest.mark.parametrize("memory_limit", [2**30, 2**20], ids=["one block", "many blocks"])
 def test_exact_affinity_is_that_of_stacked_and_normalised_gradients(memory_limit):
-    model = routed_dit(out_channels=8)
-    found = measure(model, sketch_size=None, memory_limit=memory_limit)
-    assert found.timesteps.tolist() == [0, 250, 500, 749, 999]
-    torch.testing.assert_close(found.matrix, naive_matrix(model, found.timesteps), rtol=0, atol=1e-5)
-
-
-def test_sketched_affinity_is_near_the_exact_one():
-    exact, sketched = (measure(sketch_size=size, timesteps=12) for size in (None, 8192))
-    assert 0 < (sketched.matrix - exact.matrix).abs().max() < 0.05
-
-
-def test_unbiased_affinity_leaves_out_products_of_the_same_images():
-    plain, unbiased = (measure(estimator=name, sketch_size=None, count=64) for name in ("plain", "unbiased"))
-    assert 1e-4 < (plain.matrix - unbiased.matrix).abs().max() < 0.2
-
-
-def test_affinity_of_checkpoints_is_the_mean_of_theirs():
-    models = [routed_dit(out_channels=4) for _ in range(2)]
-    with torch.no_grad():
-        for parameter in models[1].parameters():
-            parameter.mul_(-0.7)
-    alone = [measure(model).matrix for model in models]
-    together = measure(iter(models))
-    torch.testing.assert_close(together.matrix, (alone[0] + alone[1]) / 2)
-    assert together.provenance["checkpoints"] == 2
-    assert not torch.allclose(*alone, atol=1e-3)
-
-
-def test_model_is_measured_in_eval_mode_and_left_as_it_was():
-    model = routed_dit(class_dropout_prob=0.9)
-    expected = measure(model).matrix
-    assert torch.equal(measure(model.train()).matrix, expected)
+    """And the model, which is in training mode here, is measured in eval mode and left as it was."""
+    model = routed_dit(out_channels=8, class_dropout_prob=0.9)
+    found = measure(model.train(), sketch_size=None, memory_limit=memory_limit)
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
+    assert found.timesteps.tolist() == [0, 250, 500, 749, 999]
+    torch.testing.assert_close(found.matrix, naive_matrix(model.eval(), found.timesteps), rtol=0, atol=1e-5)
+
+
+def test_sketched_affinity_is_near_the_exact_one_and_unbiased_leaves_out_products_of_the_same_images():
+    sketched, plain = (measure(sketch_size=size, count=64).matrix for size in (8192, None))
+    assert 0 < (sketched - plain).abs().max() < 0.05
+    unbiased = measure(estimator="unbiased", sketch_size=None, count=64).matrix
+    assert 1e-4 < (plain - unbiased).abs().max() < 0.2
 
 
 def test_unets_and_exploding_variance_are_served():
     config = {"block_out_channels": (8, 8), "norm_num_groups": 4, "num_class_embeds": NUM_CLASSES}
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
     unet = with_random_weights(UNet2DModel(8, in_channels=4, out_channels=4, **config, **blocks))
-    found = measure(unet, EulerDiscreteScheduler(), timesteps=4)
-    assert found.matrix.isfinite().all()
-    assert len(found.full_matrix()) == 1000
+    assert measure(unet, EulerDiscreteScheduler(), timesteps=4).full_matrix().isfinite().all()
 
 
 def test_denoiser_is_called_with_integers_on_discrete_schedules_only():
@@ -94,7 +76,7 @@ def test_denoiser_is_called_with_integers_on_discrete_schedules_only():
     model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["timestep"]), with_kwargs=True)
     measure(model, timesteps=[3, 900])
     measure(model, timesteps=[3.5, 900])
-    measure(model, FlowMatchEulerDiscreteScheduler(shift=3.0), timesteps=2)
+    measure(model, SHIFTED, timesteps=2)
     assert [seen[i].dtype for i in (0, 8, 16)] == [torch.int64, torch.float32, torch.float32]
     assert (seen[0].tolist(), seen[8].tolist()) == ([3, 3], [3.5, 3.5])
 
@@ -144,7 +126,6 @@ def test_gradients_that_are_all_noise_are_an_error_that_says_what_to_do():
     ("options", "message"),
     [
         ({"timesteps": 1}, r"`timesteps`, as a number of timesteps, must be in \[2, 1000\], got 1"),
-        ({"timesteps": [5]}, "at least two increasing numbers"),
         ({"timesteps": [5, 5]}, "at least two increasing numbers"),
         ({"timesteps": [5, 1000]}, r"numbers in \[0, 999\]"),
         ({"estimator": "exact"}, "`estimator` must be one of unbiased, plain"),
@@ -162,8 +143,7 @@ def test_arguments_out_of_range_are_refused(options, message):
     ("options", "change", "named"),
     [
         ({}, {"seed": 1}, "`seed`"),
-        ({}, {"timesteps": 4}, "`timesteps`"),
-        ({}, {"settings": {"parameters": "attn"}}, "`parameters`"),
+        ({}, {"timesteps": 4, "settings": {"parameters": "attn"}}, "`parameters`, `timesteps`"),
         ({}, {"count": 4}, "`images`, `samples_sha256`"),
         (EXACT, {"memory_limit": 2**21}, "`memory_limit`"),
     ],
@@ -180,18 +160,17 @@ def test_workspace_is_gone_on_with_for_another_estimator_or_memory(tmp_path):
     plain = measure(workspace=workspace)
     model.register_forward_pre_hook(lambda *_: calls.append(1))
     assert torch.equal(measure(model, workspace=workspace, memory_limit=2**20).matrix, plain.matrix)
-    assert not torch.equal(measure(model, workspace=workspace, estimator="unbiased", count=8).matrix, plain.matrix)
+    assert not torch.equal(measure(model, workspace=workspace, estimator="unbiased").matrix, plain.matrix)
     assert not calls
 
 
 # --- the full matrix -------------------------------------------------------------------------------------------------
 
 
-def affinity(matrix, timesteps, num_train_timesteps=10, **options):
-    grid = torch.arange(num_train_timesteps, dtype=torch.float64)
-    timesteps = torch.tensor(timesteps, dtype=torch.float64)
-    values = {"reliability": 0.9, "estimator": "plain", **options}
-    return TaskAffinity(torch.as_tensor(matrix, dtype=torch.float64), timesteps, grid, -timesteps, **values)
+def affinity(matrix, timesteps, grid=range(10), log_snr=None, reliability=0.9):
+    log_snr = [-timestep for timestep in timesteps] if log_snr is None else log_snr
+    values = (torch.as_tensor(value, dtype=torch.float64) for value in (matrix, timesteps, [*grid], log_snr))
+    return TaskAffinity(*values, reliability, "plain")
 
 
 def test_interpolation_keeps_what_was_measured_and_the_ridge_of_ones():
@@ -211,27 +190,43 @@ def test_interpolation_is_exact_where_affinity_is_linear_in_the_distance():
     torch.testing.assert_close(affinity(expected[places][:, places], places).full_matrix(), expected)
 
 
-def test_timesteps_beyond_the_measured_ones_have_the_affinities_of_the_last():
-    full = affinity([[1.0, 0.2], [0.2, 1.0]], [3, 6]).full_matrix()
-    assert torch.equal(full[0], full[3])
-    assert torch.equal(full[9], full[6])
-    assert full[0, 9] == pytest.approx(0.2)
+def test_interpolation_goes_by_numbers_on_uneven_grids_and_beyond_the_measured_timesteps_stays_as_it_is():
+    full = affinity([[1.0, 0.4], [0.4, 1.0]], [2.0, 1000.0], grid=[1.0, 2.0, 100.0, 1000.0, 2000.0]).full_matrix()
+    torch.testing.assert_close(full[0], torch.tensor([1.0, 1.0, 0.7, 0.4, 0.4]).double())
+    assert torch.equal(full[3], full[4])
 
 
-def test_interpolation_goes_by_numbers_on_grids_that_are_not_even():
-    grid = torch.tensor([1.0, 10.0, 100.0, 1000.0], dtype=torch.float64)
-    found = TaskAffinity(torch.tensor([[1.0, 0.4], [0.4, 1.0]]).double(), grid[[0, 3]], grid, -grid, 1.0, "plain")
-    torch.testing.assert_close(found.full_matrix()[0], torch.tensor([1.0, 0.8, 0.6, 0.4]).double())
+# --- affinity and the distance of noise levels -----------------------------------------------------------------------
+
+
+def by_distance(log_snr, function):
+    distances = (torch.tensor(log_snr)[:, None] - torch.tensor(log_snr)).abs().nan_to_num()
+    return affinity(function(distances), range(len(log_snr)), log_snr=log_snr)
+
+
+def test_every_pair_of_different_timesteps_counts_once_but_for_pure_noise():
+    distances, affinities = noise_distances(by_distance([4.0, 1.0, -1.0, -math.inf], torch.neg))
+    assert distances.tolist() == [3.0, 5.0, 2.0]
+    assert affinities.tolist() == [-3.0, -5.0, -2.0]
+
+
+@pytest.mark.parametrize(("function", "expected"), [(lambda d: torch.exp(-d), -1.0), (lambda d: d**3, 1.0)])
+def test_correlation_sees_order_alone_and_needs_three_timesteps_and_scipy(function, expected, monkeypatch):
+    found = by_distance([9.0, 4.0, 1.0, -2.5, math.inf], function)
+    assert noise_distance_correlation(found) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="at least three timesteps"):
+        noise_distance_correlation(by_distance([1.0, 0.0, math.inf], function))
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(ImportError, match=r'need scipy: pip install "diffusers-dtr\[analysis\]"'):
+        noise_distance_correlation(found)
 
 
 # --- the file --------------------------------------------------------------------------------------------------------
 
 
 def test_file_holds_everything(tmp_path):
-    found, path = (
-        measure().with_provenance(command="measure", versions={"torch": "2"}),
-        tmp_path / "affinity.safetensors",
-    )
+    path = tmp_path / "affinity.safetensors"
+    found = measure().with_provenance(command="measure", versions={"torch": "2"})
     found.save(path)
     loaded = TaskAffinity.load(path)
     for name in ("matrix", "timesteps", "training_timesteps", "log_snr"):
@@ -250,45 +245,33 @@ def test_file_holds_everything(tmp_path):
     ("measured", "trained", "difference"),
     [
         (DDPMScheduler(num_train_timesteps=10), DDPMScheduler(), "10 training timesteps, not 1000"),
-        (
-            FlowMatchEulerDiscreteScheduler(shift=3.0),
-            FlowMatchEulerDiscreteScheduler(),
-            "training timesteps that lie up to 267.9 elsewhere",
-        ),
-        (DDPMScheduler(), DDPMScheduler(**COSINE), "a log SNR of -10.12 at timestep 999, not -19.84"),
-        (
-            DDPMScheduler(**COSINE, rescale_betas_zero_snr=True),
-            DDPMScheduler(**COSINE),
-            "a log SNR of -inf at timestep 999, not",
-        ),
+        (SHIFTED, FlowMatchEulerDiscreteScheduler(), "training timesteps that lie up to 267.9 elsewhere"),
+        (DDPMScheduler(), COSINE, "a log SNR of -10.12 at timestep 999, not -19.84"),
+        (ZERO_SNR, COSINE, "a log SNR of -inf at timestep 999, not"),
         (DDPMScheduler(), EulerDiscreteScheduler(beta_start=1e-4, beta_end=0.02), None),
-        (DDPMScheduler(rescale_betas_zero_snr=True), DDPMScheduler(rescale_betas_zero_snr=True), None),
         (DDPMScheduler(beta_end=0.02), DDPMScheduler(beta_end=0.020001), None),
-        (FlowMatchEulerDiscreteScheduler(shift=3.0), FlowMatchEulerDiscreteScheduler(shift=3.0), None),
+        (ZERO_SNR, ZERO_SNR, None),
+        (SHIFTED, SHIFTED, None),
     ],
-    ids=["length", "shift", "betas", "zero terminal SNR", "another solver", "pure noise", "rounding", "flow matching"],
+    ids=["length", "shift", "betas", "zero terminal SNR", "another solver", "rounding", "pure noise", "flow matching"],
 )
 def test_affinity_is_taken_for_the_same_noise_levels_alone(measured, trained, difference, tmp_path):
     levels, path = NoiseLevels(measured), tmp_path / "affinity.safetensors"
     timesteps = levels.timesteps[[0, len(levels.timesteps) // 2, -1]]
-    TaskAffinity(torch.eye(3).double(), timesteps, levels.timesteps, levels.log_snr(timesteps), 1.0, "plain").save(
-        path
-    )
+    affinity(torch.eye(3), timesteps, levels.timesteps, levels.log_snr(timesteps)).save(path)
     if difference is None:
         assert len(load_task_affinity(path, NoiseLevels(trained))) == 1000
     else:
-        message = f"another noise schedule: {difference}.* Measure it with the noise scheduler"
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=f"another noise schedule: {difference}.* Measure it with the noise"):
             load_task_affinity(path, NoiseLevels(trained))
 
 
 def test_files_of_something_else_are_refused(tmp_path):
     path = tmp_path / "weights.safetensors"
-    with pytest.raises(ValueError, match="`path` must be a task affinity file, cannot read"):
-        load_task_affinity(path)
-    path.write_text("not safetensors")
-    with pytest.raises(ValueError, match="`path` must be a task affinity file, cannot read"):
-        load_task_affinity(path)
+    for write in (lambda: None, lambda: path.write_text("not safetensors")):
+        write()
+        with pytest.raises(ValueError, match="`path` must be a task affinity file, cannot read"):
+            load_task_affinity(path)
     save_file({"weight": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="of the format None"):
         load_task_affinity(path)

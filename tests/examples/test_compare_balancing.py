@@ -9,6 +9,7 @@ import pytest
 from training_runs import EXAMPLES, MODEL, SCRIPT, load_script, make_images, train_in_this_process
 
 
+STUDY = EXAMPLES / "study" / "compare_balancing.py"
 TINY = (
     "--train_data_dir {data}/train --validation_data_dir {data}/test --resolution 8 --train_batch_size 8 "
     f"--max_train_steps 2 --model_config '{json.dumps(MODEL)}'"
@@ -25,7 +26,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def study(monkeypatch) -> ModuleType:
-    study = load_script(EXAMPLES / "study" / "compare_balancing.py")
+    study = load_script(STUDY)
     monkeypatch.setitem(study.TASKS, "digits", TINY)
     monkeypatch.setattr(study, "COMMON", study.COMMON.replace("--lr_warmup_steps 50", "--lr_warmup_steps 1"))
     return study
@@ -93,7 +94,7 @@ def test_failed_run_is_named_with_what_it_said(study, data, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("task", ["digits", "cifar10"])
 def test_command_of_every_task_and_method_is_one_of_the_script(task, monkeypatch):
-    study, script = load_script(EXAMPLES / "study" / "compare_balancing.py"), load_script(SCRIPT)
+    study, script = load_script(STUDY), load_script(SCRIPT)
     parsed = []
 
     def stop(command: list[str], **options) -> None:

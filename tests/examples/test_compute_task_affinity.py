@@ -2,9 +2,7 @@
 
 import importlib
 import json
-import os
 import shutil
-import subprocess
 import sys
 from importlib.metadata import version
 
@@ -20,6 +18,7 @@ from training_runs import (
     files,
     finish,
     kill,
+    launch,
     load_script,
     make_images,
     record,
@@ -57,9 +56,10 @@ def captioned(tmp_path_factory):
     """Captioned images, and two pipelines of every family: one of diffusers, one of ours."""
     folder = tmp_path_factory.mktemp("captioned")
     images = make_captioned_images(folder / "images")
-    plain = {name: family.save_plain(folder / f"plain-{name}") for name, family in FAMILIES.items()}
-    routed = {name: family.save_routed(folder / f"routed-{name}") for name, family in FAMILIES.items()}
-    return {name: (images, plain[name], routed[name]) for name in FAMILIES}
+    return {
+        name: (images, family.save_plain(folder / f"plain-{name}"), family.save_routed(folder / f"routed-{name}"))
+        for name, family in FAMILIES.items()
+    }
 
 
 def arguments(inputs, output_dir, *flags, models=None, timesteps=("--num_timesteps", 6)):
@@ -81,21 +81,6 @@ def plain(inputs, tmp_path_factory):
     return measure(inputs, folder), folder
 
 
-def launch(argv, num_processes=1):
-    command = [sys.executable, str(SCRIPT)]
-    if num_processes > 1:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-        command += [str(num_processes), str(SCRIPT)]
-    return subprocess.Popen(
-        [*command, *argv],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-    )
-
-
 # --- the result ------------------------------------------------------------------------------------------------------
 
 
@@ -110,7 +95,7 @@ def test_result_is_a_file_a_picture_and_clusters_that_training_goes_on_with(inpu
     path = tmp_path / "out" / RESULT
     full = load_task_affinity(path, NoiseLevels(DDPMScheduler()))
     printed = capsys.readouterr().out
-    for name, cost in {"timestep": "timestep", "snr": "snr", "affinity": full}.items():
+    for name, cost in (("timestep", "timestep"), ("snr", "snr"), ("affinity", full)):
         boundaries = cluster_timesteps(DDPMScheduler(), 3, cost).boundaries
         assert f"3 clusters by {name}: {', '.join(map(str, boundaries))}\n" in printed
     assert f"split-half reliability: {found.reliability:.3f}" in printed
@@ -130,21 +115,12 @@ def test_affinity_of_several_pipelines_or_checkpoints_is_that_of_their_weights(i
     assert torch.equal(measure(inputs, tmp_path / "out", "--checkpoints", 10, models=[run]).matrix, alone)
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ("--seed", 1),
-        ("--num_images", 12),
-        ("--estimator", "plain"),
-        ("--sketch_size", 0),
-        ("--sketch_size", 512),
-        ("--parameters", "transformer_blocks.0"),
-        ("--center_crop",),
-    ],
-    ids=lambda flags: " ".join(map(str, flags)),
-)
+FLAGS = ("--seed 1", "--num_images 12", "--estimator plain", "--sketch_size 0", "--sketch_size 512", "--center_crop")
+
+
+@pytest.mark.parametrize("flags", [*FLAGS, "--parameters transformer_blocks.0"])
 def test_every_flag_changes_the_result(inputs, plain, tmp_path, flags):
-    assert not torch.equal(measure(inputs, tmp_path / "changed", *flags).matrix, plain[0].matrix)
+    assert not torch.equal(measure(inputs, tmp_path / "changed", *flags.split()).matrix, plain[0].matrix)
 
 
 def test_given_timesteps_are_measured_whatever_the_number_of_images_in_a_forward_call(inputs, tmp_path):
@@ -156,10 +132,13 @@ def test_given_timesteps_are_measured_whatever_the_number_of_images_in_a_forward
 
 @pytest.mark.slow
 def test_killed_measurement_is_gone_on_with_by_two_processes_without_repeating_work(inputs, tmp_path):
-    flags = ["--num_timesteps", 40]
     whole, cut = tmp_path / "whole" / "out", tmp_path / "cut" / "out"
-    finish(launch(arguments(inputs, whole, *flags)))
-    process = launch(arguments(inputs, cut, *flags))
+
+    def start(folder, num_processes=1):
+        return launch(arguments(inputs, folder, "--num_timesteps", 40), num_processes, SCRIPT)
+
+    finish(start(whole))
+    process = start(cut)
     try:
         wait_for(lambda: len(list(cut.glob("measurement/*-*-*.safetensors"))) >= 8, process)
     finally:
@@ -167,7 +146,7 @@ def test_killed_measurement_is_gone_on_with_by_two_processes_without_repeating_w
     left = 40 - len(list(cut.glob("measurement/*-*-*.safetensors")))
     assert 0 < left < 40
     share = -(-left // 2)  # of the first process, whose progress is shown
-    assert f"{share}/{share}" in finish(launch(arguments(inputs, cut, *flags), num_processes=2))
+    assert f"{share}/{share}" in finish(start(cut, num_processes=2))
     assert files(cut) == files(whole)
 
 
@@ -268,13 +247,8 @@ def test_flags_that_do_not_fit_are_refused(inputs, plain, tmp_path, capsys, flag
     ("models", "flags", "message"),
     [
         (["pipeline"], ("--cluster", 5000), "`num_clusters` must be"),
-        (
-            ["pipeline"],
-            ("--checkpoints", 10, 20),
-            r"`--checkpoints` must have .* none in checkpoint-10, checkpoint-20\.",
-        ),
+        (["pipeline"], ("--checkpoints", 10, 20), "`--checkpoints` must have .* in checkpoint-10, checkpoint-20"),
         (["pipeline"], ("--train_data_dir", "four"), "The images have 4 classes, but the model knows 3"),
-        (["pipeline"], ("--max_sequence_length", 4), "`--max_sequence_length` must be left out"),
         (["sd"], ("--max_sequence_length", 4), "`--max_sequence_length` must be left out"),
         (["sd", "pixart"], (), "must be pipelines of one kind, got several"),
         (["flux"], (), r"or one of StableDiffusionPipeline, .* got FluxPipeline\. `TaskAffinity\.measure` takes any"),

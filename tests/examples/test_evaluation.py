@@ -1,9 +1,7 @@
 """Evaluation of pipelines: samples, features, metrics, held-out losses, and what the card is told."""
 
 import json
-import os
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 
@@ -24,7 +22,7 @@ from text_to_image_runs import FAMILIES, make_captioned_images
 from tiny_autoencoders import tiny_vae
 from tiny_dit import plain_dit, with_random_weights
 from torch import nn
-from training_runs import EXAMPLES, NUM_CLASSES, load_script, make_images, run_main
+from training_runs import EXAMPLES, NUM_CLASSES, finish, launch, load_script, make_images, run_main
 
 from diffusers_dtr import DTRPipeline, DTRTransformer2DModel
 from diffusers_dtr.model_card import build_model_card
@@ -43,6 +41,12 @@ class Colours(nn.Module):
         return features, 5 * features[:, :3]
 
 
+def tiny_unet(**config) -> UNet2DModel:
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (4,)}
+    unet = UNet2DModel(8, **blocks, layers_per_block=1, norm_num_groups=2, add_attention=False, **config)
+    return with_random_weights(unet)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """Data, a network and pipelines, which tests leave as they are."""
@@ -56,9 +60,7 @@ def folder(tmp_path_factory) -> Path:
     names = dict(enumerate("abc"))
     DTRPipeline(DDIMScheduler(), transformer=dit, id2label=names).save_pretrained(folder / "labelled")
     DiTPipeline(plain_dit(), tiny_vae(), DDIMScheduler()).save_pretrained(folder / "dit")
-    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (4,)}
-    unet = with_random_weights(UNet2DModel(8, **blocks, layers_per_block=1, norm_num_groups=2, add_attention=False))
-    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(folder / "unconditional")
+    DDPMPipeline(tiny_unet(), DDPMScheduler()).save_pretrained(folder / "unconditional")
     FAMILIES["sd"].save_plain(folder / "text")
     return folder
 
@@ -140,26 +142,6 @@ def test_samples_do_not_depend_on_the_batch_size_or_on_what_was_there(folder, tm
     assert [shards[number].stat().st_mtime_ns for number in (0, 2)] == [times[0], times[2]]
 
 
-def test_interrupted_evaluation_leaves_complete_shards_and_goes_on(folder, tmp_path, monkeypatch):
-    import evaluation_samples
-
-    whole = evaluate(flags(folder, tmp_path / "whole"))
-    draw, calls = evaluation_samples.Sampler.__call__, []
-
-    def stopping(self, *arguments):
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return draw(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluation_samples.Sampler, "__call__", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            evaluate(flags(folder, tmp_path / "out"))
-    assert [path.name for path in (tmp_path / "out" / "samples").iterdir()] == ["00000.npz"]
-    assert evaluate(flags(folder, tmp_path / "out"))["metrics"] == whole["metrics"]
-
-
 def test_folder_of_other_settings_or_weights_is_refused(folder, tmp_path):
     evaluate(flags(folder, tmp_path / "out"))
     with pytest.raises(ValueError, match=r"other settings \(num_inference_steps, seed\)"):
@@ -170,11 +152,11 @@ def test_folder_of_other_settings_or_weights_is_refused(folder, tmp_path):
 
 def test_labels_are_balanced_or_in_the_proportions_of_the_data(folder, tmp_path):
     make_images(tmp_path / "images", count=10)
-    data = ["--train_data_dir", tmp_path / "images"]
-    for labels, counts in (("balanced", [4, 3, 3]), ("data", [4, 3, 3])):
-        evaluate(flags(folder, tmp_path / labels, *data, "--labels", labels, "--save_npz"))
+    for labels in ("balanced", "data"):
+        argv = ["--train_data_dir", tmp_path / "images", "--labels", labels, "--save_npz"]
+        evaluate(flags(folder, tmp_path / labels, *argv))
         found = np.load(tmp_path / labels / "samples.npz")["arr_1"]
-        assert np.bincount(found).tolist() == counts
+        assert np.bincount(found).tolist() == [4, 3, 3]
         assert (found.tolist() == [number % 3 for number in range(10)]) == (labels == "balanced")
 
 
@@ -239,8 +221,7 @@ def test_flags_that_do_not_go_together_are_refused(folder, tmp_path, more, messa
 
 
 def test_other_pipelines_are_called_as_they_are_and_flags_that_they_do_not_take_refused(folder, tmp_path):
-    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (4,)}
-    unet = UNet2DModel(8, **blocks, layers_per_block=1, norm_num_groups=2, add_attention=False, num_class_embeds=3)
+    unet = tiny_unet(num_class_embeds=3)
     ConsistencyModelPipeline(unet, CMStochasticIterativeScheduler()).save_pretrained(tmp_path / "pipeline")
     argv = flags(folder, tmp_path / "out", pipeline=tmp_path / "pipeline")
     assert evaluate(argv)["settings"]["pipeline_class"] == "ConsistencyModelPipeline"
@@ -258,8 +239,7 @@ def test_inception_is_run_end_to_end_from_a_file_of_weights(folder, tmp_path):
     )
 
     class Untrained(module.FeatureExtractorInceptionV3):
-        def load_state_dict(self, *arguments, **options):
-            pass
+        def load_state_dict(self, *arguments, **options): ...
 
     torch.save({}, tmp_path / "none.pth")
     untrained = Untrained("inception-v3-compat", ["2048"], str(tmp_path / "none.pth"))
@@ -285,15 +265,7 @@ def test_one_and_two_processes_draw_the_same_set(folder, tmp_path):
     for processes in (1, 2):
         argv = flags(folder, tmp_path / str(processes), "--num_samples", 300, "--batch_size", 64)
         argv += ["--validation_data_dir", str(folder / "held out"), "--scheduler", "DDPMScheduler"]
-        launcher = ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
-        launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
-        if processes == 2:  # on a CPU, accelerate leaves several processes to others
-            launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-        done = subprocess.run(
-            [sys.executable, "-m", *launcher, str(SCRIPT), *argv], env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
+        finish(launch(argv, processes, SCRIPT))
         reports.append(json.loads((tmp_path / str(processes) / "evaluation.json").read_text()))
     assert [report["hardware"]["processes"] for report in reports] == [1, 2]
     assert np.array_equal(samples(tmp_path / "1"), samples(tmp_path / "2"))

@@ -86,7 +86,7 @@ def reset_accelerate() -> None:
     PartialState._reset_state()
 
 
-def launch(argv: list[str], num_processes: int = 1) -> subprocess.Popen:
+def launch(argv: list[str], num_processes: int = 1, script: Path = SCRIPT) -> subprocess.Popen:
     """Starts the script as users do, in a process group of its own, so that all of it can be killed."""
     if num_processes == 1:
         launcher = ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
@@ -94,7 +94,7 @@ def launch(argv: list[str], num_processes: int = 1) -> subprocess.Popen:
     else:  # on a CPU, accelerate leaves several processes to others
         launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
     return subprocess.Popen(
-        [sys.executable, "-m", *launcher, str(SCRIPT), *argv],
+        [sys.executable, "-m", *launcher, str(script), *argv],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import accelerate
@@ -10,11 +9,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
-    DiTPipeline,
-    DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
@@ -27,8 +23,10 @@ from diffusers import (
 )
 from PIL import Image
 from safetensors import safe_open
+from tiny_autoencoders import tiny_vae
+from tiny_dit import plain_dit, routed_dit, with_random_weights
 
-from diffusers_dtr import DTRPipeline, DTRTransformer2DModel
+from diffusers_dtr import DTRPipeline
 from diffusers_dtr.conversion import convert_original_dit
 
 
@@ -39,45 +37,15 @@ ROUNDING = {"rtol": 1e-4, "atol": 1e-5}
 
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-DIT = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "sample_size": 8, "num_embeds_ada_norm": 10}
-UNET = {
-    "sample_size": 8,
-    "block_out_channels": (8, 16),
-    "down_block_types": ("DownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "UpBlock2D"),
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "attention_head_dim": 8,
-}
-VAE = {
-    "latent_channels": 4,
-    "block_out_channels": (4, 4),
-    "down_block_types": ("DownEncoderBlock2D",) * 2,
-    "up_block_types": ("UpDecoderBlock2D",) * 2,
-    "norm_num_groups": 2,
-    "sample_size": 16,
-}
 
-
-def randomize(model, seed=0):
-    """Weights that make every output depend on every input; a new DiT's output is zero."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
-    return model.eval()
-
-
-def make_dit(cls=DTRTransformer2DModel, **config):
-    return randomize(cls(**{**DIT, **config}))
+def make_dit(make=routed_dit, **config):
+    return make(**{"out_channels": 4, "num_embeds_ada_norm": 10, **config})
 
 
 def make_unet(**config):
-    return randomize(UNet2DModel(**{**UNET, **config}))
-
-
-def make_vae():
-    return randomize(AutoencoderKL(**VAE))
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    size = {"sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
+    return with_random_weights(UNet2DModel(**{**blocks, **size, "attention_head_dim": 8, **config}))
 
 
 def make_pipeline(denoiser=None, scheduler=None, **components):
@@ -107,23 +75,15 @@ def record_inputs(model):
 
 # ---- schedulers
 
-LEARNED = {"out_channels": 8}
+LEARNED = {"variance_type": "learned_range"}
 SCHEDULERS = {
     "DDPM": (DDPMScheduler, {}, {}),
-    "DDPM, learned variance": (DDPMScheduler, {"variance_type": "learned_range"}, LEARNED),
-    "DDPM, learned variance dropped": (DDPMScheduler, {}, LEARNED),
-    "DDIM": (DDIMScheduler, {}, {}),
-    "DDIM, learned variance dropped": (DDIMScheduler, {}, LEARNED),
+    "DDPM, learned variance": (DDPMScheduler, LEARNED, {"out_channels": 8}),
+    "DDPM, learned variance dropped": (DDPMScheduler, {}, {"out_channels": 8}),
     "PNDM": (PNDMScheduler, {}, {}),
-    "Euler": (EulerDiscreteScheduler, {}, {}),
     "EulerAncestral": (EulerAncestralDiscreteScheduler, {}, {}),
     "Heun": (HeunDiscreteScheduler, {}, {}),
-    "DPMSolver": (DPMSolverMultistepScheduler, {}, {}),
-    "DPMSolver, learned variance": (
-        DPMSolverMultistepScheduler,
-        {"variance_type": "learned_range"},
-        {"in_channels": 3, "out_channels": 6},
-    ),
+    "DPMSolver, learned variance": (DPMSolverMultistepScheduler, LEARNED, {"in_channels": 3, "out_channels": 6}),
     "SDE-DPMSolver": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}, {}),
     "UniPC": (UniPCMultistepScheduler, {}, {}),
     "EDMEuler": (EDMEulerScheduler, {}, {"routing_timestep_range": (-1.6, 1.1)}),
@@ -163,15 +123,13 @@ def test_sampling_equals_the_schedulers_documented_loop_to_the_bit(name):
     assert torch.equal(sample(pipeline), expected)
 
 
-def test_the_learned_variance_changes_samples_only_where_the_scheduler_uses_it():
-    with_variance = make_dit(out_channels=8)
-    other = make_dit(out_channels=8)
-    with torch.no_grad():
-        # The last axis of the output layer is (row, column, channel) of a patch.
-        other.proj_out_2.bias.view(4, 8)[:, 4:] += 1
-    for scheduler, uses_it in ((DDPMScheduler(variance_type="learned_range"), True), (DDPMScheduler(), False)):
-        samples = [sample(make_pipeline(model, scheduler)) for model in (with_variance, other)]
-        assert torch.equal(*samples) is not uses_it
+@pytest.mark.parametrize("scheduler_class", [EulerDiscreteScheduler, DPMSolverMultistepScheduler])
+def test_a_variance_type_left_over_from_the_training_scheduler_cuts_nothing_and_stays(scheduler_class):
+    model = make_dit(out_channels=8)
+    pipeline = make_pipeline(model, DDPMScheduler(**LEARNED))
+    pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config)
+    assert torch.equal(sample(pipeline), sample(make_pipeline(model, scheduler_class())))
+    assert pipeline.scheduler.config.variance_type == "learned_range"
 
 
 # ---- guidance
@@ -184,7 +142,7 @@ def test_the_guided_prediction_equals_the_authors():
     weights = {key.removeprefix("checkpoint."): value for key, value in values.items() if key.startswith("checkp")}
     routing = {f"routing_{name}": float(metadata[name]) for name in ("alpha", "beta")}
     model = convert_original_dit(weights, int(metadata["num_heads"]), **routing)
-    pipeline = make_pipeline(model, DDPMScheduler(variance_type="learned_range"))
+    pipeline = make_pipeline(model, DDPMScheduler(**LEARNED))
     inputs = values["cfg_sample"], values["cfg_timestep"], values["cfg_class_labels"]
     guided = pipeline.predict(*inputs, guidance_scale=2.0)
     torch.testing.assert_close(guided, values["cfg_output_scale2"], rtol=0, atol=1e-5)
@@ -194,27 +152,13 @@ def test_the_guided_prediction_equals_the_authors():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("cls", [DTRTransformer2DModel, DiTTransformer2DModel])
-def test_guidance_moves_away_from_the_null_class_and_leaves_the_labelled_variance(cls):
-    model = make_dit(cls, out_channels=8)
-    pipeline = make_pipeline(model, DDPMScheduler(variance_type="learned_range"))
-    inputs, timestep = torch.randn(2, 4, 8, 8, generator=seeded()), torch.tensor(600)
-    labelled, unlabelled = (
-        model(inputs, timestep.expand(2), class_labels=torch.tensor(labels)).sample for labels in ([3, 7], [10, 10])
-    )
-    guided = pipeline.predict(inputs, timestep, torch.tensor([3, 7]), guidance_scale=3.0)
-    torch.testing.assert_close(guided[:, :4], (unlabelled + 3 * (labelled - unlabelled))[:, :4], **ROUNDING)
+def test_guidance_leaves_the_variance_of_the_labelled_half():
+    model = make_dit(plain_dit, out_channels=8)
+    inputs, labels = torch.randn(2, 4, 8, 8, generator=seeded()), torch.tensor([3, 7])
+    labelled = model(inputs, torch.tensor([600, 600]), class_labels=labels).sample
+    pipeline = make_pipeline(model, DDPMScheduler(**LEARNED))
+    guided = pipeline.predict(inputs, torch.tensor(600), labels, guidance_scale=3.0)
     torch.testing.assert_close(guided[:, 4:], labelled[:, 4:], **ROUNDING)
-
-
-def test_guidance_equals_that_of_diffusers_pipeline_where_that_works():
-    model, vae = make_dit(num_embeds_ada_norm=1000), make_vae()
-    theirs = DiTPipeline(model, vae, DDIMScheduler())
-    theirs.set_progress_bar_config(disable=True)
-    arguments = {"class_labels": [3, 207], "guidance_scale": 4.0, "num_inference_steps": 4, "output_type": "np"}
-    expected = theirs(**arguments, generator=seeded()).images
-    images = make_pipeline(model, vae=vae)(**arguments, generator=seeded()).images
-    np.testing.assert_allclose(images, expected, **ROUNDING)
 
 
 def test_guidance_is_off_at_one_and_outside_a_closed_interval():
@@ -233,47 +177,40 @@ def test_guidance_is_off_at_one_and_outside_a_closed_interval():
 # ---- labels
 
 
-def test_without_labels_the_images_are_those_of_the_null_class():
-    for model in (make_dit(), make_dit(DiTTransformer2DModel)):
-        pipeline = make_pipeline(model)
-        assert pipeline.null_class == 10
-        assert torch.equal(sample(pipeline, None, num_images=2), sample(pipeline, [10, 10]))
+@pytest.mark.parametrize(
+    ("model", "null_class", "label"),
+    [
+        (make_dit(), 10, 10),
+        (make_dit(plain_dit), 10, 10),
+        (make_dit(num_embeds_ada_norm=1, class_dropout_prob=0.0), None, 0),
+        (make_unet(num_class_embeds=1), None, 0),
+    ],
+)
+def test_without_labels_the_images_are_those_of_the_null_class_or_the_only_one(model, null_class, label):
+    pipeline = make_pipeline(model)
+    assert pipeline.null_class == null_class
+    assert torch.equal(sample(pipeline, None, num_images=2), sample(pipeline, [label, label]))
 
 
-def test_without_labels_a_denoiser_of_one_class_generates_that_class():
-    for model in (make_dit(num_embeds_ada_norm=1, class_dropout_prob=0.0), make_unet(num_class_embeds=1)):
-        pipeline = make_pipeline(model)
-        assert torch.equal(sample(pipeline, None, num_images=2), sample(pipeline, [0, 0]))
-
-
-def test_an_unconditional_denoiser_gets_no_labels():
-    for model in (make_dit(num_embeds_ada_norm=None), make_unet()):
-        pipeline = make_pipeline(model)
-        assert pipeline.num_classes is pipeline.null_class is None
-        calls = record_inputs(model)
-        assert len(sample(pipeline, None)) == 1
-        assert len(sample(pipeline, None, num_images=3)) == 3
-        assert {kwargs["class_labels"] for _, kwargs in calls} == {None}
+@pytest.mark.parametrize("model", [make_dit(num_embeds_ada_norm=None), make_unet()])
+def test_an_unconditional_denoiser_gets_no_labels(model):
+    pipeline = make_pipeline(model)
+    assert pipeline.num_classes is pipeline.null_class is None
+    calls = record_inputs(model)
+    assert len(sample(pipeline, None)) == 1
+    assert len(sample(pipeline, None, num_images=3)) == 3
+    assert {kwargs["class_labels"] for _, kwargs in calls} == {None}
 
 
 @pytest.mark.parametrize("class_embed_type", [None, "timestep"])
 def test_a_conditional_unet_gets_its_labels(class_embed_type):
-    model = make_unet(num_class_embeds=10, class_embed_type=class_embed_type)
-    pipeline = make_pipeline(model)
+    pipeline = make_pipeline(make_unet(num_class_embeds=10, class_embed_type=class_embed_type))
     assert (pipeline.num_classes, pipeline.null_class) == (10, None)
-    three, seven = sample(pipeline, 3), sample(pipeline, 7)
+    latents = torch.randn(1, 3, 8, 8, generator=seeded())
+    three, seven = (sample(pipeline, label, latents=latents) for label in (3, 7))
     assert not torch.allclose(three, seven)
-    torch.testing.assert_close(
-        sample(pipeline, [3, 3], latents=torch.randn(1, 3, 8, 8, generator=seeded()).repeat(2, 1, 1, 1))[1:],
-        three,
-        **ROUNDING,
-    )
-
-
-@pytest.mark.parametrize("config", [{"class_embed_type": "identity"}, {"class_embed_type": "timestep"}])
-def test_a_unet_whose_classes_have_no_numbers_is_refused(config):
-    with pytest.raises(ValueError, match="`num_class_embeds`"):
-        make_pipeline(make_unet(**config))
+    both = sample(pipeline, [7, 3], latents=latents.repeat(2, 1, 1, 1))
+    torch.testing.assert_close(both, torch.cat([seven, three]), **ROUNDING)
 
 
 NAMES = {0: "zero", 3: "three, drei", 4: "vier", 7: "seven", 8: "crane", 9: "crane, bird"}
@@ -285,23 +222,18 @@ def test_names_synonyms_and_numbers_of_every_kind_stand_for_the_same_class():
     for label in ("drei", "three", "three, drei", 3, ["drei"], [np.int64(3)], np.array([3]), torch.tensor([3]), (3,)):
         assert torch.equal(sample(pipeline, label), expected)
     assert torch.equal(sample(pipeline, ["seven", 3]), sample(pipeline, [7, 3]))
-
-
-def test_labels_lists_all_names_and_both_classes_of_an_ambiguous_one():
-    labels = make_pipeline(id2label=NAMES).labels
-    assert list(labels) == sorted(labels)
-    assert labels["crane"] == [8, 9]
-    assert make_pipeline(id2label=NAMES).get_label_ids("vier") == [4]
-    assert (labels["bird"], labels["drei"], labels["three, drei"]) == ([9], [3], [3])
+    assert list(pipeline.labels) == sorted(pipeline.labels)
+    assert pipeline.labels["crane"] == [8, 9]
+    assert pipeline.get_label_ids("vier") == [4]
+    assert pipeline.get_label_ids(["bird", "three, drei"]) == [9, 3]
 
 
 # ---- outputs
 
 
 def test_images_come_in_the_asked_form():
-    pipeline = make_pipeline(make_dit(in_channels=3))
-    samples = sample(pipeline)
-    pixels = (samples / 2 + 0.5).clamp(0, 1)
+    pipeline = make_pipeline(make_dit(in_channels=3, out_channels=3))
+    pixels = (sample(pipeline) / 2 + 0.5).clamp(0, 1)
     assert torch.equal(sample(pipeline, output_type="pt"), pixels)
     arrays = sample(pipeline, output_type="np")
     assert np.array_equal(arrays, pixels.permute(0, 2, 3, 1).numpy())
@@ -314,70 +246,54 @@ def test_images_come_in_the_asked_form():
 
 @torch.no_grad()
 def test_latents_are_decoded_by_the_vae():
-    vae = make_vae()
+    vae = tiny_vae()
     pipeline = make_pipeline(vae=vae)
     latents = sample(pipeline)
-    assert latents.shape == (2, 4, 8, 8)
     decoded = (vae.decode(latents / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
     assert torch.equal(sample(pipeline, output_type="pt"), decoded)
-    assert decoded.shape == (2, 3, 16, 16)
+    assert (latents.shape, decoded.shape) == ((2, 4, 8, 8), (2, 3, 16, 16))
 
 
-def test_height_and_width_are_pixels_of_the_image():
-    pipeline = make_pipeline(vae=make_vae())
-    assert sample(pipeline, height=8, width=24).shape == (2, 4, 4, 12)
+def test_height_and_width_are_pixels_of_the_image_and_by_default_those_of_the_denoiser():
+    pipeline = make_pipeline(vae=tiny_vae())
     assert sample(pipeline, output_type="pt", height=8, width=24).shape == (2, 3, 8, 24)
     assert sample(pipeline, width=24).shape == (2, 4, 8, 12)
-    assert sample(make_pipeline(make_unet()), None, height=4, width=10).shape == (1, 3, 4, 10)
     assert sample(make_pipeline(make_unet(sample_size=(4, 8))), None).shape == (1, 3, 4, 8)
+    without_size = make_pipeline(make_unet(sample_size=None))
+    assert sample(without_size, None, height=8, width=4).shape == (1, 3, 8, 4)
+    assert_refused(without_size, ValueError, "`width` must be given", class_labels=None, height=8)
+    squares_alone = make_pipeline(make_dit(plain_dit))
+    assert sample(squares_alone, height=12, width=12).shape == (2, 4, 12, 12)
+    assert_refused(squares_alone, ValueError, "`height` and `width` must be equal", height=4, width=8)
 
 
-def test_a_unet_without_a_sample_size_takes_it_from_the_call():
-    pipeline = make_pipeline(make_unet(sample_size=None))
-    assert sample(pipeline, None, height=8, width=4).shape == (1, 3, 8, 4)
-    with pytest.raises(ValueError, match="`width` must be given"):
-        sample(pipeline, None, height=8)
-
-
-def test_diffusers_own_transformer_takes_squares_alone():
-    pipeline = make_pipeline(make_dit(DiTTransformer2DModel))
-    assert sample(pipeline, height=12, width=12).shape == (2, 4, 12, 12)
-    with pytest.raises(ValueError, match="`height` and `width` must be equal"):
-        sample(pipeline, height=4, width=8)
-
-
-@pytest.mark.parametrize("scheduler_class", [DDPMScheduler, EulerDiscreteScheduler])
-def test_half_precision_stays_half_precision(scheduler_class):
+def test_half_precision_stays_half_precision():
     model = make_dit()
-    expected = sample(make_pipeline(model, scheduler_class()))
-    pipeline = make_pipeline(model, scheduler_class(), vae=make_vae()).to(torch.bfloat16)
+    expected = sample(make_pipeline(model, EulerDiscreteScheduler()))
+    pipeline = make_pipeline(model, EulerDiscreteScheduler(), vae=tiny_vae()).to(torch.bfloat16)
     calls = record_inputs(model)
-    latents = sample(pipeline, latents=torch.randn(2, 4, 8, 8, generator=seeded()), generator=seeded(1))
+    latents = sample(pipeline, latents=torch.randn(2, 4, 8, 8, generator=seeded()))
     assert latents.dtype == torch.bfloat16
     assert {args[0].dtype for args, _ in calls} == {torch.bfloat16}
     assert sample(pipeline, output_type="np").dtype == np.float32
-    if scheduler_class is not DDPMScheduler:
-        # Nothing is random here but the start, which is the same: 8 bits of precision, lost in every one of 4 steps.
-        assert (latents.float() - expected).norm() < 0.1 * expected.norm()
+    # 8 bits of precision, lost in every one of 4 steps
+    assert (latents.float() - expected).norm() < 0.1 * expected.norm()
 
 
 # ---- batches
 
 
-@pytest.mark.parametrize("scheduler_class", [DDPMScheduler, EulerAncestralDiscreteScheduler])
-def test_a_generator_per_image_makes_it_independent_of_its_batch(scheduler_class):
-    pipeline = make_pipeline(scheduler=scheduler_class())
+def test_a_generator_per_image_makes_it_independent_of_its_batch():
+    pipeline = make_pipeline(scheduler=DDPMScheduler())
     batch = sample(pipeline, [3, 7, 1], generator=[seeded(seed) for seed in (10, 11, 12)])
-    alone = torch.cat(
-        [sample(pipeline, [label], generator=[seeded(seed)]) for label, seed in ((3, 10), (7, 11), (1, 12))]
-    )
-    torch.testing.assert_close(batch, alone, **ROUNDING)
+    alone = [sample(pipeline, [label], generator=[seeded(seed)]) for label, seed in ((3, 10), (7, 11), (1, 12))]
+    torch.testing.assert_close(batch, torch.cat(alone), **ROUNDING)
     assert not torch.allclose(batch, sample(pipeline, [3, 7, 1], generator=seeded(10)))
 
 
 @pytest.mark.parametrize("max_batch_size", [2, 9])
 def test_slices_of_a_batch_give_the_images_of_the_whole(max_batch_size):
-    model, vae = make_dit(), make_vae()
+    model, vae = make_dit(), tiny_vae()
     pipeline = make_pipeline(model, DDPMScheduler(), vae=vae)
     arguments = {"class_labels": [3, 7, 1, 0, 9], "guidance_scale": 2.0, "output_type": "pt"}
     expected = sample(pipeline, **arguments)
@@ -387,39 +303,20 @@ def test_slices_of_a_batch_give_the_images_of_the_whole(max_batch_size):
     assert max(len(args[0]) for args, _ in decoded) == min(max_batch_size, 5)
 
 
-# ---- components in training mode, threads, offloading
+# ---- components in training mode, offloading
 
 
 def test_a_model_in_training_mode_is_sampled_without_dropping_labels_and_stays_in_it():
-    model, vae = make_dit(class_dropout_prob=0.9, dropout=0.5), make_vae()
+    model, vae = make_dit(class_dropout_prob=0.9, dropout=0.5), tiny_vae()
     pipeline = make_pipeline(model, vae=vae)
     expected = sample(pipeline, output_type="pt")
     model.train()
     vae.train()
-    model.transformer_blocks[0].eval()
     assert torch.equal(sample(pipeline, output_type="pt"), expected)
-    assert model.training
-    assert vae.training
-    assert model.transformer_blocks[1].training
-    assert not model.transformer_blocks[0].training
     with pytest.raises(ZeroDivisionError):
         sample(pipeline, callback_on_step_end=lambda *_: 1 / 0)
     assert model.training
-
-
-def test_threads_with_a_pipeline_each_share_one_model():
-    model = make_dit()
-    plans = [([3, 7], 4), ([1], 7), ([5, 2, 0], 5), ([9], 3)]
-
-    def run(plan):
-        labels, steps = plan
-        pipeline = make_pipeline(model, DDPMScheduler())
-        return sample(pipeline, labels, num_inference_steps=steps, guidance_scale=2.0)
-
-    expected = [run(plan) for plan in plans]
-    with ThreadPoolExecutor(2) as pool:
-        for _ in range(3):
-            assert all(torch.equal(*pair) for pair in zip(pool.map(run, plans), expected, strict=True))
+    assert vae.training
 
 
 def offload_sequentially(pipeline, device):
@@ -435,7 +332,7 @@ def offload_models(pipeline, device):
 @pytest.mark.parametrize("offload", [offload_models, offload_sequentially])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_CUDA])])
 def test_offloading_changes_no_image_and_can_be_used_again(offload, device):
-    pipeline = make_pipeline(vae=make_vae()).to(device)
+    pipeline = make_pipeline(vae=tiny_vae()).to(device)
     arguments = {"output_type": "pt", "latents": torch.randn(2, 4, 8, 8, generator=seeded())}
     expected = sample(pipeline, **arguments)
     offload(pipeline.to("cpu"), device)
@@ -443,7 +340,7 @@ def test_offloading_changes_no_image_and_can_be_used_again(offload, device):
         torch.testing.assert_close(sample(pipeline, **arguments), expected, **ROUNDING)
 
 
-# ---- callback, progress bar
+# ---- callback
 
 
 def test_the_callback_sees_every_step_and_replaces_the_latents():
@@ -452,14 +349,13 @@ def test_the_callback_sees_every_step_and_replaces_the_latents():
 
     def look(pipeline, step, timestep, tensors):
         seen.append((step, int(timestep), tensors["latents"].clone()))
+        return {"latents": torch.zeros_like(tensors["latents"])} if step == 3 else {}
 
-    final = sample(pipeline, callback_on_step_end=look)
+    replaced = sample(pipeline, callback_on_step_end=look)
     assert [step for step, *_ in seen] == [0, 1, 2, 3]
     assert [timestep for _, timestep, _ in seen] == pipeline.scheduler.timesteps.tolist()
-    assert torch.equal(seen[-1][2], final)
-    zeros = torch.zeros_like(final)
-    replaced = sample(pipeline, callback_on_step_end=lambda *_: {"latents": zeros} if _[1] == 3 else {})
-    assert torch.equal(replaced, zeros)
+    assert torch.equal(seen[-1][2], sample(pipeline))
+    assert not replaced.any()
     seen.clear()
     arguments = {"callback_on_step_end": lambda *args: seen.append(args[3]), "callback_on_step_end_tensor_inputs": []}
     sample(pipeline, **arguments)
@@ -467,33 +363,6 @@ def test_the_callback_sees_every_step_and_replaces_the_latents():
 
 
 # ---- what is refused
-
-NO_NULL_CLASS = {"class_dropout_prob": 0.0}
-WRONG_CALLS = {
-    "no labels, no null class": ({"class_labels": None}, "`class_labels` must be given", NO_NULL_CLASS),
-    "labels of an unconditional denoiser": ({}, "`class_labels` must be None", {"num_embeds_ada_norm": None}),
-    "label too high": ({"class_labels": [3, 11]}, r"names of classes or numbers in \[0, 9\], got 11", {}),
-    "null class that does not exist": ({"class_labels": [10]}, r"numbers in \[0, 9\], got 10", NO_NULL_CLASS),
-    "no label at all": ({"class_labels": []}, "at least one image, got 0", {}),
-    "unknown name": ({"class_labels": ["owl"]}, "`class_labels` has no class named 'owl'. Known names: bird, ", {}),
-    "ambiguous name": ({"class_labels": "crane"}, r"`class_labels`: 'crane' names the classes \[8, 9\]", {}),
-    "labels and a number": ({"num_images": 2}, "`num_images`=2 and `class_labels` cannot both", {}),
-    "no images": ({"class_labels": None, "num_images": 0}, "at least one image, got 0", {}),
-    "guidance without a null class": ({"guidance_scale": 2.0}, "`guidance_scale` must be 1, got 2.0", NO_NULL_CLASS),
-    "guidance without labels": ({"class_labels": None, "guidance_scale": 2.0}, "needs `class_labels`", {}),
-    "empty interval": ({"guidance_interval": (9, 3)}, "`guidance_interval` must be", {}),
-    "interval of one number": ({"guidance_interval": (9,)}, "`guidance_interval` must be", {}),
-    "no steps": ({"num_inference_steps": 0}, "`num_inference_steps` must be at least 1, got 0", {}),
-    "more steps than timesteps": ({"num_inference_steps": 1001}, "`num_inference_steps`.* cannot be larger", {}),
-    "too few generators": ({"generator": [seeded()]}, "`generator` must have one generator per image: 2, got 1", {}),
-    "wrong shape of latents": ({"latents": torch.zeros(2, 4, 8, 9)}, r"`latents` must have shape \(2, 4, 8, 8\)", {}),
-    "height between patches": ({"height": 9}, "`height` must be a multiple of 2, got 9", {}),
-    "no width": ({"width": 0}, "`width` must be a multiple of 2, got 0", {}),
-    "unknown output": ({"output_type": "jpg"}, "`output_type` must be one of pil, np, pt, latent, got 'jpg'", {}),
-    "unknown tensor": ({"callback_on_step_end_tensor_inputs": ["noise"]}, "_tensor_inputs` must be among", {}),
-    "no batch": ({"max_batch_size": 0}, "`max_batch_size` must be at least 1, got 0", {}),
-    "too many predicted channels": ({}, "must predict 4 or 8 channels, from 4, .* got 5", {"out_channels": 5}),
-}
 
 
 def assert_refused(pipeline, error, match, **arguments):
@@ -505,9 +374,35 @@ def assert_refused(pipeline, error, match, **arguments):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("name", WRONG_CALLS)
-def test_wrong_arguments_are_refused_before_any_work(name):
-    arguments, match, config = WRONG_CALLS[name]
+NO_NULL_CLASS = {"class_dropout_prob": 0.0}
+WRONG_CALLS = [
+    ({"class_labels": None}, "`class_labels` must be given", NO_NULL_CLASS),
+    ({}, "`class_labels` must be None", {"num_embeds_ada_norm": None}),
+    ({"class_labels": [3, 11]}, r"names of classes or numbers in \[0, 9\], got 11", {}),
+    ({"class_labels": [10]}, r"numbers in \[0, 9\], got 10", NO_NULL_CLASS),
+    ({"class_labels": []}, "at least one image, got 0", {}),
+    ({"class_labels": ["owl"]}, "`class_labels` has no class named 'owl'. Known names: bird, ", {}),
+    ({"class_labels": "crane"}, r"`class_labels`: 'crane' names the classes \[8, 9\]", {}),
+    ({"num_images": 2}, "`num_images`=2 and `class_labels` cannot both", {}),
+    ({"guidance_scale": 2.0}, "`guidance_scale` must be 1, got 2.0", NO_NULL_CLASS),
+    ({"class_labels": None, "guidance_scale": 2.0}, "needs `class_labels`", {}),
+    ({"guidance_interval": (9, 3)}, "`guidance_interval` must be", {}),
+    ({"guidance_interval": (9,)}, "`guidance_interval` must be", {}),
+    ({"num_inference_steps": 0}, "`num_inference_steps` must be at least 1, got 0", {}),
+    ({"num_inference_steps": 1001}, "`num_inference_steps`.* cannot be larger", {}),
+    ({"generator": [seeded()]}, "`generator` must have one generator per image: 2, got 1", {}),
+    ({"latents": torch.zeros(2, 4, 8, 9)}, r"`latents` must have shape \(2, 4, 8, 8\)", {}),
+    ({"height": 9}, "`height` must be a multiple of 2, got 9", {}),
+    ({"width": 0}, "`width` must be a multiple of 2, got 0", {}),
+    ({"output_type": "jpg"}, "`output_type` must be one of pil, np, pt, latent, got 'jpg'", {}),
+    ({"callback_on_step_end_tensor_inputs": ["noise"]}, "_tensor_inputs` must be among", {}),
+    ({"max_batch_size": 0}, "`max_batch_size` must be at least 1, got 0", {}),
+    ({}, "must predict 4 or 8 channels, from 4, .* got 5", {"out_channels": 5}),
+]
+
+
+@pytest.mark.parametrize(("arguments", "match", "config"), WRONG_CALLS, ids=lambda value: str(value)[:40])
+def test_wrong_arguments_are_refused_before_any_work(arguments, match, config):
     assert_refused(make_pipeline(make_dit(**config), id2label=NAMES), ValueError, match, **arguments)
 
 
@@ -521,23 +416,15 @@ def test_a_number_and_a_name_that_looks_like_one_are_told_apart():
 def test_what_does_not_fit_the_components_is_refused():
     assert_refused(make_pipeline(), TypeError, "`class_labels` must be integers or names", class_labels=[1.5])
     assert_refused(make_pipeline(), ValueError, "because the pipeline has no `id2label`", class_labels="three")
-    learned = make_pipeline(scheduler=DDPMScheduler(variance_type="learned_range"))
+    learned = make_pipeline(scheduler=DDPMScheduler(**LEARNED))
     assert_refused(learned, ValueError, "must predict 8 channels, from 4, for DDPMScheduler")
-    assert_refused(make_pipeline(make_unet()), ValueError, "multiple of 2, got 7", class_labels=None, height=7)
-    assert_refused(make_pipeline(vae=make_vae()), ValueError, "multiple of 4, got 18", width=18)
+    assert_refused(make_pipeline(vae=tiny_vae()), ValueError, "multiple of 4, got 18", width=18)
     own_size = make_pipeline(make_unet(sample_size=7))
     assert_refused(own_size, ValueError, "`height` must be a multiple of 2, got 7", class_labels=None)
-
-
-@pytest.mark.parametrize(
-    "scheduler_class", [DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler]
-)
-def test_a_variance_type_left_over_from_the_training_scheduler_cuts_nothing_and_stays(scheduler_class):
-    model = make_dit(out_channels=8)
-    pipeline = make_pipeline(model, DDPMScheduler(variance_type="learned_range"))
-    pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config)
-    assert torch.equal(sample(pipeline), sample(make_pipeline(model, scheduler_class())))
-    assert pipeline.scheduler.config.variance_type == "learned_range"
+    unscaled = make_pipeline(vae=tiny_vae())
+    unscaled.vae.register_to_config(scaling_factor=None)
+    assert_refused(unscaled, ValueError, "`vae` must have `scaling_factor`")
+    assert sample(unscaled, output_type="latent").shape == (2, 4, 8, 8)
 
 
 @pytest.mark.parametrize("components", [{}, {"transformer": make_dit(), "unet": make_unet()}])
@@ -546,8 +433,7 @@ def test_there_is_exactly_one_denoiser(components):
         DTRPipeline(scheduler=DDIMScheduler(), **components)
 
 
-def test_a_vae_that_does_not_say_how_latents_are_scaled_is_refused_unless_nothing_is_decoded():
-    pipeline = make_pipeline(vae=make_vae())
-    pipeline.vae.register_to_config(scaling_factor=None)
-    assert_refused(pipeline, ValueError, "`vae` must have `scaling_factor`")
-    assert sample(pipeline, output_type="latent").shape == (2, 4, 8, 8)
+@pytest.mark.parametrize("class_embed_type", ["identity", "timestep"])
+def test_a_unet_whose_classes_have_no_numbers_is_refused(class_embed_type):
+    with pytest.raises(ValueError, match="`num_class_embeds`"):
+        make_pipeline(make_unet(class_embed_type=class_embed_type))

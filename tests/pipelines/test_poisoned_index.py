@@ -26,7 +26,6 @@ def poison(folder, **entries):
 CODE = "import pathlib\npathlib.Path({marker!r}).touch()\nclass X: pass\n"
 POISONS = [
     {"transformer": ["os", "system"]},
-    {"scheduler": ["subprocess", "Popen"]},
     {"transformer": ["evil", "X"]},
     {"transformer": ["../evil", "X"]},
     {"transformer": ["/tmp/evil", "X"]},
@@ -40,9 +39,7 @@ POISONS = [
     {"subfolder": "../../x"},
     {"../evil": ["diffusers", "AutoencoderKL"]},
 ]
-
-
-CASES = [*((entries, False) for entries in POISONS), (POISONS[0], True), (POISONS[2], True)]
+CASES = [*((entries, False) for entries in POISONS), *((entries, True) for entries in POISONS[:2])]
 
 
 @pytest.mark.parametrize(("entries", "from_hub"), CASES, ids=str)
