@@ -6,8 +6,7 @@ from io import BytesIO
 import pytest
 from PIL import Image, ImageCms
 
-from diffusers_dtr.training.data.color_profiles import to_srgb
-from diffusers_dtr.training.data.images import decode_image
+from diffusers_dtr.training.data.images import decode_image, to_srgb
 
 
 # Red, green and blue as XYZ under D50

@@ -118,13 +118,13 @@ def test_without_labels_all_images_are_used_wherever_they_lie(tmp_path):
 @pytest.mark.parametrize(
     ("places", "found"),
     [
-        (["0.png", "1.png"], "at least two class folders of images, found 2 images in the folder itself"),
-        (["cat/0.png"], r"at least two class folders of images, found 'cat' \(1 image\).*train_unconditional"),
-        (["cat/0.png", "1.png"], r"'cat' \(1 image\), 1 image in the folder itself"),
+        (["0.png", "1.png"], "at least 2 class folders of images, found images: 2 in the folder itself"),
+        (["cat/0.png"], r"found images: 1 in 'cat' \(cat/0\.png\)\..*train_unconditional"),
+        (["cat/0.png", "1.png"], r"1 in the folder itself \(1\.png\), 1 in 'cat'"),
         (["n/a/0.png", "n/b/0.png"], "If the folders in it are the classes, name .*data/n"),
         (["train/a/0.png", "test/b/0.png"], "found test, train, which are splits"),
         ([], "must hold images, found nothing"),
-        (["a.heic"], r"must hold images, found 1 file not of a format that Pillow opens \(a.heic\)"),
+        (["a.heic"], r"must hold images, found 1 not of a format that Pillow opens \(a.heic\)"),
     ],
 )
 def test_a_folder_without_classes_says_what_it_holds_and_what_is_expected(places, found, tmp_path):
@@ -146,7 +146,7 @@ def test_images_that_the_metadata_do_not_list_are_counted(tmp_path, messages):
 
 def test_images_that_the_metadata_list_must_be_there(tmp_path):
     folder = captions(put(tmp_path / "data", "0.png"), "0.png", "1.png")
-    with pytest.raises(ValueError, match=r"list 1 image which cannot be found: .*1\.png"):
+    with pytest.raises(ValueError, match=r"list images which cannot be found \(1\): .*1\.png"):
         load(folder, label_column=None, caption_column="text")
 
 
@@ -163,7 +163,7 @@ def test_labels_of_the_metadata_are_labels(tmp_path):
 
 
 def test_captions_without_metadata_are_missed_by_name(tmp_path):
-    with pytest.raises(ValueError, match=r"must have a metadata\.jsonl.* 'text' .* found 1 image in the folder"):
+    with pytest.raises(ValueError, match=r"must have a metadata\.jsonl.* 'text' .* found images: 1 in the folder"):
         load(put(tmp_path / "data", "0.png"), label_column=None, caption_column="text")
 
 

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from diffusers_dtr.training.data import samples
 from diffusers_dtr.training.data.images import ImageTransform, UnreadableImageError
 from diffusers_dtr.training.data.samples import ImageDataset, TrainingBatches
 from diffusers_dtr.training.data.training_images import TrainingImages, training_images
+from diffusers_dtr.training.randomness import generator_for
 
 
 TRANSFORM = ImageTransform(resolution=8, random_flip=True)
@@ -112,8 +114,7 @@ def test_the_global_order_does_not_depend_on_the_number_of_processes(num_samples
 def test_resuming_far_into_training_takes_no_detour(monkeypatch):
     batches = TrainingBatches(1000, 8, seed=0, start_step=10**12)
     asked = []
-    order = batches._order
-    monkeypatch.setattr(batches, "_order", lambda epoch: asked.append(epoch) or order(epoch))
+    monkeypatch.setattr(samples, "generator_for", lambda *place: asked.append(place) or generator_for(*place))
     assert next(iter(batches))[0][0] == 8 * 10**12 // 1000
     assert len(asked) == 1
 
