@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -66,6 +67,7 @@ def _as_list(captions: str | list[str] | None) -> list[str]:
     return [captions] if isinstance(captions, str) else captions or []
 
 
+@dataclass(eq=False)
 class CaptionedDataset(Dataset):
     """Adds a `caption` to the samples of a dataset of images or latents.
 
@@ -77,11 +79,10 @@ class CaptionedDataset(Dataset):
         proportion_empty: Share of samples whose caption is replaced by an empty one, in [0, 1], drawn likewise.
     """
 
-    def __init__(self, dataset: Dataset, captions: Captions, seed: int | None = None, proportion_empty: float = 0.0):
-        self.dataset = dataset
-        self.captions = captions
-        self.seed = seed
-        self.proportion_empty = proportion_empty
+    dataset: Dataset
+    captions: Captions
+    seed: int | None = None
+    proportion_empty: float = 0.0
 
     def __len__(self) -> int:
         return len(self.dataset)

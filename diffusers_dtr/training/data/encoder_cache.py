@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,15 +81,12 @@ def _write(folder: Path, batches: Iterable[Rows]) -> None:
     (folder / _INDEX).write_text(json.dumps(layouts))
 
 
+@dataclass(eq=False)
 class LatentDataset(ImageDataset):
     """Images as normalised `latents`, those that encoding on the fly gives: the same flips, the same samples."""
 
-    def __init__(
-        self, images: TrainingImages, transform: ImageTransform, seed: int, rows: CachedRows, vae: ModelMixin
-    ):
-        super().__init__(images, transform, seed=seed)
-        self.rows = rows
-        self.normalization = LatentNormalization.from_vae(vae)
+    rows: CachedRows
+    normalization: LatentNormalization
 
     def _read(self, epoch: int, index: int, augmentation: Augmentation) -> tuple[dict[str, Any], tuple[int, int]]:
         row = self.rows.read([index])
@@ -116,7 +113,7 @@ def cache_latents(
     value and image, 16 with flips, of which both views are encoded: 42 and 84 GB for ImageNet's 256×256 images. With
     several processes, let the main one go first. A `ValueError` if the VAE does not tell its latents' normalisation.
     """
-    LatentNormalization.from_vae(vae)
+    normalization = LatentNormalization.from_vae(vae)
     description = {
         "format": _FORMAT,
         # `datasets` has no other name for a dataset's content, and documents this one for looking at.
@@ -129,7 +126,7 @@ def cache_latents(
     }
     folder = Path(cache_dir) / f"latents-{content_key(description, [vae])}"
     rows = CachedRows.made_once(folder, lambda: _encoded(vae, images, transform, batch_size, num_workers))
-    return LatentDataset(images, transform, seed, rows, vae)
+    return LatentDataset(images, transform, seed=seed, rows=rows, normalization=normalization)
 
 
 def _encoded(
@@ -151,20 +148,20 @@ def _encoded(
         yield {"moments": stacked.cpu(), "original_size": batch["original_size"]}
 
 
+@dataclass(frozen=True)
 class CachedTextEmbeddings:
-    """A [`TextEncoder`] of the texts that [`cache_text_embeddings`] encoded."""
+    """A [`TextEncoder`] of the texts that [`cache_text_embeddings`] encoded, by their places in its rows."""
 
-    def __init__(self, texts: Sequence[str], rows: CachedRows, device: torch.device):
-        self._places = {text: place for place, text in enumerate(texts)}
-        self._rows = rows
-        self.device = device
+    places: dict[str, int]
+    rows: CachedRows
+    device: torch.device
 
     def __call__(self, texts: list[str]) -> Rows:
         """The embeddings of texts, on the device; a `ValueError` for a text that was not encoded."""
-        unknown = [text for text in texts if text not in self._places]
-        if unknown:
-            raise ValueError(f"`texts` must be those that were encoded before training, got {unknown[0]!r}.")
-        rows = self._rows.read([self._places[text] for text in texts])
+        for text in texts:
+            if text not in self.places:
+                raise ValueError(f"`texts` must be those that were encoded before training, got {text!r}.")
+        rows = self.rows.read([self.places[text] for text in texts])
         return send_to_device(rows, self.device, non_blocking=True)
 
 
@@ -202,7 +199,7 @@ def cache_text_embeddings(
     folder = Path(cache_dir) / f"text-embeddings-{content_key(description, models)}"
     batches = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
     rows = CachedRows.made_once(folder, lambda: map(encode, tqdm(batches, "Caching text embeddings", unit="batch")))
-    return CachedTextEmbeddings(texts, rows, device)
+    return CachedTextEmbeddings({text: place for place, text in enumerate(texts)}, rows, device)
 
 
 def _describe(model: torch.nn.Module) -> dict[str, Any]:

@@ -65,11 +65,10 @@ def scan_folder(folder: str | os.PathLike, cache_dir: str | os.PathLike | None =
 
     def visit(path: str, place: str, hidden: bool, above: frozenset[str]) -> None:
         inside = above | {os.path.realpath(path)}
-        if inside == above:
-            files.append(FoundFile(path, place.rstrip("/"), "links to a folder that they are in"))
-            return
-        if place and any(os.path.lexists(os.path.join(path, name)) for name in (RECORD_FILE, RUN_CONFIG, RUN_LOCK)):
-            files.append(FoundFile(path, place.rstrip("/"), "folders of training runs"))
+        of_run = any(os.path.lexists(os.path.join(path, name)) for name in (RECORD_FILE, RUN_CONFIG, RUN_LOCK))
+        if inside == above or (place and of_run):
+            kind = "links to a folder that they are in" if inside == above else "folders of training runs"
+            files.append(FoundFile(path, place.rstrip("/"), kind))
             return
         with os.scandir(path) as entries:
             for entry in entries:

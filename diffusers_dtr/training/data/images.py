@@ -148,13 +148,9 @@ def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | N
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is drawn for one sample.
+    """What is drawn for one sample: whether it is mirrored, and in [0, 1) where its crop lies and its clip starts.
 
-    Attributes:
-        flip: Whether the image is mirrored.
-        crop: Where the crop lies between left and right and between top and bottom, each in [0, 1). None is the
-            centre.
-        start: Where a clip starts in its video, in [0, 1). None is its middle.
+    A `crop` lies between left and right and between top and bottom; without it and `start`, both are in the middle.
     """
 
     flip: bool = False

@@ -7,6 +7,7 @@ to the bit, with any number of workers and processes.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from itertools import count
 from typing import Any
@@ -20,13 +21,14 @@ from .training_images import TrainingImages
 from .videos import TrainingVideos
 
 
+@dataclass(eq=False)
 class ImageDataset(Dataset):
     """Images or videos as tensors. A sample depends on (seed, epoch, index) alone."""
 
-    def __init__(self, images: TrainingImages | TrainingVideos, transform: ImageTransform, *, seed: int):
-        self.images = images
-        self.transform = transform
-        self.seed = seed
+    images: TrainingImages | TrainingVideos
+    transform: ImageTransform
+    _: KW_ONLY
+    seed: int
 
     def __len__(self) -> int:
         return len(self.images)
@@ -49,34 +51,24 @@ class ImageDataset(Dataset):
         return {"pixel_values": self.transform(image, augmentation)}, image.size
 
 
+@dataclass(eq=False)
 class TrainingBatches(Sampler[list[tuple[int, int]]]):
     """Endless batches of (epoch, index), for `DataLoader(dataset, batch_sampler=...)`.
 
     The data is one stream: epoch after epoch, each in an order of its own. A global batch is the next `batch_size *
     num_processes` samples of it, and process p takes the p-th part. So nothing is dropped or padded, a batch may span
     epochs, and the stream does not depend on how many processes share a global batch. `start_step` counts batches of
-    one process: with gradient accumulation, optimizer steps times accumulation steps.
-
-    The sampler splits batches between processes itself: do not pass its data loader to `Accelerator.prepare`, which
-    would split them once more.
+    one process: with gradient accumulation, optimizer steps times accumulation steps. `Accelerator.prepare` must not
+    get the data loader, because it would split batches between processes once more.
     """
 
-    def __init__(
-        self,
-        num_samples: int,
-        batch_size: int,
-        *,
-        seed: int,
-        num_processes: int = 1,
-        process_index: int = 0,
-        start_step: int = 0,
-    ):
-        self.num_samples = num_samples
-        self.batch_size = batch_size
-        self.seed = seed
-        self.num_processes = num_processes
-        self.process_index = process_index
-        self.start_step = start_step
+    num_samples: int
+    batch_size: int
+    _: KW_ONLY
+    seed: int
+    num_processes: int = 1
+    process_index: int = 0
+    start_step: int = 0
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         """Batches from `start_step` on, without end."""

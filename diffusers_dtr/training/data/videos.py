@@ -31,14 +31,14 @@ class Video:
     Attributes:
         path: A file for Pillow or PyAV, or a folder of frames.
         num_frames: How many it has.
-        size: Width and height.
         frames: The files of its frames, in their order; none if `path` is a file.
+        size: Width and height.
     """
 
     path: Path
     num_frames: int
-    size: tuple[int, int]
     frames: tuple[str, ...] = ()
+    size: tuple[int, int] | None = None
 
     @classmethod
     def open(cls, path: Path, frames: Sequence[str] = ()) -> Video:
@@ -47,16 +47,16 @@ class Video:
             if frames:
                 frames = tuple(sorted(frames, key=_numbered))
                 _check_frames(frames)
-                return cls(path, len(frames), _decode_frame(frames[0]).size, frames)
-            if _is_image(path):
+                num_frames = len(frames)
+            elif _is_image(path):
                 with Image.open(path) as image:
                     num_frames = getattr(image, "n_frames", 1)
-                return cls(path, num_frames, decode_frames(path, [0])[0].size)
-            decoded = _decode(path)
-            first = next(decoded, None)
-            if first is None:
-                raise UnreadableImageError("it has no frames")
-            return cls(path, 1 + sum(1 for _ in decoded), _upright(first).size)
+            else:
+                num_frames = sum(1 for _ in _decode(path))
+                if num_frames == 0:
+                    raise UnreadableImageError("it has no frames")
+        video = cls(path, num_frames, frames)
+        return replace(video, size=video.read([0])[0].size)
 
     def read(self, numbers: Sequence[int]) -> list[Image.Image]:
         """Decode frames, see [`~diffusers_dtr.training.data.images.decode_image`]."""
@@ -103,9 +103,7 @@ def _decode(path: Path) -> Iterator[Any]:
     try:
         import av  # only for files that Pillow cannot read
     except ImportError as error:
-        raise UnreadableImageError(
-            "it needs PyAV, which is not installed: pip install av, or make a folder of its frames"
-        ) from error
+        raise UnreadableImageError("it needs PyAV: pip install av, or make a folder of its frames") from error
     with av.open(str(path)) as container:
         yield from container.decode(video=0)
 
