@@ -22,16 +22,11 @@ logger = logging.getLogger(__name__)
 def match_classes(
     images: TrainingImages, id2label: Mapping[int | str, str] | None, num_classes: int, *, new_classes: bool = False
 ) -> tuple[TrainingImages, bool]:
-    """Give images the labels that a model has for classes of their names.
+    """Give labelled images the labels that a model has for classes of their names; names with commas are synonyms.
 
     Where only one of them has names, or none, and as many classes, the numbers are taken to agree: nothing tells.
-
-    Args:
-        images: Labelled images.
-        id2label: The model's names of classes, or None; names separated by commas are synonyms.
-        num_classes: The model's number of classes.
-        new_classes: Whether there may be classes that the model does not know. They get the labels from `num_classes`
-            on; if it knows none of them, those that they have.
+    With `new_classes`, there may be classes that the model does not know. They get the labels from `num_classes`, the
+    model's number of classes, on; if it knows none of them, those that they have.
 
     Returns:
         The images, and whether the model's classes are among theirs.

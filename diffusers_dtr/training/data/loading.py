@@ -31,11 +31,8 @@ from .videos import TrainingVideos, VideoTransform, load_training_videos
 class TrainingData:
     """What a model is trained on, and what it is validated with.
 
-    Attributes:
-        images: Images or videos, with the names of their classes or their captions.
-        dataset: Samples of them, which [`build_loader`] makes batches of.
-        held_out: Samples for the held-out loss, or None.
-        vae: What encodes the images, frozen; None where pixels are learned.
+    `dataset` has samples of the `images` or videos, which [`build_loader`] makes batches of; `held_out` has those for
+    the held-out loss, if any. The `vae`, frozen, encodes them; without it, pixels are learned.
     """
 
     images: TrainingImages | TrainingVideos
@@ -55,21 +52,24 @@ def load_images(config: TrainingConfig) -> TrainingImages:
     Labels are read if the data have a `label_column`, captions if the configuration has any.
     """
     data = config.data
-    columns = {
-        "label_column": getattr(data, "label_column", None),
-        "caption_column": config.text and config.text.caption_column,
-    }
-    images = _load_images(config, data.train_data_dir, data.train_split, **columns)
+    label, caption = getattr(data, "label_column", None), config.text and config.text.caption_column
+    images = _load_images(config, data.train_data_dir, data.train_split, label, caption)
     return images if data.max_train_samples is None else images.draw(data.max_train_samples, config.run.seed)
 
 
-def _load_images(config: TrainingConfig, folder: str | None, split: str | None, **options: Any) -> TrainingImages:
+def _load_images(
+    config: TrainingConfig,
+    folder: str | None,
+    split: str | None,
+    label_column: str | None,
+    caption_column: str | None,
+    min_classes: int = 2,
+) -> TrainingImages:
     """Those of a folder or, without one, of a split of the dataset."""
     data = config.data
-    source = {"train_data_dir": folder}
-    if folder is None:
-        source = {"dataset_name": data.dataset_name, "dataset_config_name": data.dataset_config_name, "split": split}
-    return load_training_images(**source, image_column=data.image_column, cache_dir=config.model.cache_dir, **options)
+    source = data.dataset_name, data.dataset_config_name, folder, split
+    columns = data.image_column, label_column, caption_column
+    return load_training_images(*source, *columns, min_classes, config.model.cache_dir)
 
 
 def load_data(
@@ -151,11 +151,9 @@ def held_out_dataset(config: TrainingConfig, images: TrainingImages, channels: i
     data = config.data
     if data.validation_split is None and data.validation_data_dir is None:
         return None
-    columns = {
-        "label_column": None if images.labels is None else data.label_column,
-        "caption_column": None if images.captions is None else images.captions.column,
-    }
-    held_out = _load_images(config, data.validation_data_dir, data.validation_split, **columns, min_classes=1)
+    label = None if images.labels is None else data.label_column
+    caption = None if images.captions is None else images.captions.column
+    held_out = _load_images(config, data.validation_data_dir, data.validation_split, label, caption, min_classes=1)
     if images.labels is not None:
         held_out, _ = match_classes(held_out, images.id2label, images.num_classes)
     return ImageDataset(held_out, _transform(config, channels, held_out=True), seed=0)
@@ -197,12 +195,8 @@ def held_out_samples(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor | list]]:
     """Clean samples for the held-out loss, and what else their batch holds, such as labels; on the CPU.
 
-    Args:
-        dataset: What [`held_out_dataset`] returned, or one that adds to its samples.
-        vae: Autoencoder, or None.
-        num_images: How many samples to take; all if there are fewer.
-        batch_size: Images to encode at a time.
-        device: Where images are encoded.
+    The first `num_images` of a dataset as [`held_out_dataset`] returns, or all if there are fewer, `batch_size` at a
+    time encoded on the `device`, if there is an autoencoder.
     """
     wanted = min(len(dataset), num_images)
     sampler = TrainingBatches(len(dataset), batch_size, seed=0)

@@ -72,11 +72,9 @@ class TrainingImages:
         try:
             return decode_image(encoded)
         except UnreadableImageError as error:
-            path = (encoded or {}).get("path")
-            name = f"{path} (row {row})" if path else f"row {row}"
-            raise UnreadableImageError(
-                f"The image {name} cannot be read: {error}. Replace it, or leave it out."
-            ) from error
+            name = f"{encoded['path']} (row {row})" if encoded and encoded["path"] else f"row {row}"
+            message = f"The image {name} cannot be read: {error}. Replace it, or leave it out."
+            raise UnreadableImageError(message) from error
 
 
 def load_training_images(
@@ -94,13 +92,11 @@ def load_training_images(
     columns = {"image_column": image_column, "label_column": label_column, "caption_column": caption_column}
     if train_data_dir is None:
         dataset = datasets.load_dataset(dataset_name, dataset_config_name, split=split, cache_dir=cache_dir)
-    elif os.path.isdir(train_data_dir):
-        dataset = load_image_folder(train_data_dir, **columns, min_classes=min_classes, cache_dir=cache_dir)
     else:
-        raise ValueError(f"`train_data_dir` must be a folder, got {os.fspath(train_data_dir)!r}.")
+        dataset = load_image_folder(train_data_dir, **columns, min_classes=min_classes, cache_dir=cache_dir)
     images = training_images(dataset, **columns)
     images = replace(images, dataset=_unzipped(images.dataset, image_column, cache_dir))
-    if dataset_name is not None and os.path.isdir(dataset_name):
+    if train_data_dir is None and os.path.isdir(dataset_name):
         files, used = scan_folder(dataset_name, cache_dir), {*image_paths(images.dataset, image_column)}
         if not used.isdisjoint(file.path for file in files):  # else the images are in tables
             used |= {file.path for file in files if file.kind == METADATA}

@@ -148,8 +148,6 @@ def load_training_videos(
     A line is a JSON object: `file_name`, a video or a folder of frames beside it, and a caption or a list of them,
     alike in all lines.
     """
-    if not os.path.isdir(folder):
-        raise ValueError(f"`train_data_dir` must be a folder, got {os.fspath(folder)!r}.")
     files = scan_folder(folder, cache_dir)
     metadata = [file.path for file in files if file.kind == METADATA and file.path.endswith(".jsonl")]
     frames: dict[str, list[str]] = {}
