@@ -32,12 +32,9 @@ _MAX_UNPACKED, _MAX_RATIO = 10**8, 50
 
 @dataclass(frozen=True)
 class FoundFile:
-    """A file of a folder.
+    """A file of a folder: whether it is an image or of metadata, or why it is neither.
 
-    Attributes:
-        path: Where it is.
-        place: Its path in the folder, as though zip files were unpacked where they lie.
-        kind: Whether it is an image or of metadata, or why it is neither.
+    Its `place` is its path in the folder, as though zip files were unpacked where they lie.
     """
 
     path: str
@@ -217,15 +214,14 @@ def _check_splits(folder: str | os.PathLike, tops: set[str | None]) -> None:
 
 
 def _read_metadata(folder, metadata: list[FoundFile], cache_dir) -> datasets.Dataset:
-    def read(file: FoundFile) -> datasets.Dataset:
-        if os.path.getsize(file.path) == 0:
-            raise ValueError("it is empty")
-        files = {"train": glob.escape(file.path)}
-        return datasets.load_dataset("imagefolder", data_files=files, split="train", cache_dir=cache_dir)
-
+    parts = []
     try:
-        # One by one, because `datasets` puts several in an order that differs between processes.
-        return datasets.concatenate_datasets([read(file) for file in metadata])
+        for file in metadata:  # one by one, because `datasets` puts several in an order that differs between processes
+            if os.path.getsize(file.path) == 0:
+                raise ValueError("it is empty")
+            files = {"train": glob.escape(file.path)}
+            parts.append(datasets.load_dataset("imagefolder", data_files=files, split="train", cache_dir=cache_dir))
+        return datasets.concatenate_datasets(parts)
     except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
         places = _examples([file.place for file in metadata])
         cause = error.__cause__ or error  # `datasets` says that there was an error

@@ -53,23 +53,15 @@ def load_images(config: TrainingConfig) -> TrainingImages:
     """
     data = config.data
     label, caption = getattr(data, "label_column", None), config.text and config.text.caption_column
-    images = _load_images(config, data.train_data_dir, data.train_split, label, caption)
+    images = _load_images(config, data.train_data_dir, data.train_split, label_column=label, caption_column=caption)
     return images if data.max_train_samples is None else images.draw(data.max_train_samples, config.run.seed)
 
 
-def _load_images(
-    config: TrainingConfig,
-    folder: str | None,
-    split: str | None,
-    label_column: str | None,
-    caption_column: str | None,
-    min_classes: int = 2,
-) -> TrainingImages:
+def _load_images(config: TrainingConfig, folder: str | None, split: str | None, **options: Any) -> TrainingImages:
     """Those of a folder or, without one, of a split of the dataset."""
-    data = config.data
+    data, cache_dir = config.data, config.model.cache_dir
     source = data.dataset_name, data.dataset_config_name, folder, split
-    columns = data.image_column, label_column, caption_column
-    return load_training_images(*source, *columns, min_classes, config.model.cache_dir)
+    return load_training_images(*source, image_column=data.image_column, cache_dir=cache_dir, **options)
 
 
 def load_data(
@@ -88,7 +80,7 @@ def load_data(
         vae: Autoencoder in whose latent space the model works, or None.
 
     Raises:
-        ValueError: For `cache_latents` without an autoencoder, or what [`cache_latents`] refuses.
+        ValueError: For `cache_latents` without an autoencoder, or with one that [`cache_latents`] refuses.
     """
     if isinstance(config.data, VideoConfig):
         dataset = _video_dataset(config, held_out=False)
@@ -104,9 +96,7 @@ def load_data(
         held_out = held_out_dataset(config, images, channels)
     images = dataset.images
     if images.captions is not None:
-        dataset = CaptionedDataset(
-            dataset, images.captions, seed=config.run.seed, proportion_empty=config.text.proportion_empty_prompts
-        )
+        dataset = CaptionedDataset(dataset, images.captions, config.run.seed, config.text.proportion_empty_prompts)
         held_out = None if held_out is None else CaptionedDataset(held_out, held_out.images.captions)
     return TrainingData(images, dataset, held_out, vae)
 
@@ -151,9 +141,9 @@ def held_out_dataset(config: TrainingConfig, images: TrainingImages, channels: i
     data = config.data
     if data.validation_split is None and data.validation_data_dir is None:
         return None
-    label = None if images.labels is None else data.label_column
-    caption = None if images.captions is None else images.captions.column
-    held_out = _load_images(config, data.validation_data_dir, data.validation_split, label, caption, min_classes=1)
+    options = {"label_column": None if images.labels is None else data.label_column, "min_classes": 1}
+    options["caption_column"] = None if images.captions is None else images.captions.column
+    held_out = _load_images(config, data.validation_data_dir, data.validation_split, **options)
     if images.labels is not None:
         held_out, _ = match_classes(held_out, images.id2label, images.num_classes)
     return ImageDataset(held_out, _transform(config, channels, held_out=True), seed=0)

@@ -24,15 +24,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingImages:
-    """Encoded images and what is known of them, as [`load_training_images`] returns them.
+    """Images, encoded in a column of the rows of a dataset, and what is known of them.
 
-    Attributes:
-        dataset: Its rows hold encoded images, under `image_column`.
-        image_column: Name of the column.
-        labels: `(rows,)`, int64, or None without labels.
-        num_classes: Labels are in [0, num_classes). None without labels.
-        id2label: Names of the classes, or None if the dataset has none.
-        captions: Of every row, or None without.
+    The `labels` `(rows,)`, int64, are in [0, num_classes), and `id2label` has the names of classes.
     """
 
     dataset: datasets.Dataset
@@ -52,7 +46,7 @@ class TrainingImages:
 
     @property
     def file_names(self) -> list[str]:
-        """Of every row, without folders; empty where it has none."""
+        """Those of all rows, without folders; empty where a row has none."""
         return [os.path.basename(path or "") for path in image_paths(self.dataset, self.image_column)]
 
     def draw(self, count: int, seed: int) -> TrainingImages:

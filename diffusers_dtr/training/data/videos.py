@@ -26,13 +26,9 @@ _UNLISTED = "not listed in the metadata"
 
 @dataclass(frozen=True)
 class Video:
-    """A video whose frames are decoded as they are needed.
+    """A video whose frames are decoded as they are needed: a file for Pillow or PyAV, or a folder of `frames`.
 
-    Attributes:
-        path: A file for Pillow or PyAV, or a folder of frames.
-        num_frames: How many it has.
-        frames: The files of its frames, in their order; none if `path` is a file.
-        size: Width and height.
+    `size` is its width and height.
     """
 
     path: Path
