@@ -105,31 +105,21 @@ def test_neither_workers_nor_the_global_generator_matter(folder):
     assert all(torch.equal(again[name], alone[name]) for name in ("moments", "original_size"))
 
 
-def change_weights(vae, images, options):
-    vae.decoder.conv_out.bias.data[0] += 1
-
-
-def change_config(vae, images, options):
-    vae.register_to_config(scaling_factor=0.6)
-
-
-def change_resolution(vae, images, options):
-    options["transform"] = replace(TRANSFORM, resolution=4)
-
-
-def change_flips(vae, images, options):
-    options["transform"] = replace(TRANSFORM, random_flip=False)
-
-
-def change_images(vae, images, options):
-    Image.new("RGB", (8, 8), "red").save(images / "a" / "0.png")
-
-
-@pytest.mark.parametrize("change", [change_weights, change_config, change_resolution, change_flips, change_images])
-def test_other_latents_have_another_cache(folder, change):
-    vae, options = tiny_vae(**NORMALISATION), {}
+@pytest.mark.parametrize(
+    ("change", "options"),
+    [
+        (lambda vae, folder: vae.decoder.conv_out.bias.data.add_(1), {}),
+        (lambda vae, folder: vae.register_to_config(scaling_factor=0.6), {}),
+        (lambda vae, folder: Image.new("RGB", (8, 8), "red").save(folder / "a" / "0.png"), {}),
+        (lambda vae, folder: None, {"transform": replace(TRANSFORM, resolution=4)}),
+        (lambda vae, folder: None, {"transform": replace(TRANSFORM, random_flip=False)}),
+    ],
+    ids=["weights", "config", "images", "resolution", "flips"],
+)
+def test_other_latents_have_another_cache(change, options, folder):
+    vae = tiny_vae(**NORMALISATION)
     cache(folder, vae=vae)
-    change(vae, folder, options)
+    change(vae, folder)
     cache(folder, vae=vae, **options)
     assert len(caches(folder)) == 2
 

@@ -169,12 +169,6 @@ def test_images_that_the_metadata_do_not_list_are_counted(tmp_path, messages):
     assert "3 of 6 files used; left out are 3 not listed in the metadata (1.png, 2.png, 4.png)" in messages.text
 
 
-def test_images_that_the_metadata_list_must_be_there(tmp_path):
-    folder = captions(put(tmp_path / "data", "0.png"), "0.png", "1.png")
-    with pytest.raises(ValueError, match=r"list images which cannot be found \(1\): .*1\.png"):
-        load(folder, **CAPTIONED)
-
-
 def test_every_folder_may_have_metadata_of_its_own(tmp_path):
     folder = put(tmp_path / "data", "a/0.png", "b/0.png")
     for name in "ab":
@@ -187,9 +181,13 @@ def test_labels_of_the_metadata_are_labels(tmp_path):
     assert load(folder).labels.tolist() == [4, 4]
 
 
-def test_empty_metadata_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"metadata\.jsonl.*it is empty"):
-        load(captions(put(tmp_path / "images", "1.png")), **CAPTIONED)
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [(["0.png", "1.png"], r"list images which cannot be found \(1\): .*1\.png"), ([], "metadata.jsonl: it is empty")],
+)
+def test_metadata_must_list_images_that_are_there(names, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        load(captions(put(tmp_path / "data", "0.png"), *names), **CAPTIONED)
 
 
 # ---- zip files

@@ -170,7 +170,7 @@ def found(files: list[FoundFile]) -> str:
         lambda file: "in the folder itself" if file.top_folder is None else f"in {file.top_folder!r}",
     )
     others = _counted([file for file in files if file.kind not in (IMAGE, METADATA)], lambda file: file.kind)
-    return ", ".join([f"images: {_examples(images)}"] * bool(images) + others) or "nothing"
+    return ", ".join([f"images: {_examples(images)}", *others] if images else others) or "nothing"
 
 
 def _counted(files: Iterable[FoundFile], what: Callable[[FoundFile], str]) -> list[str]:
