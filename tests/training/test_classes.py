@@ -9,6 +9,10 @@ from diffusers_dtr.training.data.training_images import TrainingImages, training
 from diffusers_dtr.training.run.resuming import RunState, class_settings
 
 
+PETS = {0: "dog", 1: "cat", 2: "owl, night owl"}
+CRANES = {0: "crane, bird", 1: "crane, machine"}
+
+
 def make_images(names: list[str], *, named: bool = True) -> TrainingImages:
     """One image per class, in the order of the names."""
     labels = datasets.ClassLabel(names=names) if named else datasets.Value("int64")
@@ -17,27 +21,34 @@ def make_images(names: list[str], *, named: bool = True) -> TrainingImages:
     return training_images(datasets.Dataset.from_dict(rows, features))
 
 
-def matched(names: list[str], known: dict, num_classes: int | None = None, **options) -> dict[str, int]:
-    """The labels of classes by their names, of a model that may get new ones."""
-    images, kept = match_classes(make_images(names), known, num_classes or len(known), new_classes=True, **options)
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [
+        (PETS, {"cat": 1, "dog": 0, "owl": 2}),
+        (PETS, {"night owl": 2, "cat": 1}),
+        (PETS, {"ant": 3, "cat": 1, "bee": 4}),
+        ({**PETS, 5: "a null class"}, {"ant": 6, "cat": 1}),
+        ({0: "crane, bird", 1: "crane"}, {"crane": 1}),
+        (CRANES, {"crane, bird": 0, "crane, machine": 1}),
+    ],
+    ids=[
+        "any order",
+        "a synonym",
+        "new ones",
+        "classes without names",
+        "a whole name first",
+        "the same repeated list",
+    ],
+)
+def test_known_names_keep_their_labels_and_new_ones_get_those_behind(known, expected, caplog):
+    num_classes = max(known) + 1
+    images, kept = match_classes(make_images([*expected]), known, num_classes, new_classes=True)
     assert kept
-    assert all(images.id2label[label] for label in images.labels.tolist())
-    assert images.num_classes == max([num_classes or len(known), *(label + 1 for label in images.labels.tolist())])
-    return dict(zip(names, images.labels.tolist(), strict=True))
-
-
-PETS = {0: "dog", 1: "cat", 2: "owl, night owl"}
-
-
-@pytest.mark.parametrize("names", [["cat", "dog", "owl"], ["owl", "dog"], ["cat"], ["night owl", "cat"]])
-def test_known_names_keep_their_labels_in_any_order(names):
-    known = {"dog": 0, "cat": 1, "owl": 2, "night owl": 2}
-    assert matched(names, PETS) == {name: known[name] for name in names}
-
-
-def test_new_names_get_labels_behind_the_known_ones_and_are_said(caplog):
-    assert matched(["ant", "cat", "bee"], PETS) == {"ant": 3, "cat": 1, "bee": 4}
-    assert "New classes, from label 3 on: ant, bee." in caplog.text
+    assert images.labels.tolist() == [*expected.values()]
+    assert images.num_classes == max(num_classes, *(label + 1 for label in expected.values()))
+    new = [name for name, label in expected.items() if label >= num_classes]
+    assert images.id2label == known | {expected[name]: name for name in new}
+    assert (f"New classes, from label {num_classes} on: {', '.join(new)}." in caplog.text) == bool(new)
 
 
 def test_names_that_have_nothing_in_common_are_new_classes_said_once(caplog):
@@ -46,32 +57,18 @@ def test_names_that_have_nothing_in_common_are_new_classes_said_once(caplog):
     assert caplog.text.count("all of them are new classes") == 1
 
 
-def test_classes_of_the_model_may_be_without_names():
-    assert matched(["cat", "ant"], {4: "cat"}, num_classes=10) == {"cat": 4, "ant": 10}
-
-
-def test_a_whole_name_goes_before_a_part_of_another():
-    assert matched(["crane"], {0: "crane, bird", 1: "crane"}) == {"crane": 1}
-
-
-def test_the_same_list_matches_although_it_repeats_names():
-    known = {0: "crane, bird", 1: "crane, machine"}
-    assert matched(["crane, bird", "crane, machine"], known) == {"crane, bird": 0, "crane, machine": 1}
-
-
-def test_a_name_of_several_classes_is_refused():
-    with pytest.raises(ValueError, match=r"'crane' .* may be each of .* 0 \(crane, bird\), 1 \(crane, machine\)"):
-        matched(["crane"], {0: "crane, bird", 1: "crane, machine"})
-
-
-def test_two_names_of_one_class_are_refused():
-    with pytest.raises(ValueError, match="classes owl, night owl of the images are one class of the model, owl"):
-        matched(["owl", "night owl"], PETS)
-
-
-def test_unknown_names_are_refused_where_the_model_gets_no_new_classes():
-    with pytest.raises(ValueError, match=r"must be among dog, cat, owl, night owl, got ant\."):
-        match_classes(make_images(["ant", "cat"]), PETS, 3)
+@pytest.mark.parametrize(
+    ("names", "known", "new_classes", "message"),
+    [
+        (["crane"], CRANES, True, r"'crane' .* may be each of .* 0 \(crane, bird\), 1 \(crane, machine\)"),
+        (["owl", "night owl"], PETS, True, "classes owl, night owl of the images are one class of the model, owl"),
+        (["ant", "cat"], PETS, False, r"must be among dog, cat, owl, night owl, got ant\."),
+        (["a", "b", "c", "d"], None, False, "The images have 4 classes, but the model knows 3"),
+    ],
+)
+def test_classes_that_cannot_be_matched_are_refused(names, known, new_classes, message):
+    with pytest.raises(ValueError, match=message):
+        match_classes(make_images(names), known, 3, new_classes=new_classes)
 
 
 @pytest.mark.parametrize(("known", "named"), [(PETS, False), (None, True), (None, False)])
@@ -88,14 +85,6 @@ def test_without_names_of_both_another_number_of_classes_is_new(caplog):
     assert "The 2 classes of the images are new ones" in caplog.text
 
 
-def test_numbers_above_those_of_the_model_are_refused_where_it_gets_no_new_classes():
-    with pytest.raises(ValueError, match="The images have 3 classes, but the model knows 2"):
-        match_classes(make_images(["a", "b", "c"], named=False), None, 2)
-
-
-# ---- resuming
-
-
 def test_a_checkpoint_refuses_other_classes_whatever_is_allowed():
     state = RunState(global_step=3, settings=class_settings({0: "apple", 1: "cat"}))
     state.go_on(class_settings({0: "apple", 1: "cat"}))
@@ -106,7 +95,6 @@ def test_a_checkpoint_refuses_other_classes_whatever_is_allowed():
 
 def test_logging_names_no_more_than_ten(caplog):
     caplog.set_level(logging.INFO)
-    names = [f"n{number}" for number in range(40)]
-    match_classes(make_images(names), PETS, 3, new_classes=True)
+    match_classes(make_images([f"n{number}" for number in range(40)]), PETS, 3, new_classes=True)
     assert "n9, … (40 in all)" in caplog.text
     assert "n10," not in caplog.text

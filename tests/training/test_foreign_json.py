@@ -37,15 +37,10 @@ def test_what_is_no_object_is_refused_everywhere(text, tmp_path):
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"global_step": 1.5},
-        {"global_step": -1},
-        {"global_step": 10**400},
-        {"settings": []},
-        {"settings": None},
-        {"changes": "many"},
-        {"changes": [3]},
-        {"seconds": "nan"},
-        {"seconds": float("nan")},
+        *({"global_step": step} for step in (1.5, -1, 10**400)),
+        *({"settings": settings} for settings in ([], None)),
+        *({"changes": changes} for changes in ("many", [3])),
+        *({"seconds": seconds} for seconds in ("nan", float("nan"))),
         {"other": 1},
     ],
 )

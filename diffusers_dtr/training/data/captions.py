@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -31,7 +32,7 @@ class Captions:
             )
         self.column = column
         self._rows = dataset.select_columns([column]).with_format(None)
-        for row, captions in enumerate(self._by_row()):
+        for row, captions in enumerate(chain.from_iterable(self._batches())):
             if not captions or None in captions:
                 raise ValueError(
                     f"`caption_column` must have a caption in every row, got {captions or 'none'} in row {row} of "
@@ -48,19 +49,16 @@ class Captions:
 
     def all(self) -> Iterator[str]:
         """The captions of all rows, read a few at a time."""
-        return chain.from_iterable(self._by_row())
+        return chain.from_iterable(chain.from_iterable(self._batches()))
 
     def fingerprint(self) -> str:
         """A hash of the captions of all rows, in their order."""
         digest = hashlib.sha256()
-        for captions in self._by_rows():
-            digest.update(json.dumps(captions).encode())
+        for rows in self._batches():
+            digest.update(json.dumps(rows).encode())
         return digest.hexdigest()[:16]
 
-    def _by_row(self) -> Iterator[list[str]]:
-        return chain.from_iterable(self._by_rows())
-
-    def _by_rows(self) -> Iterator[list[list[str]]]:
+    def _batches(self) -> Iterator[list[list[str]]]:
         for rows in self._rows.iter(_ROWS_AT_ONCE):
             yield [*map(_as_list, rows[self.column])]
 
@@ -69,6 +67,7 @@ def _as_list(captions: str | list[str] | None) -> list[str]:
     return [captions] if isinstance(captions, str) else captions or []
 
 
+@dataclass(eq=False)
 class CaptionedDataset(Dataset):
     """Adds a `caption` to the samples of a dataset of images or latents.
 
@@ -80,23 +79,21 @@ class CaptionedDataset(Dataset):
         proportion_empty: Share of samples whose caption is replaced by an empty one, in [0, 1], drawn likewise.
     """
 
-    def __init__(self, dataset: Dataset, captions: Captions, seed: int | None = None, proportion_empty: float = 0.0):
-        self.dataset = dataset
-        self.captions = captions
-        self.seed = seed
-        self.proportion_empty = proportion_empty
+    dataset: Dataset
+    captions: Captions
+    seed: int | None = None
+    proportion_empty: float = 0.0
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
         """The sample of an (epoch, index) with its `caption`."""
-        sample = self.dataset[item]
         captions = self.captions[item[1]]
-        if self.seed is None:
-            return sample | {"caption": captions[0]}
-        generator = generator_for(Draw.CAPTION, self.seed, *item)
-        # In float32 the product could round up to the number of captions.
-        drop, choice = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
-        caption = "" if drop < self.proportion_empty else captions[int(choice * len(captions))]
-        return sample | {"caption": caption}
+        caption = captions[0]
+        if self.seed is not None:
+            generator = generator_for(Draw.CAPTION, self.seed, *item)
+            # In float32 the product could round up to the number of captions.
+            drop, choice = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+            caption = "" if drop < self.proportion_empty else captions[int(choice * len(captions))]
+        return self.dataset[item] | {"caption": caption}

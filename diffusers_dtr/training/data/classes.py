@@ -22,16 +22,11 @@ logger = logging.getLogger(__name__)
 def match_classes(
     images: TrainingImages, id2label: Mapping[int | str, str] | None, num_classes: int, *, new_classes: bool = False
 ) -> tuple[TrainingImages, bool]:
-    """Give images the labels that a model has for classes of their names.
+    """Give labelled images the labels that a model has for classes of their names; names with commas are synonyms.
 
     Where only one of them has names, or none, and as many classes, the numbers are taken to agree: nothing tells.
-
-    Args:
-        images: Labelled images.
-        id2label: The model's names of classes, or None; names separated by commas are synonyms.
-        num_classes: The model's number of classes.
-        new_classes: Whether there may be classes that the model does not know. They get the labels from `num_classes`
-            on; if it knows none of them, those that they have.
+    With `new_classes`, there may be classes that the model does not know. They get the labels from `num_classes`, the
+    model's number of classes, on; if it knows none of them, those that they have.
 
     Returns:
         The images, and whether the model's classes are among theirs.
@@ -40,31 +35,30 @@ def match_classes(
         ValueError: If a name may be one of several classes, or several names are one class, or for a class that the
             model does not know where there must not be any.
     """
-    names = {int(label): normalize("NFC", name) for label, name in (id2label or {}).items()}
-    known = {label: name for label, name in names.items() if label < num_classes}
-    if not known or images.id2label is None:
+    known = {
+        int(label): normalize("NFC", name) for label, name in (id2label or {}).items() if int(label) < num_classes
+    }
+    names = images.id2label
+    if not known or names is None:
         return _match_by_number(images, known, num_classes, new_classes)
-    found = _known_labels(images.id2label, known)
-    new = [label for label in images.id2label if label not in found]
+    found = {label: label for label in names} if names == known else _known_labels(names, known)  # names may repeat
+    new = {label: name for label, name in names.items() if label not in found}
     if new and not new_classes:
         raise ValueError(
-            f"The classes of the images must be among {first_names(known.values())}, got "
-            f"{first_names(images.id2label[label] for label in new)}."
+            f"The classes of the images must be among {first_names(known.values())}, got {first_names(new.values())}."
         )
     if not found:
         logger.warning(
-            f"None of the classes {first_names(images.id2label.values())} is known to the pretrained model "
+            f"None of the classes {first_names(names.values())} is known to the pretrained model "
             f"({first_names(known.values())}): all of them are new classes."
         )
         return images, False
-    found |= {label: num_classes + place for place, label in enumerate(new)}
-    names = known | {found[label]: images.id2label[label] for label in new}
-    logger.info(f"Classes that the model knows by their names: {len(images.id2label) - len(new)}.")
+    logger.info(f"Classes that the model knows by their names: {len(found)}.")
     if new:
-        logger.warning(
-            f"New classes, from label {num_classes} on: {first_names(names[found[label]] for label in new)}."
-        )
+        logger.warning(f"New classes, from label {num_classes} on: {first_names(new.values())}.")
+    found |= {label: num_classes + place for place, label in enumerate(new)}
     labels = np.array([found[label] for label in range(images.num_classes)])[images.labels]
+    names = known | {found[label]: name for label, name in new.items()}
     return replace(images, labels=labels, num_classes=num_classes + len(new), id2label=names), True
 
 
@@ -98,24 +92,21 @@ def _match_by_number(
 
 def _known_labels(names: Mapping[int, str], known: Mapping[int, str]) -> dict[int, int]:
     """The model's label of each class that it knows."""
-    if dict(names) == dict(known):
-        return {label: label for label in names}  # even if names are repeated
     by_name = classes_by_name(known)
     found: dict[int, int] = {}
+    taken: dict[int, str] = {}
     for label, name in names.items():
         candidates = [other for other in by_name.get(name, []) if known[other] == name] or by_name.get(name)
         if candidates is None:
-            parts = [part.strip() for part in name.split(",")]
-            candidates = sorted({other for part in parts for other in by_name.get(part, [])})
+            candidates = sorted({other for part in name.split(",") for other in by_name.get(part.strip(), [])})
         if len(candidates) > 1:
             options = ", ".join(f"{other} ({known[other]})" for other in candidates)
             raise ValueError(f"The class {name!r} of the images may be each of the model's {options}: rename it.")
-        if candidates:
-            found[label] = candidates[0]
-    for label in set(found.values()):
-        same = [names[other] for other in found if found[other] == label]
-        if len(same) > 1:
-            raise ValueError(
-                f"The classes {', '.join(same)} of the images are one class of the model, {known[label]}: merge them."
-            )
+        for other in candidates:
+            if other in taken:
+                raise ValueError(
+                    f"The classes {taken[other]}, {name} of the images are one class of the model, {known[other]}: "
+                    "merge them."
+                )
+            found[label], taken[other] = other, name
     return found

@@ -7,8 +7,7 @@ import logging
 import os
 import unicodedata
 import zipfile
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,12 +21,7 @@ from ...run_record import RECORD_FILE, RUN_CONFIG, RUN_LOCK
 
 logger = logging.getLogger(__name__)
 
-_METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-IMAGE, METADATA = "image", "of metadata that no flag asks for"
-_HIDDEN, OTHER = "hidden", "not of a format that Pillow opens"
-_BROKEN, _CYCLE = "links that lead nowhere", "links to a folder that they are in"
-_SPECIAL = "neither files nor folders"
-_RUN, _OF_RUNS = "folders of training runs", (RECORD_FILE, RUN_CONFIG, RUN_LOCK)
+IMAGE, METADATA, OTHER = "image", "of metadata that no flag asks for", "not of a format that Pillow opens"
 # Pillow tells these formats, but decodes none of their files.
 _STUBS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 _SPLITS = {"train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing"}
@@ -38,12 +32,9 @@ _MAX_UNPACKED, _MAX_RATIO = 10**8, 50
 
 @dataclass(frozen=True)
 class FoundFile:
-    """A file of a folder.
+    """A file of a folder: whether it is an image or of metadata, or why it is neither.
 
-    Attributes:
-        path: Where it is.
-        place: Its path in the folder, as though zip files were unpacked where they lie.
-        kind: Whether it is an image or of metadata, or why it is neither.
+    Its `place` is its path in the folder, as though zip files were unpacked where they lie.
     """
 
     path: str
@@ -61,32 +52,32 @@ class FoundFile:
 def image_suffixes() -> frozenset[str]:
     """The endings of files that Pillow opens, in lower case, such as ".png"."""
     Image.init()
-    return frozenset(
-        suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN and name not in _STUBS
-    )
+    readable = Image.OPEN.keys() - _STUBS
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in readable)
 
 
 def scan_folder(folder: str | os.PathLike, cache_dir: str | os.PathLike | None = None) -> list[FoundFile]:
     """All files of a folder, of what links in it lead to and of its zip files, in the order of their places."""
+    if not os.path.isdir(folder):
+        raise ValueError(f"`train_data_dir` must be a folder, got {os.fspath(folder)!r}.")
     files: list[FoundFile] = []
 
     def visit(path: str, place: str, hidden: bool, above: frozenset[str]) -> None:
-        inode = os.path.realpath(path)
-        if inode in above:
-            files.append(FoundFile(path, place.rstrip("/"), _CYCLE))
-            return
-        if place and any(os.path.lexists(os.path.join(path, name)) for name in _OF_RUNS):
-            files.append(FoundFile(path, place.rstrip("/"), _RUN))
+        inside = above | {os.path.realpath(path)}
+        of_run = any(os.path.lexists(os.path.join(path, name)) for name in (RECORD_FILE, RUN_CONFIG, RUN_LOCK))
+        if inside == above or (place and of_run):
+            kind = "links to a folder that they are in" if inside == above else "folders of training runs"
+            files.append(FoundFile(path, place.rstrip("/"), kind))
             return
         with os.scandir(path) as entries:
             for entry in entries:
                 is_hidden = hidden or entry.name.startswith(".") or entry.name == "__MACOSX"
                 if entry.is_dir():
-                    visit(entry.path, f"{place}{entry.name}/", is_hidden, above | {inode})
+                    visit(entry.path, f"{place}{entry.name}/", is_hidden, inside)
                 elif not is_hidden and entry.is_file() and entry.name.lower().endswith(".zip"):
-                    visit(unzip(entry.path, cache_dir), place, False, above | {inode})
+                    visit(unzip(entry.path, cache_dir), place, False, inside)
                 else:
-                    kind = _HIDDEN if is_hidden else _kind(entry)
+                    kind = "hidden" if is_hidden else _kind(entry)
                     files.append(FoundFile(entry.path, place + entry.name, kind))
 
     visit(os.path.abspath(folder), "", False, frozenset())
@@ -95,8 +86,8 @@ def scan_folder(folder: str | os.PathLike, cache_dir: str | os.PathLike | None =
 
 def _kind(entry: os.DirEntry) -> str:
     if not entry.is_file():
-        return _BROKEN if entry.is_symlink() else _SPECIAL
-    if entry.name in _METADATA_NAMES:
+        return "links that lead nowhere" if entry.is_symlink() else "neither files nor folders"
+    if entry.name in ("metadata.jsonl", "metadata.csv", "metadata.parquet"):
         return METADATA
     return IMAGE if os.path.splitext(entry.name)[1].lower() in image_suffixes() else OTHER
 
@@ -139,73 +130,77 @@ def load_image_folder(
     files = scan_folder(folder, cache_dir)
     images = [file for file in files if file.kind == IMAGE]
     metadata = [file for file in files if file.kind == METADATA]
-    column = caption_column or label_column
     if not images and not metadata:
         raise ValueError(f"{_named(folder)} must hold images, found {found(files)}.")
-    if column is not None and metadata:
+    if metadata and (caption_column or label_column) is not None:
         rows = _read_metadata(folder, metadata, cache_dir)
-        if caption_column is not None or column in rows.column_names:
+        if caption_column is not None or label_column in rows.column_names:
             return _with_metadata(folder, files, rows, image_column)
     if caption_column is not None:
         raise ValueError(
             f"{_named(folder)} must have a metadata.jsonl, with `file_name` and {caption_column!r} of every image, "
             f"found {found(files)} and no metadata file. Folders of classes are for train_class_conditional.py."
         )
+    if label_column is not None:
+        images = [file for file in images if file.top_folder is not None]
+    columns, features = {image_column: [file.path for file in images]}, {image_column: datasets.Image()}
     if label_column is None:
         _check_splits(folder, {file.top_folder for file in images})
-        classes = None
     else:
-        images = [file for file in images if file.top_folder is not None]
         classes = sorted({file.top_folder for file in images})
         _check_classes(folder, files, classes, min_classes)
-    report(folder, files, {file.path for file in images}, "not in a class folder", classes)
-    columns = {image_column: [file.path for file in images]}
-    features = {image_column: datasets.Value("string")}
-    if classes is not None:
-        numbers = {name: number for number, name in enumerate(classes)}
-        columns[label_column] = [numbers[file.top_folder] for file in images]
         features[label_column] = datasets.ClassLabel(names=classes)
-    dataset = datasets.Dataset.from_dict(columns, datasets.Features(features))
-    return _fingerprinted(dataset.cast_column(image_column, datasets.Image()), images)
+        columns[label_column] = features[label_column].str2int([file.top_folder for file in images])
+    report(folder, files, {*columns[image_column]}, "not in a class folder")
+    return _fingerprinted(datasets.Dataset.from_dict(columns, datasets.Features(features)), images)
 
 
-def report(
-    folder: str | os.PathLike,
-    files: Iterable[FoundFile],
-    used: set[str],
-    unused_images: str,
-    classes: Iterable[str] | None = None,
-) -> None:
-    """Log how many files are used, how many not and why, and the folders at the top that are no `classes`."""
-    files = list(files)
-    left_out: dict[str, list[str]] = {}
+def report(folder: str | os.PathLike, files: list[FoundFile], used: set[str], unused_images: str) -> None:
+    """Log how many files are used, and how many not and why."""
+    unused = [file for file in files if file.path not in used]
+    reasons = _counted(unused, lambda file: unused_images if file.kind == IMAGE else file.kind)
+    left_out = f"; left out are {', '.join(reasons)}" if unused else ""
+    logger.info(f"{os.fspath(folder)}: {len(files) - len(unused)} of {len(files)} files used{left_out}.")
+
+
+def found(files: list[FoundFile]) -> str:
+    """What a folder holds, in a few words."""
+    images = _counted(
+        [file for file in files if file.kind == IMAGE],
+        lambda file: "in the folder itself" if file.top_folder is None else f"in {file.top_folder!r}",
+    )
+    others = _counted([file for file in files if file.kind not in (IMAGE, METADATA)], lambda file: file.kind)
+    return ", ".join([f"images: {_examples(images)}", *others] if images else others) or "nothing"
+
+
+def _counted(files: Iterable[FoundFile], what: Callable[[FoundFile], str]) -> list[str]:
+    """How many files there are of each sort, with examples."""
+    places: dict[str, list[str]] = {}
     for file in files:
-        if file.path not in used:
-            reason = unused_images if file.kind == IMAGE else file.kind
-            left_out.setdefault(reason, []).append(file.place)
-    parts = [f"{len(places)} {reason} ({_examples(places)})" for reason, places in left_out.items()]
-    number = len(files) - sum(map(len, left_out.values()))
-    left_out_are = f"; left out are {', '.join(parts)}" if parts else ""
-    logger.info(f"{os.fspath(folder)}: {number} of {_count(len(files), 'file')} used{left_out_are}.")
-    if classes is not None:
-        with os.scandir(folder) as entries:
-            names = {entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")}
-        folders = {unicodedata.normalize("NFC", name) for name in names}
-        empty = sorted(folders - set(classes) - {"__MACOSX"})
-        if empty:
-            logger.warning("Folders without images are no classes: %s.", ", ".join(empty))
+        places.setdefault(what(file), []).append(file.place)
+    return [f"{len(places[sort])} {sort} ({_examples(places[sort])})" for sort in places]
+
+
+def _examples(texts: list[str]) -> str:
+    return ", ".join(texts[:_EXAMPLES]) + (", …" if len(texts) > _EXAMPLES else "")
 
 
 def _check_classes(folder: str | os.PathLike, files: list[FoundFile], classes: list[str], least: int) -> None:
     if len(classes) < least:
-        number = {1: "one class folder", 2: "two class folders"}[least]
         hint = "Without classes, use train_unconditional.py."
         if len(classes) == 1:
             hint = f"If the folders in it are the classes, name {os.path.join(os.fspath(folder), classes[0])}. {hint}"
-        raise ValueError(f"{_named(folder)} must have at least {number} of images, found {found(files)}. {hint}")
+        raise ValueError(
+            f"{_named(folder)} must have at least {least} class folders of images, found {found(files)}. {hint}"
+        )
     nested = {file.top_folder for file in files if file.kind == IMAGE and file.place.count("/") > 1}
     if nested.issuperset(classes):
         _check_splits(folder, set(classes))
+    with os.scandir(folder) as entries:
+        names = {entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")}
+    empty = {unicodedata.normalize("NFC", name) for name in names} - {*classes, "__MACOSX"}
+    if empty:
+        logger.warning("Folders without images are no classes: %s.", ", ".join(sorted(empty)))
 
 
 def _check_splits(folder: str | os.PathLike, tops: set[str | None]) -> None:
@@ -219,15 +214,14 @@ def _check_splits(folder: str | os.PathLike, tops: set[str | None]) -> None:
 
 
 def _read_metadata(folder, metadata: list[FoundFile], cache_dir) -> datasets.Dataset:
-    def read(file: FoundFile) -> datasets.Dataset:
-        if os.path.getsize(file.path) == 0:
-            raise ValueError("it is empty")
-        files = {"train": glob.escape(file.path)}
-        return datasets.load_dataset("imagefolder", data_files=files, split="train", cache_dir=cache_dir)
-
+    parts = []
     try:
-        # One by one, because `datasets` puts several in an order that differs between processes.
-        return datasets.concatenate_datasets([read(file) for file in metadata])
+        for file in metadata:  # one by one, because `datasets` puts several in an order that differs between processes
+            if os.path.getsize(file.path) == 0:
+                raise ValueError("it is empty")
+            files = {"train": glob.escape(file.path)}
+            parts.append(datasets.load_dataset("imagefolder", data_files=files, split="train", cache_dir=cache_dir))
+        return datasets.concatenate_datasets(parts)
     except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
         places = _examples([file.place for file in metadata])
         cause = error.__cause__ or error  # `datasets` says that there was an error
@@ -242,7 +236,7 @@ def _with_metadata(folder, files: list[FoundFile], rows: datasets.Dataset, image
     missing = [path for path in listed if path not in by_path]
     if missing:
         raise ValueError(
-            f"{_named(folder)} has metadata that list {_count(len(missing), 'image')} which cannot be found: "
+            f"{_named(folder)} has metadata that list images which cannot be found ({len(missing)}): "
             f"{_examples(missing)}."
         )
     read = {file.path for file in files if file.kind == METADATA}
@@ -266,29 +260,3 @@ def _fingerprinted(dataset: datasets.Dataset, images: Iterable[FoundFile]) -> da
 
 def _named(folder: str | os.PathLike) -> str:
     return f"The image folder {os.fspath(folder)!r}"
-
-
-def found(files: list[FoundFile]) -> str:
-    """What a folder holds, in a few words."""
-    images = [file for file in files if file.kind == IMAGE]
-    counts = Counter(file.top_folder for file in images if file.top_folder is not None)
-    parts = [f"{name!r} ({_count(count, 'image')})" for name, count in list(counts.items())[:_EXAMPLES]]
-    if len(counts) > _EXAMPLES:
-        parts.append(f"{len(counts) - _EXAMPLES} more folders")
-    loose = sum(file.top_folder is None for file in images)
-    if loose:
-        parts.append(f"{_count(loose, 'image')} in the folder itself")
-    others = Counter(file.kind for file in files if file.kind not in (IMAGE, METADATA))
-    for kind, count in others.items():
-        parts.append(
-            f"{_count(count, 'file')} {kind} ({_examples([file.place for file in files if file.kind == kind])})"
-        )
-    return ", ".join(parts) or "nothing"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
-def _examples(places: list[str]) -> str:
-    return ", ".join(places[:_EXAMPLES]) + (", …" if len(places) > _EXAMPLES else "")

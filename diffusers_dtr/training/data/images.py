@@ -1,4 +1,4 @@
-"""From an encoded image of whatever kind to a tensor: decode with Pillow, resize, crop, flip."""
+"""From an encoded image of whatever kind to a tensor: decode with Pillow, convert to sRGB, resize, crop, flip."""
 
 from __future__ import annotations
 
@@ -7,24 +7,21 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from io import BytesIO
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-
-from .color_profiles import to_srgb
+from PIL import Image, ImageCms, ImageOps
 
 
 logger = logging.getLogger(__name__)
 
 _MODES = {1: "L", 3: "RGB"}
-
+_COLOR_SPACES = {"L": "GRAY", "RGB": "RGB", "RGBA": "RGB", "CMYK": "CMYK"}
 # Resized as a whole up to this ratio of sides, as torchvision does; of longer images only what the crop shows.
 _MAX_WHOLE_RATIO = 4
-
 _MAX_12_BIT, _MAX_16_BIT = 2**12 - 1, 2**16 - 1
 # Their files tell the value of white, and Pillow scales it to that of 16 bits.
 _SCALED_FORMATS = ("PPM", "JPEG2000")
@@ -47,8 +44,14 @@ def decode_image(encoded: Mapping[str, bytes | str | None] | None) -> Image.Imag
 
 def decode_frames(source: str | os.PathLike | BinaryIO, numbers: Sequence[int]) -> list[Image.Image]:
     """Decodes frames, by ascending numbers, of a file that may have several, each as [`decode_image`] does."""
+    frames = []
     with decoding(), Image.open(source) as image:
-        return [_decode_frame(image, number) for number in numbers]
+        for number in numbers:
+            if number:  # formats with one frame need not seek
+                image.seek(number)
+            layout, scaled = str(image.tile), image.format in _SCALED_FORMATS  # before loading, which forgets them
+            frames.append(_to_8_bit(ImageOps.exif_transpose(image), layout, scaled))
+    return frames
 
 
 @contextmanager
@@ -58,17 +61,9 @@ def decoding(prefix: str = "") -> Iterator[None]:
         yield
     except MemoryError:
         raise
-    except UnreadableImageError as error:
-        raise UnreadableImageError(f"{prefix}{error}") from error
     except Exception as error:  # damaged files lead decoders into errors of almost every type
-        raise UnreadableImageError(f"{prefix}{type(error).__name__}: {error}") from error
-
-
-def _decode_frame(image: Image.Image, number: int) -> Image.Image:
-    if number:  # formats with one frame need not seek
-        image.seek(number)
-    layout, scaled = str(image.tile), image.format in _SCALED_FORMATS
-    return _to_8_bit(ImageOps.exif_transpose(image), layout, scaled)
+        kind = "" if isinstance(error, UnreadableImageError) else f"{type(error).__name__}: "
+        raise UnreadableImageError(f"{prefix}{kind}{error}") from error
 
 
 def _to_8_bit(image: Image.Image, layout: str, scaled: bool) -> Image.Image:
@@ -107,10 +102,8 @@ def _grey_of_16_bits(image: Image.Image, scaled: bool) -> tuple[Image.Image, Ima
 
 def _checked(image: Image.Image, layout: str) -> Image.Image:
     """Refuse 12-bit values in a file of 16 bits that Pillow reads as 8, dropping the lower half."""
-    if ";16" not in layout:
-        return image
-    highest = max(image.getchannel(band).getextrema()[1] for band in image.getbands() if band != "A")
-    if 0 < highest <= _MAX_12_BIT >> 8:
+    bands = [band for band in image.getbands() if band != "A"]
+    if ";16" in layout and 0 < max(image.getchannel(band).getextrema()[1] for band in bands) <= _MAX_12_BIT >> 8:
         raise ValueError("the values are of 16 bits, but none is above 4095; if they are of 12, multiply them by 16")
     return image
 
@@ -120,18 +113,49 @@ def _say_once(message: str) -> None:
     logger.warning(message)
 
 
+def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """Converts an image of mode L, RGB, RGBA or CMYK from the colour space of an ICC profile to sRGB.
+
+    Without a profile, or with one that is damaged or of other colours than the image's (an RGB profile in a grey
+    image), the numbers are taken for sRGB, as browsers do.
+    """
+    transform = None if profile is None else _srgb_transform(profile, image.mode)
+    mode = "RGB" if image.mode == "CMYK" else image.mode
+    return (image if transform is None else ImageCms.applyTransform(image, transform)).convert(mode)
+
+
+@lru_cache(maxsize=64)
+def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """The transform to sRGB, or None if there is nothing to convert."""
+    try:
+        source = ImageCms.ImageCmsProfile(BytesIO(profile))
+        if source.profile.xcolor_space.strip() != _COLOR_SPACES[mode]:
+            return None
+        output = "RGBA" if mode == "RGBA" else "RGB"
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, output)
+    except (OSError, ImageCms.PyCMSError) as error:
+        logger.warning("A damaged ICC profile is passed over, and its images are taken for sRGB: %s", error)
+        return None
+    if mode == "CMYK":
+        return transform
+    levels = np.arange(0, 256, 15, dtype=np.uint8)
+    colors = levels[None] if mode == "L" else np.stack(np.meshgrid(levels, levels, levels), -1).reshape(1, -1, 3)
+    before = Image.fromarray(colors).convert(mode)
+    after = ImageCms.applyTransform(before, transform).convert(mode)
+    # A profile that moves no colour by more than rounding is sRGB, of which there are many, and changes nothing.
+    return None if np.abs(np.subtract(before, after, dtype=int)).max() <= 1 else transform
+
+
 @dataclass(frozen=True)
 class Augmentation:
-    """What is drawn for one sample.
+    """What is drawn for one sample: whether it is mirrored, and in [0, 1) where its crop lies and its clip starts.
 
-    Attributes:
-        flip: Whether the image is mirrored.
-        crop: Where the crop lies between left and right and between top and bottom, each in [0, 1). None is the
-            centre.
+    A `crop` lies between left and right and between top and bottom; without it and `start`, both are in the middle.
     """
 
     flip: bool = False
     crop: tuple[float, float] | None = None
+    start: float | None = None
 
 
 @dataclass(frozen=True)
@@ -168,8 +192,7 @@ class ImageTransform:
         """
         if image.mode == "RGBA":
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-        image = image.convert(_MODES[self.channels])
-        image = self._resize_and_crop(image, augmentation.crop)
+        image = self._resize_and_crop(image.convert(_MODES[self.channels]), augmentation.crop)
         pixels = torch.from_numpy(np.array(image)).view(self.resolution, self.resolution, self.channels)
         pixels = pixels.flip(1) if augmentation.flip else pixels
         return pixels.permute(2, 0, 1).float().div_(127.5).sub_(1).contiguous()
@@ -187,8 +210,7 @@ class ImageTransform:
         return image.resize((self.resolution, self.resolution), mode, box=part)
 
     def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
-        short, long = sorted(size)
-        long = int(self.resolution * long / short)
+        long = int(self.resolution * max(size) / min(size))
         return (self.resolution, long) if size[0] <= size[1] else (long, self.resolution)
 
     def _corner(self, size: tuple[int, int], crop: tuple[float, float] | None) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,27 +18,21 @@ from ..components import image_channels, resolve_resolution
 from ..config import TrainingConfig, VideoConfig
 from ..interruption import ignore_signals
 from ..randomness import posterior_generators
-from .captions import CaptionedDataset, Captions
+from .captions import CaptionedDataset
 from .classes import match_classes
+from .encoder_cache import cache_latents
 from .images import ImageTransform
-from .latent_cache import cache_latents
 from .samples import ImageDataset, TrainingBatches
 from .training_images import TrainingImages, load_training_images
 from .videos import TrainingVideos, VideoTransform, load_training_videos
-
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TrainingData:
     """What a model is trained on, and what it is validated with.
 
-    Attributes:
-        images: Images or videos, with the names of their classes or their captions.
-        dataset: Samples of them, which [`build_loader`] makes batches of.
-        held_out: Samples for the held-out loss, or None.
-        vae: What encodes the images, frozen; None where pixels are learned.
+    `dataset` has samples of the `images` or videos, which [`build_loader`] makes batches of; `held_out` has those for
+    the held-out loss, if any. The `vae`, frozen, encodes them; without it, pixels are learned.
     """
 
     images: TrainingImages | TrainingVideos
@@ -59,17 +52,16 @@ def load_images(config: TrainingConfig) -> TrainingImages:
     Labels are read if the data have a `label_column`, captions if the configuration has any.
     """
     data = config.data
-    images = load_training_images(
-        dataset_name=data.dataset_name,
-        dataset_config_name=data.dataset_config_name,
-        train_data_dir=data.train_data_dir,
-        split=data.train_split,
-        image_column=data.image_column,
-        label_column=getattr(data, "label_column", None),
-        caption_column=config.text and config.text.caption_column,
-        cache_dir=config.model.cache_dir,
-    )
+    label, caption = getattr(data, "label_column", None), config.text and config.text.caption_column
+    images = _load_images(config, data.train_data_dir, data.train_split, label_column=label, caption_column=caption)
     return images if data.max_train_samples is None else images.draw(data.max_train_samples, config.run.seed)
+
+
+def _load_images(config: TrainingConfig, folder: str | None, split: str | None, **options: Any) -> TrainingImages:
+    """Those of a folder or, without one, of a split of the dataset."""
+    data, cache_dir = config.data, config.model.cache_dir
+    source = data.dataset_name, data.dataset_config_name, folder, split
+    return load_training_images(*source, image_column=data.image_column, cache_dir=cache_dir, **options)
 
 
 def load_data(
@@ -88,77 +80,73 @@ def load_data(
         vae: Autoencoder in whose latent space the model works, or None.
 
     Raises:
-        ValueError: For `cache_latents` without an autoencoder, or what [`cache_latents`] refuses.
+        ValueError: For `cache_latents` without an autoencoder, or with one that [`cache_latents`] refuses.
     """
     if isinstance(config.data, VideoConfig):
-        return _video_data(config, vae)
-    if model is not None:
-        config = resolve_resolution(config, vae, type(model), model.config)
-    elif config.data.resolution is None:
-        raise ValueError("`--resolution` must be given where no model tells it.")
-    images = load_images(config) if images is None else images
-    channels = 3 if model is None and vae is None else image_channels(model, vae)
-    dataset = _captioned(_training_dataset(config, images, channels, vae), images.captions, config)
-    held_out = held_out_dataset(config, images, channels)
-    if held_out is not None:
-        held_out = _captioned(held_out, held_out.images.captions)
+        dataset = _video_dataset(config, held_out=False)
+        held_out = None if config.data.validation_data_dir is None else _video_dataset(config, held_out=True)
+    else:
+        if model is not None:
+            config = resolve_resolution(config, vae, type(model), model.config)
+        elif config.data.resolution is None:
+            raise ValueError("`--resolution` must be given where no model tells it.")
+        images = load_images(config) if images is None else images
+        channels = 3 if model is None and vae is None else image_channels(model, vae)
+        dataset = _training_dataset(config, images, channels, vae)
+        held_out = held_out_dataset(config, images, channels)
+    images = dataset.images
+    if images.captions is not None:
+        dataset = CaptionedDataset(dataset, images.captions, config.run.seed, config.text.proportion_empty_prompts)
+        held_out = None if held_out is None else CaptionedDataset(held_out, held_out.images.captions)
     return TrainingData(images, dataset, held_out, vae)
-
-
-def _video_data(config: TrainingConfig, vae: ModelMixin | None) -> TrainingData:
-    data, seed = config.data, config.run.seed
-    dataset = _video_dataset(config, data.train_data_dir, data.center_crop, data.random_flip, seed)
-    held_out = None
-    if data.validation_data_dir is not None:
-        held_out = _video_dataset(config, data.validation_data_dir, True, False, seed=0)
-        held_out = _captioned(held_out, held_out.images.captions)
-    videos = dataset.images
-    return TrainingData(videos, _captioned(dataset, videos.captions, config), held_out, vae)
 
 
 def _training_dataset(
     config: TrainingConfig, images: TrainingImages, channels: int, vae: ModelMixin | None
-) -> Dataset:
-    data = config.data
+) -> ImageDataset:
+    data, run = config.data, config.run
     if data.cache_latents and vae is None:
         raise ValueError(
             "`--cache_latents` needs an autoencoder, and the pretrained pipeline has none: leave it out, or give "
             "`--vae_name_or_path`."
         )
-    transform = ImageTransform(
-        data.resolution, channels, data.center_crop, data.random_flip, data.image_interpolation_mode
-    )
+    transform = _transform(config, channels)
     if not data.cache_latents:
-        return ImageDataset(images, transform, seed=config.run.seed)
-    with PartialState().main_process_first():
-        return cache_latents(
-            vae.to(PartialState().device),
-            images,
-            transform,
-            Path(config.run.output_dir) / LATENTS,
-            seed=config.run.seed,
-            batch_size=config.run.train_batch_size,
-            num_workers=data.dataloader_num_workers,
-        )
+        return ImageDataset(images, transform, seed=run.seed)
+    state, folder = PartialState(), Path(run.output_dir) / LATENTS
+    sizes = {"batch_size": run.train_batch_size, "num_workers": data.dataloader_num_workers}
+    with state.main_process_first():
+        return cache_latents(vae.to(state.device), images, transform, folder, seed=run.seed, **sizes)
 
 
-def _video_dataset(config: TrainingConfig, folder: str, center_crop: bool, flip: bool, seed: int) -> ImageDataset:
+def _video_dataset(config: TrainingConfig, *, held_out: bool) -> ImageDataset:
     data = config.data
-    videos = load_training_videos(
-        folder, config.text.caption_column, data.num_frames, data.frame_stride, config.model.cache_dir
-    )
-    frames = ImageTransform(data.resolution, 3, center_crop, flip, data.image_interpolation_mode)
-    return ImageDataset(videos, VideoTransform(frames, data.num_frames, data.frame_stride), seed=seed)
+    folder = data.validation_data_dir if held_out else data.train_data_dir
+    clip = data.num_frames, data.frame_stride
+    videos = load_training_videos(folder, config.text.caption_column, *clip, config.model.cache_dir)
+    return ImageDataset(videos, _transform(config, 3, held_out), seed=0 if held_out else config.run.seed)
 
 
-def _captioned(dataset: Dataset, captions: Captions | None, config: TrainingConfig | None = None) -> Dataset:
-    """Samples with their captions, if there are any; of a held-out dataset, without a configuration, the first."""
-    if captions is None:
-        return dataset
-    if config is None:
-        return CaptionedDataset(dataset, captions)
-    empty = config.text.proportion_empty_prompts
-    return CaptionedDataset(dataset, captions, seed=config.run.seed, proportion_empty=empty)
+def _transform(config: TrainingConfig, channels: int, held_out: bool = False) -> ImageTransform:
+    data = config.data
+    crop, flip = held_out or data.center_crop, data.random_flip and not held_out
+    frame = data.resolution, channels, crop, flip, data.image_interpolation_mode
+    if isinstance(data, VideoConfig):
+        return VideoTransform(*frame, data.num_frames, data.frame_stride)
+    return ImageTransform(*frame)
+
+
+def held_out_dataset(config: TrainingConfig, images: TrainingImages, channels: int) -> ImageDataset | None:
+    """The images of the held-out loss, without flips or random crops, the same for every run; or None."""
+    data = config.data
+    if data.validation_split is None and data.validation_data_dir is None:
+        return None
+    options = {"label_column": None if images.labels is None else data.label_column, "min_classes": 1}
+    options["caption_column"] = None if images.captions is None else images.captions.column
+    held_out = _load_images(config, data.validation_data_dir, data.validation_split, **options)
+    if images.labels is not None:
+        held_out, _ = match_classes(held_out, images.id2label, images.num_classes)
+    return ImageDataset(held_out, _transform(config, channels, held_out=True), seed=0)
 
 
 def build_loader(config: TrainingConfig, dataset: Dataset, accelerator: Accelerator, global_step: int) -> DataLoader:
@@ -192,42 +180,13 @@ def clean_samples(batch: dict[str, Any], vae: ModelMixin | None, seed: int, devi
     return encode_images(vae, pixel_values, posterior_generators(seed, batch["epoch"], batch["index"]))
 
 
-def held_out_dataset(config: TrainingConfig, images: TrainingImages, channels: int) -> ImageDataset | None:
-    """The images of the held-out loss, without flips or random crops, the same for every run; or None."""
-    data = config.data
-    if data.validation_split is None and data.validation_data_dir is None:
-        return None
-    held_out = load_training_images(
-        dataset_name=data.dataset_name if data.validation_data_dir is None else None,
-        dataset_config_name=data.dataset_config_name if data.validation_data_dir is None else None,
-        train_data_dir=data.validation_data_dir,
-        split=data.validation_split or "train",
-        image_column=data.image_column,
-        label_column=None if images.labels is None else data.label_column,
-        min_classes=1,
-        caption_column=None if images.captions is None else images.captions.column,
-        cache_dir=config.model.cache_dir,
-    )
-    if images.labels is not None:
-        held_out, _ = match_classes(held_out, images.id2label, images.num_classes)
-    transform = ImageTransform(data.resolution, channels, True, interpolation=data.image_interpolation_mode)
-    return ImageDataset(held_out, transform, seed=0)
-
-
 def held_out_samples(
     dataset: Dataset, vae: ModelMixin | None, num_images: int, batch_size: int, device: torch.device
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor | list]]:
-    """Clean samples for the held-out loss, and what else their batch holds.
+    """Clean samples for the held-out loss, and what else their batch holds, such as labels; on the CPU.
 
-    Args:
-        dataset: What [`held_out_dataset`] returned, or one that adds to its samples.
-        vae: Autoencoder, or None.
-        num_images: How many samples to take; all if there are fewer.
-        batch_size: Images to encode at a time.
-        device: Where images are encoded.
-
-    Returns:
-        Samples, and the other entries of their batch, such as labels; on the CPU.
+    The first `num_images` of a dataset as [`held_out_dataset`] returns, or all if there are fewer, `batch_size` at a
+    time encoded on the `device`, if there is an autoencoder.
     """
     wanted = min(len(dataset), num_images)
     sampler = TrainingBatches(len(dataset), batch_size, seed=0)

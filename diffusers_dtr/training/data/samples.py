@@ -7,28 +7,28 @@ to the bit, with any number of workers and processes.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass
+from functools import lru_cache
 from itertools import count
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
 from ..randomness import Draw, generator_for
-from .images import ImageTransform
+from .images import Augmentation, ImageTransform
 from .training_images import TrainingImages
-from .videos import TrainingVideos, VideoTransform
+from .videos import TrainingVideos
 
 
+@dataclass(eq=False)
 class ImageDataset(Dataset):
     """Images or videos as tensors. A sample depends on (seed, epoch, index) alone."""
 
-    def __init__(
-        self, images: TrainingImages | TrainingVideos, transform: ImageTransform | VideoTransform, *, seed: int
-    ):
-        self.images = images
-        self.transform = transform
-        self.seed = seed
+    images: TrainingImages | TrainingVideos
+    transform: ImageTransform
+    _: KW_ONLY
+    seed: int
 
     def __len__(self) -> int:
         return len(self.images)
@@ -40,43 +40,35 @@ class ImageDataset(Dataset):
         [`~diffusers_dtr.training.data.images.ImageTransform.micro_conditions`] tells.
         """
         epoch, index = item
-        image = self.images.read(index)
         augmentation = self.transform.draw(generator_for(Draw.AUGMENTATION, self.seed, epoch, index))
-        sample = {"pixel_values": self.transform(image, augmentation), "epoch": epoch, "index": index}
-        if self.images.labels is not None:
-            sample["labels"] = int(self.images.labels[index])
-        return sample | self.transform.micro_conditions(image.size, augmentation)
+        values, size = self._read(epoch, index, augmentation)
+        sample = values | {"epoch": epoch, "index": index} | self.transform.micro_conditions(size, augmentation)
+        return sample if self.images.labels is None else sample | {"labels": int(self.images.labels[index])}
+
+    def _read(self, epoch: int, index: int, augmentation: Augmentation) -> tuple[dict[str, Any], tuple[int, int]]:
+        """The values of a sample, and the width and height that its image had."""
+        image = self.images.read(index)
+        return {"pixel_values": self.transform(image, augmentation)}, image.size
 
 
+@dataclass(eq=False)
 class TrainingBatches(Sampler[list[tuple[int, int]]]):
     """Endless batches of (epoch, index), for `DataLoader(dataset, batch_sampler=...)`.
 
     The data is one stream: epoch after epoch, each in an order of its own. A global batch is the next `batch_size *
     num_processes` samples of it, and process p takes the p-th part. So nothing is dropped or padded, a batch may span
     epochs, and the stream does not depend on how many processes share a global batch. `start_step` counts batches of
-    one process: with gradient accumulation, optimizer steps times accumulation steps.
-
-    The sampler splits batches between processes itself: do not pass its data loader to `Accelerator.prepare`, which
-    would split them once more.
+    one process: with gradient accumulation, optimizer steps times accumulation steps. `Accelerator.prepare` must not
+    get the data loader, because it would split batches between processes once more.
     """
 
-    def __init__(
-        self,
-        num_samples: int,
-        batch_size: int,
-        *,
-        seed: int,
-        num_processes: int = 1,
-        process_index: int = 0,
-        start_step: int = 0,
-    ):
-        self.num_samples = num_samples
-        self.batch_size = batch_size
-        self.seed = seed
-        self.num_processes = num_processes
-        self.process_index = process_index
-        self.start_step = start_step
-        self._latest_order: tuple[int, np.ndarray] | None = None
+    num_samples: int
+    batch_size: int
+    _: KW_ONLY
+    seed: int
+    num_processes: int = 1
+    process_index: int = 0
+    start_step: int = 0
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         """Batches from `start_step` on, without end."""
@@ -85,14 +77,10 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
     def batch(self, step: int) -> list[tuple[int, int]]:
         """The (epoch, index) of each sample of this process's batch at a step."""
         first = (step * self.num_processes + self.process_index) * self.batch_size
-        epochs, places = np.divmod(np.arange(first, first + self.batch_size), self.num_samples)
-        indices = np.empty_like(places)
-        for epoch in range(epochs[0], epochs[-1] + 1):
-            indices[epochs == epoch] = self._order(epoch)[places[epochs == epoch]]
-        return list(zip(epochs.tolist(), indices.tolist(), strict=True))
+        places = [divmod(place, self.num_samples) for place in range(first, first + self.batch_size)]
+        return [(epoch, int(_order(self.num_samples, self.seed, epoch)[place])) for epoch, place in places]
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if self._latest_order is None or self._latest_order[0] != epoch:
-            generator = generator_for(Draw.ORDER, self.seed, epoch, 0)
-            self._latest_order = epoch, torch.randperm(self.num_samples, generator=generator).numpy()
-        return self._latest_order[1]
+
+@lru_cache(maxsize=2)
+def _order(num_samples: int, seed: int, epoch: int) -> torch.Tensor:
+    return torch.randperm(num_samples, generator=generator_for(Draw.ORDER, seed, epoch, 0))

@@ -24,15 +24,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingImages:
-    """Encoded images and what is known of them, as [`load_training_images`] returns them.
+    """Images, encoded in a column of the rows of a dataset, and what is known of them.
 
-    Attributes:
-        dataset: Its rows hold encoded images, under `image_column`.
-        image_column: Name of the column.
-        labels: `(rows,)`, int64, or None without labels.
-        num_classes: Labels are in [0, num_classes). None without labels.
-        id2label: Names of the classes, or None if the dataset has none.
-        captions: Of every row, or None without.
+    The `labels` `(rows,)`, int64, are in [0, num_classes), and `id2label` has the names of classes.
     """
 
     dataset: datasets.Dataset
@@ -52,7 +46,7 @@ class TrainingImages:
 
     @property
     def file_names(self) -> list[str]:
-        """Of every row, without folders; empty where it has none."""
+        """Those of all rows, without folders; empty where a row has none."""
         return [os.path.basename(path or "") for path in image_paths(self.dataset, self.image_column)]
 
     def draw(self, count: int, seed: int) -> TrainingImages:
@@ -66,19 +60,15 @@ class TrainingImages:
             captions=None if self.captions is None else self.captions.select(rows),
         )
 
-    def name(self, row: int) -> str:
-        """What to call a row's image in a message: the row, and its path if it has one."""
-        path = (self.dataset[row][self.image_column] or {}).get("path")
-        return f"{path} (row {row})" if path else f"row {row}"
-
     def read(self, row: int) -> Image.Image:
         """Decodes a row's image, see [`~diffusers_dtr.training.data.images.decode_image`]."""
+        encoded = self.dataset[row][self.image_column]
         try:
-            return decode_image(self.dataset[row][self.image_column])
+            return decode_image(encoded)
         except UnreadableImageError as error:
-            raise UnreadableImageError(
-                f"The image {self.name(row)} cannot be read: {error}. Replace it, or leave it out."
-            ) from error
+            name = f"{encoded['path']} (row {row})" if encoded and encoded["path"] else f"row {row}"
+            message = f"The image {name} cannot be read: {error}. Replace it, or leave it out."
+            raise UnreadableImageError(message) from error
 
 
 def load_training_images(
@@ -93,32 +83,19 @@ def load_training_images(
     cache_dir: str | os.PathLike | None = None,
 ) -> TrainingImages:
     """Finds images, and checks their columns, labels and captions without decoding any."""
+    columns = {"image_column": image_column, "label_column": label_column, "caption_column": caption_column}
     if train_data_dir is None:
         dataset = datasets.load_dataset(dataset_name, dataset_config_name, split=split, cache_dir=cache_dir)
     else:
-        if not os.path.isdir(train_data_dir):
-            raise ValueError(f"`train_data_dir` must be a folder, got {os.fspath(train_data_dir)!r}.")
-        dataset = load_image_folder(
-            train_data_dir,
-            image_column=image_column,
-            label_column=label_column,
-            caption_column=caption_column,
-            min_classes=min_classes,
-            cache_dir=cache_dir,
-        )
-    images = training_images(dataset, image_column, label_column, caption_column)
+        dataset = load_image_folder(train_data_dir, **columns, min_classes=min_classes, cache_dir=cache_dir)
+    images = training_images(dataset, **columns)
     images = replace(images, dataset=_unzipped(images.dataset, image_column, cache_dir))
-    if dataset_name is not None and os.path.isdir(dataset_name):
-        _report_files(dataset_name, split, set(image_paths(images.dataset, image_column)), cache_dir)
+    if train_data_dir is None and os.path.isdir(dataset_name):
+        files, used = scan_folder(dataset_name, cache_dir), {*image_paths(images.dataset, image_column)}
+        if not used.isdisjoint(file.path for file in files):  # else the images are in tables
+            used |= {file.path for file in files if file.kind == METADATA}
+            report(dataset_name, files, used, f"not in the split {split!r} as 🤗 datasets reads the folder")
     return images
-
-
-def _report_files(folder: str, split: str, used: set[str | None], cache_dir: str | os.PathLike | None) -> None:
-    files = scan_folder(folder, cache_dir)
-    if used.isdisjoint(file.path for file in files):
-        return  # the images are in tables
-    metadata = {file.path for file in files if file.kind == METADATA}
-    report(folder, files, used | metadata, f"not in the split {split!r} as 🤗 datasets reads the folder")
 
 
 def _unzipped(dataset: datasets.Dataset, column: str, cache_dir: str | os.PathLike | None) -> datasets.Dataset:
@@ -131,9 +108,7 @@ def _unzipped(dataset: datasets.Dataset, column: str, cache_dir: str | os.PathLi
     paths = image_paths(dataset, column)
     if not any(path is not None and path.startswith("zip://") for path in paths):
         return dataset
-    result = datasets.Dataset.from_dict(
-        {column: [local(path) for path in paths]}, datasets.Features({column: datasets.Value("string")})
-    ).cast_column(column, dataset.features[column])
+    result = datasets.Dataset.from_dict({column: [*map(local, paths)]}, dataset.features)
     result._fingerprint = dataset._fingerprint
     return result
 
@@ -144,75 +119,46 @@ def training_images(
     label_column: str | None = "label",
     caption_column: str | None = None,
 ) -> TrainingImages:
-    """The second half of [`load_training_images`], for a dataset that is loaded already."""
+    """The checks of [`load_training_images`], for a dataset that is loaded already."""
     if len(dataset) == 0:
         raise ValueError("`dataset` must have at least one row, got an empty one.")
-    _check_column(dataset, image_column, "image_column")
+    columns = {"image_column": image_column, "caption_column": caption_column, "label_column": label_column}
+    for argument, column in columns.items():
+        if column is not None and column not in dataset.column_names:
+            raise ValueError(
+                f"`{argument}` must be one of the dataset's columns, {', '.join(dataset.column_names)}, got "
+                f"{column!r}. Choose another with `--{argument}`."
+            )
     feature = dataset.features[image_column]
     if not isinstance(feature, datasets.Image):
         raise ValueError(
             f"`image_column` must name a column of images, got {image_column!r}, which holds {feature}. Choose the "
             "column with `--image_column`, or cast it to `datasets.Image()`."
         )
-    images = dataset.select_columns([image_column]).with_format(None)
     # Undecoded, so that a file that cannot be decoded can be named.
+    images = dataset.select_columns([image_column]).with_format(None)
     images = images.cast_column(image_column, datasets.Image(decode=False))
-    captions = None
-    if caption_column is not None:
-        _check_column(dataset, caption_column, "caption_column")
-        captions = Captions(dataset, caption_column)
+    captions = None if caption_column is None else Captions(dataset, caption_column)
     if label_column is None:
         return TrainingImages(images, image_column, captions=captions)
-    _check_column(dataset, label_column, "label_column")
-    names = getattr(dataset.features[label_column], "names", None)
-    labels = _read_labels(dataset, label_column)
-    num_classes = int(labels.max()) + 1 if names is None else len(names)
-    _check_labels(labels, num_classes, label_column)
-    # Some file systems write an accent as a character of its own.
-    id2label = None if names is None else {label: normalize("NFC", name) for label, name in enumerate(names)}
-    _describe_classes(labels, num_classes, id2label)
+    labels, num_classes, id2label = _read_labels(dataset, label_column)
     return TrainingImages(images, image_column, labels, num_classes, id2label, captions)
 
 
-def _check_column(dataset: datasets.Dataset, column: str, argument: str) -> None:
-    if column not in dataset.column_names:
-        raise ValueError(
-            f"`{argument}` must be one of the dataset's columns, {', '.join(dataset.column_names)}, got {column!r}. "
-            f"Choose another with `--{argument}`."
-        )
-
-
-def _read_labels(dataset: datasets.Dataset, column: str) -> np.ndarray:
+def _read_labels(dataset: datasets.Dataset, column: str) -> tuple[np.ndarray, int, dict[int, str] | None]:
+    """The labels of all rows, the number of classes and their names."""
     feature = dataset.features[column]
     if not isinstance(feature, (datasets.ClassLabel, datasets.Value)) or "int" not in feature.dtype:
         raise ValueError(
             f"`label_column` must hold class labels or integers, got {column!r}, which holds {feature}. Choose "
             "another with `--label_column`, or make class labels of it with `dataset.class_encode_column`."
         )
-    labels = dataset.select_columns([column]).with_format("arrow")[:].column(column)
-    if labels.null_count:
-        row = int(np.argmax(labels.is_null().to_numpy()))
+    rows = dataset.select_columns([column]).with_format("arrow")[:].column(column)
+    if rows.null_count:
+        row = int(np.argmax(rows.is_null().to_numpy()))
         raise ValueError(f"`label_column` must have a label in every row, got none in row {row} of {column!r}.")
-    return labels.to_numpy().astype(np.int64)
-
-
-def _describe_classes(labels: np.ndarray, num_classes: int, id2label: dict[int, str] | None) -> None:
-    names = [str(number) if id2label is None else id2label[number] for number in range(num_classes)]
-    logger.info(f"{num_classes} classes: {first_names(names)}.")
-    seen = np.zeros(num_classes, bool)
-    seen[labels] = True
-    if not seen.all():
-        without = [names[number] for number in np.flatnonzero(~seen)]
-        logger.warning(f"{len(without)} of them have no image: {first_names(without)}.")
-
-
-def first_names(names: Iterable[str], count: int = 10) -> str:
-    """Some names, and how many there are."""
-    names = list(names)
-    return ", ".join(names[:count]) + (f", … ({len(names)} in all)" if len(names) > count else "")
-
-
-def _check_labels(labels: np.ndarray, num_classes: int, column: str) -> None:
+    labels, names = rows.to_numpy().astype(np.int64), getattr(feature, "names", None)
+    num_classes = int(labels.max()) + 1 if names is None else len(names)
     wrong = (labels < 0) | (labels >= num_classes)
     if wrong.any():
         row = int(wrong.argmax())
@@ -220,3 +166,17 @@ def _check_labels(labels: np.ndarray, num_classes: int, column: str) -> None:
             f"`label_column` must hold labels in [0, {num_classes}), got {labels[row]} in row {row} of {column!r} "
             f"({int(wrong.sum())} such rows). Choose another with `--label_column`."
         )
+    # Some file systems write an accent as a character of its own.
+    names = None if names is None else [normalize("NFC", name) for name in names]
+    shown = names or [str(number) for number in range(num_classes)]
+    logger.info(f"{num_classes} classes: {first_names(shown)}.")
+    without = [shown[number] for number in np.setdiff1d(range(num_classes), labels)]
+    if without:
+        logger.warning(f"{len(without)} of them have no image: {first_names(without)}.")
+    return labels, num_classes, None if names is None else dict(enumerate(names))
+
+
+def first_names(names: Iterable[str], count: int = 10) -> str:
+    """Some names, and how many there are."""
+    names = list(names)
+    return ", ".join(names[:count]) + (f", … ({len(names)} in all)" if len(names) > count else "")

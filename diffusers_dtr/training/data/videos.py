@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -17,46 +17,42 @@ from PIL import Image
 
 from ...config_types import parse_object, shortened
 from .captions import Captions
-from .image_folder import IMAGE, METADATA, OTHER, FoundFile, found, image_suffixes, report, scan_folder
+from .image_folder import IMAGE, METADATA, OTHER, found, image_suffixes, report, scan_folder
 from .images import Augmentation, ImageTransform, UnreadableImageError, decode_frames, decoding
 
 
-_METADATA_FILE = "metadata.jsonl"
 _UNLISTED = "not listed in the metadata"
 
 
 @dataclass(frozen=True)
 class Video:
-    """A video whose frames are decoded as they are needed.
+    """A video whose frames are decoded as they are needed: a file for Pillow or PyAV, or a folder of `frames`.
 
-    Attributes:
-        path: A file, or a folder of frames.
-        num_frames: How many it has.
-        size: Width and height.
-        frames: The files of its frames, in their order; none if `path` is a file.
+    `size` is its width and height.
     """
 
     path: Path
     num_frames: int
-    size: tuple[int, int]
     frames: tuple[str, ...] = ()
+    size: tuple[int, int] | None = None
 
     @classmethod
-    def open(cls, path: Path, frames: Iterable[str] = ()) -> Video:
-        """A video at a path: a file for Pillow or PyAV, or a folder of frames in the order of their numbers."""
+    def open(cls, path: Path, frames: Sequence[str] = ()) -> Video:
+        """A video at a path; a folder's frames are in the order of their numbers."""
         with decoding(f"The video {path} cannot be read: "):
-            if files := tuple(sorted(frames, key=_numbered)):
-                _check_frames(files)
-                return cls(path, len(files), _decode_frame(files[0]).size, files)
-            if _is_image(path):
+            if frames:
+                frames = tuple(sorted(frames, key=_numbered))
+                _check_frames(frames)
+                num_frames = len(frames)
+            elif _is_image(path):
                 with Image.open(path) as image:
                     num_frames = getattr(image, "n_frames", 1)
-                return cls(path, num_frames, decode_frames(path, [0])[0].size)
-            decoded = _decode(path)
-            first = next(decoded, None)
-            if first is None:
-                raise UnreadableImageError("it has no frames")
-            return cls(path, 1 + sum(1 for _ in decoded), _upright(first).size)
+            else:
+                num_frames = sum(1 for _ in _decode(path))
+                if num_frames == 0:
+                    raise UnreadableImageError("it has no frames")
+        video = cls(path, num_frames, frames)
+        return replace(video, size=video.read([0])[0].size)
 
     def read(self, numbers: Sequence[int]) -> list[Image.Image]:
         """Decode frames, see [`~diffusers_dtr.training.data.images.decode_image`]."""
@@ -71,17 +67,15 @@ class Video:
 
 def _check_frames(files: Sequence[str]) -> None:
     """Refuse files that are no frames of one video; of each, only the header is read."""
-    stems = Counter(os.path.splitext(os.path.basename(file))[0] for file in files)
-    twice = [stem for stem, number in stems.items() if number > 1]
-    if twice:
-        raise UnreadableImageError(f"there are several files for its frame {twice[0]}")
+    (stem, number), *_ = Counter(Path(file).stem for file in files).most_common(1)
+    if number > 1:
+        raise UnreadableImageError(f"there are several files for its frame {stem}")
     sizes = {}
     for file in files:
         with Image.open(file) as image:
-            sizes.setdefault(image.size, file)
+            sizes.setdefault(image.size, os.path.basename(file))
     if len(sizes) > 1:
-        (size, _), (other, file), *_ = sizes.items()
-        name = os.path.basename(file)
+        (size, _), (other, name), *_ = sizes.items()
         raise UnreadableImageError(f"its frames must be of one size, got {size}, and {other} of {name}")
 
 
@@ -105,9 +99,7 @@ def _decode(path: Path) -> Iterator[Any]:
     try:
         import av  # only for files that Pillow cannot read
     except ImportError as error:
-        raise UnreadableImageError(
-            "it needs PyAV, which is not installed: pip install av, or make a folder of its frames"
-        ) from error
+        raise UnreadableImageError("it needs PyAV: pip install av, or make a folder of its frames") from error
     with av.open(str(path)) as container:
         yield from container.decode(video=0)
 
@@ -119,12 +111,7 @@ def _upright(frame: Any) -> Image.Image:
 
 @dataclass(frozen=True)
 class TrainingVideos:
-    """Videos and their captions, for [`~diffusers_dtr.training.data.samples.ImageDataset`] with a [`VideoTransform`].
-
-    Attributes:
-        videos: The videos.
-        captions: Of every one.
-    """
+    """Videos and their captions, where [`~diffusers_dtr.training.data.training_images.TrainingImages`] may stand."""
 
     videos: tuple[Video, ...]
     captions: Captions
@@ -139,10 +126,6 @@ class TrainingVideos:
     def file_names(self) -> list[str]:
         """Of every row, without folders."""
         return [video.path.name for video in self.videos]
-
-    def name(self, row: int) -> str:
-        """What to call a row's video in a message."""
-        return f"{self.videos[row].path} (row {row})"
 
     def read(self, row: int) -> Video:
         """A row's video."""
@@ -161,23 +144,25 @@ def load_training_videos(
     A line is a JSON object: `file_name`, a video or a folder of frames beside it, and a caption or a list of them,
     alike in all lines.
     """
-    if not os.path.isdir(folder):
-        raise ValueError(f"`train_data_dir` must be a folder, got {os.fspath(folder)!r}.")
     files = scan_folder(folder, cache_dir)
-    metadata = [file.path for file in files if file.kind == METADATA and file.path.endswith(_METADATA_FILE)]
+    metadata = [file.path for file in files if file.kind == METADATA and file.path.endswith(".jsonl")]
     frames: dict[str, list[str]] = {}
     for file in files:
         if file.kind == IMAGE:
             frames.setdefault(os.path.dirname(file.path), []).append(file.path)
-    known = {*frames, *(file.path for file in files)}
-    rows = [*_read_metadata(metadata, caption_column, known)]
+    rows = [*_read_metadata(metadata, caption_column, {*frames, *(file.path for file in files)})]
     if not rows:
         raise ValueError(
-            f"The video folder {os.fspath(folder)!r} must have a {_METADATA_FILE}, with `file_name` and "
+            f"The video folder {os.fspath(folder)!r} must have a metadata.jsonl, with `file_name` and "
             f"{caption_column!r} of every video, found {found(files)} and no line of metadata."
         )
     paths = dict.fromkeys(path for path, _ in rows)
-    _report(folder, files, {*metadata, *(file for path in paths for file in frames.get(path, [path]))}, {*paths})
+    # What is no image may be a video, but among frames.
+    files = [
+        replace(file, kind=_UNLISTED) if file.kind == OTHER and os.path.dirname(file.path) not in paths else file
+        for file in files
+    ]
+    report(folder, files, {*metadata, *(file for path in paths for file in frames.get(path, [path]))}, _UNLISTED)
     opened = {path: Video.open(Path(path), frames.get(path, ())) for path in paths}
     videos = tuple(opened[path] for path, _ in rows)
     needed = (num_frames - 1) * frame_stride + 1
@@ -202,8 +187,7 @@ def _read_metadata(metadata: list[str], caption_column: str, known: set[str]) ->
             where = f"line {number} of {file}"
             row = parse_object(line, where, hints)
             if not row.keys() >= hints.keys():
-                names = " and ".join(f"`{name}`" for name in hints)
-                raise ValueError(f"`{where}` must have {names}, got {shortened(row)}.")
+                raise ValueError(f"`{where}` must have `{caption_column}` and `file_name`, got {shortened(row)}.")
             name, caption = os.path.normpath(row["file_name"]), row[caption_column]
             path = os.path.normpath(os.path.join(os.path.dirname(file), name))
             if path not in known or name.split(os.sep)[0] in ("", ".."):
@@ -215,44 +199,22 @@ def _read_metadata(metadata: list[str], caption_column: str, known: set[str]) ->
             yield path, caption
 
 
-def _report(folder: str | os.PathLike, files: list[FoundFile], used: set[str], videos: set[str]) -> None:
-    """As [`~diffusers_dtr.training.data.image_folder.report`]: what is no image may be a video, but among frames."""
-    files = [
-        replace(file, kind=_UNLISTED) if file.kind == OTHER and os.path.dirname(file.path) not in videos else file
-        for file in files
-    ]
-    report(folder, files, used, _UNLISTED)
-
-
 @dataclass(frozen=True)
-class VideoAugmentation:
-    """What is drawn for one sample: that of all its frames, and where it starts, in [0, 1); None is the middle."""
-
-    frames: Augmentation
-    start: float | None = None
-
-
-@dataclass(frozen=True)
-class VideoTransform:
+class VideoTransform(ImageTransform):
     """From a video to a clip: frames `frame_stride` apart, transformed alike; with a centre crop, its middle."""
 
-    image: ImageTransform
-    num_frames: int
+    num_frames: int = 1
     frame_stride: int = 1
 
-    def draw(self, generator: torch.Generator) -> VideoAugmentation:
-        """Draw a sample's augmentation."""
-        frames = self.image.draw(generator)
+    def draw(self, generator: torch.Generator) -> Augmentation:
+        """Draw a sample's augmentation, that of all its frames."""
+        augmentation = super().draw(generator)
         start = torch.rand(1, generator=generator, dtype=torch.float64).item()
-        return VideoAugmentation(frames, None if self.image.center_crop else start)
+        return replace(augmentation, start=None if self.center_crop else start)
 
-    def micro_conditions(self, size: tuple[int, int], augmentation: VideoAugmentation) -> dict[str, torch.Tensor]:
-        """As [`~diffusers_dtr.training.data.images.ImageTransform.micro_conditions`], of every frame."""
-        return self.image.micro_conditions(size, augmentation.frames)
-
-    def __call__(self, video: Video, augmentation: VideoAugmentation) -> torch.Tensor:
+    def __call__(self, video: Video, augmentation: Augmentation) -> torch.Tensor:
         """Make a clip `(channels, num_frames, resolution, resolution)`, float32 in [-1, 1]."""
         room = video.num_frames - (self.num_frames - 1) * self.frame_stride
         start = (room - 1) // 2 if augmentation.start is None else int(augmentation.start * room)
-        numbers = [start + number * self.frame_stride for number in range(self.num_frames)]
-        return torch.stack([self.image(frame, augmentation.frames) for frame in video.read(numbers)], dim=1)
+        frames = video.read([start + number * self.frame_stride for number in range(self.num_frames)])
+        return torch.stack([ImageTransform.__call__(self, frame, augmentation) for frame in frames], dim=1)

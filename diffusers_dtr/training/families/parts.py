@@ -24,7 +24,7 @@ from ..components import (
     sample_size,
 )
 from ..config import TrainingConfig
-from ..data.text_embeddings import TextEncoder, cache_text_embeddings
+from ..data.encoder_cache import TextEncoder, cache_text_embeddings
 from ..lora import add_lora
 from ..noise_schedule import sampling_scheduler
 from ..pretrained import pretrained_config, pretrained_options, pretrained_pipeline_class
