@@ -6,15 +6,11 @@ from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel
 from peft import LoraConfig
 from safetensors.torch import save_file
 from tiny_denoisers import build, inputs, run
-from tiny_models import FLUX, PIXART, UNET_CONDITION, output
+from tiny_models import DIT, FLUX, PIXART, UNET_CONDITION, of_families, output
 
 from diffusers_dtr import DTRFluxTransformer2DModel, DTRQwenImageTransformer2DModel, route, route_adapter
 from diffusers_dtr.models.adapters import adapter_routing
 from diffusers_dtr.run_record import LORA_FILE
-
-
-# Whose plain classes have fused projections that work.
-FUSED = (FLUX, PIXART, UNET_CONDITION)
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +18,7 @@ def _one_thread(one_thread):
     """Equal to the bit."""
 
 
-@pytest.mark.parametrize("family", FUSED, ids=lambda family: family.routed_class.__name__)
+@of_families((DIT, FLUX, PIXART, UNET_CONDITION))  # whose plain classes have fused projections that work
 def test_fused_projections_are_routed_as_the_single_ones(family):
     model = family.routed(routing_beta=0.5)
     expected = output(model, family.inputs())

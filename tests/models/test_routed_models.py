@@ -10,7 +10,6 @@ from threading import Barrier
 
 import pytest
 import torch
-from diffusers.models.attention_dispatch import attention_backend
 from diffusers.training_utils import EMAModel
 from peft import LoraConfig
 from tiny_models import (
@@ -107,15 +106,18 @@ def test_conversion_copies_weights_and_keeps_dtype_and_mode(family):
     """Also from a config with a value that today's classes do not know, which loading keeps."""
     plain = family.plain().to(torch.bfloat16).train()
     plain.register_to_config(value_of_older_diffusers=1)
-    before = {name: value.clone() for name, value in plain.state_dict().items()}
+    config = dict(plain.config)
+    before = {name: value.clone() for name, value in (*plain.named_parameters(), *plain.named_buffers())}
     routed = family.conversion(plain, routing_beta=0.5, routing_seed=3)
     assert (routed.config.routing_beta, routed.config.routing_seed) == (0.5, 3)
     assert (routed.dtype, routed.training) == (torch.bfloat16, True)
     with torch.no_grad():
-        for parameter in routed.parameters():
-            parameter.zero_()
-    assert plain.state_dict().keys() == before.keys()
-    assert all(torch.equal(value, before[name]) for name, value in plain.state_dict().items())
+        for tensor in (*routed.parameters(), *routed.buffers()):
+            tensor.zero_()
+    after = dict((*plain.named_parameters(), *plain.named_buffers()))
+    assert after.keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+    assert dict(plain.config) == config
 
 
 @every_family
@@ -337,24 +339,6 @@ def test_compiled_training_gives_the_same_gradients(family, checkpointing):
 
 
 # What the base classes can do.
-
-
-def attention_backends(model):
-    """Of all attention layers; diffusers sets none in processors that always call torch's own."""
-    processors = [module.processor for module in model.modules() if hasattr(module, "processor")]
-    return [getattr(processor, "_attention_backend", None) for processor in processors]
-
-
-@every_family
-def test_an_attention_backend_reaches_the_layers_that_it_reaches_in_the_base_class(family):
-    model, plain = family.routed(), family.plain()
-    expected = output(model, family.inputs())
-    # diffusers keeps the latest backend for the whole process.
-    with attention_backend():
-        for either in (model, plain):
-            either.set_attention_backend("_native_math")
-        assert attention_backends(model) == attention_backends(plain) != []
-        assert_close(output(model, family.inputs()), expected)
 
 
 @every_family
