@@ -330,3 +330,7 @@ def test_routed_classes_are_made_when_they_are_asked_for(fresh_process):
         """
     )
     assert found == [False, "diffusers_dtr", True, True]
+
+
+def test_an_unknown_name_is_no_attribute_of_the_library():
+    assert not hasattr(diffusers_dtr, "DTRNothing")

@@ -5,7 +5,7 @@ import json
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from inspect import signature
+from inspect import Parameter, signature
 from threading import Barrier
 
 import pytest
@@ -97,7 +97,7 @@ def test_the_signature_is_that_of_the_base_class_and_the_routing(family):
     ours = list(signature(family.routed_class).parameters.values())
     theirs = list(signature(family.routed_class.plain_class).parameters.values())
     assert [(p.name, p.default) for p in ours[: len(theirs)]] == [(p.name, p.default) for p in theirs]
-    assert [p.name for p in ours[len(theirs) :]] == ROUTING_KEYS
+    assert [(p.name, p.kind) for p in ours[len(theirs) :]] == [(key, Parameter.KEYWORD_ONLY) for key in ROUTING_KEYS]
     assert signature(family.routed_class.forward) == signature(family.routed_class.plain_class.forward)
 
 

@@ -43,6 +43,12 @@ def test_a_saved_model_comes_back(tmp_path, saving, loading):
     assert json.loads((tmp_path / "config.json").read_text())["_class_name"] == "DTRTransformer2DModel"
 
 
+def test_config_values_can_be_replaced_while_loading(tmp_path):
+    routed_dit().save_pretrained(tmp_path)
+    loaded = DTRTransformer2DModel.from_pretrained(tmp_path, routing_beta=0.5)
+    assert torch.equal(output(loaded), output(routed_dit(routing_beta=0.5)))
+
+
 def test_loading_draws_no_initial_weights(tmp_path):
     routed_dit().save_pretrained(tmp_path / "ours")
     plain_dit().save_pretrained(tmp_path / "plain")
@@ -85,6 +91,12 @@ def test_a_plain_checkpoint_is_routed_by_default_and_as_told(tmp_path):
     assert info["missing_keys"] == info["unexpected_keys"] == []
     loaded.save_pretrained(tmp_path / "ours")
     assert torch.equal(output(DTRTransformer2DModel.from_pretrained(tmp_path / "ours")), output(loaded))
+
+
+def test_a_subfolder_is_found(tmp_path):
+    plain_dit().save_pretrained(tmp_path / "transformer")
+    loaded = DTRTransformer2DModel.from_pretrained(tmp_path, subfolder="transformer", routing_beta=1.0)
+    assert torch.equal(output(loaded), output(plain_dit()))
 
 
 def test_embedders_that_were_trained_apart_are_refused(tmp_path):
