@@ -53,16 +53,7 @@ def save_unrouted_lora(model: ModelMixin, folder: str | os.PathLike, adapter_nam
 
 
 def save_routed_lora(model: ModelMixin, folder: str | os.PathLike, adapter_name: str = "default") -> Path:
-    """Save a model's adapter with its routing, if it has one, as `model.save_lora_adapter` does.
-
-    Args:
-        model: The denoiser.
-        folder: Made if need be.
-        adapter_name: The adapter.
-
-    Returns:
-        The file.
-    """
+    """Save a model's adapter with its routing, if it has one, as `model.save_lora_adapter` does; returns the file."""
     path, routing = save_unrouted_lora(model, folder, adapter_name), adapter_routing(model, adapter_name)
     if routing is not None:
         mark_routed(path, {"": routing})
@@ -110,18 +101,16 @@ def load_routed_lora(
     with _taken_off_on_failure(target, adapter_name), tempfile.TemporaryDirectory() as folder:
         # diffusers reads the scale of the adapters from the file alone, so that it has to be one.
         tensors, header = read_lora(path)
-        save_file(
-            {name: tensor for name, tensor in tensors.items() if WARNING_LAYER not in name},
-            Path(folder, LORA_FILE),
-            header,
-        )
+        tensors = {name: tensor for name, tensor in tensors.items() if WARNING_LAYER not in name}
+        save_file(tensors, Path(folder, LORA_FILE), header)
+        where = {"weight_name": LORA_FILE, "adapter_name": adapter_name}
         if is_pipeline:
-            target.load_lora_weights(folder, weight_name=LORA_FILE, adapter_name=adapter_name)
+            target.load_lora_weights(folder, **where)
         else:
             if not isinstance(target, PeftAdapterMixin):
                 # As its routed class, the model takes adapters.
                 route(target, routing_type="none")
-            target.load_lora_adapter(folder, weight_name=LORA_FILE, adapter_name=adapter_name, prefix=None)
+            target.load_lora_adapter(folder, **where, prefix=None)
         for prefix, model in models.items():
             route_adapter(model, adapter_name, **routing[prefix])
 

@@ -1,10 +1,8 @@
 """Routed LoRA: the rank channels of an adapter are routed, and the pretrained model is as it was.
 
-With ΔW = B·A of rank r, an adapter adds B·(m_t ⊙ A·x): the timestep's window of the r channels between A and B. The
-windows are those of Denoising Task Routing (arXiv 2310.07138). Where timesteps are per frame or token, a layer of the
-image stream has a window for each, and any other, of text or sound, that of the noisiest timestep. The nearest
-published method, T-LoRA (arXiv 2507.05964), shrinks the rank as the noise grows instead: its windows differ in size,
-which this formula cannot hold.
+With ΔW = B·A of rank r, an adapter adds B·(m_t ⊙ A·x): the timestep's window of the r channels between A and B, as in
+Denoising Task Routing (arXiv 2310.07138). Where timesteps are per frame or token, a layer of the image stream has a
+window for each, and any other, of text or sound, that of the noisiest timestep.
 """
 
 from __future__ import annotations
@@ -35,10 +33,10 @@ class _UnfusableLayer(DerivedModule):
 
 
 def route_adapter(model: ModelMixin, adapter_name: str = "default", **routing: Any) -> ModelMixin:
-    """Route the rank channels of a LoRA adapter, in place.
+    """Route the rank channels of a LoRA adapter, in place, or route them anew.
 
-    At `routing_beta=1.0` the adapter is the plain one, to the bit. The model itself is untouched at every share, and
-    saved as what it was. An adapter that is routed is routed anew.
+    At `routing_beta=1.0` the adapter is the plain one, to the bit. The model itself is untouched, and saved as what it
+    was.
 
     Args:
         model: A denoiser with the adapter (`model.add_adapter`, `pipeline.load_lora_weights`), routed or not.
@@ -50,9 +48,8 @@ def route_adapter(model: ModelMixin, adapter_name: str = "default", **routing: A
 
     Raises:
         TypeError: For a model of no known family, and unknown names in `routing`.
-        ValueError: If it has no LoRA adapter of that name, the adapter is fused, padded for hot-swapping, another kind
-            of LoRA (DoRA, that of an embedding) or of a layer that its family has among the `packed`, or the routing
-            does not exist. The model is then as it was.
+        ValueError: If there is no plain LoRA adapter of that name, it is fused or padded for hot-swapping, adapts
+            layers that cannot be routed, or the routing does not exist. The model is then as it was.
     """
     family = family_of(model)
     check_routing_names(routing)
@@ -60,9 +57,7 @@ def route_adapter(model: ModelMixin, adapter_name: str = "default", **routing: A
     _check_layers(model, adapter_name, family)
     layers = _adapted_layers(model, adapter_name)
     if not layers:
-        raise ValueError(
-            f"`adapter_name`={adapter_name!r} must be a LoRA adapter, but it adapts no layer by two projections."
-        )
+        raise ValueError(f"`adapter_name`={adapter_name!r} must be LoRA, but it adapts no layer by two projections.")
     if any(family.stream_of(block).batch_dim for block in family.streams):
         raise ValueError(
             f"Adapters of a `{type(model).__name__}` cannot be routed: its first axis is not the samples'."
@@ -82,7 +77,8 @@ def route_adapter(model: ModelMixin, adapter_name: str = "default", **routing: A
         scope_checkpointing(model)
     model.routed_adapters = {**vars(model).get("routed_adapters", {}), adapter_name: channels}
     for name, layer in layers.items():
-        projection, sees_image = layer.lora_A[adapter_name], not _is_one(family.other_streams, name)
+        projection = layer.lora_A[adapter_name]
+        sees_image = not (family.other_streams and re.search(family.other_streams, name))
         key = (adapter_name, layer.r[adapter_name], sees_image)
         change_class(projection, _routed_projection_class(type(projection), key))
         if not isinstance(layer, _UnfusableLayer):
@@ -91,14 +87,7 @@ def route_adapter(model: ModelMixin, adapter_name: str = "default", **routing: A
 
 
 def unroute_adapter(model: ModelMixin, adapter_name: str = "default") -> ModelMixin:
-    """Undo [`route_adapter`]: the adapter is a plain one again.
-
-    Args:
-        model: The model.
-        adapter_name: The adapter's name. Nothing happens if it is not routed.
-
-    Returns:
-        `model`.
+    """Undo [`route_adapter`], if the adapter is routed, and return the model.
 
     Raises:
         TypeError: For a model that `torch.compile` wraps, and for what is no model of diffusers.
@@ -141,12 +130,7 @@ def check_adapter_name(model: ModelMixin, adapter_name: Any) -> None:
 
 
 def _adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, nn.Module]:
-    """The layers that an adapter adapts by two projections."""
     return {name: module for name, module in model.named_modules() if adapter_name in getattr(module, "lora_A", ())}
-
-
-def _is_one(pattern: str | None, name: str) -> bool:
-    return bool(pattern and re.search(pattern, name))
 
 
 def _check_layers(model: nn.Module, adapter_name: str, family: Family) -> None:
@@ -158,9 +142,9 @@ def _check_layers(model: nn.Module, adapter_name: str, family: Family) -> None:
             kind = type(layer if variant is None else variant).__name__
             raise ValueError(
                 f"`adapter_name`={adapter_name!r} must be plain LoRA, got {kind} of `{name}`: only a product of two "
-                "projections, and nothing else, has rank channels to route."
+                "projections has rank channels to route."
             )
-        if adapter_name in getattr(layer, "lora_A", ()) and _is_one(family.packed, name):
+        if adapter_name in getattr(layer, "lora_A", ()) and family.packed and re.search(family.packed, name):
             raise ValueError(
                 f"`adapter_name`={adapter_name!r} cannot be routed in `{name}` of a `{type(model).__name__}`, which "
                 "is called with the tokens of all samples in one row: leave it out of its `target_modules`."
@@ -185,13 +169,11 @@ def _unfusable_class(plain: type[nn.Module]) -> type[nn.Module]:
     plain_merge, plain_delta = plain.merge, plain.get_delta_weight
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refuse to fuse a routed adapter."""
         for name in adapter_names or self.active_adapters:
             _refuse_routed(self, name)
         plain_merge(self, safe_merge=safe_merge, adapter_names=adapter_names)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """Refuse to say the one change of weights that a routed adapter does not have."""
         _refuse_routed(self, adapter)
         return plain_delta(self, adapter)
 

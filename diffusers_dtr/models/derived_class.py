@@ -15,14 +15,10 @@ from torch import nn
 
 
 class DerivedModule:
-    """A module of a class made by [`derived_class`]; its subclasses say for what.
-
-    Attributes:
-        unrouted_class: The class that it was made of.
-        made_by: The function and its arguments that make the class.
-    """
+    """A module of a class made by [`derived_class`] of its `unrouted_class`; its subclasses say for what."""
 
     unrouted_class: ClassVar[type[nn.Module]]
+    # The function and its arguments that make the class.
     made_by: ClassVar[tuple[Callable, tuple]]
 
     def __reduce__(self):
@@ -41,10 +37,9 @@ def plain_type(module: nn.Module) -> type[nn.Module]:
 
 
 def signed_as(plain: Callable) -> Callable[[Callable], Callable]:
-    """Give a function the signature of another one.
+    """Give a function the signature of another one, and no way to it, as `functools.wraps` does.
 
-    Unlike `functools.wraps` it leaves no way to the other: accelerate follows `__wrapped__` to the innermost function
-    when it takes mixed precision off a model.
+    accelerate follows `__wrapped__` to the innermost function when it takes mixed precision off a model.
     """
 
     def sign(function: Callable) -> Any:
@@ -63,19 +58,15 @@ def derived_class(
 
 
 def check_class_can_change(model: nn.Module) -> None:
-    """Refuse a model with a module whose forward method was replaced by something unknown.
-
-    Raises:
-        TypeError: Saying what was found.
-    """
+    """Refuse a model with a module whose forward method was replaced by something unknown."""
     for module in model.modules():
         if "forward" in vars(module) and not any(_held_forwards(module)):
             replaced = vars(module)["forward"]
             name = getattr(replaced, "__qualname__", None) or type(replaced).__name__
             raise TypeError(
-                f"The forward method of a `{type(module).__name__}` was replaced by `{name}`, "
-                "which is no hook of accelerate or diffusers. Route the model before that, or unwrap it first, as "
-                "`accelerator.unwrap_model(model, keep_fp32_wrapper=False)` does."
+                f"The forward method of a `{type(module).__name__}` was replaced by `{name}`, which is no hook of "
+                "accelerate or diffusers. Route it before that, or after `accelerator.unwrap_model(model, "
+                "keep_fp32_wrapper=False)`."
             )
 
 
@@ -88,10 +79,7 @@ def change_class(module: nn.Module, new: type[nn.Module]) -> None:
 
 
 def _held_forwards(module: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
-    """Where accelerate's and diffusers' hooks hold the forward method that they replaced, as dictionaries and keys.
-
-    There is no public way to give them another.
-    """
+    """Where accelerate's and diffusers' hooks hold the forward method that they replaced, as dictionaries and keys."""
     hooks = vars(module).get("_diffusers_hook")
     # accelerate leaves the undecorated one behind when it takes mixed precision off a model.
     own = (type(module).forward, unwrap(type(module).forward))

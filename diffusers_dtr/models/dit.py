@@ -35,32 +35,28 @@ class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMi
     r"""A class-conditional or unconditional diffusion transformer with Denoising Task Routing (arXiv 2310.07138).
 
     A [`~diffusers.DiTTransformer2DModel`] whose blocks each see the window of channels that belongs to the timestep.
-    It differs from its base class in three more ways. The conditioning is embedded once per forward call, not once
-    per block, so it has the original DiT's parameter count, and a training sample's label is dropped in all blocks or
-    in none. New models are initialised as DiT is (adaLN-Zero). And inputs may be rectangular.
+    Unlike its base class it embeds the conditioning once per forward call and not once per block, so that it has the
+    original DiT's parameter count, and a label is dropped in all blocks or in none. New models are initialised as DiT
+    is (adaLN-Zero). Inputs may be rectangular.
 
     Parameters are those of the base class, with its defaults, and:
-        sample_size (`int`, defaults to 32): Side of the (latent) images that the position table is made for.
+        sample_size (`int`): Side of the (latent) images that the position table is made for.
         out_channels (`int`, *optional*): Channels of the output; twice `in_channels` where the model learns its
             variance. Defaults to `in_channels`.
-        num_embeds_ada_norm (`int`, *optional*, defaults to 1000): Number of classes, or None for an unconditional
-            model.
-        norm_eps (`float`, defaults to 1e-5): Epsilon of the norm before the MLP. The original DiT uses 1e-6.
-        class_dropout_prob (`float`, defaults to 0.1): Probability with which a label is replaced by the null class in
-            training mode, for classifier-free guidance. At 0 there is no null class.
-        freq_shift (`int`, defaults to 1): Sinusoid frequencies are $10000^{-i / (128 - freq\_shift)}$. The original
-            DiT uses 0.
-        routing_alpha (`float`, defaults to 4.0): How late the channel window starts to slide, > 0.
-        routing_beta (`float`, defaults to 0.8): Share of the channels that are active, in (0, 1]; 1 is the unrouted
-            model, to the bit.
-        routing_type (`str`, defaults to `"dtr"`): `"dtr"`, `"random"` (the paper's baseline) or `"none"`.
-        routing_seed (`int`, defaults to 0): Seed of random routing.
+        num_embeds_ada_norm (`int`, *optional*): Number of classes, or None for an unconditional model.
+        norm_eps (`float`): Epsilon of the norm before the MLP. The original DiT uses 1e-6.
+        class_dropout_prob (`float`): Probability with which a label is replaced by the null class in training mode,
+            in [0, 1). At 0 there is no null class.
+        freq_shift (`int`): Sinusoid frequencies are $10000^{-i / (128 - freq\_shift)}$. The original DiT uses 0.
+        routing_alpha (`float`): How late the channel window starts to slide, > 0.
+        routing_beta (`float`): Share of the channels that are active, in (0, 1]; 1 is the unrouted model, to the bit.
+        routing_type (`str`): `"dtr"`, `"random"` (the paper's baseline) or `"none"`.
+        routing_seed (`int`): Seed of random routing.
         routing_timestep_range (`tuple[float, float]`, *optional*): The timesteps between which the window slides.
             Defaults to (0, 999).
 
     Raises:
-        ValueError: For a routing that does not exist (see [`~diffusers_dtr.routing.check_routing`]), before any
-            memory is spent.
+        ValueError: For values that describe no model, before any memory is spent.
     """
 
     _no_split_modules = ("DTRTransformerBlock",)
@@ -105,9 +101,7 @@ class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMi
         if not 0 <= class_dropout_prob < 1:
             raise ValueError(f"`class_dropout_prob` must be in [0, 1), got {class_dropout_prob!r}.")
         if num_embeds_ada_norm is not None and num_embeds_ada_norm < 1:
-            raise ValueError(
-                f"`num_embeds_ada_norm`, the number of classes, must be >= 1 or None, got {num_embeds_ada_norm!r}."
-            )
+            raise ValueError(f"`num_embeds_ada_norm` (classes) must be >= 1 or None, got {num_embeds_ada_norm!r}.")
         if sample_size % patch_size != 0:
             raise ValueError(f"`sample_size` must be a multiple of `patch_size`={patch_size}, got {sample_size}.")
 
@@ -119,13 +113,7 @@ class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMi
         self.height = self.width = sample_size
         self.patch_size = patch_size
 
-        self.pos_embed = PatchEmbed(
-            height=sample_size,
-            width=sample_size,
-            patch_size=patch_size,
-            in_channels=in_channels,
-            embed_dim=self.inner_dim,
-        )
+        self.pos_embed = PatchEmbed(sample_size, sample_size, patch_size, in_channels, self.inner_dim)
         self.emb = TimestepLabelEmbedding(self.inner_dim, num_embeds_ada_norm, class_dropout_prob, freq_shift)
         self.transformer_blocks = nn.ModuleList(
             DTRTransformerBlock(self.inner_dim, self.config) for _ in range(num_layers)
@@ -160,22 +148,17 @@ class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMi
             return_dict: Whether to return an output object rather than a tuple.
 
         Returns:
-            The prediction, `(batch, out_channels, height, width)`, as `sample` of a
-            [`~diffusers.models.modeling_outputs.Transformer2DModelOutput`] or as the only element of a tuple.
+            The prediction, `(batch, out_channels, height, width)`, as `sample` or as the only element of a tuple.
 
         Raises:
-            ValueError: If `timestep` is missing or of the wrong shape, the sides are not multiples of `patch_size`,
-                an unconditional model is given labels, or labels are missing where there is more than one class and no
-                null class.
+            ValueError: For arguments of other shapes, and labels that are missing or that the model does not take.
         """
         batch_size, _, height, width = hidden_states.shape
         if height % self.patch_size or width % self.patch_size:
-            raise ValueError(
-                f"Height and width of `hidden_states` must be multiples of `patch_size`={self.patch_size}, "
-                f"got {height}x{width}."
-            )
+            allowed = f"multiples of `patch_size`={self.patch_size}"
+            raise ValueError(f"Height and width of `hidden_states` must be {allowed}, got {height}x{width}.")
         if class_labels is not None and self.config.num_embeds_ada_norm is None:
-            raise ValueError("`class_labels` must be None: the model is unconditional, without `num_embeds_ada_norm`.")
+            raise ValueError("`class_labels` must be None: the model is unconditional.")
         timestep = timestep_batch(timestep, hidden_states)
         mask = self.routing.mask(timestep, self.inner_dim)
         mask = None if mask is None else mask[:, None, :]
@@ -186,12 +169,11 @@ class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMi
         conditioning = self.emb(timestep, class_labels, hidden_dtype=hidden_states.dtype)
 
         for block in self.transformer_blocks:
+            arguments = (hidden_states, conditioning, mask, cross_attention_kwargs)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(
-                    block, hidden_states, conditioning, mask, cross_attention_kwargs
-                )
+                hidden_states = self._gradient_checkpointing_func(block, *arguments)
             else:
-                hidden_states = block(hidden_states, conditioning, mask, cross_attention_kwargs)
+                hidden_states = block(*arguments)
 
         shift, scale = self.proj_out_1(F.silu(conditioning)).chunk(2, dim=1)
         hidden_states = self.norm_out(hidden_states) * (1 + scale[:, None]) + shift[:, None]
@@ -204,11 +186,8 @@ class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMi
         """Prepare for fine-tuning on other classes: a new label embedding, in which only the null class is kept.
 
         Args:
-            num_classes: Number of the new classes, or None for no labels at all.
+            num_classes: Number of the new classes, >= 1, or None for no labels at all.
             keep: Whether the classes that there are keep their labels and embeddings too, and others are added.
-
-        Raises:
-            ValueError: For a number below 1, or below the number of classes that are kept.
         """
         if num_classes is not None and num_classes < 1:
             raise ValueError(f"`num_classes` must be at least 1, or None, got {num_classes!r}.")
@@ -231,10 +210,7 @@ class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMi
         if num_classes is None:
             return None
         if self.null_class is None and num_classes > 1:
-            raise ValueError(
-                f"`class_labels` must be given: the model has {num_classes} classes and no null class "
-                "(`class_dropout_prob` is 0)."
-            )
+            raise ValueError(f"`class_labels` must be given: the model has {num_classes} classes and no null class.")
         label = 0 if self.null_class is None else self.null_class
         return torch.full((batch_size,), label, device=device)
 
@@ -243,12 +219,8 @@ class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMi
         """A new model of one of the published sizes, with the original's epsilon and frequencies.
 
         Args:
-            preset: "DiT-S/2" and so on: S, B, L or XL, and a patch size of 2, 4 or 8.
-            **config: Config values that differ from the published ones, such as `sample_size`, `in_channels`,
-                `out_channels`, `num_embeds_ada_norm` or the routing.
-
-        Raises:
-            ValueError: If there is no such preset.
+            preset: "DiT-S/2" and so on: S, B, L or XL, and a patch size of 2, 4 or 8; a ValueError for another.
+            **config: Config values that differ from the published ones.
         """
         if preset not in DIT_PRESETS:
             raise ValueError(f"`preset` must be one of {', '.join(DIT_PRESETS)}, got {preset!r}.")
@@ -256,11 +228,7 @@ class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMi
 
     @classmethod
     def from_transformer(cls, transformer: DiTTransformer2DModel, **routing) -> DTRTransformer2DModel:
-        """As [`RoutedTransformerMixin.from_transformer`].
-
-        Raises:
-            ValueError: If the embedders of a block differ from those of the first one; it names the block.
-        """
+        """As [`RoutedTransformerMixin.from_transformer`]; a ValueError too if the embedders of blocks differ."""
         if not isinstance(transformer, DiTTransformer2DModel):
             raise TypeError(f"`transformer` must be a `DiTTransformer2DModel`, got a `{type(transformer).__name__}`.")
         return cls._from_state(transformer, copy=True, **routing)
@@ -290,12 +258,11 @@ class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMi
 
         Args:
             pretrained_model_name_or_path: Folder or repository.
-            **kwargs: All arguments of [`~diffusers.ModelMixin.from_pretrained`], and config values such as
-                `routing_beta` that replace saved ones.
+            **kwargs: As in diffusers, and config values such as `routing_beta` that replace saved ones.
 
         Raises:
-            ValueError: If the embedders of a diffusers DiT differ between blocks, or if `device_map` or
-                `quantization_config` is given for one.
+            ValueError: If embedders differ between blocks, or `device_map` or `quantization_config` is given for a
+                checkpoint of diffusers' DiT.
         """
         config = cls.load_config(pretrained_model_name_or_path, **kwargs)
         if config.get("_class_name") not in PER_BLOCK_CLASS_NAMES:
@@ -304,8 +271,8 @@ class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMi
         for name in ("device_map", "quantization_config"):
             if kwargs.get(name) is not None:
                 raise ValueError(
-                    f"`{name}` does not work for a checkpoint of `{config['_class_name']}`, whose layout is converted "
-                    f"while loading. Load it without, save it with `save_pretrained`, and load that with `{name}`."
+                    f"`{name}` does not work for a checkpoint of `{config['_class_name']}`, which is converted while "
+                    f"loading. Load it without, save it, and load that with `{name}`."
                 )
         own_config = signature(cls).parameters.keys() - signature(DiTTransformer2DModel).parameters.keys()
         overrides = {name: kwargs.pop(name) for name in own_config & kwargs.keys()}

@@ -24,10 +24,7 @@ _EMBEDDER = re.compile(r"transformer_blocks\.(\d+)\.norm1\.emb\.(.+)")
 
 
 class TimestepLabelEmbedding(nn.Module):
-    """The sum of a timestep's and a class label's embedding, with labels dropped at random in training mode.
-
-    Without `num_classes` there are no labels. Sinusoid frequencies are 10000 ** (-i / (128 - freq_shift)).
-    """
+    """The sum of the embeddings of a timestep and, if there are classes, a label, which is dropped at random."""
 
     def __init__(self, embedding_dim: int, num_classes: int | None, class_dropout_prob: float, freq_shift: int):
         super().__init__()
@@ -46,22 +43,14 @@ class TimestepLabelEmbedding(nn.Module):
 
 
 class DTRTransformerBlock(nn.Module):
-    """A DiT block (adaLN-Zero) that is routed as a whole: attention and MLP both work on the masked stream.
-
-    Its config is that of the [`DTRTransformer2DModel`].
-    """
+    """A DiT block (adaLN-Zero) that is routed as a whole: attention and MLP both work on the masked stream."""
 
     def __init__(self, dim: int, config: FrozenDict):
         super().__init__()
         self.norm1 = AdaLayerNormZero(dim)
-        self.attn1 = Attention(
-            query_dim=dim,
-            heads=config.num_attention_heads,
-            dim_head=config.attention_head_dim,
-            dropout=config.dropout,
-            bias=config.attention_bias,
-            upcast_attention=config.upcast_attention,
-        )
+        heads = {"heads": config.num_attention_heads, "dim_head": config.attention_head_dim}
+        options = {"bias": config.attention_bias, "upcast_attention": config.upcast_attention}
+        self.attn1 = Attention(query_dim=dim, dropout=config.dropout, **heads, **options)
         self.norm3 = nn.LayerNorm(dim, config.norm_eps, config.norm_elementwise_affine)
         self.ff = FeedForward(dim, dropout=config.dropout, activation_fn=config.activation_fn)
 
@@ -84,19 +73,13 @@ class DTRTransformerBlock(nn.Module):
 
 
 def unpatchify(tokens: torch.Tensor, height: int, width: int, patch_size: int) -> torch.Tensor:
-    """Images `(batch, channels, height * patch_size, width * patch_size)` of tokens that are patches.
-
-    They are `(batch, height * width, patch_size * patch_size * channels)`, row by row, channels innermost.
-    """
+    """Images of patches `(batch, height * width, patch_size * patch_size * channels)`, channels innermost."""
     patches = tokens.unflatten(2, (patch_size, patch_size, -1)).unflatten(1, (height, width))
     return torch.einsum("nhwpqc->nchpwq", patches).flatten(4, 5).flatten(2, 3)
 
 
 def initialize_dit(model: ModelMixin) -> None:
-    """Initialise as the original DiT does (arXiv 2212.09748, Section 3.2, adaLN-Zero); diffusers leaves that out.
-
-    Blocks begin as the identity, and a new model predicts zero.
-    """
+    """Initialise as the original does (arXiv 2212.09748, Section 3.2, adaLN-Zero): blocks begin as the identity."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -117,11 +100,7 @@ def initialize_dit(model: ModelMixin) -> None:
 
 
 def share_embedders(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Replace the embedders, which diffusers' DiT repeats in all blocks, by one, under the name `emb`.
-
-    Raises:
-        ValueError: Naming the block and the tensor, if a block's embedder is not identical to the first block's.
-    """
+    """Replace the embedders, which diffusers' DiT repeats in all blocks, by one, under the name `emb`."""
     shared = {}
     for key, value in state_dict.items():
         match = _EMBEDDER.fullmatch(key)
@@ -133,7 +112,6 @@ def share_embedders(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tens
         if not torch.equal(first, value):
             raise ValueError(
                 f"The embedder of block {block} differs from that of block 0 in `{name}`. A model that embeds its "
-                "conditioning once cannot represent a checkpoint in which diffusers' per-block embedders were trained "
-                "apart; use one in which they are identical, as in the published DiT weights."
+                "conditioning once needs a checkpoint in which they are identical, as in the published DiT weights."
             )
     return shared

@@ -77,9 +77,7 @@ TRANSFORMERS = {
     ),
     "Flux2Transformer2DModel": Family(**_SIGMA),
     "Flux3Transformer2DModel": Family(
-        **_SIGMA,
-        blocks=["mode_blocks.image", "single_transformer_blocks"],
-        streams={"Flux3SingleTransformerBlock": 1},
+        **_SIGMA, blocks=["mode_blocks.image", "single_transformer_blocks"], streams={"Flux3SingleTransformerBlock": 1}
     ),
     "FluxTransformer2DModel": Family(**_SIGMA),
     "GlmImageTransformer2DModel": Family(streams={"GlmImageTransformerBlock": 0}),

@@ -27,19 +27,17 @@ class Family:
 
     Attributes:
         timestep: Name of the argument of the model's forward method.
-        timestep_range: Its values at the cleanest and at the noisiest step, as the model's pipelines pass them. It
-            may run downwards: (1.0, 0.0) where 1 means clean. A function of the config where checkpoints of one class
-            differ.
+        timestep_range: Its values at the cleanest and at the noisiest step, as the model's pipelines pass them, such
+            as (1.0, 0.0) where 1 means clean. A function of the config where checkpoints of one class differ.
         blocks: Attributes of the model that are lists of routed blocks. None for every list of blocks whose class is
             one of the model's `_repeated_blocks`.
         streams: By class name of a block, for those of which diffusers' `TransformerBlockRegistry` does not tell it:
             the place of the image stream in the tuple that the block returns, or a [`Stream`].
         width: Config values whose product is the number of channels of the blocks.
-        packed: Regular expression for the names of layers that are called with the tokens of all samples in one row.
-            It is not known where one sample's end, so that adapters in them cannot be routed.
-        other_streams: Regular expression for the names of layers that are called with another stream than the
-            image's: text, sound, one row per sample. Where timesteps are per frame or token, adapters in them have the
-            window of the sample's noisiest one.
+        packed: Regular expression for layers that are called with the tokens of all samples in one row, in which
+            adapters cannot be routed.
+        other_streams: Regular expression for layers that see no image but text, sound, or one row per sample. Where
+            timesteps are per frame or token, adapters in them have the window of the sample's noisiest one.
     """
 
     timestep: str = "timestep"
@@ -58,7 +56,7 @@ class Family:
         return self.timestep_range(config) if callable(self.timestep_range) else self.timestep_range
 
     def stream_of(self, block_name: str) -> Stream | None:
-        """What is declared of a block, by its class name."""
+        """What is declared of a block."""
         stream = self.streams.get(block_name)
         return Stream(output=stream) if isinstance(stream, int) else stream
 
@@ -69,12 +67,7 @@ class Family:
 
 
 def check_family(family: Family, plain: type[nn.Module], of_unet: bool) -> None:
-    """Refuse a declaration that does not fit the class that it is made for, as far as the class alone tells.
-
-    Raises:
-        TypeError: If it is no [`Family`].
-        ValueError: Naming the field, what there is, and what came.
-    """
+    """Refuse a declaration that does not fit the class that it is made for, as far as the class alone tells."""
 
     def check(name: str, is_right: Any, allowed: str) -> None:
         if not is_right:
@@ -111,18 +104,16 @@ def check_family(family: Family, plain: type[nn.Module], of_unet: bool) -> None:
     else:
         check("blocks", family.blocks and _are_names(family.blocks), "a list of names of its attributes")
     # Its own blocks last, which count where others have the same name.
-    classes = {
-        cls.__name__: cls for cls in sorted(_module_classes(), key=lambda cls: cls.__module__ == plain.__module__)
-    }
+    ordered = sorted(_module_classes(), key=lambda cls: cls.__module__ == plain.__module__)
+    classes = {cls.__name__: cls for cls in ordered}
     own = [name for name, cls in classes.items() if cls.__module__ == plain.__module__]
     check("streams", _are_names([*family.streams], classes), f"by class names of blocks, such as {_listed(own)}")
     for name in family.streams:
         stream, taken = family.stream_of(name), [*signature(classes[name].forward).parameters][1:]
         is_right = isinstance(stream, Stream) and stream.argument in (None, *taken)
         is_right = is_right and all(type(n) is int and n >= 0 for n in (stream.output or 0, stream.batch_dim))
-        check(
-            "streams", is_right, f"places from 0 on, or each a `Stream` of an argument of `{name}`, {_listed(taken)}"
-        )
+        allowed = f"places from 0 on, or each a `Stream` of an argument of `{name}`, {_listed(taken)}"
+        check("streams", is_right, allowed)
 
 
 def _are_names(names: Any, known: Collection[str] | None = None) -> bool:
@@ -165,11 +156,7 @@ def routing_parameters(family: Family) -> dict[str, Parameter]:
 
 
 def check_routing_names(routing: Mapping[str, Any]) -> None:
-    """Refuse what is no config value of the routing.
-
-    Raises:
-        TypeError: Naming it, and what there is.
-    """
+    """Refuse what is no config value of the routing."""
     unknown = routing.keys() - ROUTING_PARAMETERS.keys()
     if unknown:
         known = ", ".join(f"`{name}`" for name in ROUTING_PARAMETERS)

@@ -1,6 +1,5 @@
 """The header of LoRA files that says how their adapters are routed.
 
-They are ordinary LoRA files. The routing is in the header of the safetensors file, by the name of the adapted model.
 For those who load the file without routing, one more tensor is in it, of an adapter of a layer that no model has:
 diffusers warns of that by the layer's name.
 """
@@ -27,10 +26,9 @@ WARNING_LAYER = "this_lora_is_routed_load_it_with_diffusers_dtr.load_routed_lora
 
 
 def mark_routed(path: str | os.PathLike, routing: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write into a LoRA file how its adapters are routed; nothing of it is lost.
+    """Write into a LoRA file how its adapters are routed, as a model's `save_lora_adapter` does itself.
 
-    A model's `save_lora_adapter` does so itself. A pipeline's `save_lora_weights(folder, transformer_lora_layers=...)`
-    is given tensors, which do not know how they were routed: mark its file.
+    A pipeline's `save_lora_weights` is given tensors, which do not know how they were routed: mark its file.
 
     Args:
         path: A safetensors file that diffusers saved.
@@ -71,7 +69,7 @@ def header_routing(header: Mapping[str, str], path: str | os.PathLike) -> dict[s
 
 
 def read_lora(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors of a LoRA file, and its header."""
+    """Tensors and header."""
     with safe_open(path, framework="pt") as file:
         header = dict(file.metadata() or {})
     return load_file(path), header

@@ -19,9 +19,8 @@ def route(model: ModelMixin, **routing: Any) -> ModelMixin:
     """Give a diffusers model Denoising Task Routing (arXiv 2310.07138), in place and without copying a weight.
 
     The model may be quantised, on the meta device, offloaded, spread over devices, or have LoRA adapters. A model that
-    is routed is routed anew, with the values given.
-    A pipeline records a component's class when it is assigned, `pipe.transformer = route(pipe.transformer)`; what it
-    saves without that is loaded as the plain model.
+    is routed is routed anew. Assign it, `pipe.transformer = route(pipe.transformer)`: a pipeline records a component's
+    class then, and would save the plain one.
 
     Args:
         model: A denoiser of diffusers, or one whose routed class was declared (see [`Family`]).
@@ -41,13 +40,7 @@ def route(model: ModelMixin, **routing: Any) -> ModelMixin:
 
 
 def unroute(model: ModelMixin) -> ModelMixin:
-    """Undo [`route`]: the model has its plain class, config and outputs again.
-
-    Args:
-        model: A routed model, made by [`route`] or otherwise.
-
-    Returns:
-        `model`, or the same model if it was not routed.
+    """Undo [`route`], if the model is routed: it has its plain class, config and outputs again, and is returned.
 
     Raises:
         TypeError: For a model that has no plain class with the same weights, such as a [`DTRTransformer2DModel`], for
@@ -67,14 +60,11 @@ def unroute(model: ModelMixin) -> ModelMixin:
 def check_is_model(model: Any) -> None:
     """Refuse what wraps a model, and what is none."""
     if is_compiled_module(model):
-        raise TypeError(
-            "`model` must be a model, got what `torch.compile` made of one. Route or unroute it before compiling it."
-        )
+        raise TypeError("`model` must be a model, not compiled. Route or unroute it before compiling it.")
     if not isinstance(model, ModelMixin):
         raise TypeError(
             f"`model` must be a model of diffusers, got a `{type(model).__name__}`. Of a pipeline it is the "
-            "transformer or the unet; unwrap what is wrapped, such as the `module` of a data-parallel one, or PEFT's "
-            "`get_base_model()`."
+            "transformer or the unet; unwrap what is wrapped, by `.module` or PEFT's `get_base_model()`."
         )
 
 

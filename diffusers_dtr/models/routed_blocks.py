@@ -47,7 +47,6 @@ def routed_block_class(plain: type[nn.Module], stream: Stream) -> type[nn.Module
 
     @signed_as(plain_forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the base class's block with the active channels of its image stream."""
         hidden_states = kwargs[name] if name in kwargs else args[position]
         output = None
 
@@ -62,8 +61,7 @@ def routed_block_class(plain: type[nn.Module], stream: Stream) -> type[nn.Module
         image = routed_residual(image_stream, hidden_states, token_mask(hidden_states, stream.batch_dim))
         if torch.is_tensor(output):
             return image
-        place = _place(plain, stream, output)
-        return (*output[:place], image, *output[place + 1 :])
+        return (*output[: stream.output], image, *output[stream.output + 1 :])
 
     return derived_class(RoutedBlock, plain, (routed_block_class, (plain, stream)), forward=forward)
 
@@ -71,7 +69,7 @@ def routed_block_class(plain: type[nn.Module], stream: Stream) -> type[nn.Module
 def _place(plain: type[nn.Module], stream: Stream, output: tuple) -> int:
     if stream.output is None or stream.output >= len(output):
         raise TypeError(
-            f"`{plain.__name__}` returns {len(output)} values: the model's `Family` must say in `streams` which of "
+            f"`{plain.__name__}` returns {len(output)} values: `streams` of the model's `Family` must say which of "
             f"them, from 0 on, is the image stream, got {stream.output}."
         )
     return stream.output
@@ -84,7 +82,6 @@ def masked_class(plain: type[nn.Module]) -> type[nn.Module]:
 
     @signed_as(plain_forward)
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Call the base class's module with the active channels of `(batch, channels, ...)`."""
         mask = token_mask(hidden_states, channel_dim=1)
         return plain_forward(self, hidden_states if mask is None else hidden_states * mask)
 

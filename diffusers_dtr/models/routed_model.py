@@ -20,7 +20,7 @@ from .family import ROUTING_PARAMETERS, ROUTING_TYPES
 
 @cache
 def config_types(model_class: type[RoutedModelMixin]) -> dict[str, Any]:
-    """Type hints of what the config of a routed class may hold, for [`~diffusers_dtr.config_types.check_types`]."""
+    """Type hints of what the config of a routed class may hold."""
     routing = {name: ROUTING_TYPES[name] for name in ROUTING_PARAMETERS}
     # A derived constructor has no annotations of its own.
     derived = hasattr(model_class.__init__, "__signature__")
@@ -28,13 +28,8 @@ def config_types(model_class: type[RoutedModelMixin]) -> dict[str, Any]:
 
 
 def check_no_weights_missing(model: nn.Module) -> None:
-    """Refuse a model that was loaded without all of its weights: diffusers leaves them without data, and warns.
-
-    One that is spread over devices keeps some of its weights elsewhere, and is not looked at.
-
-    Raises:
-        ValueError: If parameters or buffers have no data; it names the first of them.
-    """
+    """Refuse a model that was loaded without all of its weights: diffusers leaves them without data, and warns."""
+    # One that is spread over devices keeps some of its weights elsewhere.
     tensors = () if hasattr(model, "hf_device_map") else chain(model.named_parameters(), model.named_buffers())
     missing = [name for name, tensor in tensors if tensor.is_meta]
     if missing:
@@ -59,29 +54,20 @@ class RoutedModelMixin(HubMixin):
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
-        plain = [
-            base for base in cls.__mro__ if issubclass(base, ModelMixin) and not issubclass(base, RoutedModelMixin)
-        ]
-        if plain:
-            cls.plain_class = plain[0]
-            register_lora_scales(cls, cls.plain_class)
+        models = (base for base in cls.__mro__ if issubclass(base, ModelMixin))
+        plain = next((base for base in models if not issubclass(base, RoutedModelMixin)), None)
+        if plain is not None:
+            cls.plain_class = plain
+            register_lora_scales(cls, plain)
 
     def register_to_config(self, **config: Any) -> None:
-        """Set config values, as diffusers' constructors do before anything is built.
-
-        Raises:
-            ValueError: For values of the wrong type, see [`~diffusers_dtr.config_types.check_types`].
-        """
+        """Set config values, as diffusers' constructors do before anything is built; a ValueError for wrong types."""
         check_types(config_types(type(self)), config, f"the config of {type(self).__name__}")
         super().register_to_config(**config)
 
     @classmethod
     def from_config(cls, config: dict[str, Any] | None = None, return_unused_kwargs: bool = False, **kwargs) -> Any:
-        """Make a model of a config, as diffusers does.
-
-        Raises:
-            ValueError: For values of the wrong type, and for a config of which no model can be made.
-        """
+        """Make a model of a config, as diffusers does; a ValueError for one of which none can be made."""
         with built_from_file(f"A {cls.__name__}"):
             return super().from_config(config, return_unused_kwargs, **kwargs)
 
@@ -108,14 +94,12 @@ class RoutedModelMixin(HubMixin):
         self.routing = ChannelRouting(*(self.config[name] for name in ROUTING_PARAMETERS), widths=widths)
 
     def set_routing_beta(self, beta: float | None) -> None:
-        """Route with another share of active channels from now on; None returns to `config.routing_beta`.
+        """Route with another share of active channels from now on, such as in a warm-up from the unrouted model.
 
-        For warming up from the unrouted model: a fine-tuning run that starts at 1 starts exactly at the pretrained
-        model. The config, and so what is saved, does not change. A compiled model has one graph for all shares set
-        here, and another for the configured one.
+        The config, and so what is saved, does not change. A compiled model has one graph for all shares set here.
 
         Args:
-            beta: Share of active channels, in (0, 1], or None.
+            beta: Share of active channels, in (0, 1], or None for `config.routing_beta`.
 
         Raises:
             ValueError: For a `beta` outside (0, 1], or one that leaves a block no active channel.

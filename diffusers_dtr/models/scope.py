@@ -1,8 +1,7 @@
 """The masks of the forward call that is running, for blocks whose signatures have no room for a mask.
 
-A model enters the scope for the length of its forward call and its routed blocks look their mask up there, so that
-diffusers' own forward methods need no change. The scope belongs to the thread: two threads may call one model. Under
-gradient checkpointing a block runs again after its forward call has ended, so what it saw is kept for it, by call.
+The scope belongs to the thread: two threads may call one model. Under gradient checkpointing a block runs again after
+its forward call has ended, so what it saw is kept for it, by call.
 """
 
 from __future__ import annotations
@@ -49,31 +48,18 @@ def scope(masks: Masks | None) -> Iterator[None]:
 def token_mask(
     hidden_states: torch.Tensor | None, batch_dim: int = 0, channel_dim: int = -1, key: Hashable | None = None
 ) -> torch.Tensor | None:
-    """The mask for a stream, of the forward call that is running in this thread.
+    """A bool mask that broadcasts with a stream, of the forward call that is running in this thread, if it is routed.
 
-    Args:
-        hidden_states: `(batch, ..., width)`, or with its axes elsewhere. Where the model folds frames or positions
-            into the batch, each sample's stand together. With timesteps `(batch, n)`, its tokens are n groups of equal
-            size, in order. None where a call has no such stream.
-        batch_dim: Axis of the samples.
-        channel_dim: Axis of what is routed; 1 for images and videos.
-        key: What is routed. None for the width of the residual stream.
-
-    Returns:
-        Bool, of a shape that broadcasts with `hidden_states`, on its device; or None where the model is not routed.
-
-    Raises:
-        RuntimeError: Outside a routed model's forward call, and for a width that the model does not have.
-        ValueError: If the timesteps do not divide the tokens.
+    Where the model folds frames or positions into the batch, each sample's stand together. With timesteps `(batch, n)`
+    tokens are n groups of equal size, in order. `key` is what is routed, by default the width of the stream.
     """
     if hidden_states is None:
         return None
     masks = _running.masks
     if masks is None:
         raise RuntimeError(
-            "A routed block ran outside its model's forward call, so it belongs to no timestep. Call the model, not "
-            "its blocks; to recompute activations use the model's `enable_gradient_checkpointing`, not a wrapper "
-            "around blocks."
+            "A routed block ran outside its model's forward call. Call the model, not its blocks; to recompute "
+            "activations use the model's `enable_gradient_checkpointing`, not a wrapper around blocks."
         )
     key = hidden_states.shape[channel_dim] if key is None else key
     if key not in masks:
@@ -106,7 +92,7 @@ class ScopedCheckpointing:
         self.function = function
 
     def __call__(self, block: Callable, *args, **kwargs):
-        """Run `block(*args, **kwargs)` now, and once more when its gradients are asked for."""
+        """Run a block now, and once more when its gradients are asked for."""
         # A compiled forward call has its recomputation in the same graph, where the masks are ordinary values.
         if not torch.compiler.is_compiling():
             block = partial(_run_in_scope, _running.masks, block)
@@ -148,15 +134,10 @@ class ScopedMixin:
         hotswap: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Load a LoRA adapter as diffusers does.
-
-        Raises:
-            ValueError: If a routed one is to be swapped, or padded for swapping; it would lose its routing in silence.
-        """
+        """Load a LoRA adapter as diffusers does, but never swap a routed one, which would lose its routing."""
         routed = vars(self).get("routed_adapters", {})
-        if routed and (
-            self._prepare_lora_hotswap_kwargs is not None or (hotswap and kwargs.get("adapter_name") in routed)
-        ):
+        is_swapped = hotswap and kwargs.get("adapter_name") in routed
+        if routed and (is_swapped or self._prepare_lora_hotswap_kwargs is not None):
             raise ValueError(
                 f"Adapters that are routed ({', '.join(routed)}) cannot be hot-swapped: `unroute_adapter` them first, "
                 "or load another under a name of its own, with `load_routed_lora` and without `enable_lora_hotswap`."

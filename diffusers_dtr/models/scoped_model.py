@@ -1,8 +1,4 @@
-"""Models within whose forward calls there are masks: routed ones, and plain ones with routed adapters.
-
-A routed class is a subclass of a diffusers model that says, as a [`Family`], which of its blocks are routed and how it
-is told the timestep. Its constructor and its config are derived from the plain class's.
-"""
+"""Models within whose forward calls there are masks: routed ones, and plain ones with routed adapters."""
 
 from __future__ import annotations
 
@@ -30,7 +26,8 @@ class ScopedRoutingMixin(ScopedMixin, RoutedModelMixin):
     """Routes the blocks of a model in place, through the [`scope`] of its forward calls.
 
     A subclass names the plain class beside a mixin of this kind, and its family:
-    `class DTRMyModel(RoutedTransformerMixin, MyModel, family=Family(blocks=["layers"])): ...`.
+    `class DTRMyModel(RoutedTransformerMixin, MyModel, family=Family(blocks=["layers"])): ...`. Its constructor and its
+    config are derived from the plain class's.
 
     Attributes:
         family: What is special about the model.
@@ -58,8 +55,6 @@ class ScopedRoutingMixin(ScopedMixin, RoutedModelMixin):
         cls.forward = _scoped_forward(cls.plain_class, family.timestep)
         ScopedRoutingMixin.routed_classes[cls.plain_class] = cls
 
-    # ---- what differs between transformers and U-Nets: what raises here is in the mixin of each
-
     @classmethod
     def _widths(cls, config: Mapping[str, Any]) -> set[int]:
         """What a config tells of the routed widths before a model is built."""
@@ -67,16 +62,11 @@ class ScopedRoutingMixin(ScopedMixin, RoutedModelMixin):
 
     @classmethod
     def _routed_widths_of(cls, model: nn.Module) -> set[int]:
-        """The routed widths of a model that is built."""
         return cls._widths(model.config)
 
     @classmethod
-    def _units(cls, model: nn.Module) -> list[tuple]:
-        """What is to be routed of a model, with all that can be wrong of it found."""
-        raise NotImplementedError
-
-    def _route_units(self, units: list[tuple]) -> None:
-        """Change the classes of what is routed, and not the instances: state dicts, copies and pickles stay."""
+    def _units(cls, model: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:
+        """What is to be routed of a model, and its routed classes; all that can be wrong of it is found here."""
         raise NotImplementedError
 
     def _unroute_units(self) -> None:
@@ -104,12 +94,14 @@ class ScopedRoutingMixin(ScopedMixin, RoutedModelMixin):
         units = [] if was_routed else cls._units(model)
         if not was_routed:
             if isinstance(model, ScopedRoutingMixin):  # of a class that was declared before
-                model._unroute_units()
+                ScopedRoutingMixin._unroute_units(model)
             change_class(model, cls)
         model.register_to_config(**config)
         model.routing, model.routed_widths = check, tuple(sorted(widths))
+        # Classes and not instances: state dicts, copies and pickles stay.
+        for unit, routed in units:
+            change_class(unit, routed)
         if not was_routed:
-            model._route_units(units)
             scope_checkpointing(model)
         return model
 
@@ -119,9 +111,8 @@ class ScopedRoutingMixin(ScopedMixin, RoutedModelMixin):
         scope_checkpointing(self, False)
         del self.routing, self.routed_widths
         # diffusers has no public way to take back a config value.
-        self._internal_dict = FrozenDict(
-            {name: value for name, value in self.config.items() if name not in ROUTING_PARAMETERS}
-        )
+        plain_config = {name: value for name, value in self.config.items() if name not in ROUTING_PARAMETERS}
+        self._internal_dict = FrozenDict(plain_config)
         plain, timestep = self.plain_class, self.family.timestep
         change_class(self, plain)
         if "routed_adapters" in vars(self):
@@ -144,7 +135,9 @@ def _derived_constructor(plain_class: type[ModelMixin], family: Family) -> Calla
         self._init_routing(self._widths(self.config))
         # Through the config, which has all values by name; the plain constructor registers them again.
         plain_class.__init__(self, **{name: self.config[name] for name in plain if name in self.config})
-        self._route_units(self._units(self))
+        for unit, routed in self._units(self):
+            change_class(unit, routed)
+        self.routed_widths = tuple(sorted(self._routed_widths_of(self)))
 
     __init__.__signature__ = arguments
     return register_to_config(__init__)
@@ -171,13 +164,12 @@ class ScopedModel(ScopedMixin, DerivedModule):
 
 @cache
 def scoped_class(plain_class: type[ModelMixin], timestep: str) -> type[ModelMixin]:
-    """The class of a model within whose forward calls there are masks, by its own and by what `timestep` is called."""
+    """The class of a model with routed adapters, by its own and by what its timestep is called."""
     forward = _scoped_forward(plain_class, timestep)
     return derived_class(ScopedModel, plain_class, (scoped_class, (plain_class, timestep)), forward=forward)
 
 
 def _scoped_forward(plain_class: type[ModelMixin], timestep_name: str) -> Callable:
-    """The forward method of a model, within the scope of its call's masks."""
     arguments = list(signature(plain_class.forward).parameters)[1:]
     position = arguments.index(timestep_name)
     # The function and not the class's attribute, which the compiler does not follow for every class.

@@ -11,7 +11,7 @@ from diffusers import ModelMixin
 from torch import nn
 
 from ..diffusers_registration import block_metadata, register_block
-from .derived_class import change_class, plain_type
+from .derived_class import plain_type
 from .routed_blocks import Stream, routed_block_class
 from .scoped_model import ScopedRoutingMixin
 
@@ -25,7 +25,6 @@ class RoutedTransformerMixin(ScopedRoutingMixin):
 
     @classmethod
     def _units(cls, model: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:
-        """The routed blocks, in order, and their routed classes."""
         lists = {name: child for name, child in model.named_modules() if isinstance(child, nn.ModuleList)}
         if cls.family.blocks is not None:
             named = cls.family.blocks
@@ -63,23 +62,16 @@ class RoutedTransformerMixin(ScopedRoutingMixin):
         register_block(routed, metadata)
         return routed
 
-    def _route_units(self, units: list[tuple[nn.Module, type[nn.Module]]]) -> None:
-        for block, routed_class in units:
-            change_class(block, routed_class)
-
     @classmethod
     def from_transformer(cls, transformer: ModelMixin, **routing: Any) -> ModelMixin:
-        """The routed model with the weights of a plain one, which is left as it is.
+        """A routed model with copies of a plain one's weights, on its device, of its dtype and in its mode.
 
         Args:
             transformer: A model of the diffusers class that this one routes.
             **routing: Config values that the plain model does not have: `routing_alpha`, `routing_beta`, ...
 
-        Returns:
-            A model with copies of the weights, on the same device, of the same dtype and in the same mode.
-
         Raises:
-            TypeError: If `transformer` is of another class, or a name in `routing` is not one of a config value.
+            TypeError: If `transformer` is of another class, or for an unknown name in `routing`.
             ValueError: For a routing that does not exist.
         """
         return cls._from_plain(transformer, "transformer", routing)

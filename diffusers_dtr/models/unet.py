@@ -1,9 +1,7 @@
 """U-Nets with routed residual units: y = shortcut(x) + F(m ⊙ x), each width with its own window.
 
-A U-Net's routed units are the entries of its blocks' `resnets` and `attentions`, and what video models have beside
-these. In every one the residual branch F begins with one norm, while the shortcut takes the unit's own input. Masking
-what that norm sees is therefore the whole routing, whatever the unit does besides: 1x1 shortcuts, resampling, scaled
-outputs. The samplers between blocks, convolutions or ResNet blocks, are not routed. The authors of DTR (arXiv
+In every unit the residual branch F begins with one norm, while the shortcut takes the unit's own input: masking what
+that norm sees is the whole routing. The samplers between blocks are not routed. The authors of DTR (arXiv
 2310.07138) released no U-Net: this reading of the method is ours.
 """
 
@@ -15,7 +13,7 @@ from typing import Any
 from diffusers import ModelMixin
 from torch import nn
 
-from .derived_class import change_class
+from .derived_class import plain_type
 from .routed_blocks import masked_class
 from .scoped_model import ScopedRoutingMixin
 
@@ -55,16 +53,13 @@ class RoutedUNetMixin(ScopedRoutingMixin):
         return {width for *_, width in _first_norms(model)}
 
     @classmethod
-    def _units(cls, model: nn.Module) -> list[tuple[nn.Module, str, int]]:
-        return list(_first_norms(model))
-
-    def _route_units(self, units: list[tuple[nn.Module, str, int]]) -> None:
-        self.routed_widths = tuple(sorted({width for *_, width in units}))
-        for parent, name, _ in units:
+    def _units(cls, model: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:
+        norms = list(_first_norms(model))
+        for parent, name, _ in norms:
             if getattr(parent, name) is None:
                 setattr(parent, name, NoNorm())
-            norm = getattr(parent, name)
-            change_class(norm, masked_class(type(norm)))
+        found = [getattr(parent, name) for parent, name, _ in norms]
+        return [(norm, masked_class(plain_type(norm))) for norm in found]
 
     def _unroute_units(self) -> None:
         super()._unroute_units()
@@ -75,11 +70,7 @@ class RoutedUNetMixin(ScopedRoutingMixin):
 
     @classmethod
     def from_unet(cls, unet: ModelMixin, **routing: Any) -> ModelMixin:
-        """As [`RoutedTransformerMixin.from_transformer`], of a U-Net.
-
-        Raises:
-            TypeError: For blocks whose units cannot be routed, such as those of K-diffusion, too.
-        """
+        """As [`RoutedTransformerMixin.from_transformer`]; a TypeError too for units such as K-diffusion's."""
         return cls._from_plain(unet, "unet", routing)
 
 

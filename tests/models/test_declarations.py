@@ -1,7 +1,6 @@
 """Declarations of families: of models of other libraries, those that do not fit, and what follows from all of them."""
 
 import pickle
-import re
 from inspect import signature
 from pathlib import Path
 
@@ -94,39 +93,30 @@ class NewTransformer2DModel(PaintModel):
 # Each field on its own is wrong: what is declared, the error, and what it tells of.
 GOOD = {"timestep": "t", "blocks": ["layers"], "width": "hidden_size"}
 WRONG = [
-    (
-        {"timestep": "timestep"},
-        r"`timestep` .* must be an argument of `OtherModel.forward`, tokens, t, got 'timestep'",
-    ),
-    ({"timestep_range": (0, 0)}, r"`timestep_range` .* two different finite timesteps, got \(0, 0\)"),
-    ({"timestep_range": None}, "`timestep_range` .* two different finite timesteps, got None"),
-    (
-        {"timestep_range": lambda config: (0, config["scale"])},
-        "`timestep_range` .* its config, hidden_size, depth, got",
-    ),
-    ({"blocks": None}, "`blocks` .* must be given, because the model has no `_repeated_blocks`, got None"),
-    ({"blocks": "layers"}, "`blocks` .* must be a list of names of its attributes, got 'layers'"),
-    ({"blocks": []}, r"`blocks` .* must be a list of names of its attributes, got \[\]"),
-    (
-        {"streams": {"PaintBlok": 0}},
-        "`streams` .* class names of blocks, such as .*PaintBlock.*, got {'PaintBlok': 0}",
-    ),
-    ({"streams": {"PaintBlock": -1}}, "`streams` .* must be places from 0 on, .*, got {'PaintBlock': -1}"),
-    ({"streams": {"PaintBlock": "x"}}, "`streams` .* a `Stream` of an argument of `PaintBlock`, x, got"),
-    ({"streams": {"PaintBlock": Stream("image")}}, "`streams` .* of an argument of `PaintBlock`, x, got .*'image'"),
-    ({"streams": {"PaintBlock": Stream(batch_dim=-2)}}, "`streams` .* must be places from 0 on, .*batch_dim=-2"),
-    ({"width": "hiden_size"}, "`width` .* product of values of its config, hidden_size, depth, got 'hiden_size'"),
-    ({"width": 16}, "`width` .* product of values of its config, hidden_size, depth, got 16"),
-    ({"packed": "["}, r"`packed` .* must be a regular expression, got '\['"),
-    ({"other_streams": {"text"}}, "`other_streams` .* must be a regular expression, got {'text'}"),
+    ({"timestep": "timestep"}, r"an argument of `OtherModel.forward`, tokens, t, got 'timestep'"),
+    ({"timestep_range": (0, 0)}, r"two different finite timesteps, got \(0, 0\)"),
+    ({"timestep_range": None}, "two different finite timesteps, got None"),
+    ({"timestep_range": lambda config: (0, config["scale"])}, "its config, hidden_size, depth, got"),
+    ({"blocks": None}, "given, because the model has no `_repeated_blocks`, got None"),
+    ({"blocks": "layers"}, "a list of names of its attributes, got 'layers'"),
+    ({"blocks": []}, r"a list of names of its attributes, got \[\]"),
+    ({"streams": {"PaintBlok": 0}}, "class names of blocks, such as .*PaintBlock.*, got {'PaintBlok': 0}"),
+    ({"streams": {"PaintBlock": -1}}, "places from 0 on, .*, got {'PaintBlock': -1}"),
+    ({"streams": {"PaintBlock": "x"}}, "a `Stream` of an argument of `PaintBlock`, x, got"),
+    ({"streams": {"PaintBlock": Stream("image")}}, "of an argument of `PaintBlock`, x, got .*'image'"),
+    ({"streams": {"PaintBlock": Stream(batch_dim=-2)}}, "places from 0 on, .*batch_dim=-2"),
+    ({"width": "hiden_size"}, "product of values of its config, hidden_size, depth, got 'hiden_size'"),
+    ({"width": 16}, "product of values of its config, hidden_size, depth, got 16"),
+    ({"packed": "["}, r"a regular expression, got '\['"),
+    ({"other_streams": {"text"}}, "a regular expression, got {'text'}"),
 ]
 
 
 @pytest.mark.parametrize(("wrong", "message"), WRONG)
 def test_every_field_that_does_not_fit_is_an_error_when_the_class_is_made(wrong, message):
-    with pytest.raises(ValueError, match="of the family of `OtherModel` must") as error:
+    (name,) = wrong
+    with pytest.raises(ValueError, match=f"`{name}` of the family of `OtherModel` must be .*{message}"):
         type("DTROther", (RoutedTransformerMixin, OtherModel), {}, family=Family(**{**GOOD, **wrong}))
-    assert re.search(message, str(error.value))
     with pytest.raises(TypeError, match="Declare it"):
         route(OtherModel())
 
@@ -144,19 +134,15 @@ def test_what_a_unet_does_not_need_is_not_ignored(wrong):
 @pytest.mark.parametrize(
     ("bases", "family", "message"),
     [
-        ((RoutedTransformerMixin, OtherModel), {}, "must be a `Family`, got None"),
-        (
-            (RoutedTransformerMixin, OtherModel),
-            {"family": {"blocks": ["layers"]}},
-            "must be a `Family`, got {'blocks'",
-        ),
-        ((RoutedTransformerMixin,), {"family": Family(**GOOD)}, "must name the class that it routes, after the mixin"),
-        ((OtherModel, RoutedTransformerMixin), {"family": Family(**GOOD)}, "must name the class .* after the mixin"),
+        ((RoutedTransformerMixin, OtherModel), None, "must be a `Family`, got None"),
+        ((RoutedTransformerMixin, OtherModel), {"blocks": ["layers"]}, "must be a `Family`, got {'blocks'"),
+        ((RoutedTransformerMixin,), Family(**GOOD), "must name the class that it routes, after the mixin"),
+        ((OtherModel, RoutedTransformerMixin), Family(**GOOD), "must name the class .* after the mixin"),
     ],
 )
 def test_a_class_that_does_not_say_what_it_routes_is_an_error(bases, family, message):
     with pytest.raises(TypeError, match=message):
-        type("DTROther", bases, {}, **family)
+        type("DTROther", bases, {}, family=family)
 
 
 def test_blocks_that_a_model_does_not_have_are_named_before_it_is_changed():
@@ -194,13 +180,7 @@ def test_what_others_read_off_a_class_is_what_the_plain_class_says(name):
     """What must not be split, what stays in float32, what is compiled, which pipelines and checkpoints fit ..."""
     plain, routed = getattr(diffusers, name), getattr(diffusers_dtr, f"DTR{name}")
     said = {key for key in dir(plain) if not key.startswith("__") and not callable(getattr(plain, key))}
-    differ = {key for key in said if getattr(routed, key) != getattr(plain, key)}
-    assert differ - {"_abc_impl"} == set()
-    assert said >= {
-        "_no_split_modules",
-        "_repeated_blocks",
-        "_keep_in_fp32_modules",
-        "_skip_layerwise_casting_patterns",
-    }
+    assert {key for key in said if getattr(routed, key) != getattr(plain, key)} <= {"_abc_impl"}
+    assert said >= {"_no_split_modules", "_repeated_blocks", "_keep_in_fp32_modules"}
     assert signature(routed.forward) == signature(plain.forward)
     assert issubclass(routed, RoutedModelMixin)

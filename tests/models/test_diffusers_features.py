@@ -1,25 +1,16 @@
 """What diffusers and torch do to a model, done to routed ones."""
 
-import copy
-import io
-
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel
-from diffusers.models.attention_dispatch import attention_backend
 from peft import LoraConfig
 from safetensors.torch import save_file
 from tiny_denoisers import build, inputs, run
-from tiny_models import FLUX, PIXART, SD3, UNET_CONDITION, every_family, output
-from tiny_pipelines import PIPELINES
+from tiny_models import DIT, FLUX, PIXART, UNET_CONDITION, of_families, output
 
 from diffusers_dtr import DTRFluxTransformer2DModel, DTRQwenImageTransformer2DModel, route, route_adapter
 from diffusers_dtr.models.adapters import adapter_routing
 from diffusers_dtr.run_record import LORA_FILE
-
-
-# Whose plain classes have fused projections that work.
-FUSED = (FLUX, PIXART, UNET_CONDITION)
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +18,7 @@ def _one_thread(one_thread):
     """Equal to the bit."""
 
 
-@pytest.mark.parametrize("family", FUSED, ids=lambda family: family.routed_class.__name__)
+@of_families((DIT, FLUX, PIXART, UNET_CONDITION))  # whose plain classes have fused projections that work
 def test_fused_projections_are_routed_as_the_single_ones(family):
     model = family.routed(routing_beta=0.5)
     expected = output(model, family.inputs())
@@ -36,41 +27,6 @@ def test_fused_projections_are_routed_as_the_single_ones(family):
     torch.testing.assert_close(output(model, family.inputs()), expected, rtol=1e-3, atol=1e-4)
     model.unfuse_qkv_projections()
     torch.testing.assert_close(output(model, family.inputs()), expected, rtol=1e-3, atol=1e-4)
-
-
-@every_family
-def test_an_attention_backend_changes_nothing(family):
-    model = family.routed(routing_beta=0.5)
-    expected = output(model, family.inputs())
-    with attention_backend("native"):  # for diffusers makes the last one set that of all models
-        model.set_attention_backend("_native_math")
-        torch.testing.assert_close(output(model, family.inputs()), expected, rtol=1e-3, atol=1e-4)
-
-
-@every_family
-def test_a_model_saved_whole_by_torch_is_routed(family):
-    model, file = family.routed(routing_beta=0.5), io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    loaded = torch.load(file, weights_only=False)
-    torch.testing.assert_close(output(loaded, family.inputs()), output(model, family.inputs()))
-
-
-@pytest.mark.parametrize("family", [FLUX, SD3, UNET_CONDITION], ids=lambda family: family.routed_class.__name__)
-def test_layers_are_stored_in_another_type_as_in_the_plain_model(family):
-    where = {"storage_dtype": torch.float8_e4m3fn, "compute_dtype": torch.float32}
-    plain, routed = family.plain(), route(family.plain(), routing_beta=0.5)
-    unrouted = route(copy.deepcopy(plain), routing_beta=1.0)
-    after = copy.deepcopy(plain)
-    for model in (plain, routed, unrouted, after):
-        model.enable_layerwise_casting(**where)
-    types = {name: parameter.dtype for name, parameter in plain.named_parameters()}
-    assert {name: parameter.dtype for name, parameter in routed.named_parameters()} == types
-    assert torch.float8_e4m3fn in types.values()
-    assert torch.equal(output(unrouted, family.inputs()), output(plain, family.inputs()))
-    found = output(routed, family.inputs())
-    assert not torch.allclose(found, output(plain, family.inputs()), rtol=1e-2)
-    assert torch.equal(output(route(after, routing_beta=0.5), family.inputs()), found)
 
 
 def test_a_single_file_of_weights_loads_as_a_routed_model(tmp_path):
@@ -86,26 +42,6 @@ def test_a_single_file_of_weights_loads_as_a_routed_model(tmp_path):
     assert type(found) is DTRQwenImageTransformer2DModel
     assert found.config.routing_beta == 0.5
     assert torch.equal(run(found, inputs(name)), run(route(expected, routing_beta=0.5), inputs(name)))
-
-
-def test_pipelines_load_in_a_process_that_knows_none_of_their_classes(fresh_process, tmp_path):
-    names = ("qwen_image", "wan", "z_image")
-    for name in names:
-        pipeline = PIPELINES[name].pipeline()
-        # Assigned, because a pipeline records the class of a component then.
-        pipeline.transformer = route(pipeline.transformer, routing_beta=0.5)
-        pipeline.save_pretrained(tmp_path / name)
-    found = fresh_process(
-        f"""
-        import json
-        import diffusers_dtr
-        from diffusers import DiffusionPipeline
-        folders = {[str(tmp_path / name) for name in names]}
-        models = [DiffusionPipeline.from_pretrained(folder).transformer for folder in folders]
-        print(json.dumps([[type(model).__name__, model.routing.beta] for model in models]))
-        """
-    )
-    assert found == [[f"DTR{PIPELINES[name].denoiser_class}", 0.5] for name in names]
 
 
 # LoRA that is swapped while a model runs.

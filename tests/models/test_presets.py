@@ -44,10 +44,6 @@ def test_the_published_parameter_counts_are_met(preset, count):
     assert parameter_count(model) == count
 
 
-def test_there_is_a_preset_for_every_size_and_patch():
-    assert set(DIT_PRESETS) == {f"DiT-{size}/{patch_size}" for size in SIZES for patch_size in (2, 4, 8)}
-
-
 def test_a_preset_follows_the_original_where_diffusers_differs():
     config = DTRTransformer2DModel.from_preset("DiT-S/8", num_layers=1).config
     assert (config.norm_eps, config.freq_shift, config.class_dropout_prob) == (1e-6, 0, 0.1)

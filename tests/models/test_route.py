@@ -1,22 +1,21 @@
 """Routing a model in place, whatever was done to it before, and taking it back."""
 
 import copy
-from inspect import Parameter, signature
 
 import pytest
 import torch
-from accelerate import cpu_offload, dispatch_model
+from accelerate import Accelerator, cpu_offload, dispatch_model
+from accelerate.state import AcceleratorState, GradientState
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from diffusers.configuration_utils import register_to_config
-from peft import LoraConfig
-from tiny_models import DIT, FLUX, PIXART, SCOPED_FAMILIES, UNET, output
+from peft import LoraConfig, get_peft_model
+from tiny_models import DIT, FLUX, PIXART, SD3, UNET, every_scoped_family, of_families, output
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 import diffusers_dtr
 from diffusers_dtr import Family, RoutedTransformerMixin, route, route_adapter, unroute, unroute_adapter
-
-
-every_family = pytest.mark.parametrize("family", SCOPED_FAMILIES, ids=lambda family: family.routed_class.__name__)
+from diffusers_dtr.models.routed_blocks import RoutedBlock
 
 
 def classes(model):
@@ -26,7 +25,7 @@ def classes(model):
 # In place, and back.
 
 
-@every_family
+@every_scoped_family
 def test_route_gives_the_model_its_routed_class_without_copying_a_weight(family):
     model = family.plain()
     weights = {name: value.data_ptr() for name, value in model.state_dict().items()}
@@ -37,7 +36,7 @@ def test_route_gives_the_model_its_routed_class_without_copying_a_weight(family)
     assert torch.equal(output(model, family.inputs()), expected)
 
 
-@every_family
+@every_scoped_family
 def test_unroute_undoes_route(family):
     model = family.plain().train()
     expected = output(model.eval(), family.inputs())
@@ -47,7 +46,7 @@ def test_unroute_undoes_route(family):
     assert torch.equal(output(model, family.inputs()), expected)
 
 
-@every_family
+@every_scoped_family
 def test_a_model_made_routed_can_be_unrouted(family):
     model = family.routed()
     plain = family.plain()
@@ -111,11 +110,16 @@ def offloaded(model):
     return cpu_offload(model, torch.device("cpu"))
 
 
+def cast(model):
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    return model
+
+
 def quantised(model):
     return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8, inplace=True)
 
 
-WAYS = [adapted, checkpointed, compiled_in_place, compiled_blocks, group_offloaded, offloaded, quantised]
+WAYS = [adapted, cast, checkpointed, compiled_in_place, compiled_blocks, group_offloaded, offloaded, quantised]
 
 
 @pytest.mark.parametrize("prepare", WAYS)
@@ -151,7 +155,7 @@ def test_a_model_without_weights_is_routed():
     assert torch.equal(output(model, FLUX.inputs()), output(route(FLUX.plain(), routing_beta=0.5), FLUX.inputs()))
 
 
-@every_family
+@every_scoped_family
 def test_checkpointing_that_was_on_before_gives_the_gradients_of_each_call(family):
     def gradients(model):
         losses = []
@@ -177,9 +181,12 @@ def test_what_torch_compile_wraps_is_refused(change):
 
 
 @every_change
-@pytest.mark.parametrize("model", [None, nn.Linear(2, 2), nn.DataParallel(nn.Linear(2, 2))], ids=type)
+@pytest.mark.parametrize(
+    "model",
+    [None, nn.DataParallel(nn.Linear(2, 2)), get_peft_model(FLUX.plain(), LoraConfig(target_modules=["to_q"]))],
+)
 def test_what_is_no_model_of_diffusers_is_refused(change, model):
-    with pytest.raises(TypeError, match=f"must be a model of diffusers, got a `{type(model).__name__}`"):
+    with pytest.raises(TypeError, match=f"must be a model of diffusers, got a `{type(model).__name__}`. Of a pipe"):
         change(model)
 
 
@@ -225,6 +232,70 @@ def test_unrouting_a_plain_model_changes_nothing():
     assert unroute(model) is model
 
 
+# What is wrapped.
+
+
+def test_a_model_whose_blocks_are_wrapped_is_refused():
+    model = FLUX.plain()
+    apply_activation_checkpointing(model, check_fn=lambda module: type(module).__name__ == "FluxTransformerBlock")
+    with pytest.raises(TypeError, match="`CheckpointWrapper` wraps a block"):
+        route(model)
+    assert type(model) is FluxTransformer2DModel
+
+
+@of_families((FLUX, SD3, PIXART, UNET))
+def test_no_range_is_that_of_the_family(family):
+    expected = route(family.plain()).routing.timestep_range
+    assert route(family.plain(), routing_timestep_range=None).routing.timestep_range == expected
+    assert family.routed(routing_timestep_range=None).routing.timestep_range == expected
+
+
+def test_a_model_is_routed_by_the_declaration_that_was_made_last():
+    class Paint(FluxTransformer2DModel):
+        pass
+
+    def declare(**family):
+        class DTRPaint(RoutedTransformerMixin, Paint, family=Family(timestep_range=(0.0, 1.0), **family)):
+            pass
+
+        return DTRPaint
+
+    declare()
+    model = route(Paint(**FLUX.config), routing_beta=0.5)
+    expected = output(model, FLUX.inputs())
+    last = declare()
+    assert type(route(model)) is last
+    assert torch.equal(output(model, FLUX.inputs()), expected)
+    declare(blocks=["transformer_blocks"])
+    assert not isinstance(route(model).single_transformer_blocks[0], RoutedBlock)
+    assert isinstance(model.transformer_blocks[0], RoutedBlock)
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """Its precision is the process's, and neither other tests' nor for other tests."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@of_families((FLUX, UNET))
+def test_mixed_precision_is_put_on_and_taken_off(family, fresh_accelerate):
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    without = {"keep_fp32_wrapper": False}
+    expected = output(route(family.plain(), routing_beta=0.5), family.inputs())
+    prepared = accelerator.prepare(family.plain())
+    with pytest.raises(TypeError, match=r"was replaced by `[^`]{,80}`, which is no hook"):
+        route(prepared)
+    routed = route(accelerator.unwrap_model(prepared, **without), routing_beta=0.5)
+    assert torch.equal(output(routed, family.inputs()), expected)
+    again = accelerator.unwrap_model(accelerator.prepare(routed), **without)
+    assert torch.equal(output(again, family.inputs()), expected)
+    plain = family.plain()
+    assert torch.equal(output(unroute(again), family.inputs()), output(plain, family.inputs()))
+
+
 # What is derived.
 
 
@@ -246,20 +317,6 @@ def test_an_argument_that_the_plain_class_gains_is_taken_over(tmp_path):
     assert type(unroute(model)) is Grown
 
 
-@every_family
-def test_the_routing_comes_after_the_arguments_of_the_plain_class_by_name_only(family):
-    parameters = signature(family.routed_class).parameters
-    plain = signature(family.routed_class.plain_class).parameters
-    assert [p for p in parameters if p not in plain] == [
-        "routing_alpha",
-        "routing_beta",
-        "routing_type",
-        "routing_seed",
-        "routing_timestep_range",
-    ]
-    assert all(p.kind is Parameter.KEYWORD_ONLY for name, p in parameters.items() if name not in plain)
-
-
 def test_routed_classes_are_made_when_they_are_asked_for(fresh_process):
     found = fresh_process(
         """
@@ -277,11 +334,3 @@ def test_routed_classes_are_made_when_they_are_asked_for(fresh_process):
 
 def test_an_unknown_name_is_no_attribute_of_the_library():
     assert not hasattr(diffusers_dtr, "DTRNothing")
-
-
-@pytest.mark.parametrize("family", [PIXART, UNET], ids=["tokens", "channels"])
-def test_a_routed_block_has_the_name_of_the_class_it_routes(family):
-    plain, routed = family.plain(), family.routed()
-    assert {type(module).__name__ for module in routed.modules()} - {type(routed).__name__} == {
-        type(module).__name__ for module in plain.modules()
-    } - {type(plain).__name__}

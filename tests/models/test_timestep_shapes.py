@@ -73,15 +73,3 @@ def test_one_timestep_is_that_of_every_sample(name, timestep):
         found = run(model, {**inputs(name), "timestep": timestep})
         expected = run(model, {**inputs(name), "timestep": torch.tensor([700, 700])})
     torch.testing.assert_close(found, expected)
-
-
-@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "SD3Transformer2DModel", "ZImageTransformer2DModel"])
-def test_a_guided_batch_has_one_window(name):
-    """Pipelines expand one timestep over the prompt and its negative."""
-    model = route(build(name), routing_alpha=1.0, routing_beta=0.5)
-    argument, middle = model.family.timestep, torch.tensor([sum(model.routing.timestep_range) / 2])
-    with torch.no_grad():
-        found = run(model, {**inputs(name), argument: middle.expand(2)})
-        expected = run(model, {**inputs(name), argument: middle.repeat(2)})
-    torch.testing.assert_close(found, expected)
-    assert len(model.routing.mask(middle.expand(2), model.routed_widths[0]).unique(dim=0)) == 1

@@ -1,39 +1,60 @@
-"""Every denoiser of diffusers in a size that takes milliseconds: configurations and inputs of our own."""
+"""Every denoiser of diffusers that is routed, in a size that takes milliseconds: configurations and inputs by rule."""
 
 from __future__ import annotations
+
+from inspect import Parameter, signature
+from typing import Any
 
 import diffusers
 import torch
 from diffusers import ModelMixin
-from tiny_latent_denoisers import LATENT_DENOISERS
-from tiny_packed_denoisers import PACKED_DENOISERS
-from tiny_shapes import TinyDenoiser
-from tiny_sound_denoisers import SOUND_DENOISERS
-from tiny_unets import UNETS
-from tiny_video_denoisers import VIDEO_DENOISERS
-from tiny_wan_denoisers import WAN_DENOISERS
+from tiny_families import FAMILIES, lengths_differ, noise, positions
+
+from diffusers_dtr.models.families import TRANSFORMERS, UNETS
 
 
-# Classes that are exported beside the denoisers, and why they are not among them.
-LEFT_OUT = {
-    "DreamLiteTransformer2DModel": "a part of a U-Net",
-    "MiniMaxMusic3RVQDepthDecoder": "autoregressive: no timestep",
-    "RFD4ProteinaTransformer": "proteins: two noise levels at once, of coordinates and of latents, in one stream",
-    "T5FilmDecoder": "returns logits of a spectrogram, takes its noise level under a name of its own",
-    "Transformer2DModel": "a part of U-Nets",
-    "TransformerTemporalModel": "a part of U-Nets",
-    "WanAnimate2Transformer3DModel": "denoises by compiled flex attention only, from a cache of an earlier call",
-}
 # Flex attention takes seconds on a CPU, and has no backward there.
-FLEX_ATTENTION = {"AnyFlowFARTransformer3DModel", "Kandinsky6SRTransformer3DModel"}
-DENOISERS: dict[str, TinyDenoiser] = {
-    **LATENT_DENOISERS,
-    **PACKED_DENOISERS,
-    **VIDEO_DENOISERS,
-    **WAN_DENOISERS,
-    **SOUND_DENOISERS,
-    **UNETS,
+FLEX_ATTENTION = {"Kandinsky6SRTransformer3DModel"}
+
+_SMALL = {
+    **dict.fromkeys(("attention_head_dim", "freq_dim", "rope_max_seq_len"), 16),
+    **dict.fromkeys(("num_attention_heads", "num_layers", "num_single_layers"), 2),
+    **dict.fromkeys(("num_refiner_layers", "layers_per_block"), 1),
+    **dict.fromkeys(("in_channels", "out_channels", "sample_height"), 4),
+    **dict.fromkeys(("joint_attention_dim", "text_embed_dim", "text_dim", "context_in_dim", "cap_feat_dim"), 12),
+    **dict.fromkeys(("sample_size", "condition_dim", "pos_embed_max_size"), 8),
+    **dict.fromkeys(("hidden_size", "caption_projection_dim", "cross_attention_dim"), 32),
+    **dict.fromkeys(("intermediate_size", "ffn_dim"), 48),
+    **dict.fromkeys(("axes_dims_rope", "axes_dims", "rope_axes_dim"), (4, 4, 8)),
+    "block_out_channels": (16, 32),
+    "caption_channels": 12,
+    "pooled_projection_dim": 10,
+    "sample_width": 6,
+    "time_embed_dim": 14,
 }
+_INPUTS = {
+    "hidden_states": (4, 8, 6),
+    "sample": (4, 8, 8),
+    "encoder_hidden_states": (5, 12),
+    "encoder_hidden_states_2": (3, 10),
+    "pooled_projections": (10,),
+    "audio_hidden_states": (7, 6),
+    "img_ids": positions(1, 4, 3),
+    "txt_ids": torch.zeros(5, 3),
+    **dict.fromkeys(
+        ("encoder_attention_mask", "encoder_hidden_states_mask", "encoder_mask"), lambda b, g: lengths_differ(b)
+    ),
+    "encoder_attention_mask_2": lambda b, g: lengths_differ(b, 3),
+    **dict.fromkeys(("original_size", "target_size"), lambda b, g: torch.tensor([[64.0, 48.0]] * b)),
+    "crop_coords": lambda b, g: torch.zeros(b, 2),
+    **{"num_frames": 2, "height": 2, "width": 3},
+}
+
+
+def tiny_config(name: str) -> dict[str, Any]:
+    """Arguments of a class's constructor."""
+    parameters = signature(getattr(diffusers, name)).parameters
+    return {key: value for key, value in {**_SMALL, **FAMILIES[name]}.items() if key in parameters}
 
 
 def build(name: str, seed: int = 0, **config) -> ModelMixin:
@@ -44,7 +65,7 @@ def build(name: str, seed: int = 0, **config) -> ModelMixin:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = getattr(diffusers, name)(**{**DENOISERS[name].config, **config})
+        model = getattr(diffusers, name)(**{**tiny_config(name), **config})
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim > 1:
@@ -56,7 +77,24 @@ def build(name: str, seed: int = 0, **config) -> ModelMixin:
 
 def inputs(name: str, batch: int = 2, seed: int = 0) -> dict:
     """Keyword arguments for `forward`, as the family's pipeline passes them."""
-    return DENOISERS[name].inputs(batch, torch.Generator().manual_seed(seed))
+    generator, plain = torch.Generator().manual_seed(seed), getattr(diffusers, name)
+    constructor, forward = signature(plain).parameters, signature(plain.forward).parameters
+    family = {**TRANSFORMERS, **UNETS}[name]
+    own = {key: value for key, value in FAMILIES[name].items() if key not in constructor}
+    made = {}
+    for key, value in {**_INPUTS, family.timestep: (), **own}.items():
+        if key not in forward or value is None:
+            continue
+        if callable(value):
+            value = value(batch, generator)
+        elif key == family.timestep:
+            defaults = {k: p.default for k, p in constructor.items() if p.default is not Parameter.empty}
+            low, high = family.range_of({**defaults, **tiny_config(name)})
+            value = low + (high - low) * torch.rand(batch, *value, generator=generator)
+        elif isinstance(value, tuple):
+            value = noise(generator, batch, *value)
+        made[key] = value
+    return made
 
 
 def run(model: ModelMixin, inputs: dict) -> torch.Tensor:

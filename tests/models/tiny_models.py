@@ -1,5 +1,6 @@
 """A tiny model of every routed class with random weights, its plain counterpart, and inputs for both."""
 
+# ruff: noqa: C408
 from __future__ import annotations
 
 import re
@@ -34,8 +35,6 @@ class Family:
     make_inputs: Callable[[torch.Tensor, Callable[..., torch.Tensor]], dict] = field(repr=False)
     # The timesteps of training, 0 to 999, as this family's pipelines pass them.
     timestep_scale: float = 1.0
-    # A layer to adapt with LoRA.
-    lora_target: str = "to_q"
 
     @property
     def conversion(self) -> Callable[..., ModelMixin]:
@@ -97,104 +96,69 @@ def window(timestep: torch.Tensor, width: int, alpha: float = 4.0, beta: float =
     return mask
 
 
+HEADS = dict(num_attention_heads=2, attention_head_dim=8)
+LEVELS = dict(sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)
+
 DIT = Family(
     DTRTransformer2DModel,
     DIT_CONFIG,
-    lambda t, randn: {"hidden_states": randn(4, 8, 8), "timestep": t, "class_labels": torch.arange(len(t)) % 5},
+    lambda t, randn: dict(hidden_states=randn(4, 8, 8), timestep=t, class_labels=torch.arange(len(t)) % 5),
 )
 UNET = Family(
     DTRUNet2DModel,
-    {
-        "sample_size": 8,
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-        "block_out_channels": (8, 16),
-        "layers_per_block": 1,
-        "attention_head_dim": 8,
-        "norm_num_groups": 4,
-    },
-    lambda t, randn: {"sample": randn(3, 8, 8), "timestep": t},
-)
+    dict(
+        **LEVELS, down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=8,
+    ),
+    lambda t, randn: dict(sample=randn(3, 8, 8), timestep=t),
+)  # fmt: skip
 UNET_CONDITION = Family(
     DTRUNet2DConditionModel,
-    {
-        "sample_size": 8,
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        "block_out_channels": (8, 16),
-        "layers_per_block": 1,
-        "attention_head_dim": 2,
-        "cross_attention_dim": 12,
-        "norm_num_groups": 4,
-    },
-    lambda t, randn: {"sample": randn(4, 8, 8), "timestep": t, "encoder_hidden_states": randn(5, 12)},
-)
+    dict(
+        **LEVELS, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=2, cross_attention_dim=12,
+    ),
+    lambda t, randn: dict(sample=randn(4, 8, 8), timestep=t, encoder_hidden_states=randn(5, 12)),
+)  # fmt: skip
 PIXART = Family(
     DTRPixArtTransformer2DModel,
-    {
-        "num_attention_heads": 2,
-        "attention_head_dim": 8,
-        "num_layers": 3,
-        "sample_size": 8,
-        "cross_attention_dim": 16,
-        "caption_channels": 12,
-    },
-    lambda t, randn: {
-        "hidden_states": randn(4, 8, 8),
-        "timestep": t,
-        "encoder_hidden_states": randn(5, 12),
-        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
-    },
+    dict(**HEADS, num_layers=3, sample_size=8, cross_attention_dim=16, caption_channels=12),
+    lambda t, randn: dict(
+        hidden_states=randn(4, 8, 8),
+        timestep=t,
+        encoder_hidden_states=randn(5, 12),
+        added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+    ),
 )
 SD3 = Family(
     DTRSD3Transformer2DModel,
-    {
-        "num_attention_heads": 2,
-        "attention_head_dim": 8,
-        "num_layers": 3,
-        "sample_size": 8,
-        "in_channels": 4,
-        "out_channels": 4,
-        "joint_attention_dim": 12,
-        "caption_projection_dim": 16,
-        "pooled_projection_dim": 12,
-        "pos_embed_max_size": 8,
-        "dual_attention_layers": (0,),
-        "qk_norm": "rms_norm",
-    },
-    lambda t, randn: {
-        "hidden_states": randn(4, 8, 8),
-        "timestep": t,
-        "encoder_hidden_states": randn(5, 12),
-        "pooled_projections": randn(12),
-    },
-)
+    dict(
+        **HEADS, num_layers=3, sample_size=8, in_channels=4, out_channels=4, joint_attention_dim=12,
+        caption_projection_dim=16, pooled_projection_dim=12, pos_embed_max_size=8, dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    ),
+    lambda t, randn: dict(
+        hidden_states=randn(4, 8, 8), timestep=t, encoder_hidden_states=randn(5, 12), pooled_projections=randn(12)
+    ),
+)  # fmt: skip
 FLUX = Family(
     DTRFluxTransformer2DModel,
-    {
-        "num_attention_heads": 2,
-        "attention_head_dim": 8,
-        "num_layers": 2,
-        "num_single_layers": 2,
-        "in_channels": 4,
-        "joint_attention_dim": 12,
-        "pooled_projection_dim": 12,
-        "axes_dims_rope": (2, 2, 4),
-    },
-    lambda t, randn: {
-        "hidden_states": randn(6, 4),
-        "timestep": t,
-        "encoder_hidden_states": randn(5, 12),
-        "pooled_projections": randn(12),
-        "img_ids": torch.randint(6, (6, 3), generator=torch.Generator().manual_seed(2)),
-        "txt_ids": torch.zeros(5, 3),
-    },
+    dict(
+        **HEADS, num_layers=2, num_single_layers=2, in_channels=4, joint_attention_dim=12, pooled_projection_dim=12,
+        axes_dims_rope=(2, 2, 4),
+    ),
+    lambda t, randn: dict(
+        hidden_states=randn(6, 4), timestep=t, encoder_hidden_states=randn(5, 12), pooled_projections=randn(12),
+        img_ids=torch.randint(6, (6, 3), generator=torch.Generator().manual_seed(2)), txt_ids=torch.zeros(5, 3),
+    ),
     timestep_scale=1 / 999,
-)
+)  # fmt: skip
 FAMILIES = (DIT, UNET, UNET_CONDITION, PIXART, SD3, FLUX)
 SCOPED_FAMILIES = FAMILIES[1:]
 
-every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.routed_class.__name__)
-every_scoped_family = pytest.mark.parametrize(
-    "family", SCOPED_FAMILIES, ids=lambda family: family.routed_class.__name__
-)
+
+def of_families(families: tuple[Family, ...]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("family", families, ids=lambda family: family.routed_class.__name__)
+
+
+every_family, every_scoped_family = of_families(FAMILIES), of_families(SCOPED_FAMILIES)

@@ -21,6 +21,7 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    PreTrainedModel,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -41,12 +42,8 @@ def clip_tokenizer(max_length: int = 16) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=max_length)
 
 
-def t5_tokenizer() -> T5Tokenizer:
-    return T5Tokenizer(vocab=[(token, -float(index)) for index, token in enumerate(_T5_VOCABULARY)], extra_ids=0)
-
-
-def _clip_config(width: int) -> CLIPTextConfig:
-    return CLIPTextConfig(
+def clip_text_model(width: int = WIDTH, model_class: type[PreTrainedModel] = CLIPTextModel) -> PreTrainedModel:
+    config = CLIPTextConfig(
         hidden_size=width,
         projection_dim=width,
         intermediate_size=8,
@@ -57,72 +54,61 @@ def _clip_config(width: int) -> CLIPTextConfig:
         bos_token_id=_CLIP_VOCABULARY.index("<|startoftext|>"),
         eos_token_id=_CLIP_VOCABULARY.index("<|endoftext|>"),
     )
+    return with_random_weights(model_class(config))
 
 
-def clip_text_model(width: int = WIDTH) -> CLIPTextModel:
-    return with_random_weights(CLIPTextModel(_clip_config(width)))
+# Text encoders and their tokenizers, by their names in pipelines.
 
 
-def clip_text_model_with_projection(width: int = WIDTH) -> CLIPTextModelWithProjection:
-    return with_random_weights(CLIPTextModelWithProjection(_clip_config(width)))
+def clip(width: int = WIDTH) -> dict:
+    return {"text_encoder": clip_text_model(width), "tokenizer": clip_tokenizer()}
 
 
-def t5_encoder() -> T5EncoderModel:
-    config = T5Config(
-        d_model=WIDTH, d_kv=6, d_ff=8, num_heads=2, num_layers=1, vocab_size=len(_T5_VOCABULARY), dropout_rate=0.0
-    )
-    return with_random_weights(T5EncoderModel(config))
+def clip_with_projection(width: int = WIDTH, suffix: str = "") -> dict:
+    model = clip_text_model(width, CLIPTextModelWithProjection)
+    return {f"text_encoder{suffix}": model, f"tokenizer{suffix}": clip_tokenizer()}
+
+
+def t5(suffix: str = "") -> dict:
+    sizes = {"d_model": WIDTH, "d_kv": 6, "d_ff": 8, "num_heads": 2, "num_layers": 1}
+    config = T5Config(**sizes, vocab_size=len(_T5_VOCABULARY), dropout_rate=0.0)
+    tokenizer = T5Tokenizer(vocab=[(token, -float(index)) for index, token in enumerate(_T5_VOCABULARY)], extra_ids=0)
+    return {f"text_encoder{suffix}": with_random_weights(T5EncoderModel(config)), f"tokenizer{suffix}": tokenizer}
 
 
 def tiny_vae(latent_channels: int = 4) -> AutoencoderKL:
-    return with_random_weights(
-        AutoencoderKL(
-            block_out_channels=(4,), norm_num_groups=2, latent_channels=latent_channels, sample_size=8, shift_factor=0
-        )
-    )
+    sizes = {"block_out_channels": (4,), "norm_num_groups": 2, "sample_size": 8}
+    return with_random_weights(AutoencoderKL(**sizes, latent_channels=latent_channels, shift_factor=0))
+
+
+# Side by side, the embeddings of two of half the width are as wide as the denoiser's text.
 
 
 def stable_diffusion(unet: ModelMixin) -> StableDiffusionPipeline:
-    return StableDiffusionPipeline(
-        vae=tiny_vae(),
-        text_encoder=clip_text_model(),
-        tokenizer=clip_tokenizer(),
-        unet=unet,
-        scheduler=EulerDiscreteScheduler(timestep_spacing="trailing", steps_offset=1),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    scheduler = EulerDiscreteScheduler(timestep_spacing="trailing", steps_offset=1)
+    parts = {
+        "vae": tiny_vae(),
+        "unet": unet,
+        "scheduler": scheduler,
+        "safety_checker": None,
+        "feature_extractor": None,
+    }
+    return StableDiffusionPipeline(**clip(), **parts, requires_safety_checker=False)
 
 
 def stable_diffusion_xl(unet: ModelMixin) -> StableDiffusionXLPipeline:
-    return StableDiffusionXLPipeline(
-        vae=tiny_vae(),
-        # Side by side, the two are as wide as the U-Net's text.
-        text_encoder=clip_text_model(WIDTH // 2),
-        tokenizer=clip_tokenizer(),
-        text_encoder_2=clip_text_model_with_projection(WIDTH // 2),
-        tokenizer_2=clip_tokenizer(),
-        unet=unet,
-        scheduler=EulerDiscreteScheduler(timestep_spacing="trailing", steps_offset=1),
-        add_watermarker=False,
-    )
+    scheduler = EulerDiscreteScheduler(timestep_spacing="trailing", steps_offset=1)
+    texts = {**clip(WIDTH // 2), **clip_with_projection(WIDTH // 2, "_2")}
+    return StableDiffusionXLPipeline(**texts, vae=tiny_vae(), unet=unet, scheduler=scheduler, add_watermarker=False)
 
 
 def pixart_alpha(transformer: ModelMixin) -> PixArtAlphaPipeline:
-    return PixArtAlphaPipeline(t5_tokenizer(), t5_encoder(), tiny_vae(), transformer, DPMSolverMultistepScheduler())
+    return PixArtAlphaPipeline(
+        **t5(), vae=tiny_vae(), transformer=transformer, scheduler=DPMSolverMultistepScheduler()
+    )
 
 
 def stable_diffusion_3(transformer: ModelMixin) -> StableDiffusion3Pipeline:
-    return StableDiffusion3Pipeline(
-        transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=tiny_vae(),
-        # Side by side, the two are as wide as the third.
-        text_encoder=clip_text_model_with_projection(WIDTH // 2),
-        tokenizer=clip_tokenizer(),
-        text_encoder_2=clip_text_model_with_projection(WIDTH // 2),
-        tokenizer_2=clip_tokenizer(),
-        text_encoder_3=t5_encoder(),
-        tokenizer_3=t5_tokenizer(),
-    )
+    texts = {**clip_with_projection(WIDTH // 2), **clip_with_projection(WIDTH // 2, "_2"), **t5("_3")}
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return StableDiffusion3Pipeline(**texts, vae=tiny_vae(), transformer=transformer, scheduler=scheduler)
