@@ -25,11 +25,7 @@ _LEARNED_VARIANCE_TYPES: Mapping[type, tuple[str, ...]] = {
 
 
 def uses_learned_variance(scheduler: SchedulerMixin) -> bool:
-    """Whether `scheduler.step` samples with a variance that the denoiser predicts.
-
-    That is so for DDPM, DDPMParallel and UnCLIP with a learned `variance_type`; every other scheduler needs a denoiser
-    output without variance channels, or discards them.
-    """
+    """Whether `scheduler.step` samples with a variance that the denoiser predicts; others want none, or discard it."""
     return any(
         isinstance(scheduler, cls) and scheduler.config.variance_type in variance_types
         for cls, variance_types in _LEARNED_VARIANCE_TYPES.items()
@@ -55,11 +51,7 @@ class ForwardProcess(ABC):
         return self.timesteps[0].item(), self.timesteps[-1].item()
 
     def check_range(self, timesteps: Tensor) -> None:
-        """Check that timesteps on the CPU lie in the schedule. Those on a device are not read, to avoid a wait.
-
-        Raises:
-            ValueError: Naming the range, and what came.
-        """
+        """A ValueError for timesteps outside the schedule on the CPU. Others are not read, which would be a wait."""
         if timesteps.device.type != "cpu":
             return
         limits = torch.tensor(self.limits, dtype=torch.float64, device="cpu")
@@ -146,11 +138,7 @@ class Flow(ForwardProcess):
 
 
 def process_of(scheduler: SchedulerMixin) -> ForwardProcess:
-    """The forward process that a scheduler trains with.
-
-    Raises:
-        TypeError: If there is none here; the message names the scheduler's class and what is missing.
-    """
+    """The forward process that a scheduler trains with; a TypeError that names what it lacks if there is none."""
     if not hasattr(scheduler, "config"):
         raise TypeError(f"`scheduler` must be a diffusers scheduler, got {type(scheduler).__name__}.")
     config = _own_config(scheduler)
@@ -215,11 +203,7 @@ def _flow_of(scheduler: SchedulerMixin, shift_key: str) -> ForwardProcess:
 
 
 def prediction_type_of(scheduler: SchedulerMixin, process: ForwardProcess) -> str:
-    """The prediction type of a scheduler, by the names of [`NoiseLevels`].
-
-    Raises:
-        TypeError: If the scheduler's `prediction_type` is not defined in its process.
-    """
+    """A scheduler's prediction type, by the names of [`NoiseLevels`]; a TypeError if its process has no such type."""
     # Flow matching schedulers proper have no such setting.
     default = "flow_prediction" if isinstance(process, Flow) else None
     prediction_type = _own_config(scheduler).get("prediction_type", default)

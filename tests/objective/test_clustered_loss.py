@@ -166,6 +166,8 @@ def test_clusters_of_other_timesteps_are_refused(scheduler, clusters):
 def test_balancing_must_be_a_balancing_of_as_many_clusters():
     with pytest.raises(ValueError, match="`balancing` must be for the 4 clusters of `clusters`, got one for 5"):
         clustered_loss(balancing=UncertaintyWeighting(5))
+    with pytest.raises(ValueError, match=r"`balancing` must be one of uniform, uncertainty, .* got 'pcgrad'"):
+        clustered_loss(balancing="pcgrad")
     with pytest.raises(TypeError, match="`balancing` must be a name or a Balancing, got Linear"):
         clustered_loss(balancing=nn.Linear(1, 1))
 

@@ -5,8 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusers_dtr.objective import TimestepClusters, timestep_sampling
-from diffusers_dtr.objective.timestep_sampling import draw_stratified, stratified_density
+from diffusers_dtr.objective import TimestepClusters, clusters
 
 
 # A frequency further than this many standard deviations from its probability has a chance below 1e-6 under a right
@@ -81,20 +80,21 @@ def test_timesteps_are_as_frequent_as_their_density_says(shares, importance):
 def test_extreme_fractions_stay_where_they_belong(monkeypatch, fraction):
     # Generators come up with these once in 2**32 draws. Widths and shares are such that no sum of them is exact.
     fractions = torch.tensor([fraction], dtype=torch.float64)
-    monkeypatch.setattr(timestep_sampling, "_random_fractions", lambda count, generator: fractions.expand(count))
-    clusters = TimestepClusters(range(0, 17 * 49 + 1, 49))
+    monkeypatch.setattr(clusters, "_random_fractions", lambda count, generator: fractions.expand(count))
+    tiling = TimestepClusters(range(0, 17 * 49 + 1, 49))
     importance = torch.tensor([0.0, *[1.0] * 47, 0.0]).repeat(17)
-    timesteps = clusters.sample(17 * 5, importance=importance, generator=seeded())
-    assert counts_per_cluster(clusters, timesteps).tolist() == [5] * 17
+    timesteps = tiling.sample(17 * 5, importance=importance, generator=seeded())
+    assert counts_per_cluster(tiling, timesteps).tolist() == [5] * 17
     assert (timesteps % 49).unique().tolist() == [1 if fraction == 0 else 47]
 
 
 def test_tiny_importances_stay_in_their_cluster():
     importance = torch.tensor([1e12, 1e12, 1e-12, 3e-12], dtype=torch.float64)
-    drawn = draw_stratified((0, 2, 4), 20_000, importance=importance, generator=seeded())
+    halves = TimestepClusters([0, 2, 4])
+    drawn = halves.sample(20_000, importance=importance, generator=seeded())
     assert (drawn >= 2).sum() == 10_000
     assert (drawn == 3).sum() / 10_000 == pytest.approx(0.75, abs=DEVIATIONS * (0.75 * 0.25 / 10_000) ** 0.5)
-    assert stratified_density((0, 2, 4), importance=importance).tolist() == pytest.approx([1, 1, 0.5, 1.5])
+    assert halves.density(torch.arange(4), importance=importance).tolist() == pytest.approx([1, 1, 0.5, 1.5])
 
 
 def test_density_is_the_share_spread_over_the_width():
@@ -179,4 +179,4 @@ def test_a_generator_of_a_device_is_refused():
 )
 def test_arguments_that_define_no_draw_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        draw_stratified((0, 2, 4), **{"batch_size": 4, "generator": seeded(), **arguments})
+        TimestepClusters([0, 2, 4]).sample(**{"batch_size": 4, "generator": seeded(), **arguments})
