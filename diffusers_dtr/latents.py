@@ -193,9 +193,6 @@ def decode_latents(vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
 
     Returns:
         `(batch, channels, height, width)`, of videos with frames, about [-1, 1], in the VAE's precision.
-
-    Raises:
-        ValueError: If the VAE's config does not say how latents are normalised.
     """
     # Half-precision latents are denormalised in float32, as `encode_images` normalises them.
     one_frame = _is_one_frame(vae, latents, "latents")

@@ -228,8 +228,9 @@ def _as_batch(timestep: torch.Tensor | float) -> torch.Tensor:
     timestep = torch.as_tensor(timestep, dtype=None if torch.is_tensor(timestep) else torch.float64)
     if timestep.ndim > 1:
         raise ValueError(f"`timestep` must be a scalar or of shape (batch,), got shape {tuple(timestep.shape)}.")
+    timestep = timestep.reshape(-1)
     _check_no_nan(timestep)
-    return timestep.reshape(-1)
+    return timestep
 
 
 def _check_no_nan(timestep: torch.Tensor) -> None:

@@ -42,13 +42,10 @@ class ForwardProcess(ABC):
 
     def __init__(self, timesteps: Tensor, sigma_data: float = 1.0, alphas_cumprod: Tensor | None = None):
         self.timesteps = timesteps
+        # The smallest and largest timestep that has a noise level.
+        self.limits = timesteps[0].item(), timesteps[-1].item()
         self.sigma_data = sigma_data
         self.alphas_cumprod = alphas_cumprod
-
-    @property
-    def limits(self) -> tuple[float, float]:
-        """Smallest and largest timestep that has a noise level: the ends of the training grid."""
-        return self.timesteps[0].item(), self.timesteps[-1].item()
 
     def check_range(self, timesteps: Tensor) -> None:
         """A ValueError for timesteps outside the schedule on the CPU. Others are not read, which would be a wait."""
@@ -126,11 +123,10 @@ class Flow(ForwardProcess):
         self.shift = shift
         sigmas = torch.arange(1, num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
         super().__init__(shift * sigmas / (1 + (shift - 1) * sigmas) * num_train_timesteps)
-
-    @property
-    def limits(self) -> tuple[float, float]:
-        """Every σ in [0, 1] is a noise level, between the timesteps of the grid and below its first as well."""
-        return 0.0, float(len(self.timesteps))
+        self.limits = (
+            0.0,
+            float(num_train_timesteps),
+        )  # every σ in [0, 1] is a noise level, between those of the grid too
 
     def alpha_sigma(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         sigma = timesteps.to(scalar_dtype(timesteps.device)) / len(self.timesteps)

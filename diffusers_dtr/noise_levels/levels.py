@@ -64,10 +64,8 @@ class NoiseLevels:
         self.timesteps = self._process.timesteps
         self.num_train_timesteps = len(self.timesteps)
         self.timestep_range = (self.timesteps[0].item(), self.timesteps[-1].item())
-        self.sigma_data = self._process.sigma_data
-        self.shift = self._process.shift
-        self._scheduler_name = type(scheduler).__name__
-        self._variance_type = scheduler.config.get("variance_type")
+        self.sigma_data, self.shift = self._process.sigma_data, self._process.shift
+        self._scheduler_name, self._variance_type = type(scheduler).__name__, scheduler.config.get("variance_type")
         alphas_cumprod = self._process.alphas_cumprod
         self._posterior = None if alphas_cumprod is None else Posterior(alphas_cumprod)
 

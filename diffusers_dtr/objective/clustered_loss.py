@@ -52,8 +52,7 @@ class ClusteredLoss(nn.Module):
 
     Attributes:
         levels: The [`NoiseLevels`] of the scheduler, for noisy samples and model inputs.
-        clusters: The clusters.
-        balancing: The [`Balancing`].
+        clusters, balancing: As given; the balancing of a name is made.
 
     Raises:
         TypeError: If the scheduler cannot be trained with, or `balancing` is neither a name nor a balancing.

@@ -91,10 +91,6 @@ class GradientBalancer(Balancing):
         >>> clusters = cluster_timesteps(scheduler, num_clusters=4)
         >>> balancer = GradientBalancer(denoiser, "pcgrad", num_clusters=4)
         >>> loss_fn = ClusteredLoss(scheduler, clusters, balancing=balancer)
-        >>> clean, noise = torch.zeros(8, 3, 8, 8), torch.ones(8, 3, 8, 8)
-        >>> timesteps = clusters.sample(8, generator=torch.Generator().manual_seed(0))
-        >>> noisy = loss_fn.levels.add_noise(clean, noise, timesteps)
-        >>> loss_fn(denoiser(noisy), clean, noise, timesteps).loss.backward()
     """
 
     weights: Tensor

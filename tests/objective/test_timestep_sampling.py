@@ -27,16 +27,6 @@ def assert_frequencies(frequencies, probabilities, num_draws):
     assert ((frequencies - probabilities).abs() <= DEVIATIONS * deviation + 1e-12).all()
 
 
-def loss_of(timesteps):
-    return torch.cos(timesteps / 70) + (timesteps / 500) ** 2
-
-
-def mean_losses(draw, repeats):
-    """Of many batches; `draw` returns timesteps and what their losses are divided by."""
-    batches = [draw() for _ in range(repeats)]
-    return torch.stack([(loss_of(timesteps) / density).mean() for timesteps, density in batches]).double()
-
-
 @settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=9),
@@ -107,24 +97,7 @@ def test_density_is_the_share_spread_over_the_width():
     assert density.tolist() == pytest.approx([1.5, 0.375, 1.125])
 
 
-@pytest.mark.parametrize(
-    ("boundaries", "corrected"), [(range(0, 1001, 125), False), (UNEQUAL.boundaries, True), ([0, 67, 1000], False)]
-)
-def test_expected_loss_is_that_of_uniform_timesteps_or_counts_every_cluster_alike(boundaries, corrected):
-    clusters, generator, repeats = TimestepClusters(boundaries), seeded(), 800
-
-    def draw():
-        timesteps = clusters.sample(12, generator=generator)
-        return timesteps, clusters.density(timesteps) if corrected else 1
-
-    means = mean_losses(draw, repeats)
-    expected = loss_of(torch.arange(1000)).double().mean()
-    if not corrected:
-        expected = sum(loss_of(torch.tensor(cluster)).double().mean() for cluster in clusters) / len(clusters)
-    assert (means.mean() - expected).abs() <= DEVIATIONS * means.std() / repeats**0.5
-
-
-@pytest.mark.parametrize("num_processes", [1, 2, 3, 12])
+@pytest.mark.parametrize("num_processes", [2, 12])
 def test_any_number_of_processes_draws_the_same_global_batches(num_processes):
     alone, generators = seeded(7), [seeded(7) for _ in range(num_processes)]
     for _ in range(2):
@@ -163,11 +136,8 @@ def test_a_generator_of_a_device_is_refused():
     ("arguments", "message"),
     [
         ({"batch_size": 0}, "`batch_size`"),
-        ({"batch_size": 2.0}, "`batch_size`"),
-        ({"num_processes": 0}, "`num_processes`"),
         ({"num_processes": 2, "generator": None}, "`generator` must be given when 2 processes"),
         ({"process_index": 1}, r"`process_index` must be in \[0, 1\)"),
-        ({"process_index": -1}, "`process_index`"),
         ({"shares": [1.0]}, r"`shares` must have the shape \(2,\)"),
         ({"shares": [1.0, -1.0]}, "`shares`.* >= 0, got -1.0 at index 1"),
         ({"shares": [math.nan, 1.0]}, "`shares`.*finite"),
