@@ -21,18 +21,12 @@ def timestep_batch(
     *,
     per_token: bool = False,
 ) -> torch.Tensor:
-    """The timesteps of a forward call, one per sample or one per frame or token, on the sample's device.
+    """The timesteps of a forward call, `(batch,)` or one per frame or token `(batch, n)`, on the sample's device.
 
     Args:
-        timestep: Scalar, `(batch,)`, or `(batch, ...)` with n per sample, one per frame or token.
+        timestep: Scalar, `(batch,)`, or `(batch, ...)` with n per sample; a ValueError for another shape, or None.
         sample: `(batch, ...)`, or a list with a tensor for each sample.
         per_token: Whether `(batch, n)` is allowed.
-
-    Returns:
-        `(batch,)` or `(batch, n)`.
-
-    Raises:
-        ValueError: If `timestep` is None, or of another shape.
     """
     if timestep is None:  # as it is by default in some of diffusers' models
         raise ValueError("`timestep` must be given: the conditioning and the routing depend on it.")

@@ -10,10 +10,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Put models in eval mode, and each of their modules back in its own mode afterwards, also after an error.
-
-    In training mode a denoiser would drop labels and features at random.
-    """
+    """Put models in eval mode, and each of their modules back in its own mode afterwards, also after an error."""
     training = [module for model in models for module in model.modules() if module.training]
     for module in training:
         module.training = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,13 +33,8 @@ class LatentNormalization:
         `scaling_factor` and `shift_factor` are Stable Diffusion 3's: (z - shift_factor) * scaling_factor.
         `latents_mean` and `latents_std`, one number per channel, are those of Stable Diffusion XL, Qwen-Image and Wan,
         (z - latents_mean) * scaling_factor / latents_std; LTX-Video has them among its weights. Flux.2 has the running
-        statistics of a batch norm, of latents in patches.
-
-        Args:
-            vae: A diffusers autoencoder of images.
-
-        Raises:
-            ValueError: If the config says nothing, or two things that cannot both hold.
+        statistics of a batch norm, of latents in patches. A ValueError if the config says nothing, or two things that
+        cannot both hold.
         """
         scaling_factor, shift_factor = vae.config.get("scaling_factor"), vae.config.get("shift_factor")
         mean, std = _statistics(vae)
@@ -77,7 +71,7 @@ class LatentNormalization:
 
 def _statistics(vae: ModelMixin) -> tuple[Any, Any]:
     """Mean and standard deviation of every channel, wherever an autoencoder keeps them; None without."""
-    if _patch_size(vae) is not None:
+    if isinstance(getattr(vae, "bn", None), nn.BatchNorm2d):
         return vae.bn.running_mean, (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
     buffers = dict(vae.named_buffers(recurse=False))
     names = ("latents_mean", "latents_std")
@@ -90,20 +84,9 @@ def _beside(latents: torch.Tensor, value: float | torch.Tensor) -> float | torch
     return value.to(latents, non_blocking=True).view(-1, *[1] * (latents.ndim - 2))
 
 
-def _patch_size(vae: ModelMixin) -> tuple[int, int] | None:
-    """Size of the patches of Flux.2's latents, which its pipeline makes and not its autoencoder; None for others."""
-    return tuple(vae.config.patch_size) if isinstance(getattr(vae, "bn", None), nn.BatchNorm2d) else None
-
-
-def _patchify(vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
-    """`(batch, channels, height, width)` to `(batch, channels * patch, height / patch, width / patch)`."""
-    size = _patch_size(vae)
-    return latents if size is None else F.pixel_unshuffle(latents, size[0])
-
-
-def _unpatchify(vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
-    size = _patch_size(vae)
-    return latents if size is None else F.pixel_shuffle(latents, size[0])
+def _patch_size(vae: ModelMixin) -> int:
+    """Side of the patches of Flux.2's latents, which its pipeline makes and not its autoencoder; 1 for others."""
+    return vae.config.patch_size[0] if isinstance(getattr(vae, "bn", None), nn.BatchNorm2d) else 1
 
 
 def encodes_videos(vae: ModelMixin) -> bool:
@@ -129,18 +112,15 @@ def encode_moments(vae: ModelMixin, pixel_values: torch.Tensor) -> tuple[torch.T
     """Mean and standard deviation of the VAE's posterior, not yet normalised.
 
     Args:
-        vae: A diffusers autoencoder of images. It runs in its own precision, but in float32 instead of float16 if its
-            config says `force_upcast`.
+        vae: A diffusers autoencoder. It runs in its own precision, but in float32 instead of float16 if its config
+            says `force_upcast`.
         pixel_values: Images `(batch, channels, height, width)` or videos `(batch, channels, frames, height, width)`
-            in [-1, 1].
+            in [-1, 1]; a ValueError for videos and an autoencoder of images.
 
     Returns:
         Mean and standard deviation, `(batch, latent channels, height, width)` of images and with frames of videos,
         float32. The standard deviation is None for a deterministic autoencoder (`AutoencoderDC`, `AutoencoderTiny`,
         `VQModel`).
-
-    Raises:
-        ValueError: For videos and an autoencoder of images.
     """
     one_frame = _is_one_frame(vae, pixel_values, "pixel_values")
     with _upcast(vae):
@@ -152,7 +132,7 @@ def encode_moments(vae: ModelMixin, pixel_values: torch.Tensor) -> tuple[torch.T
         moments = output.to_tuple()[0].float(), None
     if one_frame:
         moments = tuple(part if part is None else part.squeeze(2) for part in moments)
-    return tuple(part if part is None else _patchify(vae, part) for part in moments)
+    return tuple(part if part is None else F.pixel_unshuffle(part, _patch_size(vae)) for part in moments)
 
 
 def _is_one_frame(vae: ModelMixin, samples: torch.Tensor, name: str) -> bool:
@@ -170,11 +150,8 @@ def sample_posterior(
 ) -> torch.Tensor:
     """Draws mean + std * ε, ε ~ N(0, 1), or returns the mean where there is no standard deviation.
 
-    Args:
-        mean: `(batch, channels, ...)`.
-        std: As `mean`, or None.
-        generator: One generator, or one per sample: then a sample does not depend on the batch it is in. None draws
-            from the global generator of the device, as in diffusers.
+    With one generator per sample, a sample does not depend on the batch it is in. None draws from the global generator
+    of the device, as in diffusers.
     """
     if std is None:
         return mean
@@ -190,10 +167,10 @@ def encode_images(
     """Latents as the denoiser is trained on them: a sample of the VAE's posterior, normalised.
 
     Args:
-        vae: A diffusers autoencoder of images or videos, see [`encode_moments`].
+        vae: A diffusers autoencoder of images or videos.
         pixel_values: Images `(batch, channels, height, width)` or videos `(batch, channels, frames, height, width)`
             in [-1, 1].
-        generator: See [`sample_posterior`].
+        generator: One generator, or one per sample; None draws from the global generator of the device.
 
     Returns:
         `(batch, latent channels, height, width)`, with latent frames of videos, on the VAE's device, float32 whatever
@@ -216,13 +193,10 @@ def decode_latents(vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
 
     Returns:
         `(batch, channels, height, width)`, of videos with frames, about [-1, 1], in the VAE's precision.
-
-    Raises:
-        ValueError: If the VAE's config does not say how latents are normalised.
     """
     # Half-precision latents are denormalised in float32, as `encode_images` normalises them.
     one_frame = _is_one_frame(vae, latents, "latents")
-    latents = _unpatchify(vae, LatentNormalization.from_vae(vae).denormalize(latents.float()))
+    latents = F.pixel_shuffle(LatentNormalization.from_vae(vae).denormalize(latents.float()), _patch_size(vae))
     latents = latents.unsqueeze(2) if one_frame else latents
     dtype = vae.dtype
     # Some of LTX-Video's decoders take the last step of denoising on themselves; its pipeline leaves them none.
@@ -235,18 +209,11 @@ def decode_latents(vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
 def latent_channels(vae: ModelMixin) -> int:
     """Channels of what [`encode_images`] returns."""
     channels = vae.config["z_dim"] if "z_dim" in vae.config else vae.config["latent_channels"]
-    return channels * math.prod(_patch_size(vae) or ())
+    return channels * _patch_size(vae) ** 2
 
 
 def vae_scale_factor(vae: ModelMixin) -> int:
-    """How many pixels a latent spans along each side.
-
-    Args:
-        vae: A diffusers autoencoder of images or videos.
-
-    Raises:
-        ValueError: If neither the VAE nor its config tells.
-    """
+    """How many pixels a latent spans along each side; a ValueError if neither the VAE nor its config tells."""
     # What the config leaves open, some families compute when they are built. `getattr` would read the config too.
     told = vae.config.get("spatial_compression_ratio") or vars(vae).get("spatial_compression_ratio")
     if told is not None:
@@ -255,7 +222,7 @@ def vae_scale_factor(vae: ModelMixin) -> int:
     keys = ("block_out_channels", "encoder_block_out_channels", "down_block_out_channels")
     for key in keys:
         if vae.config.get(key) is not None:
-            return 2 ** (len(vae.config[key]) - 1) * (_patch_size(vae) or (1,))[0]
+            return 2 ** (len(vae.config[key]) - 1) * _patch_size(vae)
     raise ValueError(
         f"`vae` must have `spatial_compression_ratio` or one of {keys} in its config, got {type(vae).__name__}."
     )

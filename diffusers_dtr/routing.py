@@ -1,8 +1,6 @@
-"""Channel masks from timesteps, and the one operation that routes a residual block through them.
+"""Denoising Task Routing (arXiv 2310.07138): channel masks from timesteps, and the residual block routed through them.
 
-Denoising Task Routing (arXiv 2310.07138) gives every timestep a window of active channels that slides as the noise
-level grows. Nothing here has parameters, knows a model or keeps state between calls. The window is that of the
-authors' released code; their project page shows another one, whose width changes with the timestep.
+The window is that of the authors' released code; their project page shows another, whose width varies.
 """
 
 from __future__ import annotations
@@ -54,12 +52,10 @@ def routing_mask(
         Bool tensor `(batch, num_channels)` on the device of `timestep`; batch is 1 for a scalar.
 
     Raises:
-        ValueError: For `alpha` <= 0, `beta` outside (0, 1], a window of zero channels, an empty `timestep_range`, or
-            a timestep that is NaN.
+        ValueError: For an argument outside these ranges, a window of zero channels, or a timestep that is NaN.
     """
     check_routing(alpha=alpha, beta=beta, timestep_range=timestep_range, num_channels=num_channels)
     timestep = _as_batch(timestep)
-    _check_no_nan(timestep)
     return _sliding_window(timestep, num_channels, alpha, beta, timestep_range)
 
 
@@ -77,22 +73,10 @@ def random_routing_mask(
     so they are the same on every platform and no table is kept. Real-valued timesteps are first rounded to
     max(t_max - t_min, 999) + 1 equidistant levels over `timestep_range`.
 
-    Args:
-        timestep: Scalar or `(batch,)`, as in [`routing_mask`].
-        num_channels: Width of the block.
-        seed: Non-negative integer below 2**32.
-        beta: Share of the channels that are active, in (0, 1].
-        timestep_range: (t_min, t_max).
-
-    Returns:
-        Bool tensor `(batch, num_channels)` on the device of `timestep`.
-
-    Raises:
-        ValueError: As [`routing_mask`], and for a `seed` outside [0, 2**32).
+    Arguments, result and errors are those of [`routing_mask`], and `seed` is an integer in [0, 2**32).
     """
     check_routing(beta=beta, timestep_range=timestep_range, seed=seed, num_channels=num_channels)
     timestep = _as_batch(timestep)
-    _check_no_nan(timestep)
     return _random_channels(timestep, num_channels, seed, beta, timestep_range)
 
 
@@ -107,9 +91,6 @@ def routed_residual(
         mask: Bool tensor, true where a channel is active, or None for the unrouted block.
         *args: Passed on to `block`.
         **kwargs: Passed on to `block`.
-
-    Returns:
-        Tensor of the shape of `block`'s output.
     """
     if mask is None:
         return block(hidden_states, *args, **kwargs)
@@ -153,16 +134,10 @@ class ChannelRouting:
         self._beta_override: torch.Tensor | None = None
 
     def set_beta(self, beta: float | None) -> None:
-        """Change the share of active channels; None restores the configured one.
+        """Change the share of active channels, in (0, 1]; None restores the configured one.
 
         Meant for a warm-up from 1 to the configured share: in a compiled model the value may change without a new
-        graph.
-
-        Args:
-            beta: Share in (0, 1], or None.
-
-        Raises:
-            ValueError: For a `beta` outside (0, 1], or one that leaves a block no active channel.
+        graph. What a configured share is refused for, this is.
         """
         if beta is not None:
             check_routing(beta=beta)
@@ -194,9 +169,6 @@ class ChannelRouting:
         Returns:
             Bool tensor `(batch, num_channels)` or `(batch, n, num_channels)` on the device of `timestep`, or None
             where nothing is routed.
-
-        Raises:
-            ValueError: For a NaN timestep on a CPU.
         """
         if not self.is_active:
             return None
@@ -234,7 +206,8 @@ def check_routing(
     if routing_type not in ROUTING_TYPES:
         raise ValueError(f"`routing_type` must be one of {', '.join(ROUTING_TYPES)}, got {routing_type!r}.")
     SEED_RANGE.check(routing_seed=seed)
-    if not _is_range(timestep_range):
+    pair = isinstance(timestep_range, Sequence) and len(timestep_range) == 2
+    if not pair or any(end not in FINITE for end in timestep_range) or timestep_range[0] == timestep_range[1]:
         raise ValueError(
             "`routing_timestep_range` must be (cleanest, noisiest), two different finite timesteps, got "
             f"{timestep_range!r}."
@@ -251,16 +224,13 @@ def _check_widths(beta: float, widths: Collection[int]) -> None:
         check_routing(beta=beta, num_channels=width)
 
 
-def _is_range(value) -> bool:
-    pair = isinstance(value, Sequence) and len(value) == 2 and all(number in FINITE for number in value)
-    return pair and value[0] != value[1]
-
-
 def _as_batch(timestep: torch.Tensor | float) -> torch.Tensor:
     timestep = torch.as_tensor(timestep, dtype=None if torch.is_tensor(timestep) else torch.float64)
     if timestep.ndim > 1:
         raise ValueError(f"`timestep` must be a scalar or of shape (batch,), got shape {tuple(timestep.shape)}.")
-    return timestep.reshape(-1)
+    timestep = timestep.reshape(-1)
+    _check_no_nan(timestep)
+    return timestep
 
 
 def _check_no_nan(timestep: torch.Tensor) -> None:

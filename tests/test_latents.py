@@ -111,13 +111,9 @@ def test_a_vae_that_overflows_in_float16_computes_in_float32(dtype):
 @pytest.mark.parametrize(
     ("config", "use", "message"),
     [
-        ({"scaling_factor": None}, lambda vae: encode_images(vae, IMAGES), "`vae` must have `scaling_factor`"),
-        ({"latents_mean": MEAN}, lambda vae: encode_images(vae, IMAGES), "go together"),
-        (
-            {"latents_mean": MEAN, "latents_std": STD, "shift_factor": 0.1},
-            lambda vae: encode_images(vae, IMAGES),
-            "both",
-        ),
+        ({"scaling_factor": None}, LatentNormalization.from_vae, "`vae` must have `scaling_factor`"),
+        ({"latents_mean": MEAN}, LatentNormalization.from_vae, "go together"),
+        ({"latents_mean": MEAN, "latents_std": STD, "shift_factor": 0.1}, LatentNormalization.from_vae, "both"),
         ({"block_out_channels": None}, vae_scale_factor, "spatial_compression_ratio"),
         ({}, frames_per_latent, "`vae` must say how many frames a latent spans, got AutoencoderKL"),
     ],

@@ -25,11 +25,7 @@ _LEARNED_VARIANCE_TYPES: Mapping[type, tuple[str, ...]] = {
 
 
 def uses_learned_variance(scheduler: SchedulerMixin) -> bool:
-    """Whether `scheduler.step` samples with a variance that the denoiser predicts.
-
-    That is so for DDPM, DDPMParallel and UnCLIP with a learned `variance_type`; every other scheduler needs a denoiser
-    output without variance channels, or discards them.
-    """
+    """Whether `scheduler.step` samples with a variance that the denoiser predicts; others want none, or discard it."""
     return any(
         isinstance(scheduler, cls) and scheduler.config.variance_type in variance_types
         for cls, variance_types in _LEARNED_VARIANCE_TYPES.items()
@@ -46,20 +42,13 @@ class ForwardProcess(ABC):
 
     def __init__(self, timesteps: Tensor, sigma_data: float = 1.0, alphas_cumprod: Tensor | None = None):
         self.timesteps = timesteps
+        # The smallest and largest timestep that has a noise level.
+        self.limits = timesteps[0].item(), timesteps[-1].item()
         self.sigma_data = sigma_data
         self.alphas_cumprod = alphas_cumprod
 
-    @property
-    def limits(self) -> tuple[float, float]:
-        """Smallest and largest timestep that has a noise level: the ends of the training grid."""
-        return self.timesteps[0].item(), self.timesteps[-1].item()
-
     def check_range(self, timesteps: Tensor) -> None:
-        """Check that timesteps on the CPU lie in the schedule. Those on a device are not read, to avoid a wait.
-
-        Raises:
-            ValueError: Naming the range, and what came.
-        """
+        """A ValueError for timesteps outside the schedule on the CPU. Others are not read, which would be a wait."""
         if timesteps.device.type != "cpu":
             return
         limits = torch.tensor(self.limits, dtype=torch.float64, device="cpu")
@@ -134,11 +123,10 @@ class Flow(ForwardProcess):
         self.shift = shift
         sigmas = torch.arange(1, num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
         super().__init__(shift * sigmas / (1 + (shift - 1) * sigmas) * num_train_timesteps)
-
-    @property
-    def limits(self) -> tuple[float, float]:
-        """Every σ in [0, 1] is a noise level, between the timesteps of the grid and below its first as well."""
-        return 0.0, float(len(self.timesteps))
+        self.limits = (
+            0.0,
+            float(num_train_timesteps),
+        )  # every σ in [0, 1] is a noise level, between those of the grid too
 
     def alpha_sigma(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         sigma = timesteps.to(scalar_dtype(timesteps.device)) / len(self.timesteps)
@@ -146,11 +134,7 @@ class Flow(ForwardProcess):
 
 
 def process_of(scheduler: SchedulerMixin) -> ForwardProcess:
-    """The forward process that a scheduler trains with.
-
-    Raises:
-        TypeError: If there is none here; the message names the scheduler's class and what is missing.
-    """
+    """The forward process that a scheduler trains with; a TypeError that names what it lacks if there is none."""
     if not hasattr(scheduler, "config"):
         raise TypeError(f"`scheduler` must be a diffusers scheduler, got {type(scheduler).__name__}.")
     config = _own_config(scheduler)
@@ -215,11 +199,7 @@ def _flow_of(scheduler: SchedulerMixin, shift_key: str) -> ForwardProcess:
 
 
 def prediction_type_of(scheduler: SchedulerMixin, process: ForwardProcess) -> str:
-    """The prediction type of a scheduler, by the names of [`NoiseLevels`].
-
-    Raises:
-        TypeError: If the scheduler's `prediction_type` is not defined in its process.
-    """
+    """A scheduler's prediction type, by the names of [`NoiseLevels`]; a TypeError if its process has no such type."""
     # Flow matching schedulers proper have no such setting.
     default = "flow_prediction" if isinstance(process, Flow) else None
     prediction_type = _own_config(scheduler).get("prediction_type", default)

@@ -26,12 +26,10 @@ class NoiseLevels:
 
     Timesteps are what the denoiser is called with, low = nearly clean: integers (or reals between them) in [0, T) for
     schedules made of betas, σ·T in [0, T] for flow matching, ¼·ln σ within the ends of the grid for EDM. They are
-    `(B,)` tensors on any device, whose range is checked on the CPU alone: nothing here waits for another device. A
-    scalar per timestep is float64 (float32 on devices without float64); a sample is computed in at least float32 and
-    returned in the dtype it came in.
-
-    The sampling state of the scheduler (`set_timesteps`, Karras sigmas, `timestep_spacing`) plays no part: these are
-    the levels of its training.
+    `(B,)` tensors on any device; a ValueError for those outside the schedule is raised on the CPU alone, so that
+    nothing here waits for another device. A scalar per timestep is float64 (float32 on devices without float64); a
+    sample is computed in at least float32 and returned in the dtype it came in. The sampling state of the scheduler
+    (`set_timesteps`, Karras sigmas, `timestep_spacing`) plays no part.
 
     Args:
         scheduler: A diffusers scheduler with betas (variance preserving, as DDPM, or exploding, as Euler), of EDM, or
@@ -66,21 +64,15 @@ class NoiseLevels:
         self.timesteps = self._process.timesteps
         self.num_train_timesteps = len(self.timesteps)
         self.timestep_range = (self.timesteps[0].item(), self.timesteps[-1].item())
-        self.sigma_data = self._process.sigma_data
-        self.shift = self._process.shift
-        self._scheduler_name = type(scheduler).__name__
-        self._variance_type = scheduler.config.get("variance_type")
+        self.sigma_data, self.shift = self._process.sigma_data, self._process.shift
+        self._scheduler_name, self._variance_type = type(scheduler).__name__, scheduler.config.get("variance_type")
         alphas_cumprod = self._process.alphas_cumprod
         self._posterior = None if alphas_cumprod is None else Posterior(alphas_cumprod)
 
     def as_called(self, timesteps: Tensor) -> Tensor:
-        """Convert timesteps to the type that the denoiser is called with in training, validation and analysis.
+        """Timesteps on the CPU in the type that the denoiser is called with in training, validation and analysis.
 
-        Args:
-            timesteps: Of any real type, on the CPU.
-
-        Returns:
-            int64 on a discrete schedule, if all of them are integers; else float32, as in flow matching and EDM.
+        int64 on a discrete schedule, if all of them are integers; else float32, as in flow matching and EDM.
         """
         whole = is_discrete(self.timesteps) and torch.equal(timesteps, timesteps.round())
         return timesteps.long() if whole else timesteps.float()
@@ -112,15 +104,12 @@ class NoiseLevels:
         return self._gains(timesteps)[1]
 
     def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Noisy sample α·clean + σ·noise.
+        """Noisy samples α·clean + σ·noise, in the shape and dtype of `clean`.
 
         Args:
             clean: Clean samples `(B, ...)`.
             noise: Standard normal noise of the same shape.
             timesteps: `(B,)`.
-
-        Returns:
-            Noisy samples in the shape and dtype of `clean`.
 
         Raises:
             ValueError: If the shapes differ, or a timestep (on the CPU) lies outside the schedule.
@@ -130,11 +119,7 @@ class NoiseLevels:
         return _mix(alpha, clean, sigma, noise)
 
     def model_input(self, noisy: Tensor, timesteps: Tensor) -> Tensor:
-        """Input of the denoiser: noisy samples `(B, ...)`, scaled to unit variance in variance exploding processes.
-
-        Raises:
-            ValueError: As `add_noise`.
-        """
+        """Input of the denoiser: noisy samples `(B, ...)`, scaled to unit variance in variance exploding processes."""
         _check_batch(timesteps, noisy=noisy)
         if not self._process.scales_input:
             self._process.check_range(timesteps)
@@ -150,20 +135,10 @@ class NoiseLevels:
         return _mix(clean_share, clean, noise_share, noise)
 
     def predict_clean(self, model_output: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
-        """Predicted clean sample: `target` and `add_noise` solved for it.
+        """Predicted clean samples, in the shape and dtype of `noisy`: `target` and `add_noise` solved for them.
 
         At SNR 0 predicted noise determines no clean sample: α is then taken for 2⁻¹², as diffusers does (ᾱ = 2⁻²⁴).
-
-        Args:
-            model_output: Denoiser output `(B, ...)`, without variance channels.
-            noisy: Noisy samples of the same shape, as `add_noise` returns them.
-            timesteps: `(B,)`.
-
-        Returns:
-            Predicted clean samples in the shape and dtype of `noisy`.
-
-        Raises:
-            ValueError: As `add_noise`.
+        The denoiser's output `(B, ...)` is without variance channels; errors are those of `add_noise`.
         """
         _check_batch(timesteps, noisy=noisy, model_output=model_output)
         _, noise_share = self._target_shares(timesteps)
@@ -219,16 +194,14 @@ class NoiseLevels:
 
     def _solvable(self, timesteps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """α, σ and the determinant of (clean, noise) → (noisy, output), with stand-ins where it is 0."""
-
-        def with_determinant(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            clean_share, noise_share = _TARGET_SHARES[self.prediction_type](alpha, sigma, self.sigma_data)
-            return alpha, sigma, alpha * noise_share - sigma * clean_share
-
         alpha, sigma = self._alpha_sigma(timesteps)
-        exact = with_determinant(alpha, sigma)
-        regular = with_determinant(alpha.clamp(min=_STAND_IN_FOR_ZERO), sigma.clamp(min=_STAND_IN_FOR_ZERO))
-        singular = exact[2] == 0
-        return tuple(torch.where(singular, *values) for values in zip(regular, exact, strict=True))
+        singular = self._determinant(alpha, sigma) == 0
+        alpha, sigma = (torch.where(singular, part.clamp(min=_STAND_IN_FOR_ZERO), part) for part in (alpha, sigma))
+        return alpha, sigma, self._determinant(alpha, sigma)
+
+    def _determinant(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        clean_share, noise_share = _TARGET_SHARES[self.prediction_type](alpha, sigma, self.sigma_data)
+        return alpha * noise_share - sigma * clean_share
 
     def _gains(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         alpha, sigma, determinant = self._solvable(timesteps)

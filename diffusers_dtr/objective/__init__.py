@@ -1,7 +1,6 @@
 """Training objectives over noise levels: weighting, clusters of timesteps, balancing.
 
-To extend them, write a function of `(levels, timesteps)` for `weighting`, of two timesteps for the `cost` of
-clusters, or a subclass of [`Balancing`].
+Extend them by a function as `weighting` or as the `cost` of clusters, or by a subclass of [`Balancing`].
 """
 
 from .adaptive_sampling import AdaptiveTimestepSampler

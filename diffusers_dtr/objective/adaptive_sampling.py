@@ -1,8 +1,4 @@
-"""Adaptive timestep sampling: each cluster is drawn as often as a running estimate of its loss demands.
-
-The idea is that of the loss-second-moment resampler of Improved DDPM (arXiv 2102.09672, Section 3.3), on clusters
-instead of single timesteps, so that the estimate settles within a few hundred steps, and with stratified draws.
-"""
+"""Adaptive timestep sampling: each cluster is drawn as often as a running estimate of its loss demands."""
 
 from __future__ import annotations
 
@@ -21,19 +17,21 @@ STATISTICS = ("mean", "second_moment", "variance")
 class AdaptiveTimestepSampler:
     r"""Draws timesteps with a density that follows the loss of their cluster.
 
+    This is the loss-second-moment resampler of Improved DDPM (arXiv 2102.09672, Section 3.3) on clusters instead of
+    single timesteps, so that the estimate settles within a few hundred steps, and with stratified draws.
+
     With the statistic $s_i$ of cluster i of width $w_i$, every timestep of that cluster has the density
     $d_i = f + (1 - f) s_i T / \sum_j w_j s_j$, where f is the floor: no timestep is ever drawn less than f times as
     often as uniformly, and no correcting weight $1 / d_i$ exceeds 1 / f. Until each cluster has been observed the
     density is 1.
 
     The statistic is of the losses handed to [`update`]: "mean", "second_moment" for $\sqrt{E[L^2]}$, which gives the
-    corrected mean loss its least variance where draws are independent (Improved DDPM, arXiv 2102.09672, Eq. 18), or
+    corrected mean loss its least variance where draws are independent (Improved DDPM, Eq. 18), or
     "variance" for $\sqrt{E[L^2] - E[L]^2}$, which does so where every cluster gets many samples of a batch (Neyman
     1934). Where the batch gives a cluster one sample or none, rounding its share adds a variance that grows with the
     mean loss, which "variance" leaves out of account.
 
-    Losses are summed where they lie. Only every `interval` updates they enter the running estimate on the CPU, and
-    that is the one time the host waits for the device.
+    Losses are summed where they lie; the host waits for the device only every `interval` updates.
 
     Args:
         clusters: The clusters of timesteps.
@@ -91,16 +89,9 @@ class AdaptiveTimestepSampler:
         return self.floor * uniform + (1 - self.floor) * fitted
 
     def sample(self, batch_size: int, **options: Any) -> torch.Tensor:
-        """Draw timesteps of the current density, stratified over the clusters.
+        """Draw `(batch_size,)` timesteps of the current density; options and errors as in the clusters' `sample`.
 
         Processes draw one global batch together if they were updated alike.
-
-        Args:
-            batch_size: Timesteps to return, >= 1.
-            **options: The `generator`, `device` and others of [`TimestepClusters.sample`], with its errors.
-
-        Returns:
-            `(batch_size,)`, as there.
         """
         return self.clusters.sample(batch_size, shares=self.shares, **options)
 
@@ -109,27 +100,17 @@ class AdaptiveTimestepSampler:
         return self.clusters.density(timesteps, shares=self.shares)
 
     def weights(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Importance weights for the losses of drawn timesteps. Call this before the next [`update`].
+        """Importance weights 1 / density for the losses of drawn timesteps, to be called before the next [`update`].
 
-        Args:
-            timesteps: `(batch,)`.
-
-        Returns:
-            float32 tensor `(batch,)` on their device: 1 / density, whose expectation over draws is 1.
+        float32 `(batch,)` on the device of `timesteps` `(batch,)`; their expectation over draws is 1.
         """
         return 1 / self.density(timesteps)
 
     def update(self, timesteps: torch.Tensor, losses: torch.Tensor) -> None:
-        """Update the estimate with the losses of the global batch, which `accelerator.gather` returns.
+        """Update the estimate with the losses `(batch,)` of the global batch, which `accelerator.gather` returns.
 
-        Losses that are infinite or NaN, from a step that mixed precision is going to skip, are not observed.
-
-        Args:
-            timesteps: `(batch,)`.
-            losses: `(batch,)`, one per sample, not yet multiplied with [`weights`]; gradients are not followed.
-
-        Raises:
-            ValueError: If the shapes differ.
+        They are those of single samples, not yet multiplied with [`weights`]. Losses that are infinite or NaN, from a
+        step that mixed precision is going to skip, are not observed. A ValueError if the shapes differ.
         """
         if timesteps.ndim != 1 or timesteps.shape != losses.shape:
             raise ValueError(
@@ -175,7 +156,7 @@ class AdaptiveTimestepSampler:
         self._num_pending = int(state_dict["num_pending"])
 
     def _statistic(self) -> torch.Tensor:
-        """Statistic of each cluster's losses, in units of the loss, float64 `(k,)`; ones until all are observed."""
+        """In units of the loss, `(k,)`; ones until all clusters are observed."""
         count, total, square = self._moments.unbind(dim=1)
         if not (count > 0).all():
             return torch.ones_like(count)

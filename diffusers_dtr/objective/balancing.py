@@ -1,8 +1,7 @@
 """Balancing: how clusters are weighed against each other. These balancings need no gradients of single clusters.
 
-A balancing maps the losses of a batch to the scalar to minimise. Every formula here is affine in the samples' losses,
-each of which counts 1/B: the mean over processes is the value for the global batch, however its samples are spread
-over processes and clusters, and a cluster that a batch has no samples of adds nothing.
+Every formula is affine in the samples' losses, each of which counts 1/B: the mean over processes is the value for the
+global batch, however its samples are spread, and a cluster without samples adds nothing.
 """
 
 from __future__ import annotations
@@ -84,13 +83,9 @@ class Balancing(nn.Module, ABC):
         """The loss of this process's batch, a scalar; its mean over processes is minimised."""
 
     def cluster_weights(self, log_snr: Tensor) -> Tensor:
-        """Current weight of each cluster's losses, for logging; 1 in the plain mean.
+        """Current weight of each cluster's losses, `(k,)` without gradient, for logging; 1 in the plain mean.
 
-        Args:
-            log_snr: Natural logarithm of the SNR in the middle of each cluster, `(k,)`.
-
-        Returns:
-            `(k,)`, without gradient.
+        `log_snr` is the natural logarithm of the SNR in the middle of each cluster, `(k,)`.
         """
         return torch.ones_like(log_snr)
 
@@ -99,7 +94,7 @@ class UniformBalancing(Balancing):
     """The mean over samples: every cluster counts as much as it has samples."""
 
     def forward(self, losses: ClusterLosses) -> Tensor:
-        """The mean loss; see [`Balancing`]."""
+        """See [`Balancing`]."""
         return losses.per_sample.mean()
 
 
@@ -115,7 +110,7 @@ class UncertaintyWeighting(Balancing):
         num_clusters: k.
 
     Attributes:
-        log_variance: The parameter s, `(k,)`, zeros at first.
+        log_variance: s, `(k,)`, zeros at first.
     """
 
     def __init__(self, num_clusters: int):
@@ -124,7 +119,7 @@ class UncertaintyWeighting(Balancing):
         self.log_variance = nn.Parameter(torch.zeros(num_clusters))
 
     def forward(self, losses: ClusterLosses) -> Tensor:
-        """The weighted losses and their regulariser; see [`Balancing`]."""
+        """See [`Balancing`]."""
         return 0.5 * ((-self.log_variance).exp() * losses.contributions + self.log_variance).sum()
 
     def cluster_weights(self, log_snr: Tensor) -> Tensor:
@@ -145,14 +140,8 @@ class ContinuousUncertainty(Balancing):
     Log SNRs are clamped to [−20, 20].
 
     Args:
-        num_features: Number of Fourier features, >= 1.
+        num_features: Number of Fourier features, >= 1; a ValueError otherwise.
         seed: Seed of their frequencies and phases.
-
-    Attributes:
-        weight: The parameter, one weight per feature, zeros at first.
-
-    Raises:
-        ValueError: If `num_features` is less than 1.
     """
 
     frequencies: Tensor
@@ -167,7 +156,7 @@ class ContinuousUncertainty(Balancing):
         self.weight = nn.Parameter(torch.zeros(num_features))
 
     def forward(self, losses: ClusterLosses) -> Tensor:
-        """The weighted losses and their regulariser; see [`Balancing`]."""
+        """See [`Balancing`]."""
         u = self.log_uncertainty(losses.log_snr)
         return (losses.per_sample * (-u).exp() + u).mean()
 
@@ -187,14 +176,6 @@ BALANCINGS: Mapping[str, Callable[[int], Balancing]] = {
     "uncertainty": UncertaintyWeighting,
     "continuous_uncertainty": lambda num_clusters: ContinuousUncertainty(),
 }
-
-
-def make_balancing(name: str, num_clusters: int) -> Balancing:
-    """The balancing of a name in `BALANCINGS`, in its initial state; a ValueError for another name."""
-    if name not in BALANCINGS:
-        allowed = ", ".join(BALANCINGS)
-        raise ValueError(f"`balancing` must be one of {allowed}, or a Balancing (GradientBalancer), got {name!r}.")
-    return BALANCINGS[name](num_clusters)
 
 
 def num_processes() -> int:

@@ -9,7 +9,7 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
-from .balancing import Balancing, ClusterLosses, balance, make_balancing
+from .balancing import BALANCINGS, Balancing, ClusterLosses, balance
 from .clusters import TimestepClusters
 from .denoising_loss import DenoisingLoss, DenoisingLossOutput
 from .weighting import Weighting
@@ -38,11 +38,10 @@ class ClusteredLoss(nn.Module):
 
     A module, because balancing may learn parameters and keep state: give the optimizer its `parameter_groups()`, move
     it to the device and save its `state_dict` with the denoiser's (`accelerator.register_for_checkpointing(loss_fn)`,
-    or `accelerator.prepare(loss_fn)` after the groups were taken). In a process group its parameters are kept alike
-    on all processes; one step on N processes equals the step on one with the same global batch.
+    or `accelerator.prepare(loss_fn)` after the groups were taken). One step on N processes equals the step on one with
+    the same global batch.
 
-    A batch may lack some clusters, and have unequal numbers of samples in others: each sample counts 1/B. With
-    [`TimestepClusters.sample`] all clusters have as many, up to one, if the global batch has at least k samples.
+    A batch may lack some clusters, and have unequal numbers of samples in others: each sample counts 1/B.
 
     Args:
         noise_scheduler: The scheduler whose `add_noise` or `scale_noise` the training uses.
@@ -53,13 +52,11 @@ class ClusteredLoss(nn.Module):
 
     Attributes:
         levels: The [`NoiseLevels`] of the scheduler, for noisy samples and model inputs.
-        clusters: The clusters.
-        balancing: The [`Balancing`].
+        clusters, balancing: As given; the balancing of a name is made.
 
     Raises:
         TypeError: If the scheduler cannot be trained with, or `balancing` is neither a name nor a balancing.
-        ValueError: If the clusters are not of the scheduler's timesteps, the balancing is for another number of
-            clusters, or an argument is not allowed.
+        ValueError: For clusters of other timesteps, a balancing for another number of them, or an unknown name.
 
     Example:
         >>> import torch
@@ -90,22 +87,33 @@ class ClusteredLoss(nn.Module):
         self._denoising_loss = DenoisingLoss(noise_scheduler, weighting)
         self.levels = self._denoising_loss.levels
         self.clusters = clusters
-        self._check_clusters()
-        self.balancing = make_balancing(balancing, len(clusters)) if isinstance(balancing, str) else balancing
-        if not isinstance(self.balancing, Balancing):
+        num_timesteps = self.levels.num_train_timesteps
+        if (
+            clusters.num_train_timesteps != num_timesteps
+            or TimestepClusters(clusters.boundaries, self.levels.timesteps) != clusters
+        ):
+            raise ValueError(
+                f"`clusters` must be of the {num_timesteps} training timesteps of `noise_scheduler`, got {clusters}: "
+                "make them with cluster_timesteps(noise_scheduler, ...)."
+            )
+        if isinstance(balancing, str):
+            if balancing not in BALANCINGS:
+                names = ", ".join(BALANCINGS)
+                raise ValueError(
+                    f"`balancing` must be one of {names}, or a Balancing (GradientBalancer), got {balancing!r}."
+                )
+            balancing = BALANCINGS[balancing](len(clusters))
+        if not isinstance(balancing, Balancing):
             raise TypeError(f"`balancing` must be a name or a Balancing, got {type(balancing).__name__}.")
-        if self.balancing.num_clusters not in (None, len(clusters)):
+        if balancing.num_clusters not in (None, len(clusters)):
             raise ValueError(
                 f"`balancing` must be for the {len(clusters)} clusters of `clusters`, "
-                f"got one for {self.balancing.num_clusters}: pass it `num_clusters={len(clusters)}`."
+                f"got one for {balancing.num_clusters}: pass it `num_clusters={len(clusters)}`."
             )
+        self.balancing = balancing
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Optimizer groups of the balancing's parameters; none if it learns nothing.
-
-        Returns:
-            A list to append to the denoiser's groups: learning rate 0.025 and no weight decay.
-        """
+        """Optimizer groups for what the balancing learns, if anything: learning rate 0.025, no weight decay."""
         parameters = list(self.parameters())
         return [{"params": parameters, "lr": _LEARNING_RATE, "weight_decay": 0.0}] if parameters else []
 
@@ -117,16 +125,10 @@ class ClusteredLoss(nn.Module):
         timesteps: Tensor,
         sample_weights: Tensor | None = None,
     ) -> ClusteredLossOutput:
-        """Loss of a batch; its first four arguments and errors are those of [`DenoisingLoss`].
+        """Loss of a batch; the first four arguments and errors are those of [`DenoisingLoss.__call__`].
 
-        Args:
-            model_output: `(B, C, ...)`, or `(B, 2C, ...)` with variance values.
-            clean: `(B, C, ...)`.
-            noise: `(B, C, ...)`.
-            timesteps: `(B,)`.
-            sample_weights: `(B,)`, importance weights, such as [`AdaptiveTimestepSampler.weights`] for timesteps
-                that are not drawn uniformly. They enter `loss` only.
-
+        `sample_weights` `(B,)`, which enter `loss` only, are importance weights for timesteps that are not drawn
+        uniformly, such as [`AdaptiveTimestepSampler.weights`].
         """
         losses = self._denoising_loss(model_output, clean, noise, timesteps)
         assignment = self.clusters.assign(timesteps), self.levels.log_snr(timesteps), len(self.clusters)
@@ -150,7 +152,7 @@ class ClusteredLoss(nn.Module):
         return self.balancing.cluster_weights(log_snr.to(device))
 
     def get_extra_state(self) -> Tensor:
-        """The clusters' boundaries, by which a state of other clusters is recognised."""
+        """The clusters' boundaries."""
         return torch.tensor(self.clusters.boundaries, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -159,15 +161,4 @@ class ClusteredLoss(nn.Module):
             raise ValueError(
                 f"`state_dict` must be of clusters with the boundaries {list(self.clusters.boundaries)}, "
                 f"got {state.tolist()}."
-            )
-
-    def _check_clusters(self) -> None:
-        num_timesteps = self.levels.num_train_timesteps
-        if (
-            self.clusters.num_train_timesteps != num_timesteps
-            or TimestepClusters(self.clusters.boundaries, self.levels.timesteps) != self.clusters
-        ):
-            raise ValueError(
-                f"`clusters` must be of the {num_timesteps} training timesteps of `noise_scheduler`, got "
-                f"{self.clusters}: make them with cluster_timesteps(noise_scheduler, ...)."
             )

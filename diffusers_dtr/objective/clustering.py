@@ -1,7 +1,4 @@
-"""Interval clustering: the exact optimum over all ways of cutting the timesteps into contiguous clusters.
-
-This is Section 4.2 of ANT (Addressing Negative Transfer in Diffusion Models, arXiv 2306.00354).
-"""
+"""Interval clustering: the exact optimum over all ways of cutting the timesteps into contiguous clusters."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..noise_levels import NoiseLevels
 from ..ranges import COUNT
@@ -21,10 +19,7 @@ COSTS = ("uniform", "timestep", "snr")
 def cluster_timesteps(
     noise_scheduler: Any,
     num_clusters: int = 8,
-    cost: str
-    | Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    | torch.Tensor
-    | Sequence[Sequence[float]] = "snr",
+    cost: str | Callable[[Tensor, Tensor], Tensor] | Tensor | Sequence[Sequence[float]] = "snr",
 ) -> TimestepClusters:
     r"""Cut the timesteps into contiguous clusters of the smallest total cost (ANT, arXiv 2306.00354, Section 4.2).
 
@@ -36,17 +31,12 @@ def cluster_timesteps(
     * a task affinity matrix A: $-\sum_t A_{c,t}$
     * `"uniform"`: nothing; the clusters are as equal in width as can be, with edges $\lfloor iT/k \rfloor$.
 
-    Dynamic programming in float64 finds the global optimum. Of equally good clusterings it takes the one whose first
-    inner edge is lowest, then whose second is, and so on. (The authors' code rounds the centre upwards and misses the
-    optimum by one timestep in places. The SNR enters as its logarithm: on raw SNR almost all timesteps fall into one
-    cluster.)
-
-    A timestep of pure noise (SNR 0: the last one with zero terminal SNR, and in flow matching) or of pure signal is
-    infinitely far from every other one, wherever the edges are, and so has no say in where they should be: with
-    `"snr"` the others are clustered, and it joins the cluster at its end.
-
-    On real-valued training grids (flow matching, EDM), t, l, r and c are indices into the grid, in ascending noise
-    level.
+    Dynamic programming in float64 finds the global optimum; of equals, the one whose first inner edge is lowest, then
+    whose second is, and so on. (The authors' code rounds the centre upwards and misses the optimum by one timestep in
+    places. The SNR enters as its logarithm: on raw SNR almost all timesteps fall into one cluster.) A timestep of pure
+    noise (SNR 0: the last one with zero terminal SNR, and in flow matching) or of pure signal is infinitely far from
+    all others: with `"snr"` these are clustered, and it joins the cluster at its end. On real-valued training grids
+    (flow matching, EDM), t, l, r and c are indices into the grid, in ascending noise level.
 
     Args:
         noise_scheduler: diffusers scheduler whose training timesteps are clustered, or their number T >= 1 where the
@@ -55,12 +45,8 @@ def cluster_timesteps(
         cost: One of the names above; a function, called with the float64 timesteps `(n,)` of n pairs, that returns
             their n finite costs; or a finite `(T, T)` matrix of affinities, which are maximised.
 
-    Returns:
-        The clusters.
-
     Raises:
-        ValueError: For `num_clusters` outside [1, T], T < 1, an unknown cost, `"snr"` without a scheduler, or a matrix
-            or a function's result that is not finite or of another shape.
+        ValueError: For an argument that is not allowed, or `"snr"` without a scheduler.
         TypeError: For a scheduler whose noise levels are unknown.
 
     Example:
@@ -112,7 +98,7 @@ def _log_snr_boundaries(levels: NoiseLevels | None, num_clusters: int) -> list[i
     return [0, *(int(finite[0]) + edge for edge in inner), len(levels.timesteps)]
 
 
-def _cheapest_boundaries(distance: torch.Tensor, num_clusters: int) -> list[int]:
+def _cheapest_boundaries(distance: Tensor, num_clusters: int) -> list[int]:
     """The k + 1 edges of the best clustering, for the `(T, T)` cost of each timestep (column) under a centre (row)."""
     cost = _interval_costs(distance)
     # tails[j][r]: the least cost of cutting what follows timestep r into j + 1 clusters.
@@ -129,7 +115,7 @@ def _cheapest_boundaries(distance: torch.Tensor, num_clusters: int) -> list[int]
     return [*boundaries, len(cost)]
 
 
-def _interval_costs(distance: torch.Tensor) -> torch.Tensor:
+def _interval_costs(distance: Tensor) -> Tensor:
     """Cost of the cluster from timestep l (row) to r (column), both inclusive; infinite where r < l. `(T, T)`."""
     num_timesteps = len(distance)
     prefix = distance.new_zeros(num_timesteps, num_timesteps + 1)
@@ -148,9 +134,7 @@ def _interval_costs(distance: torch.Tensor) -> torch.Tensor:
     return cost.masked_fill_(torch.ones_like(cost, dtype=torch.bool).tril_(-1), torch.inf)
 
 
-def _checked_matrix(
-    values: torch.Tensor | Sequence[Sequence[float]], kind: str, shape: tuple[int, ...]
-) -> torch.Tensor:
+def _checked_matrix(values: Tensor | Sequence[Sequence[float]], kind: str, shape: tuple[int, ...]) -> Tensor:
     values = torch.as_tensor(values, dtype=torch.float64, device="cpu")
     if values.shape != shape:
         raise ValueError(f"`cost`, {kind}, must have the shape {shape}, got {tuple(values.shape)}.")

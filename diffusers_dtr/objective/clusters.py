@@ -1,8 +1,4 @@
-"""Clusters of timesteps: contiguous ranges that tile the training grid, from which timesteps are drawn.
-
-ANT (Addressing Negative Transfer in Diffusion Models, arXiv 2306.00354) balances them as the tasks of a multi-task
-problem.
-"""
+"""Clusters of timesteps: contiguous ranges that tile the training grid, and the stratified draws of timesteps."""
 
 from __future__ import annotations
 
@@ -12,14 +8,20 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 
 from ..noise_levels import is_discrete, scalar_dtype
-from .timestep_sampling import draw_stratified, stratified_density
+from ..ranges import COUNT
+
+
+# Random fractions have this many bits: adding one to an integer below 2**21 is then exact in float64, so that rounding
+# never carries a sample over into the next cluster.
+_FRACTION_BITS = 32
 
 
 @dataclass(frozen=True, repr=False)
 class TimestepClusters:
-    """Contiguous clusters of the timesteps of a training grid, in ascending noise level.
+    """Contiguous clusters of a training grid's timesteps, in ascending noise level: the tasks of ANT (2306.00354).
 
     Iterating, indexing and `len` go over the clusters as half-open `range` objects, which tile [0, T) exactly. They
     hold grid indices; on a discrete schedule these are the timesteps themselves. Instances are immutable, and equal if
@@ -31,8 +33,7 @@ class TimestepClusters:
             are kept in float32, the type denoisers are called with. Left out, and the same as, 0, 1, ..., T - 1.
 
     Raises:
-        ValueError: For boundaries that are not integers, do not begin with 0 or do not increase, or timesteps that are
-            not T increasing finite numbers.
+        ValueError: For other boundaries, or timesteps that are not T increasing finite numbers.
 
     Example:
         >>> import torch
@@ -48,9 +49,7 @@ class TimestepClusters:
 
     boundaries: tuple[int, ...]
     timesteps: tuple[float, ...] | None = None
-    _tables: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = field(
-        default_factory=dict, init=False, compare=False
-    )
+    _tables: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, compare=False)
 
     def __post_init__(self):
         object.__setattr__(self, "boundaries", _checked_boundaries(self.boundaries))
@@ -76,20 +75,20 @@ class TimestepClusters:
         grid = "" if self.timesteps is None else f", timesteps=({self.timesteps[0]:g}, ..., {self.timesteps[-1]:g})"
         return f"{type(self).__name__}({self.boundaries}{grid})"
 
-    def assign(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Assign timesteps to clusters, without waiting for the device.
+    def assign(self, timesteps: Tensor) -> Tensor:
+        """Cluster of each timestep, without waiting for the device.
 
         A timestep that is not in the training grid belongs with the grid's nearest one; halfway between two, with the
         noisier.
 
         Args:
-            timesteps: `(batch,)`, of any real type. On a CPU a NaN is an error; elsewhere it is not looked for.
+            timesteps: `(batch,)`, of any real type.
 
         Returns:
             int64 tensor `(batch,)` in [0, k) on the device of `timesteps`.
 
         Raises:
-            ValueError: For a NaN timestep on a CPU.
+            ValueError: For a NaN timestep on a CPU; elsewhere it is not looked for.
         """
         _, cluster_edges = self._midpoints(timesteps.device)
         return _count_reached(cluster_edges, timesteps)
@@ -98,19 +97,20 @@ class TimestepClusters:
         self,
         batch_size: int,
         *,
-        shares: torch.Tensor | Sequence[float] | None = None,
-        importance: torch.Tensor | Sequence[float] | None = None,
+        shares: Tensor | Sequence[float] | None = None,
+        importance: Tensor | Sequence[float] | None = None,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         process_index: int = 0,
         num_processes: int = 1,
-    ) -> torch.Tensor:
-        """Draw timesteps stratified over the clusters, in random order.
+    ) -> Tensor:
+        r"""Draw timesteps stratified over the clusters, in random order.
 
-        With the default equal shares, each cluster gets ⌊B/k⌋ or ⌈B/k⌉ of the B timesteps, and is as likely as any
-        other to get one of the remainder. Where clusters differ in width this is not the uniform distribution: a loss
-        divided by [`density`] keeps the expectation it has under uniform timesteps, one that is not counts every
-        cluster alike. `shares=[len(cluster) for cluster in clusters]` draws uniform timesteps, stratified.
+        Of B samples, a cluster of share $q_i$ gets $\lfloor B q_i \rfloor$ or $\lceil B q_i \rceil$, and $B q_i$ on
+        average: one random offset u in [0, 1) puts sample m at the quantile (m + u) / B of the clusters (systematic
+        resampling; Kitagawa 1996). Equal shares, the default, are not the uniform distribution where clusters differ
+        in width: a loss divided by [`density`] keeps the expectation it has under uniform timesteps, one that is not
+        counts every cluster alike. `shares=[len(cluster) for cluster in clusters]` draws uniform timesteps.
 
         Several processes with generators in the same state draw one global batch of `batch_size * num_processes`
         timesteps together, the same for any number of processes, and each gets its part.
@@ -132,27 +132,30 @@ class TimestepClusters:
             ValueError: For an argument outside these ranges, a generator that is not on the CPU, or none with several
                 processes.
         """
-        indices = draw_stratified(
-            self.boundaries,
-            batch_size,
-            shares=shares,
-            importance=importance,
-            generator=generator,
-            process_index=process_index,
-            num_processes=num_processes,
-        )
+        COUNT.check(batch_size=batch_size, num_processes=num_processes)
+        if not 0 <= process_index < num_processes:
+            raise ValueError(f"`process_index` must be in [0, {num_processes}), got {process_index}.")
+        _check_generator(generator, num_processes)
+        shares, within = self._distribution(shares, importance)
+        num_samples = batch_size * num_processes
+        # Multiplied before it is divided, equal shares of a divisible batch end on integers to the bit.
+        cumulative = shares.cumsum(0)
+        ends = cumulative * num_samples / cumulative[-1]
+        points = torch.arange(num_samples, device="cpu") + _random_fractions(1, generator)
+        clusters = torch.bucketize(points, ends[:-1], right=True)
+        indices = self._draw_within(clusters, within, generator)
+        order = torch.randperm(num_samples, generator=generator, device="cpu")
+        indices = indices[order[process_index * batch_size : (process_index + 1) * batch_size]]
         return _to_device(indices if self.timesteps is None else self._grid()[indices], device)
 
     def density(
         self,
-        timesteps: torch.Tensor,
+        timesteps: Tensor,
         *,
-        shares: torch.Tensor | Sequence[float] | None = None,
-        importance: torch.Tensor | Sequence[float] | None = None,
-    ) -> torch.Tensor:
-        """Density of [`sample`] at these timesteps, relative to uniform ones; 1 everywhere for equal clusters.
-
-        A loss divided by it has the expectation it would have under uniform timesteps.
+        shares: Tensor | Sequence[float] | None = None,
+        importance: Tensor | Sequence[float] | None = None,
+    ) -> Tensor:
+        r"""Density of [`sample`] relative to uniform timesteps: $T q_i a_t / \sum_{s \in i} a_s$ for importance a.
 
         Args:
             timesteps: `(batch,)`, as in [`assign`].
@@ -160,14 +163,15 @@ class TimestepClusters:
             importance: What [`sample`] was called with.
 
         Returns:
-            float32 tensor `(batch,)` on the device of `timesteps`.
+            float32 tensor `(batch,)` on the device of `timesteps`; the mean over the training grid is 1.
 
         Raises:
             ValueError: As [`sample`] and [`assign`].
         """
         midpoints, _ = self._midpoints(timesteps.device)
-        density = stratified_density(self.boundaries, shares=shares, importance=importance).float()
-        return _to_device(density, timesteps.device)[_count_reached(midpoints, timesteps)]
+        shares, within = self._distribution(shares, importance)
+        density = len(within) * (shares / shares.sum())[self._cluster_of_index()] * within
+        return _to_device(density.float(), timesteps.device)[_count_reached(midpoints, timesteps)]
 
     def to_dict(self) -> dict[str, list]:
         """The clusters as a dictionary of JSON types, for [`from_dict`]."""
@@ -176,29 +180,19 @@ class TimestepClusters:
 
     @classmethod
     def from_dict(cls, config: dict[str, list]) -> TimestepClusters:
-        """Restore clusters from [`to_dict`].
-
-        Args:
-            config: The key `boundaries`, and `timesteps` for a real-valued training grid.
-
-        Returns:
-            The clusters.
-
-        Raises:
-            ValueError: For other keys than these, and as the class.
-        """
+        """Restore clusters from [`to_dict`]; a ValueError for other keys than its, and as the class."""
         if "boundaries" not in config or not config.keys() <= {"boundaries", "timesteps"}:
             raise ValueError(
                 f"`config` must have the key 'boundaries' and may have 'timesteps', got {sorted(config)}."
             )
         return cls(**config)
 
-    def _grid(self) -> torch.Tensor:
+    def _grid(self) -> Tensor:
         """The training timesteps, float32 `(T,)` on the CPU."""
         grid = range(self.num_train_timesteps) if self.timesteps is None else self.timesteps
         return torch.tensor(grid, dtype=torch.float32, device="cpu")
 
-    def _midpoints(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def _midpoints(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Halfway marks between neighbours in the grid `(T - 1,)`, and those at which a cluster begins `(k - 1,)`.
 
         A timestep's nearest grid index is the number of marks that it reaches.
@@ -211,14 +205,48 @@ class TimestepClusters:
             self._tables[device] = midpoints.to(device, real), cluster_edges.to(device, real)
         return self._tables[device]
 
+    def _cluster_of_index(self) -> Tensor:
+        """Cluster of each grid index, int64 `(T,)`."""
+        widths = torch.tensor(self.boundaries, device="cpu").diff()
+        return torch.arange(len(self), device="cpu").repeat_interleave(widths)
 
-def _count_reached(marks: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    def _distribution(
+        self, shares: Tensor | Sequence[float] | None, importance: Tensor | Sequence[float] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Relative shares `(k,)` of the clusters, and each timestep's probability `(T,)` given its cluster."""
+        shares = _checked_weights("shares", shares, len(self))
+        if not shares.sum() > 0:
+            raise ValueError(f"`shares` must have a positive sum, got {shares.tolist()}.")
+        importance = _checked_weights("importance", importance, self.num_train_timesteps)
+        cluster_of_index = self._cluster_of_index()
+        sums = importance.new_zeros(len(self)).index_add(0, cluster_of_index, importance)
+        if not (sums > 0).all():
+            empty = int((sums <= 0).nonzero()[0])
+            raise ValueError(f"`importance` must have a positive sum in each cluster, got 0 in cluster {empty}.")
+        return shares, importance / sums[cluster_of_index]
+
+    def _draw_within(self, clusters: Tensor, within: Tensor, generator: torch.Generator | None) -> Tensor:
+        """One grid index for each entry of `clusters`, by inverting the distribution function of its cluster."""
+        edges, cluster_of_index = torch.tensor(self.boundaries, device="cpu"), self._cluster_of_index()
+        cumulative = torch.nn.functional.pad(within.cumsum(0), (1, 0))
+        starts, ends = (cumulative[edge[cluster_of_index]] for edge in (edges[:-1], edges[1:]))
+        # Cluster i fills [i, i + 1] exactly, because x / x is 1.
+        cumulative = cluster_of_index + (cumulative[1:] - starts) / (ends - starts)
+        return torch.bucketize(clusters + _random_fractions(len(clusters), generator), cumulative, right=True)
+
+
+def _random_fractions(count: int, generator: torch.Generator | None) -> Tensor:
+    """Uniform in [0, 1), float64 `(count,)`."""
+    return torch.randint(2**_FRACTION_BITS, (count,), generator=generator, device="cpu").double() / 2**_FRACTION_BITS
+
+
+def _count_reached(marks: Tensor, timesteps: Tensor) -> Tensor:
     if timesteps.is_floating_point() and timesteps.device.type == "cpu" and timesteps.isnan().any():
         raise ValueError(f"`timesteps` must be numbers, got NaN at index {int(timesteps.isnan().nonzero()[0])}.")
     return torch.bucketize(timesteps.to(marks.dtype), marks, right=True)
 
 
-def _to_device(tensor: torch.Tensor, device: torch.device | str | None) -> torch.Tensor:
+def _to_device(tensor: Tensor, device: torch.device | str | None) -> Tensor:
     if device is None:
         return tensor
     # CUDA stages what is not pinned before the call returns, so that not waiting is safe there.
@@ -235,7 +263,7 @@ def _checked_boundaries(boundaries: Sequence[int]) -> tuple[int, ...]:
     return edges
 
 
-def _checked_grid(timesteps: Sequence[float] | torch.Tensor, num_timesteps: int) -> tuple[float, ...] | None:
+def _checked_grid(timesteps: Sequence[float] | Tensor, num_timesteps: int) -> tuple[float, ...] | None:
     """The grid as float32 numbers, or None for 0, 1, ..., T - 1."""
     grid = torch.as_tensor(timesteps, dtype=torch.float32, device="cpu")
     if grid.shape != (num_timesteps,):
@@ -246,3 +274,27 @@ def _checked_grid(timesteps: Sequence[float] | torch.Tensor, num_timesteps: int)
     if not (grid.isfinite().all() and (grid.diff() > 0).all()):
         raise ValueError("`timesteps` must be finite and strictly increasing, in ascending noise level.")
     return None if is_discrete(grid) else tuple(grid.tolist())
+
+
+def _checked_weights(name: str, weights: Tensor | Sequence[float] | None, length: int) -> Tensor:
+    """The weights as float64 `(length,)` on the CPU; ones by default."""
+    if weights is None:
+        return torch.ones(length, dtype=torch.float64, device="cpu")
+    weights = torch.as_tensor(weights, dtype=torch.float64, device="cpu")
+    if weights.shape != (length,):
+        raise ValueError(f"`{name}` must have the shape ({length},), got {tuple(weights.shape)}.")
+    valid = weights.isfinite() & (weights >= 0)
+    if not valid.all():
+        index = int((~valid).nonzero()[0])
+        raise ValueError(f"`{name}` must be finite and >= 0, got {float(weights[index])} at index {index}.")
+    return weights
+
+
+def _check_generator(generator: torch.Generator | None, num_processes: int) -> None:
+    if generator is None and num_processes > 1:
+        raise ValueError(
+            f"`generator` must be given when {num_processes} processes share a batch: pass each of them a "
+            "`torch.Generator` of the same seed."
+        )
+    if generator is not None and generator.device.type != "cpu":
+        raise ValueError(f"`generator` must be on the CPU, so that all devices draw alike, got {generator.device}.")

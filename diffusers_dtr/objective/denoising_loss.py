@@ -40,12 +40,11 @@ class DenoisingLoss:
     Args:
         noise_scheduler: The scheduler whose `add_noise` or `scale_noise` the training uses.
         weighting: How squared errors are weighted by noise level: a name ("constant", "min_snr", "soft_min_snr",
-            "p2", "debiased", "edm", "logit_normal"), an object such as
-            [`MinSNR(gamma=5.0)`][diffusers_dtr.objective.MinSNR], or any function of `(levels, timesteps)` that
-            returns `(B,)` weights.
+            "p2", "debiased", "edm", "logit_normal"), an object such as `MinSNR(gamma=5.0)`, or any function of
+            `(levels, timesteps)` that returns `(B,)` weights.
 
     Attributes:
-        levels: The [`~diffusers_dtr.noise_levels.NoiseLevels`] of the scheduler, for noisy samples and model inputs.
+        levels: The [`NoiseLevels`] of the scheduler, for noisy samples and model inputs.
         weighting: The function that weights.
 
     Raises:
@@ -64,11 +63,7 @@ class DenoisingLoss:
         tensor([0.0110, 1.0000])
     """
 
-    def __init__(
-        self,
-        noise_scheduler: SchedulerMixin,
-        weighting: str | Weighting = "constant",
-    ):
+    def __init__(self, noise_scheduler: SchedulerMixin, weighting: str | Weighting = "constant"):
         self.levels = NoiseLevels(noise_scheduler)
         self.weighting = make_weighting(weighting)
         if isinstance(self.weighting, LogitNormal):
@@ -82,9 +77,6 @@ class DenoisingLoss:
             clean: Clean samples `(B, C, ...)`.
             noise: The noise that was added to them, in the same shape.
             timesteps: `(B,)`, as the denoiser was called with.
-
-        Returns:
-            The loss, and what it is made of per sample.
 
         Raises:
             ValueError: If the shapes do not fit together, or variance values meet a scheduler without betas.
@@ -123,18 +115,8 @@ class DenoisingLoss:
     ) -> DenoisingLossOutput:
         """Loss of a denoiser on a batch: the samples are noised, scaled, denoised and compared.
 
-        Args:
-            model: Called as `model(model_input, timestep=timesteps, **conditions, return_dict=False)[0]`.
-            clean: Clean samples `(B, C, ...)`.
-            noise: Standard normal noise of the same shape.
-            timesteps: `(B,)`, of the type that the denoiser is called with.
-            conditions: What else the denoiser is called with, by argument name.
-
-        Returns:
-            The loss, and what it is made of per sample.
-
-        Raises:
-            ValueError: As a call of the loss, for what the model returns.
+        The denoiser is called as `model(model_input, timestep=timesteps, **conditions, return_dict=False)[0]`; the
+        other arguments and errors are those of a call of the loss.
         """
         noisy = self.levels.add_noise(clean, noise, timesteps)
         model_input = self.levels.model_input(noisy, timesteps)

@@ -1,14 +1,9 @@
-"""Gradient balancing: clusters weighed by how their gradients agree. The weightings are torchjd's.
-
-This is what torchjd leaves to its users: the Gramian of the clusters' gradients across processes and under loss
-scaling, one set of weights for all processes, solving only every few steps, and saving what weightings remember.
-"""
+"""Gradient balancing: clusters weighed by how their gradients agree. The weightings are torchjd's."""
 
 from __future__ import annotations
 
 import warnings
 from functools import reduce
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,18 +48,16 @@ class GradientBalancer(Balancing):
 
     * **Several processes**: $g_i$ are the gradients of the global batch, so one step on N processes equals the step
       on one. Each process adds up an N-th of every gradient. All of them have to call the loss in the same steps.
-    * **Gradient accumulation**: weights are of the current micro-batch. With `update_every` set to the number of
-      micro-batches in an optimizer step, or a multiple of it, all of them are weighed alike.
-    * **Mixed precision**: with `scaler`, gradients are computed of scaled losses, as they are in training, and the
-      Gramian of unscaled ones. A Gramian that overflowed leaves the weights as they were; the scaler skips that step.
+    * **Gradient accumulation**: weights are of the current micro-batch. With `update_every` a multiple of the
+      micro-batches in an optimizer step, all of them are weighed alike.
+    * **Mixed precision**: with `scaler`, gradients are of scaled losses, as in training, and the Gramian of unscaled
+      ones. A Gramian that overflowed leaves the weights as they were; the scaler skips that step.
     * **Clusters without samples** in the global batch have no gradient to balance: that step leaves all weights as
       they were, and warns. `TimestepClusters.sample` draws from every cluster if the global batch has k samples.
-    * **Memory**: with P parameters in `module` and N processes, 4·k·P/N bytes for the gradients (float32), once P for
-      the current one, and with N > 1 once more for sending it, while the graph of the forward pass is kept.
-    * **Time**: k backward passes per update, besides the usual one. The host waits for the device once per update.
-
-    A part of the denoiser for `module`, such as its last block, makes updates cheaper in both: the Gramian is then of
-    the gradients in this part, while all of the denoiser is trained.
+    * **Cost** of an update: k backward passes, one wait for the device, and with P parameters in `module` and N
+      processes 4·k·P/N bytes for the gradients (float32), once P for the current one, and with N > 1 once more for
+      sending it. A part of the denoiser for `module`, such as its last block, makes it cheaper: the Gramian is then
+      of the gradients in this part, while all of the denoiser is trained.
 
     Weights are torchjd's as they are: PCGrad's are 1 where no gradients conflict, MGDA's sum to 1, and NashMTL's are
     scaled down where the update's norm would exceed 1. In evaluation mode, and without gradients, the last weights are
@@ -72,8 +65,8 @@ class GradientBalancer(Balancing):
     `torch._functorch.config.donated_buffer = False`, since their graph is used repeatedly.
 
     Args:
-        module: Module whose trainable parameters the gradients are taken of: the denoiser, before or after
-            `accelerator.prepare`, or a part of it. Their values are not touched.
+        module: The denoiser, before or after `accelerator.prepare`, or a part of it: the gradients are those of its
+            trainable parameters.
         weighting: "pcgrad" (arXiv 2001.06782), "nash_mtl" (arXiv 2202.01017), "aligned_mtl" (arXiv 2305.19000),
             "imtl_g" (Liu et al., ICLR 2021), "mgda" (arXiv 1810.04650); or an instance of a torchjd weighting or
             weighted aggregator, if it is a function of the Gramian.
@@ -98,10 +91,6 @@ class GradientBalancer(Balancing):
         >>> clusters = cluster_timesteps(scheduler, num_clusters=4)
         >>> balancer = GradientBalancer(denoiser, "pcgrad", num_clusters=4)
         >>> loss_fn = ClusteredLoss(scheduler, clusters, balancing=balancer)
-        >>> clean, noise = torch.zeros(8, 3, 8, 8), torch.ones(8, 3, 8, 8)
-        >>> timesteps = clusters.sample(8, generator=torch.Generator().manual_seed(0))
-        >>> noisy = loss_fn.levels.add_noise(clean, noise, timesteps)
-        >>> loss_fn(denoiser(noisy), clean, noise, timesteps).loss.backward()
     """
 
     weights: Tensor
@@ -133,7 +122,7 @@ class GradientBalancer(Balancing):
         self.register_load_state_dict_pre_hook(_load)
 
     def forward(self, losses: ClusterLosses) -> Tensor:
-        """The weighted contributions of the clusters; see [`Balancing`]."""
+        """See [`Balancing`]."""
         if self.training and torch.is_grad_enabled():
             if self._step % self.update_every == 0:
                 self._update(losses.contributions)
@@ -141,7 +130,7 @@ class GradientBalancer(Balancing):
         return (self.weights * losses.contributions).sum()
 
     def cluster_weights(self, log_snr: Tensor) -> Tensor:
-        """The weights of the latest update; see [`Balancing`]."""
+        """See [`Balancing`]."""
         return self.weights.clone()
 
     def _update(self, contributions: Tensor) -> None:
@@ -224,50 +213,41 @@ def _check_not_sharded(module: nn.Module, parameters: list[nn.Parameter]) -> Non
         )
 
 
-def _torchjd() -> ModuleType:
+def _weighting_of_gramian(weighting: str | Weighting | WeightedAggregator, num_clusters: int) -> Weighting:
+    """The torchjd weighting from a `(k, k)` Gramian to `(k,)` weights, by its name or from an instance."""
     require("torchjd", "balancing", "Gradient balancings")
     from torchjd import aggregation
 
-    return aggregation
-
-
-def _weighting_of_gramian(weighting: str | Weighting | WeightedAggregator, num_clusters: int) -> Weighting:
-    """The torchjd weighting from a `(k, k)` Gramian to `(k,)` weights, by its name or from an instance."""
-    torchjd = _torchjd()
     if isinstance(weighting, str):
-        weighting = _named_weighting(weighting, num_clusters)
-    if isinstance(weighting, torchjd.GramianWeightedAggregator):
+        if weighting not in GRADIENT_BALANCINGS:
+            raise ValueError(
+                f"`weighting` must be one of {', '.join(GRADIENT_BALANCINGS)}, or an instance of a torchjd weighting, "
+                f"got {weighting!r}."
+            )
+        arguments = (num_clusters,) if weighting == "nash_mtl" else ()
+        try:
+            weighting = getattr(aggregation, GRADIENT_BALANCINGS[weighting])(*arguments)
+        except ImportError as error:
+            raise ImportError(
+                f'`weighting="{weighting}"` needs an extra of torchjd: pip install "diffusers-dtr[balancing]".'
+            ) from error
+    if isinstance(weighting, aggregation.GramianWeightedAggregator):
         weighting = weighting.gramian_weighting
-    elif isinstance(weighting, torchjd.WeightedAggregator):
+    elif isinstance(weighting, aggregation.WeightedAggregator):
         # Its weighting wants the gradients, but any matrix with their Gramian leads to the same weights.
         weighting = weighting.weighting << _square_root
-    if not isinstance(weighting, torchjd.Weighting):
+    if not isinstance(weighting, aggregation.Weighting):
         raise TypeError(
             "`weighting` must be a name, or a weighting or weighted aggregator of torchjd.aggregation, "
             f"got {type(weighting).__name__}."
         )
-    for part in weighting.modules():
-        if _is_stateful(part) and type(part).__name__ not in _MEMORY:
+    for part in _stateful_parts(weighting):
+        if type(part).__name__ not in _MEMORY:
             raise TypeError(
                 "`weighting` must be a function of the Gramian, without state that cannot be saved, got "
                 f"{type(part).__name__}."
             )
     return weighting
-
-
-def _named_weighting(name: str, num_clusters: int) -> WeightedAggregator:
-    if name not in GRADIENT_BALANCINGS:
-        raise ValueError(
-            f"`weighting` must be one of {', '.join(GRADIENT_BALANCINGS)}, or an instance of a torchjd weighting, "
-            f"got {name!r}."
-        )
-    arguments = (num_clusters,) if name == "nash_mtl" else ()
-    try:
-        return getattr(_torchjd(), GRADIENT_BALANCINGS[name])(*arguments)
-    except ImportError as error:
-        raise ImportError(
-            f'`weighting="{name}"` needs an extra of torchjd: pip install "diffusers-dtr[balancing]".'
-        ) from error
 
 
 def _square_root(gramian: Tensor) -> Tensor:
@@ -276,10 +256,10 @@ def _square_root(gramian: Tensor) -> Tensor:
     return eigenvectors * eigenvalues.clamp(min=0).sqrt()
 
 
-def _is_stateful(part: nn.Module) -> bool:
+def _stateful_parts(weighting: nn.Module) -> list[nn.Module]:
     from torchjd import Stateful
 
-    return isinstance(part, Stateful)
+    return [part for part in weighting.modules() if isinstance(part, Stateful)]
 
 
 def _save(balancer: GradientBalancer, state_dict: dict[str, Any], prefix: str, local_metadata: dict) -> None:
@@ -290,16 +270,9 @@ def _save(balancer: GradientBalancer, state_dict: dict[str, Any], prefix: str, l
             state_dict[f"{prefix}memory.{name}"] = torch.as_tensor(getattr(part, attribute)).clone()
 
 
-def _load(
-    balancer: GradientBalancer,
-    state_dict: dict[str, Any],
-    prefix: str,
-    local_metadata: dict,
-    strict: bool,
-    *keys: list,
-) -> None:
+def _load(balancer: GradientBalancer, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
     """The hook that reads what `_save` wrote. Keys that it leaves in the state dict are reported as unexpected."""
-    missing, _, _ = keys
+    _, _, missing, *_ = arguments
     if f"{prefix}step" not in state_dict:
         missing.append(f"{prefix}step")
         return
@@ -308,9 +281,8 @@ def _load(
     saved = {
         name: state_dict.pop(f"{prefix}memory.{name}") for name in memory if f"{prefix}memory.{name}" in state_dict
     }
-    for part in balancer._weighting[0].modules():
-        if _is_stateful(part):
-            part.reset()
+    for part in _stateful_parts(balancer._weighting[0]):
+        part.reset()
     if saved:
         # A weighting prepares its state in its first call, and would do so over whatever was put there before.
         balancer._solve(torch.eye(balancer.num_clusters, dtype=torch.float64, device="cpu"))

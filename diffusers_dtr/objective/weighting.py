@@ -1,11 +1,11 @@
 """Weighting: how much one sample's squared error counts, given its noise level.
 
-A weighting is a function of `(levels, timesteps)` that returns `(B,)` weights: one of those below, or your own.
+A weighting is a function of `(levels, timesteps)` that returns `(B,)` weights: finite at every noise level,
+non-negative, and float64.
 
 Papers state a weight for one prediction type. It is converted to the scheduler's: a squared error of the output is,
 for instance, one of the clean sample that is 1/SNR (epsilon) or 1/(SNR + 1) times (v_prediction) as large. Where SNR 0
-would make a weight infinite ([`debiased`] and [`edm`] for predicted noise), it counts as 2⁻²⁴, the value with which
-diffusers solves for the clean sample. Weights are finite at every noise level, non-negative, and float64.
+would make a weight infinite ([`debiased`] and [`edm`] for predicted noise), it counts as 2⁻²⁴, as in diffusers.
 """
 
 from __future__ import annotations
@@ -82,13 +82,9 @@ class LogitNormal:
     r"""The logit-normal distribution of timesteps (SD3, arXiv 2403.03206, Eq. 19), to weight by or to draw from.
 
     As in the paper, u in (0, 1) is the time before the schedule's shift (Eq. 23), which is σ where there is none, and
-    logit(u) is normal: a positive mean favours noisy timesteps. Uniformly drawn timesteps that are weighted by its
-    density give the loss the expectation it has for timesteps drawn from it, whatever the shift. (diffusers' scripts
-    count u from the other end: their `logit_mean` is the negative of this mean.)
-
-    Args:
-        mean: Location of logit(u), finite.
-        std: Scale of logit(u), > 0.
+    logit(u) is normal, of a finite mean and a std > 0: a positive mean favours noisy timesteps. Uniformly drawn
+    timesteps that are weighted by its density give the loss the expectation it has for timesteps drawn from it,
+    whatever the shift. (diffusers' scripts count u from the other end: their `logit_mean` is the negative of this.)
     """
 
     mean: float = 0.0
@@ -99,11 +95,7 @@ class LogitNormal:
         POSITIVE.check(std=self.std)
 
     def __call__(self, levels: NoiseLevels, timesteps: Tensor) -> Tensor:
-        """Density of u, `(B,)`.
-
-        Raises:
-            ValueError: For a prediction type other than flow.
-        """
+        """Density of u, `(B,)`; a ValueError for a prediction type other than flow."""
         if levels.prediction_type != "flow":
             raise ValueError(
                 f'`weighting="logit_normal"` is defined for flow prediction, got "{levels.prediction_type}": '
@@ -118,16 +110,9 @@ class LogitNormal:
         return log_density.exp() / (self.std * math.sqrt(2 * math.pi))
 
     def probabilities(self, num_timesteps: int) -> Tensor:
-        r"""Probability of each training timestep: the $\lfloor uT \rfloor$-th of the grid in ascending noise level.
+        r"""Probability of each of T >= 1 training timesteps: the $\lfloor uT \rfloor$-th in ascending noise level.
 
-        Args:
-            num_timesteps: T, >= 1.
-
-        Returns:
-            float64 tensor `(T,)` on the CPU, positive, of sum 1.
-
-        Raises:
-            ValueError: For a T out of range.
+        Positive float64 `(T,)` on the CPU, of sum 1.
         """
         COUNT.check(num_timesteps=num_timesteps)
         edges = torch.arange(num_timesteps + 1, dtype=torch.float64, device="cpu") / num_timesteps

@@ -40,6 +40,7 @@ def test_uncertainty_weighted_loss_equals_that_of_the_authors(schedule):
     loss_fn.balancing.load_state_dict({"log_variance": reference["uw.log_variance"]})
     out = loss_fn(*(reference[name] for name in ("model_output", "clean", "noise", "timesteps")))
     assert out.counts.tolist() == [2] * 8
+    torch.testing.assert_close(out.per_sample, out.mse + out.variational_bound)
     torch.testing.assert_close(out.loss, reference["uw.loss"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(out.per_cluster, reference["constant.loss"].reshape(8, 2).mean(1), rtol=1e-5, atol=1e-5)
 
@@ -56,13 +57,6 @@ def test_uniform_balancing_of_stratified_timesteps_is_the_plain_mean_and_learns_
     assert out.loss.requires_grad
     assert not out.per_cluster.requires_grad  # what is logged keeps no graph
     assert loss_fn.parameter_groups() == []
-
-
-def test_variational_bounds_are_part_of_the_loss_and_shown_apart():
-    clean, noise, variance, timesteps = batch([3, 400, 800, 990])
-    out = clustered_loss()(torch.cat([noise, variance], 1), clean, noise, timesteps)
-    assert out.variational_bound.shape == (4,)
-    torch.testing.assert_close(out.per_sample, out.mse + out.variational_bound)
 
 
 @pytest.mark.parametrize("balancing", ["uniform", "uncertainty", "continuous_uncertainty"])
@@ -166,6 +160,8 @@ def test_clusters_of_other_timesteps_are_refused(scheduler, clusters):
 def test_balancing_must_be_a_balancing_of_as_many_clusters():
     with pytest.raises(ValueError, match="`balancing` must be for the 4 clusters of `clusters`, got one for 5"):
         clustered_loss(balancing=UncertaintyWeighting(5))
+    with pytest.raises(ValueError, match=r"`balancing` must be one of uniform, uncertainty, .* got 'pcgrad'"):
+        clustered_loss(balancing="pcgrad")
     with pytest.raises(TypeError, match="`balancing` must be a name or a Balancing, got Linear"):
         clustered_loss(balancing=nn.Linear(1, 1))
 

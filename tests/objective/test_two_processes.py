@@ -20,15 +20,8 @@ def pair():
 @pytest.mark.parametrize(
     "settings",
     [
-        ("uniform",),
-        ("uncertainty",),
-        ("uncertainty", 1, 2),
-        ("uncertainty", 1, 1, True),
-        ("continuous_uncertainty",),
-        ("own",),
-        ("pcgrad",),
-        ("nash_mtl",),
-        ("pcgrad", 2, 2),
+        *(("uniform",), ("uncertainty", 1, 2), ("uncertainty", 1, 1, True), ("continuous_uncertainty",)),
+        *(("own",), ("nash_mtl",), ("pcgrad", 2, 2)),
     ],
     ids=str,
 )
