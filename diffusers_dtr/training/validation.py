@@ -21,6 +21,7 @@ from ..objective.clustering import cluster_timesteps
 from ..objective.clusters import TimestepClusters
 from ..user_errors import USER_ERRORS
 from .config import TrainingConfig
+from .data.loading import TrainingData, held_out_samples
 from .randomness import derive_seed
 from .run.losses import MeanLosses
 
@@ -78,15 +79,6 @@ class HeldOutLoss:
         grid = levels.timesteps
         self.timesteps = levels.as_called(grid[(places * len(grid)).long()])
 
-    @classmethod
-    def by_eighths(
-        cls, noise_scheduler: SchedulerMixin, clean: torch.Tensor, batch: dict[str, torch.Tensor | list]
-    ) -> HeldOutLoss:
-        """The loss that runs report, over every eighth of the timesteps."""
-        eighths = cluster_timesteps(noise_scheduler, num_clusters=8, cost="uniform")
-        evaluations_per_image = math.ceil(len(eighths) / len(clean))
-        return cls(NoiseLevels(noise_scheduler), eighths, clean, batch, evaluations_per_image)
-
     def describe(self) -> dict[str, int | str]:
         """The settings of this evaluation, for a record."""
         return {
@@ -114,10 +106,9 @@ class HeldOutLoss:
             cluster = self.clusters.assign(timesteps)
             totals[0].index_add_(0, cluster, losses.double())
             totals[1].index_add_(0, cluster, torch.ones_like(losses, dtype=torch.float64))
-        sums, counts = accelerator.reduce(totals, "sum").cpu()
-        return MeanLosses((sums.sum() / counts.sum()).item(), tuple((sums / counts).tolist()))
+        return MeanLosses.of(accelerator.reduce(totals, "sum"))
 
-    def try_out(self, denoise: Callable, device: torch.device) -> None:
+    def try_out(self, denoise: Callable[..., torch.Tensor], device: torch.device) -> None:
         """Measure one sample, to see that nothing fails."""
         self._losses(denoise, torch.arange(1), self.timesteps[:1].to(device), device)
 
@@ -137,6 +128,18 @@ class HeldOutLoss:
         return torch.randn(*shape, generator=generator)
 
 
+def build_held_out_loss(
+    config: TrainingConfig, data: TrainingData, noise_scheduler: SchedulerMixin, device: torch.device
+) -> HeldOutLoss | None:
+    """The loss that a run reports, over every eighth of the timesteps; None without held-out images."""
+    if data.held_out is None:
+        return None
+    num_images, batch_size = config.validation.max_held_out_images, config.run.train_batch_size
+    clean, batch = held_out_samples(data.held_out, data.vae, num_images, batch_size, device)
+    eighths = cluster_timesteps(noise_scheduler, num_clusters=8, cost="uniform")
+    return HeldOutLoss(NoiseLevels(noise_scheduler), eighths, clean, batch, math.ceil(len(eighths) / len(clean)))
+
+
 @contextmanager
 def forward_once(model: torch.nn.Module) -> Iterator[None]:
     """Let a model compute inputs of each shape once, and answer later ones of that shape with the same output.
@@ -147,11 +150,10 @@ def forward_once(model: torch.nn.Module) -> Iterator[None]:
     own, forward = vars(model).get("forward"), model.forward
 
     def remembering(*args: Any, **kwargs: Any) -> Any:
-        inputs = {**dict(enumerate(args)), **kwargs}
+        inputs = {**dict(enumerate(args)), **kwargs}.items()
         # Tensors by their shape; of the rest, flags such as `return_dict` alone say what comes out
         key = tuple(
-            (name, value if isinstance(value, bool) else getattr(value, "shape", None))
-            for name, value in inputs.items()
+            (name, value if isinstance(value, bool) else getattr(value, "shape", None)) for name, value in inputs
         )
         if key not in outputs:
             outputs[key] = forward(*args, **kwargs)
@@ -161,9 +163,8 @@ def forward_once(model: torch.nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        if own is None:
-            del model.forward
-        else:
+        del model.forward
+        if own is not None:
             model.forward = own
 
 
@@ -192,12 +193,10 @@ def try_sampling(sample: Callable[[], list[Image.Image]], config: TrainingConfig
 
 def save_sample_grid(images: list[Image.Image], columns: int, path: str | Path) -> Image.Image:
     """Write images of equal size as one picture, row by row; the last row is filled up with black."""
-    columns = min(columns, len(images))
-    missing = -len(images) % columns
-    images = images + [Image.new(images[0].mode, images[0].size) for _ in range(missing)]
+    black = Image.new(images[0].mode, images[0].size)
+    images = images + [black] * (-len(images) % columns)
     grid = make_image_grid(images, rows=len(images) // columns, cols=columns)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     grid.save(path)
     return grid
 

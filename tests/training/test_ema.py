@@ -3,7 +3,7 @@ import torch
 from diffusers.training_utils import EMAModel
 
 from diffusers_dtr import DTRTransformer2DModel
-from diffusers_dtr.training.ema import averaged_weights, load_average
+from diffusers_dtr.training.ema import averaged_weights
 
 
 def make_model(seed: int = 0) -> DTRTransformer2DModel:
@@ -49,30 +49,3 @@ def test_model_has_its_average_for_a_while_and_its_own_weights_again_after_an_er
     assert_same(seen, ema.shadow_params)
     assert not torch.equal(seen[0], own[0])
     assert_same(model.parameters(), own)
-
-
-def test_average_goes_on_after_loading_as_if_it_had_never_stopped():
-    options = {"decay": 0.99, "use_ema_warmup": True, "inv_gamma": 2.0, "power": 0.6, "min_decay": 0.1}
-    model = make_model()
-    ema = make_ema(model, **options)
-    for _ in range(3):
-        train(model, ema)
-    weights = {
-        name: weight.clone() for (name, _), weight in zip(model.named_parameters(), ema.shadow_params, strict=True)
-    }
-    loaded = make_ema(make_model(1), **options)
-    load_average(loaded, model, weights, 3)
-    assert_same(loaded.shadow_params, ema.shadow_params)
-    before = copies(model.parameters())
-    train(model, ema)
-    with torch.no_grad():
-        for parameter, value in zip(model.parameters(), before, strict=True):
-            parameter.copy_(value)
-    train(model, loaded)
-    assert_same(loaded.shadow_params, ema.shadow_params)
-
-
-def test_average_of_another_model_is_refused():
-    model = make_model()
-    with pytest.raises(ValueError, match="must be of this model, got those of another"):
-        load_average(make_ema(model), model, {"other": torch.zeros(1)}, 1)

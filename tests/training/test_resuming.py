@@ -116,7 +116,8 @@ def test_images_that_are_not_files_are_compared_by_number():
 
 def test_what_balancing_has_learned_cannot_go_on_with_other_clusters():
     with pytest.raises(
-        ValueError, match=r"`--num_clusters` was 8 and is 4 now: .* made with or start .* in another `--output_dir`\.$"
+        ValueError,
+        match=r"`--num_clusters` was 8 and is 4 now: .* made with, or start .* in another `--output_dir`\.$",
     ):
         go_on(settings(), settings({"num_clusters": 4}), allow=True)
 

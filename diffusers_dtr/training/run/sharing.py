@@ -83,7 +83,7 @@ class BackgroundPush:
         with self._changed:
             overtaken, self._waiting = self._waiting, (step, snapshot)
             self._changed.notify_all()
-        if overtaken is not None:
+        if overtaken:
             self.report.superseded.append(overtaken[0])
             shutil.rmtree(overtaken[1], ignore_errors=True)
 
@@ -95,9 +95,8 @@ class BackgroundPush:
         self._thread.join(timeout)
         with self._changed:
             current, waiting, self._waiting = self._current, self._waiting, None
-        for step in [current, waiting and waiting[0]]:
-            if step is not None:
-                self._fail(step, f"not done within {timeout:g} s")
+        for step in filter(None, [current, waiting and waiting[0]]):
+            self._fail(step, f"not done within {timeout:g} s")
         if current is None:
             shutil.rmtree(self._snapshots, ignore_errors=True)
         return self.report
@@ -155,21 +154,7 @@ def start_background_push(config: HubConfig, output_dir: Path) -> BackgroundPush
     """What pushes checkpoints while training goes on, or None where they are not to be pushed."""
     if not config.push_to_hub or config.hub_strategy != "checkpoint":
         return None
-    return BackgroundPush(
-        output_dir, config.hub_model_id, config.hub_token, config.hub_private_repo, revision=config.hub_revision
-    )
-
-
-def published_card(config: HubConfig, output_dir: Path) -> tuple[str, str | None]:
-    """The name of a run's repository, and its card as it may have been edited there."""
-    repo_id = retry(
-        lambda: create_run_repo(output_dir, config.hub_model_id, config.hub_token, config.hub_private_repo),
-        "Looking for the repository",
-    )
-    card = retry(
-        lambda: fetch_card(repo_id, token=config.hub_token, revision=config.hub_revision), "Reading the model card"
-    )
-    return repo_id, card
+    return BackgroundPush(output_dir, *_repository(config), revision=config.hub_revision)
 
 
 def rehearse_sharing(config: HubConfig, output_dir: Path, record: dict[str, Any]) -> None:
@@ -178,23 +163,26 @@ def rehearse_sharing(config: HubConfig, output_dir: Path, record: dict[str, Any]
         save_record(record, folder)
         build_model_card(folder, repo_id=config.hub_model_id)
     if config.push_to_hub:
-        published_card(config, output_dir)
+        _published_card(config, output_dir)
 
 
 def push_result(config: HubConfig, output_dir: Path, background_push: BackgroundPush | None) -> None:
     """Push a finished run, with a card that keeps what was edited on the Hub."""
     if background_push is not None:
-        report = background_push.finish()
-        logger.info(f"Checkpoints on the Hub: {report}")
-    repo_id, published = published_card(config, output_dir)
+        logger.info(f"Checkpoints on the Hub: {background_push.finish()}")
+    repo_id, published = _published_card(config, output_dir)
     save_model_card(output_dir, repo_id=repo_id, published=published)
-    url = push_run(
-        output_dir,
-        repo_id,
-        config.hub_token,
-        config.hub_private_repo,
-        "End of training",
-        revision=config.hub_revision,
-        create_pr=config.hub_create_pr,
-    )
+    where = {"revision": config.hub_revision, "create_pr": config.hub_create_pr}
+    url = push_run(output_dir, repo_id, config.hub_token, config.hub_private_repo, "End of training", **where)
     logger.info(f"Pushed to {url}")
+
+
+def _published_card(config: HubConfig, output_dir: Path) -> tuple[str, str | None]:
+    """The name of a run's repository, and its card as it may have been edited there."""
+    where = {"token": config.hub_token, "revision": config.hub_revision}
+    repo_id = retry(lambda: create_run_repo(output_dir, *_repository(config)), "Looking for the repository")
+    return repo_id, retry(lambda: fetch_card(repo_id, **where), "Reading the model card")
+
+
+def _repository(config: HubConfig) -> tuple[str | None, str | None, bool | None]:
+    return config.hub_model_id, config.hub_token, config.hub_private_repo
