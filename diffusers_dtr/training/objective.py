@@ -80,14 +80,10 @@ class Objective:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """All that balancing and sampling have learned and counted, for an exact resume, as safetensors takes it."""
-        parts = {"loss_fn": self.loss_fn.state_dict()}
-        if self.sampler is not None:
-            parts["sampler"] = self.sampler.state_dict()
-        return {
-            f"{part}.{name}": torch.as_tensor(value).contiguous()
-            for part, state in parts.items()
-            for name, value in state.items()
-        }
+        sampler = {} if self.sampler is None else self.sampler.state_dict()
+        state = {f"loss_fn.{name}": value for name, value in self.loss_fn.state_dict().items()}
+        state |= {f"sampler.{name}": value for name, value in sampler.items()}
+        return {name: torch.as_tensor(value).contiguous() for name, value in state.items()}
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
         """Restore what `state_dict` returned; a `ValueError` if clusters, balancing or sampling are others."""
@@ -106,56 +102,40 @@ class Objective:
                 {name: value.tolist() if name == "boundaries" else value for name, value in sampler.items()}
             )
 
-    def describe(self) -> dict:
-        """The clusters for the run's record."""
-        return {"num_clusters": len(self.clusters), **self.clusters.to_dict()}
-
 
 def build_objective(
     config: TrainingConfig, noise_scheduler: SchedulerMixin, model: torch.nn.Module, accelerator: Accelerator
 ) -> Objective:
     """Clusters, loss and sampling of a run."""
-    levels = NoiseLevels(noise_scheduler)
-    if config.objective.loss_weighting == "logit_normal" and levels.prediction_type != "flow":
+    levels, options = NoiseLevels(noise_scheduler), config.objective
+    if options.loss_weighting == "logit_normal" and levels.prediction_type != "flow":
         raise ValueError(
             f"`--loss_weighting logit_normal` is for flow matching, got {levels.prediction_type} prediction: use "
             "another one, such as min_snr."
         )
-    cost = config.objective.cluster_cost
+    cost = options.cluster_cost
     if cost == "affinity":
-        cost = load_task_affinity(config.objective.affinity_path, levels)
-    clusters = cluster_timesteps(noise_scheduler, config.objective.num_clusters, cost)
-    weighting = WEIGHTINGS[config.objective.loss_weighting]
-    if config.objective.snr_gamma is not None:
-        weighting = replace(weighting, gamma=config.objective.snr_gamma)
-    loss_fn = ClusteredLoss(
-        noise_scheduler,
-        clusters,
-        weighting,
-        _balancing(config, model, accelerator),
-    ).to(accelerator.device)
-    sampling = config.objective.timestep_sampling or (
-        "uniform" if config.objective.balancing == "uniform" else "clusters"
-    )
+        cost = load_task_affinity(options.affinity_path, levels)
+    clusters = cluster_timesteps(noise_scheduler, options.num_clusters, cost)
+    weighting = WEIGHTINGS[options.loss_weighting]
+    if options.snr_gamma is not None:
+        weighting = replace(weighting, gamma=options.snr_gamma)
+    loss_fn = ClusteredLoss(noise_scheduler, clusters, weighting, _balancing(config, model, accelerator))
+    sampling = options.timestep_sampling or ("uniform" if options.balancing == "uniform" else "clusters")
     sampler = None
     if sampling in ("loss", "variance"):
         sampler = AdaptiveTimestepSampler(clusters, statistic="second_moment" if sampling == "loss" else "variance")
-    shares, importance = _distribution(config.objective, sampling, clusters)
+    shares, importance = _distribution(options, sampling, clusters)
+    settings = {f"--{name}": getattr(options, name) for name in ("num_clusters", "cluster_cost", "balancing")}
     return Objective(
         clusters,
-        loss_fn,
+        loss_fn.to(accelerator.device),
         sampler,
         shares=shares,
         importance=importance,
         # Gradients are compared within a forward call, which should then have samples of every cluster.
-        parts_per_draw=None if config.objective.balancing in BALANCINGS else accelerator.num_processes,
-        settings={
-            "--num_clusters": config.objective.num_clusters,
-            "--cluster_cost": config.objective.cluster_cost,
-            "--balancing": config.objective.balancing,
-            "--timestep_sampling": sampling,
-            "cluster boundaries": list(clusters.boundaries),
-        },
+        parts_per_draw=None if options.balancing in BALANCINGS else accelerator.num_processes,
+        settings={**settings, "--timestep_sampling": sampling, "cluster boundaries": list(clusters.boundaries)},
     )
 
 

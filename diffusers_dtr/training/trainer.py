@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import signal
 import sys
 import time
@@ -95,14 +94,9 @@ class Trainer:
         self.ema = build_ema(config.ema, model, accelerator.device) if config.ema.use_ema else None
         self.held_out_loss = build_held_out_loss(config, data, self.noise_scheduler, accelerator.device)
         self.denoiser, self.optimizer = self._prepare()
+        limit = config.run.checkpoints_total_limit
         self.checkpoints = Checkpoints(
-            accelerator,
-            self.output_dir,
-            self.pipeline.denoiser,
-            model,
-            self.ema,
-            config.run.checkpoints_total_limit,
-            self.objective,
+            accelerator, self.output_dir, self.pipeline.denoiser, model, self.ema, limit, self.objective
         )
         self.state = self._resume()
         self.lr_scheduler = build_lr_scheduler(
@@ -182,10 +176,10 @@ class Trainer:
         self.model.set_routing_beta(beta)
 
     def _after_step(self, progress_bar: tqdm, stopping: bool) -> None:
-        step = self.global_step
+        step, run = self.global_step, self.config.run
         last = step == self.max_train_steps or stopping
-        checkpoint_due = step % self.config.run.checkpointing_steps == 0 or last
-        if step % self.config.run.logging_steps == 0 or checkpoint_due:
+        checkpoint_due = step % run.checkpointing_steps == 0 or last
+        if step % run.logging_steps == 0 or checkpoint_due:
             self._log(progress_bar)
         if checkpoint_due:
             self.state.seconds = self._seconds
@@ -208,10 +202,10 @@ class Trainer:
             self.history.append(self.global_step, losses, weights)
 
     def _validation_due(self) -> bool:
-        config, step = self.config, self.global_step
-        if config.validation.validation_epochs is not None:
-            return ends_epochs(step, self.images_per_step, self.num_images * config.validation.validation_epochs)
-        return config.validation.validation_steps is not None and step % config.validation.validation_steps == 0
+        options, step = self.config.validation, self.global_step
+        if options.validation_epochs is not None:
+            return ends_epochs(step, self.images_per_step, self.num_images * options.validation_epochs)
+        return options.validation_steps is not None and step % options.validation_steps == 0
 
     def validate(self) -> dict[str, float]:
         """Measure the held-out loss and draw a sample grid, for the tracker and as a PNG; all processes must call it.
@@ -226,9 +220,7 @@ class Trainer:
             values = losses.values("validation_loss", "eighth")
             logger.info(f"Step {step}: held-out loss {losses.mean:.5f}")
         if accelerator.is_main_process:
-            images = self._sample()
-            columns = math.isqrt(len(images) - 1) + 1
-            grid = save_sample_grid(images, columns, self.output_dir / "samples" / f"step-{step:08d}.png")
+            grid = save_sample_grid(self._sample(), self.output_dir / "samples" / f"step-{step:08d}.png")
             log_image(accelerator, "samples", grid, step)
         accelerator.log(values, step=step)
         accelerator.wait_for_everyone()
@@ -277,8 +269,8 @@ class Trainer:
         return self.accelerator.prepare(self.model, optimizer)
 
     def _resume(self) -> RunState:
-        run, others = self.config.run, {IMAGES_PER_STEP: self.images_per_step, **data_settings(self.data.images)}
-        others |= {**self.pipeline.settings, **self.objective.settings}
+        run, others = self.config.run, {**data_settings(self.data.images), **self.pipeline.settings}
+        others |= {**self.objective.settings, IMAGES_PER_STEP: self.images_per_step}
         settings = run_settings(self.config, self.model, self.noise_scheduler, self.accelerator, **others)
         state = self.checkpoints.resume(run.resume_from_checkpoint, settings, run.allow_changed_settings)
         if state.global_step > self.max_train_steps:

@@ -191,12 +191,13 @@ def try_sampling(sample: Callable[[], list[Image.Image]], config: TrainingConfig
         raise ValueError(f"Validation cannot sample with {flags}: {type(error).__name__}: {error}") from error
 
 
-def save_sample_grid(images: list[Image.Image], columns: int, path: str | Path) -> Image.Image:
-    """Write images of equal size as one picture, row by row; the last row is filled up with black."""
+def save_sample_grid(images: list[Image.Image], path: Path) -> Image.Image:
+    """Write images of equal size as one picture, nearly square, row by row; black fills the last row up."""
+    columns = math.isqrt(len(images) - 1) + 1
     black = Image.new(images[0].mode, images[0].size)
     images = images + [black] * (-len(images) % columns)
     grid = make_image_grid(images, rows=len(images) // columns, cols=columns)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     grid.save(path)
     return grid
 

@@ -16,7 +16,7 @@ from tiny_dit import routed_dit
 
 from diffusers_dtr.training.run.checkpoints import Checkpoints
 from diffusers_dtr.training.run.resuming import RunState
-from diffusers_dtr.training.run.sharing import BackgroundPush, PushReport
+from diffusers_dtr.training.run.sharing import BackgroundPush
 
 
 REPO = "owner/digits"
@@ -91,9 +91,9 @@ def until(condition):
 def test_every_checkpoint_is_one_commit_and_replaces_all_of_the_one_before(hub, output_dir):
     push = BackgroundPush(output_dir, None, "hf_owner", private=True)
     push.push_checkpoint(checkpoint(output_dir, 10, ["a.bin", "b/c.bin"]), 10)
-    until(lambda: push.report.pushed)
+    until(lambda: push.report)
     push.push_checkpoint(checkpoint(output_dir, 20, ["a.bin", "d.bin"]), 20)
-    assert push.finish() == PushReport(pushed=[10, 20])
+    assert push.finish() == {10: "pushed", 20: "pushed"}
     assert files(hub) == {"last-checkpoint/a.bin": "a.bin of step 20", "last-checkpoint/d.bin": "d.bin of step 20"}
     assert titles() == ["Checkpoint of step 20", "Checkpoint of step 10"]
     assert HfApi().model_info(REPO).private
@@ -111,7 +111,7 @@ def test_a_slow_network_gets_the_latest_checkpoint_only_and_nobody_waits(hub, ho
     # None of these calls waited for the Hub, which has not answered yet.
     assert titles() == []
     hold.released.set()
-    assert push.finish() == PushReport(pushed=[10, 40], superseded=[20, 30])
+    assert push.finish() == {10: "pushed", 20: "superseded", 30: "superseded", 40: "pushed"}
     assert files(hub)["last-checkpoint/training_state.json"].endswith("step 40")
 
 
@@ -124,7 +124,7 @@ def test_a_checkpoint_of_training_arrives_without_paths_of_this_machine_and_can_
     folder = Checkpoints(accelerator, output_dir, "transformer", model).save(RunState(3, {"seed": 0}))
     push = BackgroundPush(output_dir)
     push.push_checkpoint(folder, 3)
-    assert push.finish().pushed == [3]
+    assert push.finish() == {3: "pushed"}
     assert not [path for path, data in hub.files(REPO).items() if str(tmp_path).encode() in data]
     pulled = HfApi().snapshot_download(REPO)
     resumed = Checkpoints(accelerator, tmp_path / "resumed", "transformer", model)
@@ -148,7 +148,7 @@ def test_a_push_that_fails_is_tried_again_until_it_succeeds(hub, output_dir, qui
     push = BackgroundPush(output_dir)
     with caplog.at_level(logging.WARNING):
         push.push_checkpoint(checkpoint(output_dir, 10), 10)
-        assert push.finish().pushed == [10]
+        assert push.finish() == {10: "pushed"}
     assert "failed, will be tried again" in caplog.text
     assert titles() == ["Checkpoint of step 10"]
 
@@ -161,20 +161,20 @@ def test_a_pause_ends_where_there_is_no_reason_for_it(hub, output_dir, caplog, e
     until(lambda: "tried again" in caplog.text)
     if ends == "a later checkpoint":
         push.push_checkpoint(checkpoint(output_dir, 20), 20)
-        assert push.finish(timeout=20) == PushReport(pushed=[20], superseded=[10])
+        assert push.finish(timeout=20) == {10: "superseded", 20: "pushed"}
     else:
-        assert push.finish(timeout=20) == PushReport(pushed=[10])
+        assert push.finish(timeout=20) == {10: "pushed"}
 
 
 def test_a_wrong_token_is_reported_and_later_checkpoints_are_tried_nevertheless(hub, output_dir, caplog):
     push = BackgroundPush(output_dir, REPO, "hf_wrong")
     push.push_checkpoint(checkpoint(output_dir, 10), 10)
-    until(lambda: push.report.failed)
+    until(lambda: push.report)
     hub.tokens["hf_wrong"] = "owner"
     push.push_checkpoint(checkpoint(output_dir, 20), 20)
     report = push.finish()
-    assert report.pushed == [20]
-    assert "401" in report.failed[10]
+    assert report[20] == "pushed"
+    assert "401" in report[10]
     assert "checkpoint of step 10 was not pushed; it is complete in digits" in caplog.text
     assert "hf_wrong" not in caplog.text + str(report)
 
@@ -183,8 +183,7 @@ def test_a_hub_that_stays_away_costs_a_bounded_time_at_the_end(hub, output_dir, 
     hub.faults.append(AnswerStatus(method=".*", path=".", status=503, times=10**6))
     push = BackgroundPush(output_dir)
     push.push_checkpoint(checkpoint(output_dir, 10), 10)
-    report = push.finish(timeout=0.3)
-    assert (report.pushed, list(report.failed)) == ([], [10])
+    assert push.finish(timeout=0.3)[10] != "pushed"
 
 
 def test_an_upload_that_hangs_is_not_waited_for_beyond_the_time_given(hub, hold, output_dir):
@@ -192,7 +191,7 @@ def test_an_upload_that_hangs_is_not_waited_for_beyond_the_time_given(hub, hold,
     push.push_checkpoint(checkpoint(output_dir, 10), 10)
     hold.reached.wait(20)
     push.push_checkpoint(checkpoint(output_dir, 20), 20)
-    assert push.finish(timeout=0.05).failed == {10: "not done within 0.05 s", 20: "not done within 0.05 s"}
+    assert push.finish(timeout=0.05) == {10: "not done within 0.05 s", 20: "not done within 0.05 s"}
     hold.released.set()
     push._thread.join(20)
     assert titles() == ["Checkpoint of step 10"]
@@ -201,12 +200,13 @@ def test_an_upload_that_hangs_is_not_waited_for_beyond_the_time_given(hub, hold,
 @pytest.mark.slow
 def test_a_process_ends_though_an_upload_hangs(hub, hold, output_dir, fresh_process):
     code = f"""
+        import json
         from diffusers_dtr.training.run.sharing import BackgroundPush
         push = BackgroundPush({str(output_dir)!r})
         push.push_checkpoint({str(checkpoint(output_dir, 10))!r}, 10)
-        print(list(push.finish(timeout=5).failed))
+        print(json.dumps(push.finish(timeout=5)))
     """
-    assert fresh_process(code) == [10]
+    assert fresh_process(code) == {"10": "not done within 5 s"}
     assert hold.reached.is_set()
     assert not hold.released.is_set()
 
@@ -219,5 +219,5 @@ def test_a_disk_that_is_full_is_reported(hub, output_dir, monkeypatch):
     monkeypatch.setattr("shutil.copyfile", full)
     push = BackgroundPush(output_dir)
     push.push_checkpoint(checkpoint(output_dir, 10), 10)
-    assert "No space left on device" in push.finish().failed[10]
+    assert "No space left on device" in push.finish()[10]
     assert hub.requests == []

@@ -176,7 +176,7 @@ def test_fewer_samples_than_clusters_are_refused():
 
 def test_images_fill_the_grid_row_by_row_and_black_the_rest(tmp_path):
     images = [Image.new("L", (2, 2), 50 * number) for number in range(1, 6)]
-    grid = save_sample_grid(images, 3, tmp_path / "samples" / "grid.png")
+    grid = save_sample_grid(images, tmp_path / "samples" / "grid.png")
     assert np.asarray(grid.convert("L"))[::2, ::2].tolist() == [[50, 100, 150], [200, 250, 0]]
     assert np.array_equal(np.asarray(Image.open(tmp_path / "samples" / "grid.png")), np.asarray(grid))
 

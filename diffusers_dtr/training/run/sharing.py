@@ -9,7 +9,6 @@ import shutil
 import tempfile
 import threading
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,28 +24,16 @@ logger = logging.getLogger(__name__)
 CHECKPOINT_FOLDER = "last-checkpoint"
 
 
-@dataclass
-class PushReport:
-    """What became of the checkpoints that were to be pushed, by their steps.
-
-    Attributes:
-        pushed: Those that are on the Hub, or were until a later one replaced them.
-        superseded: Those that a later one overtook before they were pushed.
-        failed: Those that could not be pushed, and why.
-    """
-
-    pushed: list[int] = field(default_factory=list)
-    superseded: list[int] = field(default_factory=list)
-    failed: dict[int, str] = field(default_factory=dict)
-
-
 class BackgroundPush:
     """Keeps the latest checkpoint of a run on the Hub, in `last-checkpoint/`, one commit each, by a thread of its own.
 
     Until they are pushed, checkpoints are kept in `.push` as hard links, so that they may be renamed or deleted
     meanwhile. A push that fails for a reason that may pass is tried again until it succeeds or is superseded. Nothing
-    is raised: what fails is logged, and in `report`. The thread is a daemon, unlike those of the client's
-    `run_as_future`, which has no time limits: an upload that hangs would keep the process from ending.
+    is raised: what fails is logged. The thread is a daemon, unlike those of the client's `run_as_future`, which has no
+    time limits: an upload that hangs would keep the process from ending.
+
+    Attributes:
+        report: What became of the checkpoint of every step: "pushed", "superseded", or why it could not be pushed.
     """
 
     def __init__(
@@ -59,7 +46,7 @@ class BackgroundPush:
         revision: str | None = None,
     ):
         self.output_dir = Path(output_dir)
-        self.report = PushReport()
+        self.report: dict[int, str] = {}
         self._repo_id = repo_id or default_repo(output_dir)
         self._options = {"token": check_token(token), "private": private, "revision": revision}
         self._snapshots = self.output_dir / PUSH_SNAPSHOTS
@@ -84,10 +71,10 @@ class BackgroundPush:
             overtaken, self._waiting = self._waiting, (step, snapshot)
             self._changed.notify_all()
         if overtaken:
-            self.report.superseded.append(overtaken[0])
+            self.report[overtaken[0]] = "superseded"
             shutil.rmtree(overtaken[1], ignore_errors=True)
 
-    def finish(self, timeout: float = 600.0) -> PushReport:
+    def finish(self, timeout: float = 600.0) -> dict[int, str]:
         """Wait for at most `timeout` seconds for what is still to be pushed, and say what was not."""
         with self._changed:
             self._deadline = time.monotonic() + timeout
@@ -121,9 +108,9 @@ class BackgroundPush:
             if self._waiting is None:
                 self._fail(step, describe(error))
             else:
-                self.report.superseded.append(step)
+                self.report[step] = "superseded"
         else:
-            self.report.pushed.append(step)
+            self.report[step] = "pushed"
 
     def _pause(self, seconds: float) -> bool:
         """Wait to try again, unless there is a later checkpoint or no time; once more when the run is finishing."""
@@ -138,7 +125,7 @@ class BackgroundPush:
         return self._deadline < math.inf
 
     def _fail(self, step: int, reason: str) -> None:
-        self.report.failed[step] = reason
+        self.report[step] = reason
         folder = self.output_dir.name
         logger.warning("The checkpoint of step %d was not pushed; it is complete in %s. %s", step, folder, reason)
 
