@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 from run_config import run_config
 from safetensors.torch import load_file, save_file
 from sudden_death import die_before_every_change
-from training_runs import reset_accelerate
 
 from diffusers_dtr import DTRTransformer2DModel
 from diffusers_dtr.training.config import LoraConfig, RoutingConfig
@@ -69,7 +69,8 @@ class Run:
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
     yield
-    reset_accelerate()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def assert_same(left: list[torch.Tensor], right: list[torch.Tensor]) -> None:

@@ -1,20 +1,10 @@
 import pytest
 import torch
-from diffusers.training_utils import EMAModel
+from diffusers import ModelMixin
+from run_config import run_config
+from tiny_dit import routed_dit
 
-from diffusers_dtr import DTRTransformer2DModel
-from diffusers_dtr.training.ema import averaged_weights
-
-
-def make_model(seed: int = 0) -> DTRTransformer2DModel:
-    torch.manual_seed(seed)
-    size = {"num_layers": 1, "num_attention_heads": 1, "attention_head_dim": 8, "sample_size": 4}
-    return DTRTransformer2DModel(**size, num_embeds_ada_norm=2)
-
-
-def make_ema(model: DTRTransformer2DModel, **options) -> EMAModel:
-    config = {"model_cls": DTRTransformer2DModel, "model_config": model.config}
-    return EMAModel(model.parameters(), **config, **options)
+from diffusers_dtr.training.ema import averaged_weights, build_ema, step_average
 
 
 def copies(tensors) -> list[torch.Tensor]:
@@ -26,19 +16,18 @@ def assert_same(left, right) -> None:
 
 
 @torch.no_grad()
-def train(model: DTRTransformer2DModel, ema: EMAModel) -> None:
+def train(model: ModelMixin, ema) -> None:
     for parameter in model.parameters():
         parameter.add_(1)
-    ema.step(model.parameters())
+    step_average(ema, model)
 
 
 def test_model_has_its_average_for_a_while_and_its_own_weights_again_after_an_error():
-    model = make_model()
-    ema = make_ema(model, decay=0.5)
+    model, seen = routed_dit(), []
+    ema = build_ema(run_config(use_ema=True).ema, model, model.device)
     train(model, ema)
     train(model, ema)
     own = copies(model.parameters())
-    seen = []
 
     def sample():
         seen.extend(copies(model.parameters()))
