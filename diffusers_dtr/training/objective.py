@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,18 +32,16 @@ class Objective:
     Attributes:
         clusters: The clusters of timesteps.
         loss_fn: The clustered loss.
-        sampler: Draws timesteps by what the losses were; None where the draw does not depend on them.
-        shares: `shares` of [`TimestepClusters.sample`].
-        importance: `importance` of [`TimestepClusters.sample`].
+        draw: As [`TimestepClusters.sample`].
+        sampler: Whose the draw is, where it depends on what the losses were.
         parts_per_draw: How many micro-batches share one stratified draw; None for all those of an optimizer step.
         settings: What the state depends on, by the names of [`~diffusers_dtr.training.run.resuming.run_settings`].
     """
 
     clusters: TimestepClusters
     loss_fn: ClusteredLoss
+    draw: Callable[..., torch.Tensor]
     sampler: AdaptiveTimestepSampler | None
-    shares: torch.Tensor | list[int] | None
-    importance: torch.Tensor | None
     parts_per_draw: int | None
     settings: dict[str, Any]
     _observed: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list, init=False)
@@ -58,10 +58,8 @@ class Objective:
         parts_per_draw = self.parts_per_draw or num_parts
         draw, part = divmod(part, parts_per_draw)
         generator = generator_for(Draw.TIMESTEPS, seed, step * (num_parts // parts_per_draw) + draw)
-        parts = {"generator": generator, "device": device, "process_index": part, "num_processes": parts_per_draw}
-        if self.sampler is not None:
-            return self.sampler.sample(batch_size, **parts)
-        return self.clusters.sample(batch_size, shares=self.shares, importance=self.importance, **parts)
+        parts = {"process_index": part, "num_processes": parts_per_draw}
+        return self.draw(batch_size, generator=generator, device=device, **parts)
 
     def sample_weights(self, timesteps: torch.Tensor) -> torch.Tensor | None:
         """What corrects a loss for timesteps that were not drawn as they would be without fitting them to it."""
@@ -122,38 +120,36 @@ def build_objective(
         weighting = replace(weighting, gamma=options.snr_gamma)
     loss_fn = ClusteredLoss(noise_scheduler, clusters, weighting, _balancing(config, model, accelerator))
     sampling = options.timestep_sampling or ("uniform" if options.balancing == "uniform" else "clusters")
-    sampler = None
+    sampler, draw = None, partial(clusters.sample, **_distribution(options, sampling, clusters))
     if sampling in ("loss", "variance"):
         sampler = AdaptiveTimestepSampler(clusters, statistic="second_moment" if sampling == "loss" else "variance")
-    shares, importance = _distribution(options, sampling, clusters)
+        draw = sampler.sample
     settings = {f"--{name}": getattr(options, name) for name in ("num_clusters", "cluster_cost", "balancing")}
     return Objective(
         clusters,
         loss_fn.to(accelerator.device),
+        draw,
         sampler,
-        shares=shares,
-        importance=importance,
         # Gradients are compared within a forward call, which should then have samples of every cluster.
         parts_per_draw=None if options.balancing in BALANCINGS else accelerator.num_processes,
         settings={**settings, "--timestep_sampling": sampling, "cluster boundaries": list(clusters.boundaries)},
     )
 
 
-def _distribution(
-    config: ObjectiveConfig, sampling: str, clusters: TimestepClusters
-) -> tuple[torch.Tensor | list[int] | None, torch.Tensor | None]:
-    """`shares` and `importance` of [`TimestepClusters.sample`], for draws that are not fitted to the loss."""
+def _distribution(config: ObjectiveConfig, sampling: str, clusters: TimestepClusters) -> dict[str, Any]:
+    """Arguments of [`TimestepClusters.sample`], for draws that are not fitted to the loss."""
     widths = [len(cluster) for cluster in clusters]
     if config.train_cluster is not None:
-        return [width * (number == config.train_cluster) for number, width in enumerate(widths)], None
+        return {"shares": [width * (number == config.train_cluster) for number, width in enumerate(widths)]}
     if sampling == "uniform":
-        return widths, None
+        return {"shares": widths}
     if sampling == "logit_normal":
         given = {"mean": config.logit_mean, "std": config.logit_std}
         distribution = LogitNormal(**{name: value for name, value in given.items() if value is not None})
         probabilities = distribution.probabilities(clusters.num_train_timesteps)
-        return torch.stack([part.sum() for part in probabilities.split(widths)]), probabilities
-    return None, None
+        shares = torch.stack([part.sum() for part in probabilities.split(widths)])
+        return {"shares": shares, "importance": probabilities}
+    return {}
 
 
 def _balancing(config: TrainingConfig, model: torch.nn.Module, accelerator: Accelerator) -> str | Balancing:

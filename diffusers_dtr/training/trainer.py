@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 import torch
 from accelerate import Accelerator
 from diffusers import ModelMixin, SchedulerMixin
-from PIL import Image
 from tqdm.auto import tqdm
 
 from ..model_card.card import save_model_card
@@ -35,7 +34,7 @@ from .run.record import describe_model, run_record, tracker_config
 from .run.resuming import IMAGES_PER_STEP, RunState, data_settings, run_settings
 from .run.sharing import BackgroundPush, push_result, rehearse_sharing, start_background_push
 from .run.start import start_run
-from .validation import build_held_out_loss, ends_epochs, forward_once, log_image, save_sample_grid, try_sampling
+from .validation import Validation, ends_epochs
 
 
 logger = logging.getLogger(__name__)
@@ -92,7 +91,7 @@ class Trainer:
         self.pipeline = pipeline or ClassPipeline(config, model, data)
         self.objective = build_objective(config, self.noise_scheduler, model, accelerator)
         self.ema = build_ema(config.ema, model, accelerator.device) if config.ema.use_ema else None
-        self.held_out_loss = build_held_out_loss(config, data, self.noise_scheduler, accelerator.device)
+        self.validation = Validation(config, accelerator, model, data, self.pipeline, self.noise_scheduler)
         self.denoiser, self.optimizer = self._prepare()
         limit = config.run.checkpoints_total_limit
         self.checkpoints = Checkpoints(
@@ -105,7 +104,10 @@ class Trainer:
         self.loader = build_loader(config, data.dataset, accelerator, self.global_step)
         self.monitor = LossMonitor(accelerator, len(self.objective.clusters))
         self.history = LossHistory(self.output_dir, self.global_step)
-        self._rehearse()
+        # Once, in small, all that the end of the run needs: what would fail there fails here.
+        self.validation.rehearse()
+        if accelerator.is_main_process:
+            rehearse_sharing(config.hub, self.output_dir, self._record(results={}))
         # After all that may refuse the run, of which nothing should be left then
         self._background_push = self._start_reporting(project_name)
 
@@ -213,19 +215,7 @@ class Trainer:
         Returns:
             `validation_loss` and `validation_loss/eighth_<number>`; nothing without held-out images.
         """
-        accelerator, step, values = self.accelerator, self.global_step, {}
-        self.model.eval()
-        if self.held_out_loss is not None:
-            losses = self.held_out_loss(self._denoise_held_out, accelerator)
-            values = losses.values("validation_loss", "eighth")
-            logger.info(f"Step {step}: held-out loss {losses.mean:.5f}")
-        if accelerator.is_main_process:
-            grid = save_sample_grid(self._sample(), self.output_dir / "samples" / f"step-{step:08d}.png")
-            log_image(accelerator, "samples", grid, step)
-        accelerator.log(values, step=step)
-        accelerator.wait_for_everyone()
-        self.model.train()
-        return values
+        return self.validation(self.global_step)
 
     def finish(self) -> dict[str, Any]:
         """Save the result with its averaged weights, validate it, share it if asked for, and return its record."""
@@ -259,14 +249,15 @@ class Trainer:
         raise SystemExit(128 + signum)
 
     def _prepare(self) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-        config = self.config
-        if config.run.gradient_checkpointing:
+        if self.config.run.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
-        if config.run.compile:
+        if self.config.run.compile:
             self.model.compile(fullgraph=True)
-        scale = self.images_per_step if config.optimizer.scale_lr else 1
-        optimizer = build_optimizer(config.optimizer, self.model, self.objective.loss_fn, scale)
-        return self.accelerator.prepare(self.model, optimizer)
+        options = self.config.optimizer
+        scale = self.images_per_step if options.scale_lr else 1
+        return self.accelerator.prepare(
+            self.model, build_optimizer(options, self.model, self.objective.loss_fn, scale)
+        )
 
     def _resume(self) -> RunState:
         run, others = self.config.run, {**data_settings(self.data.images), **self.pipeline.settings}
@@ -296,25 +287,6 @@ class Trainer:
             self.accelerator.init_trackers(project, config=tracker_config(config))
         return start_background_push(config.hub, self.output_dir)
 
-    def _rehearse(self) -> None:
-        """Try once, in small, all that the end of the run needs: what would fail there fails here."""
-        self.model.eval()
-        with forward_once(self.model), torch.compiler.set_stance("force_eager"):
-            if self.held_out_loss is not None:
-                self.held_out_loss.try_out(self._denoise_held_out, self.accelerator.device)
-            if self.accelerator.is_main_process:
-                try_sampling(self._sample, self.config)
-        self.model.train()
-        if self.accelerator.is_main_process:
-            rehearse_sharing(self.config.hub, self.output_dir, self._record(results={}))
-
-    def _sample(self) -> list[Image.Image]:
-        # On the CPU: the same everywhere
-        return self.pipeline.sample(torch.Generator().manual_seed(0))
-
-    def _denoise_held_out(self, model_input, timesteps, batch) -> torch.Tensor:
-        return self.pipeline.denoise(self.model, model_input, timesteps, self.pipeline.conditions(batch))
-
     @property
     def _seconds(self) -> float:
         return time.perf_counter() - self._start_time
@@ -328,7 +300,7 @@ class Trainer:
             model=describe_model(self.model),
             num_images=self.num_images,
             clusters={"num_clusters": len(self.objective.clusters), **self.objective.clusters.to_dict()},
-            held_out=None if self.held_out_loss is None else self.held_out_loss.describe(),
+            held_out=self.validation.describe(),
             changed_settings=self.state.changes,
             **outcome,
         )

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import SchedulerMixin
+from diffusers import ModelMixin, SchedulerMixin
 from diffusers.utils import make_image_grid
 from PIL import Image
 
@@ -22,6 +22,7 @@ from ..objective.clusters import TimestepClusters
 from ..user_errors import USER_ERRORS
 from .config import TrainingConfig
 from .data.loading import TrainingData, held_out_samples
+from .pipelines import ClassPipeline, TextPipeline
 from .randomness import derive_seed
 from .run.losses import MeanLosses
 
@@ -128,16 +129,66 @@ class HeldOutLoss:
         return torch.randn(*shape, generator=generator)
 
 
-def build_held_out_loss(
-    config: TrainingConfig, data: TrainingData, noise_scheduler: SchedulerMixin, device: torch.device
-) -> HeldOutLoss | None:
-    """The loss that a run reports, over every eighth of the timesteps; None without held-out images."""
-    if data.held_out is None:
-        return None
-    num_images, batch_size = config.validation.max_held_out_images, config.run.train_batch_size
-    clean, batch = held_out_samples(data.held_out, data.vae, num_images, batch_size, device)
-    eighths = cluster_timesteps(noise_scheduler, num_clusters=8, cost="uniform")
-    return HeldOutLoss(NoiseLevels(noise_scheduler), eighths, clean, batch, math.ceil(len(eighths) / len(clean)))
+class Validation:
+    """The held-out loss of a run, over every eighth of the timesteps, and its sample grids.
+
+    All processes measure, and the main process alone samples.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        accelerator: Accelerator,
+        model: ModelMixin,
+        data: TrainingData,
+        pipeline: ClassPipeline | TextPipeline,
+        noise_scheduler: SchedulerMixin,
+    ):
+        self.config, self.accelerator, self.model, self.pipeline = config, accelerator, model, pipeline
+        self.held_out_loss = None
+        if data.held_out is not None:
+            num_images, batch_size = config.validation.max_held_out_images, config.run.train_batch_size
+            clean, batch = held_out_samples(data.held_out, data.vae, num_images, batch_size, accelerator.device)
+            eighths = cluster_timesteps(noise_scheduler, num_clusters=8, cost="uniform")
+            evaluations = math.ceil(len(eighths) / len(clean))
+            self.held_out_loss = HeldOutLoss(NoiseLevels(noise_scheduler), eighths, clean, batch, evaluations)
+
+    def __call__(self, step: int) -> dict[str, float]:
+        """As [`Trainer.validate`]."""
+        values = {}
+        self.model.eval()
+        if self.held_out_loss is not None:
+            losses = self.held_out_loss(self._denoise, self.accelerator)
+            values = losses.values("validation_loss", "eighth")
+            logger.info(f"Step {step}: held-out loss {losses.mean:.5f}")
+        if self.accelerator.is_main_process:
+            path = Path(self.config.run.output_dir) / "samples" / f"step-{step:08d}.png"
+            log_image(self.accelerator, "samples", save_sample_grid(self._sample(), path), step)
+        self.accelerator.log(values, step=step)
+        self.accelerator.wait_for_everyone()
+        self.model.train()
+        return values
+
+    def rehearse(self) -> None:
+        """Try all of it once, in small."""
+        self.model.eval()
+        with forward_once(self.model), torch.compiler.set_stance("force_eager"):
+            if self.held_out_loss is not None:
+                self.held_out_loss.try_out(self._denoise, self.accelerator.device)
+            if self.accelerator.is_main_process:
+                try_sampling(self._sample, self.config)
+        self.model.train()
+
+    def describe(self) -> dict[str, int | str] | None:
+        """The settings of the held-out loss, for the run's record."""
+        return None if self.held_out_loss is None else self.held_out_loss.describe()
+
+    def _sample(self) -> list[Image.Image]:
+        # On the CPU: the same everywhere
+        return self.pipeline.sample(torch.Generator().manual_seed(0))
+
+    def _denoise(self, model_input: torch.Tensor, timesteps: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
+        return self.pipeline.denoise(self.model, model_input, timesteps, self.pipeline.conditions(batch))
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import pytest
 import torch
 from training_runs import assert_equal_weights, make_images, record, same_weights, train
 
-from diffusers_dtr import DTRTransformer2DModel, training
+from diffusers_dtr import training
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -146,33 +146,3 @@ def test_what_balancing_learns_has_its_own_rate_and_no_decay_also_after_resuming
         assert decay == 0.5
         assert learned == (pytest.approx(rate / 0.01 * 0.025), 0)
     assert taken[1][1][0] == 0.025
-
-
-def timesteps_of(run_flags: list, images: Path, folder: Path, monkeypatch) -> torch.Tensor:
-    """What the denoiser is trained on."""
-    seen = []
-    forward = DTRTransformer2DModel.forward
-
-    def spy(model, *inputs, **options):
-        if model.training:
-            seen.append(options["timestep"])
-        return forward(model, *inputs, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(DTRTransformer2DModel, "forward", spy)
-        train(images, folder, *run_flags, "--train_batch_size", 32)
-    return torch.cat(seen)
-
-
-def test_a_single_cluster_can_be_trained(images, tmp_path, monkeypatch):
-    flags = ["--num_clusters", 3, "--cluster_cost", "uniform", "--train_cluster", 1, "--num_train_timesteps", 30]
-    timesteps = timesteps_of(flags, images, tmp_path / "run", monkeypatch)
-    assert set(timesteps.tolist()) == set(range(10, 20))
-
-
-def test_logit_normal_timesteps_gather_around_the_mean(images, tmp_path, monkeypatch):
-    flags = ["--timestep_sampling", "logit_normal", "--logit_std", 0.1]
-    middle = timesteps_of(flags, images, tmp_path / "middle", monkeypatch)
-    assert ((middle > 400) & (middle < 600)).all()
-    noisy = timesteps_of([*flags, "--logit_mean", 3], images, tmp_path / "noisy", monkeypatch)
-    assert (noisy > 900).all()

@@ -83,6 +83,19 @@ def test_with_balancing_or_on_request_clusters_are_drawn_equally_unless_asked_ot
     assert torch.equal(setup.sample(3, 0, 1, batch_size=100), Setup().sample(3, 0, 1, batch_size=100))
 
 
+def test_a_single_cluster_can_be_trained():
+    options = {"num_clusters": 3, "cluster_cost": "uniform", "train_cluster": 1}
+    timesteps = Setup(DDPMScheduler(num_train_timesteps=30), **options).sample(0, 0, 1, batch_size=100)
+    assert set(timesteps.tolist()) == set(range(10, 20))
+
+
+@pytest.mark.parametrize(("options", "around"), [({}, (400, 600)), ({"logit_mean": 3}, (900, 1000))])
+def test_logit_normal_timesteps_gather_around_the_mean(options, around):
+    setup = Setup(timestep_sampling="logit_normal", logit_std=0.1, **options)
+    timesteps = setup.sample(0, 0, 1, batch_size=100)
+    assert ((timesteps > around[0]) & (timesteps < around[1])).all()
+
+
 def test_micro_batches_of_a_step_are_parts_of_one_stratified_draw():
     setup = Setup(balancing="uncertainty")
     steps = [torch.cat([setup.sample(step, part, 4, batch_size=1) for part in range(4)]) for step in range(3)]
