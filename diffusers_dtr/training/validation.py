@@ -40,8 +40,8 @@ _SAMPLING_FLAGS = (
 class HeldOutLoss:
     """Denoising loss on fixed held-out images with fixed noise, at timesteps that cover the schedule evenly.
 
-    Every image is noised once, or `evaluations_per_image` times. Which timestep an image gets is drawn once and for
-    all, so that the same numbers come back for the same model, whatever the batch size or number of processes.
+    Which timestep an image gets is drawn once and for all, so that the same numbers come back for the same model,
+    whatever the batch size or number of processes.
 
     Args:
         levels: Noise levels that the denoiser was trained for.
@@ -94,10 +94,10 @@ class HeldOutLoss:
         denoise: Callable[[torch.Tensor, torch.Tensor, dict[str, torch.Tensor | list]], torch.Tensor],
         accelerator: Accelerator,
     ) -> MeanLosses:
-        """Measure a denoiser; all processes must call this, and share the work.
+        """Measure a denoiser, in eval mode; all processes must call this, and share the work.
 
-        `denoise` is called with the model input and timesteps of some samples and the rest of their batch, which
-        stays on the CPU, and returns the model output. The model should be in eval mode: it drops no labels then.
+        `denoise` returns the model output for the model input and timesteps of some samples and the rest of their
+        batch, which stays on the CPU.
         """
         totals = torch.zeros(2, len(self.clusters), dtype=torch.float64, device=accelerator.device)
         batches = torch.arange(self.num_samples).split(self.batch_size)

@@ -99,13 +99,6 @@ def test_flags_of_the_resumed_run_count_for_the_learning_rate(images, uninterrup
     assert not same_weights(slow / "checkpoint-6", slow / "checkpoint-4")
 
 
-@pytest.mark.parametrize("flag", [("--prediction_type", "v_prediction"), ("--resolution", 16)])
-def test_another_objective_or_other_data_are_refused_before_anything_is_done(flag, images, uninterrupted, tmp_path):
-    run = interrupted(uninterrupted, tmp_path / "run", 4)
-    with pytest.raises(ValueError, match=f"`{flag[0]}` was .* and is .* now.*another `--output_dir`"):
-        train(images, run, *EVERYTHING, *flag, "--resume_from_checkpoint", "latest")
-
-
 def test_other_files_in_the_places_of_images_are_refused(images, uninterrupted, tmp_path):
     run = interrupted(uninterrupted, tmp_path / "run", 4)
     shutil.copytree(images, tmp_path / "images")

@@ -8,14 +8,9 @@ import threading
 import time
 
 import pytest
-import torch
-from accelerate import Accelerator
 from hub_server import AnswerStatus, CutUpload, Exchange, Fault, LoseAnswer
 from huggingface_hub import HfApi
-from tiny_dit import routed_dit
 
-from diffusers_dtr.training.run.checkpoints import Checkpoints
-from diffusers_dtr.training.run.resuming import RunState
 from diffusers_dtr.training.run.sharing import BackgroundPush
 
 
@@ -113,20 +108,6 @@ def test_a_slow_network_gets_the_latest_checkpoint_only_and_nobody_waits(hub, ho
     hold.released.set()
     assert push.finish() == {10: "pushed", 20: "superseded", 30: "superseded", 40: "pushed"}
     assert files(hub)["last-checkpoint/training_state.json"].endswith("step 40")
-
-
-def test_a_checkpoint_of_training_arrives_without_paths_of_this_machine_and_can_be_resumed(hub, output_dir, tmp_path):
-    routed_dit().save_pretrained(tmp_path / "pretrained")
-    accelerator = Accelerator(cpu=True)
-    model = accelerator.prepare(type(routed_dit()).from_pretrained(tmp_path / "pretrained"))
-    accelerator.prepare(torch.optim.AdamW(model.parameters()))
-    push = BackgroundPush(output_dir)
-    push.push_checkpoint(Checkpoints(accelerator, output_dir, "transformer", model).save(RunState(3, {"seed": 0})), 3)
-    assert push.finish() == {3: "pushed"}
-    assert not [path for path, data in hub.files(REPO).items() if str(tmp_path).encode() in data]
-    pulled = HfApi().snapshot_download(REPO)
-    resumed = Checkpoints(accelerator, tmp_path / "resumed", "transformer", model)
-    assert resumed.resume(f"{pulled}/last-checkpoint", {"seed": 0}).global_step == 3
 
 
 # ---- faults

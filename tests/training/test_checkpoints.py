@@ -32,15 +32,7 @@ def state(step: int) -> RunState:
 class Run:
     """A model, optimizer and average of a run, as a script has them."""
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        seed: int = 0,
-        use_ema: bool = True,
-        rank: int | None = None,
-        total_limit: int | None = None,
-    ):
+    def __init__(self, folder: Path, *, seed: int = 0, use_ema: bool = True, rank: int | None = None, limit: int = 9):
         self.accelerator = Accelerator(cpu=True)
         torch.manual_seed(seed if rank is None else 0)  # adapters are of the same model
         size = {"num_layers": 1, "num_attention_heads": 1, "attention_head_dim": 8, "sample_size": 4}
@@ -51,7 +43,7 @@ class Run:
         self.ema = EMAModel(self.model.parameters(), decay=0.5) if use_ema else None
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.prepared, self.optimizer = self.accelerator.prepare(self.model, torch.optim.AdamW(trained, lr=0.1))
-        self.checkpoints = Checkpoints(self.accelerator, folder, "transformer", self.model, self.ema, total_limit)
+        self.checkpoints = Checkpoints(self.accelerator, folder, "transformer", self.model, self.ema, limit)
 
     def step(self) -> None:
         for parameter in self.model.parameters():
@@ -114,7 +106,7 @@ def test_nothing_is_loaded_unless_asked_or_there(tmp_path):
 
 
 def test_oldest_checkpoints_go_beyond_the_limit_by_their_steps_rather_than_their_names(tmp_path):
-    run = Run(tmp_path, total_limit=2)
+    run = Run(tmp_path, limit=2)
     for step in (8, 9, 10, 11):
         run.checkpoints.save(state(step))
     assert names(tmp_path) == ["checkpoint-10", "checkpoint-11"]
@@ -123,7 +115,7 @@ def test_oldest_checkpoints_go_beyond_the_limit_by_their_steps_rather_than_their
 
 def test_whenever_the_process_dies_the_latest_checkpoint_is_whole(tmp_path):
     """Step 1 is saved; saving step 2 and deleting step 1 is cut off at every moment."""
-    run = Run(tmp_path, total_limit=1)
+    run = Run(tmp_path, limit=1)
     states = {}
     for step in (1, 2):
         run.step()

@@ -112,7 +112,7 @@ class RunState:
         for change in changes:
             consequence = self._consequence(change)
             level = logging.WARNING if consequence or change in defining else logging.INFO
-            logger.log(level, "`%s` %s.%s", change["setting"], _was_and_is(change), consequence)
+            logger.log(level, "%s.%s", _said(change), consequence)
         self.changes += [{"step": self.global_step, **change} for change in changes]
         self.settings = settings
 
@@ -214,10 +214,10 @@ def _listed(changes: list[dict[str, Any]], most: int = 3) -> Iterator[str]:
     classes = [change for change in changes if _CLASS.fullmatch(change["setting"])]
     for change in changes:
         if change not in classes[most:]:
-            yield f"`{change['setting']}` {_was_and_is(change)}"
+            yield _said(change)
     if len(classes) > most:
         yield f"… ({len(classes)} classes in all differ)"
 
 
-def _was_and_is(change: dict[str, Any]) -> str:
-    return f"was {change['before']} and is {change['after']} now"
+def _said(change: dict[str, Any]) -> str:
+    return f"`{change['setting']}` was {change['before']} and is {change['after']} now"
