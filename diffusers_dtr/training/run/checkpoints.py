@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -46,6 +47,7 @@ def checkpoint_folder(output_dir: Path, name: str) -> Path:
     return Path(name) if Path(name).is_dir() else output_dir / name
 
 
+@dataclass(eq=False)
 class Checkpoints:
     """The checkpoints of one run: `output_dir/checkpoint-<step>` holding all that accelerate saves, model and EMA.
 
@@ -55,26 +57,19 @@ class Checkpoints:
     alone are saved, as `<model_name>_lora`.
     """
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        output_dir: str | Path,
-        model_name: str,
-        model: ModelMixin,
-        ema: EMAModel | None = None,
-        total_limit: int | None = None,
-        objective: Objective | None = None,
-    ):
-        self.accelerator = accelerator
-        self.output_dir = Path(output_dir)
-        self.model = model
-        self.ema = ema
-        self.total_limit = total_limit
-        self.objective = objective
-        self._model_folder = f"{model_name}_lora" if has_lora(model) else model_name
-        self._ema_folder = f"{model_name}_ema"
-        accelerator.register_save_state_pre_hook(self._save_models)
-        accelerator.register_load_state_pre_hook(self._load_models)
+    accelerator: Accelerator
+    output_dir: Path
+    model_name: str
+    model: ModelMixin
+    ema: EMAModel | None = None
+    total_limit: int | None = None
+    objective: Objective | None = None
+
+    def __post_init__(self):
+        self._model_folder = f"{self.model_name}_lora" if has_lora(self.model) else self.model_name
+        self._ema_folder = f"{self.model_name}_ema"
+        self.accelerator.register_save_state_pre_hook(self._save_models)
+        self.accelerator.register_load_state_pre_hook(self._load_models)
 
     def save(self, state: RunState) -> Path:
         """Write the checkpoint of a step, unless a weight is not finite; all processes must call this."""
@@ -122,8 +117,8 @@ class Checkpoints:
             return RunState(settings=settings)
         state = RunState.read(path / STATE_FILE)
         # They would be taken for this run's: by `latest`, and by what counts how many to keep.
-        complete = complete_checkpoints(self.output_dir)
-        later = [other.name for step, other in complete.items() if step > state.global_step]
+        complete = complete_checkpoints(self.output_dir).items()
+        later = [other.name for step, other in complete if step > state.global_step]
         if later:
             raise ValueError(
                 f"`resume_from_checkpoint`={resume_from_checkpoint!r} is of step {state.global_step}, but "

@@ -15,14 +15,7 @@ from diffusers import DiffusionPipeline
 from filelock import FileLock, Timeout
 
 from ...atomic_files import move_contents, replace_text
-from ...run_record import (
-    CHECKPOINT_PREFIX,
-    PARTIAL_PIPELINE,
-    PIPELINE_INDEX,
-    PREVIOUS_PIPELINE,
-    RECORD_FILE,
-    RUN_LOCK,
-)
+from ...run_record import CHECKPOINT_PREFIX, PARTIAL_PIPELINE, PIPELINE_INDEX, PREVIOUS_PIPELINE, RECORD_FILE, RUN_LOCK
 from .checkpoints import checkpoint_folder, complete_checkpoints
 
 
