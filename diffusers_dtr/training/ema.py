@@ -1,4 +1,4 @@
-"""Using and reading the average of a model's weights (diffusers' EMAModel)."""
+"""The average of a model's weights (diffusers' EMAModel)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .config import EMAConfig
 
 
 def build_ema(config: EMAConfig, model: ModelMixin, device: torch.device) -> EMAModel:
-    """The average of a model's weights that the flags ask for."""
+    """The average that the flags ask for; an offloaded one stays on the CPU between steps."""
     ema = EMAModel(
         model.parameters(),
         decay=config.ema_max_decay,
@@ -21,21 +21,17 @@ def build_ema(config: EMAConfig, model: ModelMixin, device: torch.device) -> EMA
         inv_gamma=config.ema_inv_gamma,
         power=config.ema_power,
         foreach=True,
-        model_cls=type(model),
-        model_config=model.config,
     )
     ema.to("cpu" if config.offload_ema else device)
     return ema
 
 
-def step_average(ema: EMAModel, model: ModelMixin, offload: bool) -> None:
-    """Update an average; an offloaded one is computed on the model's device and returns to the CPU."""
-    if offload:
-        ema.to(model.device)
+def step_average(ema: EMAModel, model: ModelMixin) -> None:
+    """Update an average on the model's device, wherever it is kept."""
+    kept_on = ema.shadow_params[0].device
+    ema.to(model.device)
     ema.step(model.parameters())
-    if offload:
-        # Not `non_blocking`: a checkpoint may read it next.
-        ema.to("cpu")
+    ema.to(kept_on)  # not `non_blocking`: a checkpoint may read it next
 
 
 @contextmanager
@@ -50,14 +46,3 @@ def averaged_weights(ema: EMAModel | None, model: ModelMixin) -> Iterator[None]:
         yield
     finally:
         ema.restore(model.parameters())
-
-
-def load_average(ema: EMAModel, model: ModelMixin, weights: dict[str, torch.Tensor], optimization_step: int) -> None:
-    """Go on with an average from a checkpoint, with the decay that the average itself was made with."""
-    names = [name for name, _ in model.named_parameters()]
-    shapes = {name: tensor.shape for name, tensor in weights.items()}
-    if any(shapes.get(name) != parameter.shape for name, parameter in model.named_parameters()):
-        raise ValueError("The averaged weights of the checkpoint must be of this model, got those of another.")
-    for shadow, name in zip(ema.shadow_params, names, strict=True):
-        shadow.copy_(weights[name])
-    ema.optimization_step = optimization_step

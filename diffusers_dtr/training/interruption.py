@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import threading
 import time
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -14,8 +14,6 @@ import torch.distributed as dist
 
 from ..objective.balancing import num_processes
 
-
-logger = logging.getLogger(__name__)
 
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 # Launchers pass a Ctrl-C on to processes that the terminal has told already.
@@ -67,22 +65,11 @@ class Interruption:
             raise KeyboardInterrupt
 
 
-def stopped(signum: int, global_step: int) -> SystemExit:
-    """Log where a run has stopped and how it goes on; what is returned ends the process with its code."""
-    logger.warning(
-        f"Stopped by {signal.Signals(signum).name} after step {global_step}. Go on with the same command and "
-        "`--resume_from_checkpoint latest`."
-    )
-    return SystemExit(128 + signum)
-
-
-def not_finite(what: str, step: int, last_checkpoint: object) -> FloatingPointError:
+def not_finite(what: str, step: int, last_checkpoint: Path | None) -> FloatingPointError:
     """The error that stops a diverged run and says where to go on; `what` is such as "The loss was"."""
-    resume = (
-        f"The last good checkpoint is {last_checkpoint}; go on from it with `--resume_from_checkpoint`"
-        if last_checkpoint is not None
-        else "There is no checkpoint before it; start again"
-    )
+    resume = "There is no checkpoint before it; start again"
+    if last_checkpoint is not None:
+        resume = f"The last good checkpoint is {last_checkpoint}; go on from it with `--resume_from_checkpoint`"
     return FloatingPointError(
         f"{what} not finite at step {step}. {resume}, with a lower `--learning_rate`, a smaller `--max_grad_norm`, or "
         "another `--mixed_precision`."

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,18 +32,16 @@ class Objective:
     Attributes:
         clusters: The clusters of timesteps.
         loss_fn: The clustered loss.
-        sampler: Draws timesteps by what the losses were; None where the draw does not depend on them.
-        shares: `shares` of [`TimestepClusters.sample`].
-        importance: `importance` of [`TimestepClusters.sample`].
+        draw: As [`TimestepClusters.sample`].
+        sampler: Whose the draw is, where it depends on what the losses were.
         parts_per_draw: How many micro-batches share one stratified draw; None for all those of an optimizer step.
         settings: What the state depends on, by the names of [`~diffusers_dtr.training.run.resuming.run_settings`].
     """
 
     clusters: TimestepClusters
     loss_fn: ClusteredLoss
+    draw: Callable[..., torch.Tensor]
     sampler: AdaptiveTimestepSampler | None
-    shares: torch.Tensor | list[int] | None
-    importance: torch.Tensor | None
     parts_per_draw: int | None
     settings: dict[str, Any]
     _observed: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list, init=False)
@@ -58,10 +58,8 @@ class Objective:
         parts_per_draw = self.parts_per_draw or num_parts
         draw, part = divmod(part, parts_per_draw)
         generator = generator_for(Draw.TIMESTEPS, seed, step * (num_parts // parts_per_draw) + draw)
-        parts = {"generator": generator, "device": device, "process_index": part, "num_processes": parts_per_draw}
-        if self.sampler is not None:
-            return self.sampler.sample(batch_size, **parts)
-        return self.clusters.sample(batch_size, shares=self.shares, importance=self.importance, **parts)
+        parts = {"process_index": part, "num_processes": parts_per_draw}
+        return self.draw(batch_size, generator=generator, device=device, **parts)
 
     def sample_weights(self, timesteps: torch.Tensor) -> torch.Tensor | None:
         """What corrects a loss for timesteps that were not drawn as they would be without fitting them to it."""
@@ -80,14 +78,10 @@ class Objective:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """All that balancing and sampling have learned and counted, for an exact resume, as safetensors takes it."""
-        parts = {"loss_fn": self.loss_fn.state_dict()}
-        if self.sampler is not None:
-            parts["sampler"] = self.sampler.state_dict()
-        return {
-            f"{part}.{name}": torch.as_tensor(value).contiguous()
-            for part, state in parts.items()
-            for name, value in state.items()
-        }
+        sampler = {} if self.sampler is None else self.sampler.state_dict()
+        state = {f"loss_fn.{name}": value for name, value in self.loss_fn.state_dict().items()}
+        state |= {f"sampler.{name}": value for name, value in sampler.items()}
+        return {name: torch.as_tensor(value).contiguous() for name, value in state.items()}
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
         """Restore what `state_dict` returned; a `ValueError` if clusters, balancing or sampling are others."""
@@ -106,74 +100,56 @@ class Objective:
                 {name: value.tolist() if name == "boundaries" else value for name, value in sampler.items()}
             )
 
-    def describe(self) -> dict:
-        """The clusters for the run's record."""
-        return {"num_clusters": len(self.clusters), **self.clusters.to_dict()}
-
 
 def build_objective(
     config: TrainingConfig, noise_scheduler: SchedulerMixin, model: torch.nn.Module, accelerator: Accelerator
 ) -> Objective:
     """Clusters, loss and sampling of a run."""
-    levels = NoiseLevels(noise_scheduler)
-    if config.objective.loss_weighting == "logit_normal" and levels.prediction_type != "flow":
+    levels, options = NoiseLevels(noise_scheduler), config.objective
+    if options.loss_weighting == "logit_normal" and levels.prediction_type != "flow":
         raise ValueError(
             f"`--loss_weighting logit_normal` is for flow matching, got {levels.prediction_type} prediction: use "
             "another one, such as min_snr."
         )
-    cost = config.objective.cluster_cost
+    cost = options.cluster_cost
     if cost == "affinity":
-        cost = load_task_affinity(config.objective.affinity_path, levels)
-    clusters = cluster_timesteps(noise_scheduler, config.objective.num_clusters, cost)
-    weighting = WEIGHTINGS[config.objective.loss_weighting]
-    if config.objective.snr_gamma is not None:
-        weighting = replace(weighting, gamma=config.objective.snr_gamma)
-    loss_fn = ClusteredLoss(
-        noise_scheduler,
-        clusters,
-        weighting,
-        _balancing(config, model, accelerator),
-    ).to(accelerator.device)
-    sampling = config.objective.timestep_sampling or (
-        "uniform" if config.objective.balancing == "uniform" else "clusters"
-    )
-    sampler = None
+        cost = load_task_affinity(options.affinity_path, levels)
+    clusters = cluster_timesteps(noise_scheduler, options.num_clusters, cost)
+    weighting = WEIGHTINGS[options.loss_weighting]
+    if options.snr_gamma is not None:
+        weighting = replace(weighting, gamma=options.snr_gamma)
+    loss_fn = ClusteredLoss(noise_scheduler, clusters, weighting, _balancing(config, model, accelerator))
+    sampling = options.timestep_sampling or ("uniform" if options.balancing == "uniform" else "clusters")
+    sampler, draw = None, partial(clusters.sample, **_distribution(options, sampling, clusters))
     if sampling in ("loss", "variance"):
         sampler = AdaptiveTimestepSampler(clusters, statistic="second_moment" if sampling == "loss" else "variance")
-    shares, importance = _distribution(config.objective, sampling, clusters)
+        draw = sampler.sample
+    settings = {f"--{name}": getattr(options, name) for name in ("num_clusters", "cluster_cost", "balancing")}
     return Objective(
         clusters,
-        loss_fn,
+        loss_fn.to(accelerator.device),
+        draw,
         sampler,
-        shares=shares,
-        importance=importance,
         # Gradients are compared within a forward call, which should then have samples of every cluster.
-        parts_per_draw=None if config.objective.balancing in BALANCINGS else accelerator.num_processes,
-        settings={
-            "--num_clusters": config.objective.num_clusters,
-            "--cluster_cost": config.objective.cluster_cost,
-            "--balancing": config.objective.balancing,
-            "--timestep_sampling": sampling,
-            "cluster boundaries": list(clusters.boundaries),
-        },
+        parts_per_draw=None if options.balancing in BALANCINGS else accelerator.num_processes,
+        settings={**settings, "--timestep_sampling": sampling, "cluster boundaries": list(clusters.boundaries)},
     )
 
 
-def _distribution(
-    config: ObjectiveConfig, sampling: str, clusters: TimestepClusters
-) -> tuple[torch.Tensor | list[int] | None, torch.Tensor | None]:
-    """`shares` and `importance` of [`TimestepClusters.sample`], for draws that are not fitted to the loss."""
+def _distribution(config: ObjectiveConfig, sampling: str, clusters: TimestepClusters) -> dict[str, Any]:
+    """Arguments of [`TimestepClusters.sample`], for draws that are not fitted to the loss."""
     widths = [len(cluster) for cluster in clusters]
     if config.train_cluster is not None:
-        return [width * (number == config.train_cluster) for number, width in enumerate(widths)], None
+        return {"shares": [width * (number == config.train_cluster) for number, width in enumerate(widths)]}
     if sampling == "uniform":
-        return widths, None
+        return {"shares": widths}
     if sampling == "logit_normal":
         given = {"mean": config.logit_mean, "std": config.logit_std}
         distribution = LogitNormal(**{name: value for name, value in given.items() if value is not None})
         probabilities = distribution.probabilities(clusters.num_train_timesteps)
-        return torch.stack([part.sum() for part in probabilities.split(widths)]), probabilities
-    return None, None
+        shares = torch.stack([part.sum() for part in probabilities.split(widths)])
+        return {"shares": shares, "importance": probabilities}
+    return {}
 
 
 def _balancing(config: TrainingConfig, model: torch.nn.Module, accelerator: Accelerator) -> str | Balancing:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import math
+import signal
 import sys
 import time
 from pathlib import Path
@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 import torch
 from accelerate import Accelerator
 from diffusers import ModelMixin, SchedulerMixin
-from PIL import Image
 from tqdm.auto import tqdm
 
 from ..model_card.card import save_model_card
@@ -20,9 +19,9 @@ from ..routing import warmed_up_beta
 from ..run_record import RUN_CONFIG
 from .agreement import check_agreement
 from .config import TrainingConfig
-from .data.loading import TrainingData, build_loader, clean_samples, held_out_samples
+from .data.loading import TrainingData, build_loader, clean_samples
 from .ema import averaged_weights, build_ema, step_average
-from .interruption import Interruption, stopped
+from .interruption import Interruption
 from .noise_schedule import load_noise_scheduler
 from .objective import build_objective, draw_noise
 from .optimizer import build_lr_scheduler, build_optimizer
@@ -35,7 +34,7 @@ from .run.record import describe_model, run_record, tracker_config
 from .run.resuming import IMAGES_PER_STEP, RunState, data_settings, run_settings
 from .run.sharing import BackgroundPush, push_result, rehearse_sharing, start_background_push
 from .run.start import start_run
-from .validation import HeldOutLoss, ends_epochs, forward_once, log_image, save_sample_grid, try_sampling
+from .validation import Validation, ends_epochs
 
 
 logger = logging.getLogger(__name__)
@@ -80,9 +79,10 @@ class Trainer:
         self.micro_batches = accelerator.num_processes * accelerator.gradient_accumulation_steps
         self.num_images, self.images_per_step = len(data.dataset), config.run.train_batch_size * self.micro_batches
         # What a run is started again with has what accelerate has decided; fp8 is no option of ours.
-        precision = None if accelerator.mixed_precision == "fp8" else accelerator.mixed_precision
-        config = config.replace(gradient_accumulation_steps=accelerator.gradient_accumulation_steps)
-        config = config.replace(mixed_precision=precision).with_max_train_steps(self.num_images, self.images_per_step)
+        config = config.replace(
+            gradient_accumulation_steps=accelerator.gradient_accumulation_steps,
+            mixed_precision=None if accelerator.mixed_precision == "fp8" else accelerator.mixed_precision,
+        ).with_max_train_steps(self.num_images, self.images_per_step)
         self.config, self.max_train_steps = config, config.run.max_train_steps
         if data.vae is not None:
             data.vae.to(accelerator.device)
@@ -91,7 +91,7 @@ class Trainer:
         self.pipeline = pipeline or ClassPipeline(config, model, data)
         self.objective = build_objective(config, self.noise_scheduler, model, accelerator)
         self.ema = build_ema(config.ema, model, accelerator.device) if config.ema.use_ema else None
-        self.held_out_loss = self._build_held_out_loss()
+        self.validation = Validation(config, accelerator, model, data, self.pipeline, self.noise_scheduler)
         self.denoiser, self.optimizer = self._prepare()
         limit = config.run.checkpoints_total_limit
         self.checkpoints = Checkpoints(
@@ -104,7 +104,10 @@ class Trainer:
         self.loader = build_loader(config, data.dataset, accelerator, self.global_step)
         self.monitor = LossMonitor(accelerator, len(self.objective.clusters))
         self.history = LossHistory(self.output_dir, self.global_step)
-        self._rehearse()
+        # Once, in small, all that the end of the run needs: what would fail there fails here.
+        self.validation.rehearse()
+        if accelerator.is_main_process:
+            rehearse_sharing(config.hub, self.output_dir, self._record(results={}))
         # After all that may refuse the run, of which nothing should be left then
         self._background_push = self._start_reporting(project_name)
 
@@ -135,7 +138,7 @@ class Trainer:
                     self.state.global_step += 1
                     self.lr_scheduler.step()
                     if self.ema is not None:
-                        step_average(self.ema, self.model, config.ema.offload_ema)
+                        step_average(self.ema, self.model)
                     progress_bar.update()
                     signum = interruption.received()
                     self._after_step(progress_bar, stopping=signum is not None)
@@ -175,13 +178,13 @@ class Trainer:
         self.model.set_routing_beta(beta)
 
     def _after_step(self, progress_bar: tqdm, stopping: bool) -> None:
-        step = self.global_step
+        step, run = self.global_step, self.config.run
         last = step == self.max_train_steps or stopping
-        checkpoint_due = step % self.config.run.checkpointing_steps == 0 or last
-        if step % self.config.run.logging_steps == 0 or checkpoint_due:
+        checkpoint_due = step % run.checkpointing_steps == 0 or last
+        if step % run.logging_steps == 0 or checkpoint_due:
             self._log(progress_bar)
         if checkpoint_due:
-            self._update_state()
+            self.state.seconds = self._seconds
             checkpoint = self.checkpoints.save(self.state)
             if self._background_push is not None:
                 self._background_push.push_checkpoint(checkpoint, step)
@@ -192,21 +195,19 @@ class Trainer:
                 self.validate()
 
     def _log(self, progress_bar: tqdm) -> None:
-        losses = self.monitor.read(self.checkpoints.latest())
+        losses, rate = self.monitor.read(self.checkpoints.latest()), self.lr_scheduler.get_last_lr()[0]
         weights = self.objective.loss_fn.cluster_weights().tolist()
-        values = {"loss": losses.mean, "lr": self.lr_scheduler.get_last_lr()[0]}
-        progress_bar.set_postfix(values)
-        values |= {f"loss/cluster_{number}": loss for number, loss in enumerate(losses.per_cluster)}
-        values |= {f"weight/cluster_{number}": weight for number, weight in enumerate(weights)}
-        self.accelerator.log(values, step=self.global_step)
+        progress_bar.set_postfix(loss=losses.mean, lr=rate)
+        values = {"lr": rate, **{f"weight/cluster_{number}": weight for number, weight in enumerate(weights)}}
+        self.accelerator.log({**losses.values("loss", "cluster"), **values}, step=self.global_step)
         if self.accelerator.is_main_process:
             self.history.append(self.global_step, losses, weights)
 
     def _validation_due(self) -> bool:
-        config, step = self.config, self.global_step
-        if config.validation.validation_epochs is not None:
-            return ends_epochs(step, self.images_per_step, self.num_images * config.validation.validation_epochs)
-        return config.validation.validation_steps is not None and step % config.validation.validation_steps == 0
+        options, step = self.config.validation, self.global_step
+        if options.validation_epochs is not None:
+            return ends_epochs(step, self.images_per_step, self.num_images * options.validation_epochs)
+        return options.validation_steps is not None and step % options.validation_steps == 0
 
     def validate(self) -> dict[str, float]:
         """Measure the held-out loss and draw a sample grid, for the tracker and as a PNG; all processes must call it.
@@ -214,23 +215,7 @@ class Trainer:
         Returns:
             `validation_loss` and `validation_loss/eighth_<number>`; nothing without held-out images.
         """
-        accelerator, step = self.accelerator, self.global_step
-        self.model.eval()
-        values = {}
-        if self.held_out_loss is not None:
-            losses = self.held_out_loss(self._denoise_held_out, accelerator)
-            values["validation_loss"] = losses.mean
-            values |= {f"validation_loss/eighth_{number}": loss for number, loss in enumerate(losses.per_cluster)}
-            logger.info(f"Step {step}: held-out loss {losses.mean:.5f}")
-        if accelerator.is_main_process:
-            images = self._sample()
-            columns = math.isqrt(len(images) - 1) + 1
-            grid = save_sample_grid(images, columns, self.output_dir / "samples" / f"step-{step:08d}.png")
-            log_image(accelerator, "samples", grid, step)
-        accelerator.log(values, step=step)
-        accelerator.wait_for_everyone()
-        self.model.train()
-        return values
+        return self.validation(self.global_step)
 
     def finish(self) -> dict[str, Any]:
         """Save the result with its averaged weights, validate it, share it if asked for, and return its record."""
@@ -238,14 +223,12 @@ class Trainer:
         if self.ema is not None:
             self.ema.copy_to(self.model.parameters())
         # Before anything that may fail
-        self._update_state()
         if self.accelerator.is_main_process:
             self.pipeline.save(self.output_dir)
             self._describe(results={})
             logger.info(f"Saved the result in {self.output_dir}")
         results = self.validate()
-        self._update_state()
-        record = self._describe(results=results) if self.accelerator.is_main_process else {}
+        record = self._describe(results) if self.accelerator.is_main_process else {}
         # It closes the trackers, whose files are shared too.
         self.accelerator.end_training()
         if self.config.hub.push_to_hub and self.accelerator.is_main_process:
@@ -259,28 +242,26 @@ class Trainer:
             self._background_push.finish(_PUSH_SECONDS_WHEN_STOPPED)
         self.accelerator.end_training()
         unlock_run_folder(self.output_dir)
-        raise stopped(signum, self.global_step)
-
-    def _build_held_out_loss(self) -> HeldOutLoss | None:
-        if self.data.held_out is None:
-            return None
-        num_images, batch_size = self.config.validation.max_held_out_images, self.config.run.train_batch_size
-        samples = held_out_samples(self.data.held_out, self.data.vae, num_images, batch_size, self.accelerator.device)
-        return HeldOutLoss.by_eighths(self.noise_scheduler, *samples)
+        logger.warning(
+            f"Stopped by {signal.Signals(signum).name} after step {self.global_step}. Go on with the same command and "
+            "`--resume_from_checkpoint latest`."
+        )
+        raise SystemExit(128 + signum)
 
     def _prepare(self) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-        config = self.config
-        if config.run.gradient_checkpointing:
+        if self.config.run.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
-        if config.run.compile:
+        if self.config.run.compile:
             self.model.compile(fullgraph=True)
-        scale = self.images_per_step if config.optimizer.scale_lr else 1
-        optimizer = build_optimizer(config.optimizer, self.model, self.objective.loss_fn, scale)
-        return self.accelerator.prepare(self.model, optimizer)
+        options = self.config.optimizer
+        scale = self.images_per_step if options.scale_lr else 1
+        return self.accelerator.prepare(
+            self.model, build_optimizer(options, self.model, self.objective.loss_fn, scale)
+        )
 
     def _resume(self) -> RunState:
-        run, others = self.config.run, {IMAGES_PER_STEP: self.images_per_step, **data_settings(self.data.images)}
-        others |= {**self.pipeline.settings, **self.objective.settings}
+        run, others = self.config.run, {**data_settings(self.data.images), **self.pipeline.settings}
+        others |= {**self.objective.settings, IMAGES_PER_STEP: self.images_per_step}
         settings = run_settings(self.config, self.model, self.noise_scheduler, self.accelerator, **others)
         state = self.checkpoints.resume(run.resume_from_checkpoint, settings, run.allow_changed_settings)
         if state.global_step > self.max_train_steps:
@@ -306,38 +287,20 @@ class Trainer:
             self.accelerator.init_trackers(project, config=tracker_config(config))
         return start_background_push(config.hub, self.output_dir)
 
-    def _rehearse(self) -> None:
-        """Try once, in small, all that the end of the run needs: what would fail there fails here."""
-        self.model.eval()
-        with forward_once(self.model), torch.compiler.set_stance("force_eager"):
-            if self.held_out_loss is not None:
-                self.held_out_loss.try_out(self._denoise_held_out, self.accelerator.device)
-            if self.accelerator.is_main_process:
-                try_sampling(self._sample, self.config)
-        self.model.train()
-        if self.accelerator.is_main_process:
-            rehearse_sharing(self.config.hub, self.output_dir, self._record(results={}))
-
-    def _sample(self) -> list[Image.Image]:
-        # On the CPU: the same everywhere
-        return self.pipeline.sample(torch.Generator().manual_seed(0))
-
-    def _denoise_held_out(self, model_input, timesteps, batch) -> torch.Tensor:
-        return self.pipeline.denoise(self.model, model_input, timesteps, self.pipeline.conditions(batch))
-
-    def _update_state(self) -> None:
-        self.state.seconds = time.perf_counter() - self._start_time
+    @property
+    def _seconds(self) -> float:
+        return time.perf_counter() - self._start_time
 
     def _record(self, **outcome: Any) -> dict[str, Any]:
         return run_record(
             self.config,
             sys.argv,
             self.accelerator,
-            self.state.seconds,
+            self._seconds,
             model=describe_model(self.model),
             num_images=self.num_images,
-            clusters=self.objective.describe(),
-            held_out=None if self.held_out_loss is None else self.held_out_loss.describe(),
+            clusters={"num_clusters": len(self.objective.clusters), **self.objective.clusters.to_dict()},
+            held_out=self.validation.describe(),
             changed_settings=self.state.changes,
             **outcome,
         )

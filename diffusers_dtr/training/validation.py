@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import SchedulerMixin
+from diffusers import ModelMixin, SchedulerMixin
 from diffusers.utils import make_image_grid
 from PIL import Image
 
@@ -21,6 +21,8 @@ from ..objective.clustering import cluster_timesteps
 from ..objective.clusters import TimestepClusters
 from ..user_errors import USER_ERRORS
 from .config import TrainingConfig
+from .data.loading import TrainingData, held_out_samples
+from .pipelines import ClassPipeline, TextPipeline
 from .randomness import derive_seed
 from .run.losses import MeanLosses
 
@@ -38,8 +40,8 @@ _SAMPLING_FLAGS = (
 class HeldOutLoss:
     """Denoising loss on fixed held-out images with fixed noise, at timesteps that cover the schedule evenly.
 
-    Every image is noised once, or `evaluations_per_image` times. Which timestep an image gets is drawn once and for
-    all, so that the same numbers come back for the same model, whatever the batch size or number of processes.
+    Which timestep an image gets is drawn once and for all, so that the same numbers come back for the same model,
+    whatever the batch size or number of processes.
 
     Args:
         levels: Noise levels that the denoiser was trained for.
@@ -78,15 +80,6 @@ class HeldOutLoss:
         grid = levels.timesteps
         self.timesteps = levels.as_called(grid[(places * len(grid)).long()])
 
-    @classmethod
-    def by_eighths(
-        cls, noise_scheduler: SchedulerMixin, clean: torch.Tensor, batch: dict[str, torch.Tensor | list]
-    ) -> HeldOutLoss:
-        """The loss that runs report, over every eighth of the timesteps."""
-        eighths = cluster_timesteps(noise_scheduler, num_clusters=8, cost="uniform")
-        evaluations_per_image = math.ceil(len(eighths) / len(clean))
-        return cls(NoiseLevels(noise_scheduler), eighths, clean, batch, evaluations_per_image)
-
     def describe(self) -> dict[str, int | str]:
         """The settings of this evaluation, for a record."""
         return {
@@ -101,10 +94,10 @@ class HeldOutLoss:
         denoise: Callable[[torch.Tensor, torch.Tensor, dict[str, torch.Tensor | list]], torch.Tensor],
         accelerator: Accelerator,
     ) -> MeanLosses:
-        """Measure a denoiser; all processes must call this, and share the work.
+        """Measure a denoiser, in eval mode; all processes must call this, and share the work.
 
-        `denoise` is called with the model input and timesteps of some samples and the rest of their batch, which
-        stays on the CPU, and returns the model output. The model should be in eval mode: it drops no labels then.
+        `denoise` returns the model output for the model input and timesteps of some samples and the rest of their
+        batch, which stays on the CPU.
         """
         totals = torch.zeros(2, len(self.clusters), dtype=torch.float64, device=accelerator.device)
         batches = torch.arange(self.num_samples).split(self.batch_size)
@@ -114,10 +107,9 @@ class HeldOutLoss:
             cluster = self.clusters.assign(timesteps)
             totals[0].index_add_(0, cluster, losses.double())
             totals[1].index_add_(0, cluster, torch.ones_like(losses, dtype=torch.float64))
-        sums, counts = accelerator.reduce(totals, "sum").cpu()
-        return MeanLosses((sums.sum() / counts.sum()).item(), tuple((sums / counts).tolist()))
+        return MeanLosses.of(accelerator.reduce(totals, "sum"))
 
-    def try_out(self, denoise: Callable, device: torch.device) -> None:
+    def try_out(self, denoise: Callable[..., torch.Tensor], device: torch.device) -> None:
         """Measure one sample, to see that nothing fails."""
         self._losses(denoise, torch.arange(1), self.timesteps[:1].to(device), device)
 
@@ -137,6 +129,68 @@ class HeldOutLoss:
         return torch.randn(*shape, generator=generator)
 
 
+class Validation:
+    """The held-out loss of a run, over every eighth of the timesteps, and its sample grids.
+
+    All processes measure, and the main process alone samples.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        accelerator: Accelerator,
+        model: ModelMixin,
+        data: TrainingData,
+        pipeline: ClassPipeline | TextPipeline,
+        noise_scheduler: SchedulerMixin,
+    ):
+        self.config, self.accelerator, self.model, self.pipeline = config, accelerator, model, pipeline
+        self.held_out_loss = None
+        if data.held_out is not None:
+            num_images, batch_size = config.validation.max_held_out_images, config.run.train_batch_size
+            clean, batch = held_out_samples(data.held_out, data.vae, num_images, batch_size, accelerator.device)
+            eighths = cluster_timesteps(noise_scheduler, num_clusters=8, cost="uniform")
+            evaluations = math.ceil(len(eighths) / len(clean))
+            self.held_out_loss = HeldOutLoss(NoiseLevels(noise_scheduler), eighths, clean, batch, evaluations)
+
+    def __call__(self, step: int) -> dict[str, float]:
+        """As [`Trainer.validate`]."""
+        values = {}
+        self.model.eval()
+        if self.held_out_loss is not None:
+            losses = self.held_out_loss(self._denoise, self.accelerator)
+            values = losses.values("validation_loss", "eighth")
+            logger.info(f"Step {step}: held-out loss {losses.mean:.5f}")
+        if self.accelerator.is_main_process:
+            path = Path(self.config.run.output_dir) / "samples" / f"step-{step:08d}.png"
+            log_image(self.accelerator, "samples", save_sample_grid(self._sample(), path), step)
+        self.accelerator.log(values, step=step)
+        self.accelerator.wait_for_everyone()
+        self.model.train()
+        return values
+
+    def rehearse(self) -> None:
+        """Try all of it once, in small."""
+        self.model.eval()
+        with forward_once(self.model), torch.compiler.set_stance("force_eager"):
+            if self.held_out_loss is not None:
+                self.held_out_loss.try_out(self._denoise, self.accelerator.device)
+            if self.accelerator.is_main_process:
+                try_sampling(self._sample, self.config)
+        self.model.train()
+
+    def describe(self) -> dict[str, int | str] | None:
+        """The settings of the held-out loss, for the run's record."""
+        return None if self.held_out_loss is None else self.held_out_loss.describe()
+
+    def _sample(self) -> list[Image.Image]:
+        # On the CPU: the same everywhere
+        return self.pipeline.sample(torch.Generator().manual_seed(0))
+
+    def _denoise(self, model_input: torch.Tensor, timesteps: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
+        return self.pipeline.denoise(self.model, model_input, timesteps, self.pipeline.conditions(batch))
+
+
 @contextmanager
 def forward_once(model: torch.nn.Module) -> Iterator[None]:
     """Let a model compute inputs of each shape once, and answer later ones of that shape with the same output.
@@ -147,11 +201,10 @@ def forward_once(model: torch.nn.Module) -> Iterator[None]:
     own, forward = vars(model).get("forward"), model.forward
 
     def remembering(*args: Any, **kwargs: Any) -> Any:
-        inputs = {**dict(enumerate(args)), **kwargs}
+        inputs = {**dict(enumerate(args)), **kwargs}.items()
         # Tensors by their shape; of the rest, flags such as `return_dict` alone say what comes out
         key = tuple(
-            (name, value if isinstance(value, bool) else getattr(value, "shape", None))
-            for name, value in inputs.items()
+            (name, value if isinstance(value, bool) else getattr(value, "shape", None)) for name, value in inputs
         )
         if key not in outputs:
             outputs[key] = forward(*args, **kwargs)
@@ -161,9 +214,8 @@ def forward_once(model: torch.nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        if own is None:
-            del model.forward
-        else:
+        del model.forward
+        if own is not None:
             model.forward = own
 
 
@@ -190,13 +242,12 @@ def try_sampling(sample: Callable[[], list[Image.Image]], config: TrainingConfig
         raise ValueError(f"Validation cannot sample with {flags}: {type(error).__name__}: {error}") from error
 
 
-def save_sample_grid(images: list[Image.Image], columns: int, path: str | Path) -> Image.Image:
-    """Write images of equal size as one picture, row by row; the last row is filled up with black."""
-    columns = min(columns, len(images))
-    missing = -len(images) % columns
-    images = images + [Image.new(images[0].mode, images[0].size) for _ in range(missing)]
+def save_sample_grid(images: list[Image.Image], path: Path) -> Image.Image:
+    """Write images of equal size as one picture, nearly square, row by row; black fills the last row up."""
+    columns = math.isqrt(len(images) - 1) + 1
+    black = Image.new(images[0].mode, images[0].size)
+    images = images + [black] * (-len(images) % columns)
     grid = make_image_grid(images, rows=len(images) // columns, cols=columns)
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     grid.save(path)
     return grid

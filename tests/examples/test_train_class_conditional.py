@@ -35,83 +35,82 @@ def plain(images, tmp_path_factory) -> Path:
     return train(images, tmp_path_factory.mktemp("runs") / "plain", "--max_train_steps", 4)
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ("--seed", 1),
-        ("--train_batch_size", 8),
-        ("--gradient_accumulation_steps", 2),
-        ("--learning_rate", 1e-3),
-        ("--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", 2),
-        ("--adam_beta1", 0.5),
-        ("--adam_beta2", 0.5),
-        ("--adam_weight_decay", 0.5),
-        ("--adam_epsilon", 1.0),
-        ("--mixed_precision", "bf16"),
-        ("--use_ema",),
-        ("--class_dropout_prob", 0.9),
-        ("--resolution", 4),
-        ("--center_crop",),
-        ("--random_flip",),
-        ("--noise_schedule", "squaredcos_cap_v2"),
-        ("--prediction_type", "v_prediction"),
-        ("--routing_alpha", 0.1),
-        ("--routing_beta", 0.4),
-        ("--routing_type", "random"),
-        ("--routing_warmup_steps", 4),
-        ("--timestep_sampling", "clusters"),
-    ],
-    ids=lambda flags: " ".join(map(str, flags)),
-)
+# Each flag with those that it has an effect with.
+EFFECTIVE = [
+    "--seed 1",
+    "--train_batch_size 8",
+    "--gradient_accumulation_steps 2",
+    "--learning_rate 1e-3",
+    "--lr_scheduler constant_with_warmup --lr_warmup_steps 2",
+    "--adam_beta1 0.5",
+    "--adam_beta2 0.5",
+    "--adam_weight_decay 0.5",
+    "--adam_epsilon 1.0",
+    "--mixed_precision bf16",
+    "--use_ema",
+    "--ema_max_decay 0.1 with --use_ema",
+    "--ema_inv_gamma 10.0 with --use_ema",
+    "--ema_power 0.1 with --use_ema",
+    "--class_dropout_prob 0.9",
+    "--resolution 4",
+    "--center_crop",
+    "--random_flip",
+    "--noise_schedule squaredcos_cap_v2",
+    "--prediction_type v_prediction",
+    "--routing_alpha 0.1",
+    "--routing_beta 0.4",
+    "--routing_type random",
+    "--routing_seed 1 with --routing_type random",
+    "--routing_warmup_steps 4",
+    "--timestep_sampling clusters",
+    "--timestep_sampling logit_normal",
+    "--loss_weighting min_snr",
+    "--balancing continuous_uncertainty",
+    "--snr_gamma 0.1 with --loss_weighting min_snr",
+    "--num_clusters 3 with --balancing uncertainty",
+    "--cluster_cost uniform with --balancing uncertainty",
+    "--balancing_update_every 3 with --balancing mgda --num_clusters 2",
+]
+
+
+@pytest.mark.parametrize("flags", EFFECTIVE)
 def test_flag_changes_what_is_learned(flags, images, plain, tmp_path):
-    run = train(images, tmp_path / "run", "--max_train_steps", 4, *flags)
-    assert not same_weights(run, plain)
+    flag, _, others = flags.partition(" with ")
+    common = ["--max_train_steps", 4, *others.split()]
+    without = train(images, tmp_path / "without", *common) if others else plain
+    assert not same_weights(train(images, tmp_path / "run", *common, *flag.split()), without)
 
 
-@pytest.mark.parametrize(
-    ("flag", "together_with"),
-    [
-        (("--snr_gamma", 0.1), ("--loss_weighting", "min_snr")),
-        (("--routing_seed", 1), ("--routing_type", "random")),
-        (("--num_clusters", 3), ("--balancing", "uncertainty")),
-        (("--cluster_cost", "uniform"), ("--balancing", "uncertainty")),
-        (("--balancing_update_every", 3), ("--balancing", "mgda", "--num_clusters", 2)),
-        (("--ema_max_decay", 0.1), ("--use_ema",)),
-        (("--ema_inv_gamma", 10.0), ("--use_ema",)),
-        (("--ema_power", 0.1), ("--use_ema",)),
-    ],
-    ids=lambda flags: " ".join(map(str, flags)),
-)
-def test_flag_changes_what_is_learned_together_with_another(flag, together_with, images, tmp_path):
-    without = train(images, tmp_path / "without", "--max_train_steps", 4, *together_with)
-    run = train(images, tmp_path / "run", "--max_train_steps", 4, *together_with, *flag)
-    assert not same_weights(run, without)
-
-
-def test_workers_and_logging_leave_the_weights_alone(images, plain, tmp_path):
+def test_workers_logging_and_checkpoints_leave_the_weights_alone(images, plain, tmp_path):
     flags = ["--max_train_steps", 4, "--dataloader_num_workers", 2, "--logging_steps", 1, "--report_to", "tensorboard"]
     flags += ["--checkpointing_steps", 1, "--validation_steps", 1, "--validation_data_dir", images]
-    assert same_weights(train(images, tmp_path / "run", *flags), plain)
+    run = train(images, tmp_path / "run", *flags, "--checkpoints_total_limit", 2)
+    assert same_weights(run, plain)
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+
+
+def spy_on_forward(monkeypatch, spy) -> None:
+    """Calls `spy(model, hidden_states, timestep, class_labels)` before every forward call."""
+    forward = DTRTransformer2DModel.forward
+
+    def spied(model, hidden_states, timestep, class_labels, **options):
+        spy(model, hidden_states, timestep, class_labels)
+        return forward(model, hidden_states, timestep, class_labels, **options)
+
+    monkeypatch.setattr(DTRTransformer2DModel, "forward", spied)
 
 
 def test_second_process_gets_what_a_second_forward_call_would(images, tmp_path, monkeypatch):
     """Data, noise and timesteps of a step do not depend on how it is divided between processes and forward calls."""
-    inputs = []
-    forward = DTRTransformer2DModel.forward
-
-    def spy(model, hidden_states, timestep, class_labels, **options):
-        if model.training:
-            inputs.append((hidden_states, timestep, class_labels))
-        return forward(model, hidden_states, timestep, class_labels, **options)
-
-    monkeypatch.setattr(DTRTransformer2DModel, "forward", spy)
+    calls = []
+    spy_on_forward(monkeypatch, lambda model, *inputs: calls.append(inputs) if model.training else None)
     train(images, tmp_path / "one_process", "--max_train_steps", 1, "--gradient_accumulation_steps", 2)
     monkeypatch.setattr(Accelerator, "num_processes", 2)
     monkeypatch.setattr(Accelerator, "process_index", 1)
     train(images, tmp_path / "second_of_two", "--max_train_steps", 1)
-    assert len(inputs) == 3
-    assert not any(torch.equal(one, other) for one, other in zip(inputs[0][:2], inputs[1][:2], strict=True))
-    assert all(torch.equal(one, other) for one, other in zip(inputs[1], inputs[2], strict=True))
+    assert len(calls) == 3
+    assert not any(torch.equal(one, other) for one, other in zip(calls[0][:2], calls[1][:2], strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(calls[1], calls[2], strict=True))
 
 
 def test_accumulation_of_the_environment_is_that_of_the_flag(images, tmp_path, monkeypatch):
@@ -122,9 +121,11 @@ def test_accumulation_of_the_environment_is_that_of_the_flag(images, tmp_path, m
     assert record(by_environment)["arguments"]["gradient_accumulation_steps"] == 2
 
 
-def failing_at(call: int, function, calls: list):
+def failing_at(call: int, function):
+    calls = []
+
     def fail(*args, **kwargs):
-        calls.append(call)
+        calls.append(args)
         if len(calls) == call:
             raise RuntimeError("no memory for samples")
         return function(*args, **kwargs)
@@ -134,28 +135,15 @@ def failing_at(call: int, function, calls: list):
 
 def test_what_would_fail_at_the_end_fails_before_the_first_step(images, tmp_path, monkeypatch):
     steps = []
-    monkeypatch.setattr(DTRPipeline, "__call__", failing_at(1, DTRPipeline.__call__, []))
+    monkeypatch.setattr(DTRPipeline, "__call__", failing_at(1, DTRPipeline.__call__))
     monkeypatch.setattr(training.Trainer, "_backward", lambda *args: steps.append(args))
     with pytest.raises(ValueError, match=r"Validation cannot sample with .*no memory for samples"):
         train(images, tmp_path / "run")
     assert steps == []
 
 
-def test_rehearsal_costs_one_forward_call_however_many_steps_are_sampled(images, tmp_path, monkeypatch):
-    evaluated, forward = [], DTRTransformer2DModel.forward
-
-    def spy(model, *args, **kwargs):
-        evaluated.append(not model.training)
-        return forward(model, *args, **kwargs)
-
-    monkeypatch.setattr(DTRTransformer2DModel, "forward", spy)
-    train(images, tmp_path / "run", "--validation_num_inference_steps", 5, "--max_train_steps", 1)
-    assert evaluated.index(False) == 1
-    assert sum(evaluated) == 1 + 5
-
-
 def test_result_is_saved_before_it_is_validated(images, tmp_path, monkeypatch):
-    monkeypatch.setattr(DTRPipeline, "__call__", failing_at(2, DTRPipeline.__call__, []))
+    monkeypatch.setattr(DTRPipeline, "__call__", failing_at(2, DTRPipeline.__call__))
     run = tmp_path / "run"
     with pytest.raises(RuntimeError, match="no memory for samples"):
         train(images, run)
@@ -165,41 +153,24 @@ def test_result_is_saved_before_it_is_validated(images, tmp_path, monkeypatch):
     assert DTRPipeline.from_pretrained(run)("a", num_inference_steps=2).images
 
 
-def test_learned_variance_doubles_the_output_and_is_sampled_with(images, tmp_path):
-    run = train(images, tmp_path / "run", "--learn_sigma")
-    pipeline = DTRPipeline.from_pretrained(run)
-    assert pipeline.transformer.config.out_channels == 2
-    assert pipeline.scheduler.config.variance_type == "learned_range"
-    assert (
-        DTRPipeline.from_pretrained(train(images, tmp_path / "fixed")).scheduler.config.variance_type == "fixed_small"
-    )
-
-
 def test_saved_pipeline_knows_its_classes_schedule_and_routing(images, tmp_path):
-    run = train(
-        images, tmp_path / "run", "--num_train_timesteps", 20, "--routing_beta", 0.5, "--prediction_type", "sample"
-    )
-    pipeline = DTRPipeline.from_pretrained(run)
+    flags = ["--num_train_timesteps", 20, "--routing_beta", 0.5, "--prediction_type", "sample", "--learn_sigma"]
+    pipeline = DTRPipeline.from_pretrained(train(images, tmp_path / "run", *flags))
+    schedule, model = pipeline.scheduler.config, pipeline.transformer.config
     assert pipeline.labels == {"a": [0], "b": [1], "c": [2]}
-    assert pipeline.scheduler.config.num_train_timesteps == 20
-    assert pipeline.scheduler.config.prediction_type == "sample"
-    assert tuple(pipeline.transformer.config.routing_timestep_range) == (0, 19)
-    assert pipeline.transformer.config.routing_beta == 0.5
+    assert (schedule.num_train_timesteps, schedule.prediction_type) == (20, "sample")
+    assert (model.out_channels, schedule.variance_type) == (2, "learned_range")
+    assert (tuple(model.routing_timestep_range), model.routing_beta) == ((0, 19), 0.5)
     assert pipeline(class_labels=["b"], num_inference_steps=2).images[0].size == (8, 8)
 
 
 def test_preset_trains_on_colour_pixels_without_an_autoencoder(images, tmp_path, monkeypatch):
-    script = load_script(SCRIPT)
-    monkeypatch.setattr(script, "DIT_PRESETS", {"DiT-S/2": {**script.DIT_PRESETS["DiT-S/2"], **small_model()}})
+    script, small = load_script(SCRIPT), {key: value for key, value in MODEL.items() if key != "in_channels"}
+    monkeypatch.setattr(script, "DIT_PRESETS", {"DiT-S/2": {**script.DIT_PRESETS["DiT-S/2"], **small}})
     args = script.parse_args(arguments(images, tmp_path / "run", source=("--model_preset", "DiT-S/2")))
     classes = SimpleNamespace(num_classes=3)
-    _, transformer, _ = script.load_transformer(args, training.load_noise_scheduler(args), None, classes)
-    assert (transformer.config.in_channels, transformer.config.out_channels) == (3, 3)
-    assert transformer.config.freq_shift == 0
-
-
-def small_model() -> dict:
-    return {key: value for key, value in MODEL.items() if key != "in_channels"}
+    config = script.load_transformer(args, training.load_noise_scheduler(args), None, classes)[1].config
+    assert (config.in_channels, config.out_channels, config.freq_shift) == (3, 3, 0)
 
 
 def test_epochs_count_steps_where_no_steps_are_given(images, tmp_path):
@@ -230,47 +201,29 @@ def test_compile_compiles_the_whole_model(images, tmp_path, monkeypatch):
     assert asked == [(DTRTransformer2DModel, {"fullgraph": True})]
 
 
-def test_checkpoints_are_made_and_limited_as_asked(images, tmp_path):
-    run = train(images, tmp_path / "run", "--max_train_steps", 5, "--checkpointing_steps", 2)
-    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
-    limited = ["--max_train_steps", 5, "--checkpointing_steps", 2, "--checkpoints_total_limit", 2]
-    run = train(images, tmp_path / "limited", *limited)
-    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
-
-
 def test_validation_draws_grids_and_measures_the_held_out_loss(images, tmp_path):
-    held_out = make_images(tmp_path / "held_out", count=12)
+    held_out = make_images(tmp_path / "held_out", count=3)
     flags = ["--validation_steps", 2, "--validation_data_dir", held_out, "--num_validation_images", 5]
     run = train(images, tmp_path / "run", *flags)
     grids = sorted((run / "samples").iterdir())
     assert [path.name for path in grids] == ["step-00000002.png", "step-00000003.png"]
     assert Image.open(grids[0]).size == (24, 16)
-    results = record(run)["results"]
-    assert results.keys() == {"validation_loss"} | {f"validation_loss/eighth_{number}" for number in range(8)}
-    limited = record(train(images, tmp_path / "limited", *flags, "--max_held_out_images", 8))["results"]
-    assert limited["validation_loss"] != results["validation_loss"]
-
-
-def test_few_held_out_images_are_noised_more_often(images, tmp_path):
-    held_out = make_images(tmp_path / "held_out", count=3)
-    found = record(train(images, tmp_path / "run", "--validation_data_dir", held_out))
+    found = record(run)
+    eighths = {f"validation_loss/eighth_{number}" for number in range(8)}
+    assert found["results"].keys() == {"validation_loss"} | eighths
+    # Few images are noised more often.
     assert (found["held_out"]["images"], found["held_out"]["noised_samples"]) == (3, 9)
-    assert {f"validation_loss/eighth_{number}" for number in range(8)} <= found["results"].keys()
+    limited = record(train(images, tmp_path / "limited", *flags, "--max_held_out_images", 2))
+    assert limited["held_out"]["images"] == 2
 
 
 def test_validation_is_in_eval_mode_and_once_for_every_step(images, tmp_path, monkeypatch, caplog):
     """In training mode the held-out loss would be of labels that are dropped at random."""
-    modes = []
-    forward = DTRTransformer2DModel.forward
-
-    def spy(model, *inputs, **options):
-        modes.append((torch.is_grad_enabled(), model.training))
-        return forward(model, *inputs, **options)
-
-    monkeypatch.setattr(DTRTransformer2DModel, "forward", spy)
+    modes = set()
+    spy_on_forward(monkeypatch, lambda model, *_: modes.add((torch.is_grad_enabled(), model.training)))
     with caplog.at_level(logging.INFO):
         train(images, tmp_path / "run", "--validation_steps", 1, "--validation_data_dir", images)
-    assert set(modes) == {(True, True), (False, False)}
+    assert modes == {(True, True), (False, False)}
     validated = [message.split(":")[0] for message in caplog.messages if "held-out loss" in message]
     assert validated == ["Step 1", "Step 2", "Step 3"]
 
@@ -278,13 +231,11 @@ def test_validation_is_in_eval_mode_and_once_for_every_step(images, tmp_path, mo
 def test_result_is_validated_at_its_own_routing_however_long_the_warm_up(images, tmp_path, monkeypatch):
     width = MODEL["num_attention_heads"] * MODEL["attention_head_dim"]
     active = {True: [], False: []}
-    forward = DTRTransformer2DModel.forward
 
-    def spy(model, *inputs, **options):
+    def spy(model, *_):
         active[model.training].append(int(model.routing.mask(torch.zeros(1), width).sum()))
-        return forward(model, *inputs, **options)
 
-    monkeypatch.setattr(DTRTransformer2DModel, "forward", spy)
+    spy_on_forward(monkeypatch, spy)
     train(images, tmp_path / "run", "--routing_beta", 0.4, "--routing_warmup_steps", 3)
     assert active[True] == [int(share * width) for share in (1, 0.8, 0.6)]
     assert set(active[False]) == {int(0.4 * width)}
@@ -309,40 +260,27 @@ def test_averaged_weights_are_sampled_during_training_as_at_its_end(images, tmp_
     assert one == other
 
 
-@pytest.fixture
-def dataset(images, tmp_path) -> Path:
-    """A local dataset with two configurations, splits, and columns of unusual names."""
+def test_dataset_flags_choose_configuration_columns_and_splits(images, tmp_path):
     rows = datasets.load_dataset("imagefolder", data_dir=str(images), split="train", cache_dir=str(tmp_path / "c"))
     rows = rows.rename_columns({"image": "picture", "label": "kind"})
+    dataset = tmp_path / "dataset"
     for name in ("small", "large"):
         for split, part in (("train", rows.select(range(12))), ("test", rows.select(range(12, 24)))):
-            (tmp_path / "dataset" / name).mkdir(parents=True, exist_ok=True)
-            part.to_parquet(tmp_path / "dataset" / name / f"{split}.parquet")
+            (dataset / name).mkdir(parents=True, exist_ok=True)
+            part.to_parquet(dataset / name / f"{split}.parquet")
     configs = "".join(f"- config_name: {name}\n  data_dir: {name}\n" for name in ("small", "large"))
-    (tmp_path / "dataset" / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
-    return tmp_path / "dataset"
-
-
-def named_dataset(images, output_dir, dataset, *flags) -> list[str]:
-    argv = arguments(images, output_dir, "--dataset_name", dataset, "--dataset_config_name", "small", *flags)
-    return without(argv, "--train_data_dir")
-
-
-def test_dataset_flags_choose_configuration_columns_and_splits(images, dataset, tmp_path):
+    (dataset / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    named = ["--dataset_name", dataset, "--dataset_config_name", "small"]
     columns = ["--image_column", "picture", "--label_column", "kind"]
-    script = load_script(SCRIPT)
-    argv = named_dataset(images, tmp_path / "run", dataset, *columns, "--validation_split", "test")
-    run = run_main(script, argv)
+    run, other = (
+        run_main(
+            load_script(SCRIPT),
+            without(arguments(images, tmp_path / name, *named, *columns, *flags), "--train_data_dir"),
+        )
+        for name, flags in (("run", ["--validation_split", "test"]), ("other", ["--train_split", "test"]))
+    )
     assert "validation_loss" in record(run)["results"]
-    other = run_main(script, named_dataset(images, tmp_path / "other", dataset, *columns, "--train_split", "test"))
     assert not same_weights(run, other)
-
-
-def test_an_unreadable_image_stops_the_run_and_is_named(tmp_path):
-    images = make_images(tmp_path / "images")
-    (images / "a" / "000.png").write_bytes(b"not an image")
-    with pytest.raises(ValueError, match=r"000\.png \(row 0\) cannot be read"):
-        train(images, tmp_path / "run", "--max_train_steps", 6)
 
 
 def test_loss_that_is_not_finite_stops_the_run_with_the_last_good_checkpoint(images, tmp_path):

@@ -15,7 +15,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -83,7 +83,6 @@ def reset_accelerate() -> None:
     """Forgets the state that accelerate keeps for the whole process, so that the next run begins with its own."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    PartialState._reset_state()
 
 
 def launch(argv: list[str], num_processes: int = 1, script: Path = SCRIPT) -> subprocess.Popen:
@@ -131,8 +130,7 @@ def weights(output_dir: Path, name: str = "transformer") -> dict[str, torch.Tens
 def assert_equal_weights(one: Path, other: Path, name: str = "transformer") -> None:
     left, right = weights(one, name), weights(other, name)
     assert left.keys() == right.keys()
-    different = [key for key in left if not torch.equal(left[key], right[key])]
-    assert not different
+    assert [key for key in left if not torch.equal(left[key], right[key])] == []
 
 
 def same_weights(one: Path, other: Path, name: str = "transformer") -> bool:

@@ -9,28 +9,14 @@ from collections.abc import Callable
 import torch
 
 
-def changes_files(event: str, arguments: tuple) -> bool:
-    if event == "open":
-        return bool(arguments[2] and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
-    return event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
-
-
-def empties_file(event: str, arguments: tuple) -> bool:
-    """Whether a file with content is opened to be written anew; the event comes before that is done."""
-    return event == "open" and bool(arguments[2] and arguments[2] & os.O_TRUNC) and os.path.exists(arguments[0])
+_CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
 
 
 def die_before_every_change(action: Callable[[], None], inspect: Callable[[], None]) -> int:
     """Runs an action in child processes, each of which ends, as by SIGKILL, before its n-th change to the file system.
 
-    Emptying a file is such a change, and so is what comes after it: writing to the file.
-
-    Args:
-        action: What is cut off. It begins with what earlier children left behind.
-        inspect: Called in this process after every death.
-
-    Returns:
-        How many deaths it took until a child lived to the end.
+    Emptying a file is such a change, and so is what comes after it: writing to the file. The action begins with what
+    earlier children left behind; `inspect` is called in this process after every death. Returns the number of deaths.
     """
     deaths = 0
     while not _survives(action, deaths):
@@ -45,13 +31,16 @@ def _survives(action: Callable[[], None], changes: int) -> bool:
     if child == 0:
         left = changes
 
-        def die(event, arguments):
+        def die(event: str, arguments: tuple) -> None:
             nonlocal left
-            if changes_files(event, arguments):
+            is_open = event == "open" and arguments[2]
+            # A file that is opened to be written anew is emptied, after the event: a change of its own.
+            empties = is_open and arguments[2] & os.O_TRUNC and os.path.exists(arguments[0])
+            if (is_open and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)) or event in _CHANGES:
                 if left == 0:
                     os._exit(9)
                 left -= 1
-            if empties_file(event, arguments):
+            if empties:
                 if left == 0:
                     os.truncate(arguments[0], 0)
                     os._exit(9)

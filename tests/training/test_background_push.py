@@ -8,15 +8,10 @@ import threading
 import time
 
 import pytest
-import torch
-from accelerate import Accelerator
 from hub_server import AnswerStatus, CutUpload, Exchange, Fault, LoseAnswer
 from huggingface_hub import HfApi
-from tiny_dit import routed_dit
 
-from diffusers_dtr.training.run.checkpoints import Checkpoints
-from diffusers_dtr.training.run.resuming import RunState
-from diffusers_dtr.training.run.sharing import BackgroundPush, PushReport
+from diffusers_dtr.training.run.sharing import BackgroundPush
 
 
 REPO = "owner/digits"
@@ -67,7 +62,7 @@ def checkpoint(output_dir, step, files=("training_state.json", "transformer/mode
     for path in files:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(f"{path} of step {step}")
-    return folder
+    return folder, step
 
 
 def files(hub):
@@ -90,10 +85,10 @@ def until(condition):
 
 def test_every_checkpoint_is_one_commit_and_replaces_all_of_the_one_before(hub, output_dir):
     push = BackgroundPush(output_dir, None, "hf_owner", private=True)
-    push.push_checkpoint(checkpoint(output_dir, 10, ["a.bin", "b/c.bin"]), 10)
-    until(lambda: push.report.pushed)
-    push.push_checkpoint(checkpoint(output_dir, 20, ["a.bin", "d.bin"]), 20)
-    assert push.finish() == PushReport(pushed=[10, 20])
+    push.push_checkpoint(*checkpoint(output_dir, 10, ["a.bin", "b/c.bin"]))
+    until(lambda: push.report)
+    push.push_checkpoint(*checkpoint(output_dir, 20, ["a.bin", "d.bin"]))
+    assert push.finish() == {10: "pushed", 20: "pushed"}
     assert files(hub) == {"last-checkpoint/a.bin": "a.bin of step 20", "last-checkpoint/d.bin": "d.bin of step 20"}
     assert titles() == ["Checkpoint of step 20", "Checkpoint of step 10"]
     assert HfApi().model_info(REPO).private
@@ -104,31 +99,15 @@ def test_a_slow_network_gets_the_latest_checkpoint_only_and_nobody_waits(hub, ho
     """Checkpoints may be renamed and deleted meanwhile, as those beyond the limit are."""
     push = BackgroundPush(output_dir)
     for step in (10, 20, 30, 40):
-        push.push_checkpoint(checkpoint(output_dir, step), step)
+        push.push_checkpoint(*checkpoint(output_dir, step))
         hold.reached.wait(20)
         doomed = (output_dir / f"checkpoint-{step}").rename(output_dir / "doomed.partial")
         shutil.rmtree(doomed)
     # None of these calls waited for the Hub, which has not answered yet.
     assert titles() == []
     hold.released.set()
-    assert push.finish() == PushReport(pushed=[10, 40], superseded=[20, 30])
+    assert push.finish() == {10: "pushed", 20: "superseded", 30: "superseded", 40: "pushed"}
     assert files(hub)["last-checkpoint/training_state.json"].endswith("step 40")
-
-
-def test_a_checkpoint_of_training_arrives_without_paths_of_this_machine_and_can_be_resumed(hub, output_dir, tmp_path):
-    routed_dit().save_pretrained(tmp_path / "pretrained")
-    model = type(routed_dit()).from_pretrained(tmp_path / "pretrained")
-    accelerator = Accelerator(cpu=True)
-    optimizer = torch.optim.AdamW(accelerator.prepare(model).parameters())
-    accelerator.prepare(optimizer)
-    folder = Checkpoints(accelerator, output_dir, "transformer", model).save(RunState(3, {"seed": 0}))
-    push = BackgroundPush(output_dir)
-    push.push_checkpoint(folder, 3)
-    assert push.finish().pushed == [3]
-    assert not [path for path, data in hub.files(REPO).items() if str(tmp_path).encode() in data]
-    pulled = HfApi().snapshot_download(REPO)
-    resumed = Checkpoints(accelerator, tmp_path / "resumed", "transformer", model)
-    assert resumed.resume(f"{pulled}/last-checkpoint", {"seed": 0}).global_step == 3
 
 
 # ---- faults
@@ -147,34 +126,32 @@ def test_a_push_that_fails_is_tried_again_until_it_succeeds(hub, output_dir, qui
     hub.faults.append(fault)
     push = BackgroundPush(output_dir)
     with caplog.at_level(logging.WARNING):
-        push.push_checkpoint(checkpoint(output_dir, 10), 10)
-        assert push.finish().pushed == [10]
+        push.push_checkpoint(*checkpoint(output_dir, 10))
+        assert push.finish() == {10: "pushed"}
     assert "failed, will be tried again" in caplog.text
     assert titles() == ["Checkpoint of step 10"]
 
 
-@pytest.mark.parametrize("ends", ["a later checkpoint", "the end of training"])
-def test_a_pause_ends_where_there_is_no_reason_for_it(hub, output_dir, caplog, ends):
+@pytest.mark.parametrize("is_last", [False, True])
+def test_a_pause_ends_with_a_later_checkpoint_or_the_end_of_training(hub, output_dir, caplog, is_last):
     hub.faults.append(AnswerStatus(**COMMIT, status=429, retry_after=10**6))
     push = BackgroundPush(output_dir)
-    push.push_checkpoint(checkpoint(output_dir, 10), 10)
+    push.push_checkpoint(*checkpoint(output_dir, 10))
     until(lambda: "tried again" in caplog.text)
-    if ends == "a later checkpoint":
-        push.push_checkpoint(checkpoint(output_dir, 20), 20)
-        assert push.finish(timeout=20) == PushReport(pushed=[20], superseded=[10])
-    else:
-        assert push.finish(timeout=20) == PushReport(pushed=[10])
+    if not is_last:
+        push.push_checkpoint(*checkpoint(output_dir, 20))
+    assert push.finish(timeout=20) == ({10: "pushed"} if is_last else {10: "superseded", 20: "pushed"})
 
 
 def test_a_wrong_token_is_reported_and_later_checkpoints_are_tried_nevertheless(hub, output_dir, caplog):
     push = BackgroundPush(output_dir, REPO, "hf_wrong")
-    push.push_checkpoint(checkpoint(output_dir, 10), 10)
-    until(lambda: push.report.failed)
+    push.push_checkpoint(*checkpoint(output_dir, 10))
+    until(lambda: push.report)
     hub.tokens["hf_wrong"] = "owner"
-    push.push_checkpoint(checkpoint(output_dir, 20), 20)
+    push.push_checkpoint(*checkpoint(output_dir, 20))
     report = push.finish()
-    assert report.pushed == [20]
-    assert "401" in report.failed[10]
+    assert report[20] == "pushed"
+    assert "401" in report[10]
     assert "checkpoint of step 10 was not pushed; it is complete in digits" in caplog.text
     assert "hf_wrong" not in caplog.text + str(report)
 
@@ -182,17 +159,16 @@ def test_a_wrong_token_is_reported_and_later_checkpoints_are_tried_nevertheless(
 def test_a_hub_that_stays_away_costs_a_bounded_time_at_the_end(hub, output_dir, quick, waits):
     hub.faults.append(AnswerStatus(method=".*", path=".", status=503, times=10**6))
     push = BackgroundPush(output_dir)
-    push.push_checkpoint(checkpoint(output_dir, 10), 10)
-    report = push.finish(timeout=0.3)
-    assert (report.pushed, list(report.failed)) == ([], [10])
+    push.push_checkpoint(*checkpoint(output_dir, 10))
+    assert push.finish(timeout=0.3)[10] != "pushed"
 
 
 def test_an_upload_that_hangs_is_not_waited_for_beyond_the_time_given(hub, hold, output_dir):
     push = BackgroundPush(output_dir)
-    push.push_checkpoint(checkpoint(output_dir, 10), 10)
+    push.push_checkpoint(*checkpoint(output_dir, 10))
     hold.reached.wait(20)
-    push.push_checkpoint(checkpoint(output_dir, 20), 20)
-    assert push.finish(timeout=0.05).failed == {10: "not done within 0.05 s", 20: "not done within 0.05 s"}
+    push.push_checkpoint(*checkpoint(output_dir, 20))
+    assert push.finish(timeout=0.05) == {10: "not done within 0.05 s", 20: "not done within 0.05 s"}
     hold.released.set()
     push._thread.join(20)
     assert titles() == ["Checkpoint of step 10"]
@@ -201,12 +177,13 @@ def test_an_upload_that_hangs_is_not_waited_for_beyond_the_time_given(hub, hold,
 @pytest.mark.slow
 def test_a_process_ends_though_an_upload_hangs(hub, hold, output_dir, fresh_process):
     code = f"""
+        import json
         from diffusers_dtr.training.run.sharing import BackgroundPush
         push = BackgroundPush({str(output_dir)!r})
-        push.push_checkpoint({str(checkpoint(output_dir, 10))!r}, 10)
-        print(list(push.finish(timeout=5).failed))
+        push.push_checkpoint({str(checkpoint(output_dir, 10)[0])!r}, 10)
+        print(json.dumps(push.finish(timeout=5)))
     """
-    assert fresh_process(code) == [10]
+    assert fresh_process(code) == {"10": "not done within 5 s"}
     assert hold.reached.is_set()
     assert not hold.released.is_set()
 
@@ -215,9 +192,9 @@ def test_a_disk_that_is_full_is_reported(hub, output_dir, monkeypatch):
     def full(*paths):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.link", full)
-    monkeypatch.setattr("shutil.copyfile", full)
+    for name in ("os.link", "shutil.copyfile"):
+        monkeypatch.setattr(name, full)
     push = BackgroundPush(output_dir)
-    push.push_checkpoint(checkpoint(output_dir, 10), 10)
-    assert "No space left on device" in push.finish().failed[10]
+    push.push_checkpoint(*checkpoint(output_dir, 10))
+    assert "No space left on device" in push.finish()[10]
     assert hub.requests == []

@@ -1,4 +1,3 @@
-import io
 import os
 import pickle
 import shutil
@@ -8,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 from run_config import run_config
@@ -19,7 +18,6 @@ from diffusers_dtr import DTRTransformer2DModel
 from diffusers_dtr.training.config import LoraConfig, RoutingConfig
 from diffusers_dtr.training.lora import add_lora
 from diffusers_dtr.training.objective import build_objective
-from diffusers_dtr.training.run import checkpoints
 from diffusers_dtr.training.run.checkpoints import Checkpoints
 from diffusers_dtr.training.run.resuming import RunState
 
@@ -34,22 +32,22 @@ def state(step: int) -> RunState:
 class Run:
     """A model, optimizer and average of a run, as a script has them."""
 
-    def __init__(self, folder: Path, *, seed: int = 0, use_ema: bool = True, total_limit: int | None = None):
+    def __init__(self, folder: Path, *, seed: int = 0, use_ema: bool = True, rank: int | None = None, limit: int = 9):
         self.accelerator = Accelerator(cpu=True)
-        torch.manual_seed(seed)
+        torch.manual_seed(seed if rank is None else 0)  # adapters are of the same model
         size = {"num_layers": 1, "num_attention_heads": 1, "attention_head_dim": 8, "sample_size": 4}
         self.model = DTRTransformer2DModel(**size, in_channels=1, num_embeds_ada_norm=2)
-        self.ema = None
-        if use_ema:
-            config = {"model_cls": DTRTransformer2DModel, "model_config": self.model.config}
-            self.ema = EMAModel(self.model.parameters(), decay=0.5, **config)
-        optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
-        self.prepared, self.optimizer = self.accelerator.prepare(self.model, optimizer)
-        self.checkpoints = Checkpoints(self.accelerator, folder, "transformer", self.model, self.ema, total_limit)
+        if rank is not None:
+            torch.manual_seed(seed)
+            add_lora(self.model, LoraConfig(rank=rank), RoutingConfig(), ("to_q",))
+        self.ema = EMAModel(self.model.parameters(), decay=0.5) if use_ema else None
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.prepared, self.optimizer = self.accelerator.prepare(self.model, torch.optim.AdamW(trained, lr=0.1))
+        self.checkpoints = Checkpoints(self.accelerator, folder, "transformer", self.model, self.ema, limit)
 
     def step(self) -> None:
         for parameter in self.model.parameters():
-            parameter.grad = torch.ones_like(parameter)
+            parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
         self.optimizer.step()
         if self.ema is not None:
             self.ema.step(self.model.parameters())
@@ -65,7 +63,6 @@ def fresh_accelerate():
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    PartialState._reset_state()
 
 
 def assert_same(left: list[torch.Tensor], right: list[torch.Tensor]) -> None:
@@ -108,23 +105,17 @@ def test_nothing_is_loaded_unless_asked_or_there(tmp_path):
     assert_same(run.state(), before)
 
 
-def test_latest_is_the_highest_step_rather_than_the_last_name(tmp_path):
-    run = Run(tmp_path)
-    for step in (9, 10):
-        run.checkpoints.save(state(step))
-    assert run.checkpoints.latest() == tmp_path / "checkpoint-10"
-
-
-def test_oldest_checkpoints_go_beyond_the_limit(tmp_path):
-    run = Run(tmp_path, total_limit=2)
+def test_oldest_checkpoints_go_beyond_the_limit_by_their_steps_rather_than_their_names(tmp_path):
+    run = Run(tmp_path, limit=2)
     for step in (8, 9, 10, 11):
         run.checkpoints.save(state(step))
     assert names(tmp_path) == ["checkpoint-10", "checkpoint-11"]
+    assert run.checkpoints.latest() == tmp_path / "checkpoint-11"
 
 
 def test_whenever_the_process_dies_the_latest_checkpoint_is_whole(tmp_path):
     """Step 1 is saved; saving step 2 and deleting step 1 is cut off at every moment."""
-    run = Run(tmp_path, total_limit=1)
+    run = Run(tmp_path, limit=1)
     states = {}
     for step in (1, 2):
         run.step()
@@ -152,22 +143,30 @@ def test_whenever_the_process_dies_the_latest_checkpoint_is_whole(tmp_path):
     assert names(tmp_path) == ["checkpoint-2"]
 
 
-@pytest.mark.parametrize("missing", ["training_state.json", ""])
-def test_incomplete_checkpoint_is_refused_and_complete_ones_named(missing, tmp_path):
+def test_incomplete_checkpoint_is_refused_and_complete_ones_named(tmp_path):
     run = Run(tmp_path)
     for step in (1, 2):
         run.checkpoints.save(state(step))
-    path = tmp_path / "checkpoint-2" / missing
-    path.unlink() if missing else shutil.rmtree(path)
-    with pytest.raises(ValueError, match=r"complete checkpoint or `latest`, got 'checkpoint-2'.*: checkpoint-1\."):
-        run.checkpoints.resume("checkpoint-2", SETTINGS)
+    (tmp_path / "checkpoint-2" / "training_state.json").unlink()
+    for name in ("checkpoint-2", "checkpoint-3"):
+        with pytest.raises(ValueError, match=rf"complete checkpoint or `latest`, got '{name}'.*: checkpoint-1\."):
+            run.checkpoints.resume(name, SETTINGS)
     assert run.checkpoints.resume("latest", SETTINGS).global_step == 1
 
 
-def test_averaging_run_needs_a_checkpoint_with_an_average(tmp_path):
-    Run(tmp_path, use_ema=False).checkpoints.save(state(1))
-    with pytest.raises(ValueError, match=r"`use_ema` must be what it was: .*checkpoint-1 has no averaged weights"):
-        Run(tmp_path).checkpoints.resume("latest", SETTINGS)
+@pytest.mark.parametrize(
+    ("saved", "resumed", "message"),
+    [
+        ({}, {"use_ema": True}, "`use_ema` must be what it was: .*checkpoint-1 has no transformer_ema to"),
+        ({"rank": 2}, {}, "`rank` must be what it was: .*checkpoint-1 has no transformer to"),
+        ({}, {"rank": 2}, "`rank` must be what it was: .*checkpoint-1 has no transformer_lora to"),
+    ],
+)
+def test_what_a_run_needs_to_go_on_must_be_there(saved, resumed, message, tmp_path):
+    without = {"use_ema": False}
+    Run(tmp_path, **{**without, **saved}).checkpoints.save(state(1))
+    with pytest.raises(ValueError, match=message):
+        Run(tmp_path, **{**without, **resumed}).checkpoints.resume("latest", SETTINGS)
 
 
 def test_run_does_not_go_back_behind_checkpoints_of_later_steps(tmp_path):
@@ -192,17 +191,22 @@ def test_weights_that_are_not_finite_are_not_saved(value, tmp_path):
 
 
 def test_weights_of_another_model_or_damaged_ones_are_refused(tmp_path):
-    folder = Run(tmp_path).checkpoints.save(state(1)) / "transformer"
-    file = folder / "diffusion_pytorch_model.safetensors"
-    save_file({"other": torch.zeros(1)}, file)
-    with pytest.raises(ValueError, match="must hold the weights of this model, got others"):
-        Run(tmp_path).checkpoints.resume("latest", SETTINGS)
-    file.write_bytes(b"cut off")
-    with pytest.raises(ValueError, match="must hold whole safetensors files, got a damaged one"):
-        Run(tmp_path).checkpoints.resume("latest", SETTINGS)
-    file.unlink()
-    with pytest.raises(ValueError, match=r"transformer must hold \*\.safetensors, but has none"):
-        Run(tmp_path).checkpoints.resume("latest", SETTINGS)
+    folder = Run(tmp_path).checkpoints.save(state(1))
+
+    def refused(name: str, message: str) -> None:
+        with pytest.raises(ValueError, match=f"{name} must hold {message}"):
+            Run(tmp_path).checkpoints.resume("latest", SETTINGS)
+
+    for name in ("transformer_ema", "transformer"):
+        file = folder / name / "diffusion_pytorch_model.safetensors"
+        whole = file.read_bytes()
+        save_file({"other": torch.zeros(1)}, file)
+        refused(name, "the weights of this model, got others")
+        file.write_bytes(b"cut off")
+        refused(name, "whole safetensors files, got a damaged one")
+        file.unlink()
+        refused(name, r"\*\.safetensors, but has none")
+        file.write_bytes(whole)
 
 
 def test_forward_calls_are_counted_anew_after_resuming(tmp_path):
@@ -217,45 +221,18 @@ def test_forward_calls_are_counted_anew_after_resuming(tmp_path):
         assert not other.accelerator.sync_gradients
 
 
-class AdaptedRun(Run):
-    """A run that trains LoRA adapters."""
-
-    def __init__(self, folder: Path, *, seed: int = 0, rank: int = 2):
-        super().__init__(folder, use_ema=False)
-        torch.manual_seed(seed)
-        add_lora(self.model, LoraConfig(rank=rank), RoutingConfig(), ("to_q",))
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.accelerator.free_memory()
-        self.optimizer = self.accelerator.prepare(torch.optim.AdamW(trained, lr=0.1))
-
-    def step(self) -> None:
-        for parameter in self.model.parameters():
-            parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
-        self.optimizer.step()
-
-
 def test_adapters_alone_are_saved_and_restored(tmp_path):
-    run = AdaptedRun(tmp_path)
+    run, other = (Run(tmp_path, seed=seed, use_ema=False, rank=2) for seed in (0, 1))
     run.step()
     path = run.checkpoints.save(state(1))
     weights = {name for file in path.rglob("*.safetensors") for name in load_file(file)}
     assert weights
     assert all("lora_" in name for name in weights)
-    other = AdaptedRun(tmp_path, seed=1)
     other.checkpoints.resume("latest", SETTINGS)
     assert_same(other.state(), run.state())
     run.step()
     other.step()
     assert_same(other.state(), run.state())
-
-
-def test_run_without_adapters_does_not_go_on_with_them_nor_the_other_way_round(tmp_path):
-    AdaptedRun(tmp_path / "adapted").checkpoints.save(state(1))
-    with pytest.raises(ValueError, match=r"`rank` must be what it was: .*checkpoint-1 has no transformer to"):
-        Run(tmp_path / "adapted", use_ema=False).checkpoints.resume("latest", SETTINGS)
-    Run(tmp_path / "whole", use_ema=False).checkpoints.save(state(1))
-    with pytest.raises(ValueError, match=r"`rank` must be what it was: .*checkpoint-1 has no transformer_lora to"):
-        AdaptedRun(tmp_path / "whole").checkpoints.resume("latest", SETTINGS)
 
 
 class StatefulRun(Run):
@@ -311,23 +288,3 @@ def test_no_file_of_a_checkpoint_runs_code(as_torch, tmp_path):
         with suppress(ValueError, RuntimeError, EOFError, pickle.UnpicklingError):
             run.checkpoints.resume(str(hostile), SETTINGS)
         assert not marker.exists(), name
-
-
-def test_objective_goes_on_with_what_it_has_learned(tmp_path):
-    run = StatefulRun(tmp_path)
-    with torch.no_grad():
-        run.checkpoints.objective.loss_fn.balancing.log_variance.fill_(0.5)
-    run.checkpoints.save(state(1))
-    other = StatefulRun(tmp_path)
-    other.checkpoints.resume("latest", SETTINGS)
-    assert other.checkpoints.objective.loss_fn.balancing.log_variance.unique().tolist() == [0.5]
-
-
-def test_pickles_are_read_as_weights_only_by_whoever_reads_them():
-    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
-    file = io.BytesIO()
-    torch.save(Gadget(Path("nowhere")), file)
-    file.seek(0)
-    with pytest.raises(pickle.UnpicklingError, match=r"posix\.mkdir|nt\.mkdir"), checkpoints._weights_only():
-        torch.load(file, weights_only=False)
-    assert os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD") == before

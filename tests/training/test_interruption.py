@@ -10,9 +10,6 @@ from diffusers_dtr.training import interruption
 from diffusers_dtr.training.interruption import Interruption
 
 
-SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-
-
 @pytest.fixture(autouse=True)
 def _signals_as_a_terminal_has_them():
     """A runner in the background may ignore some."""
@@ -27,7 +24,7 @@ def send(signum: int) -> None:
     os.kill(os.getpid(), signum)
 
 
-@pytest.mark.parametrize("signum", SIGNALS)
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signal_is_remembered_and_said(signum, capfd):
     before = signal.getsignal(signum)
     with Interruption() as stop:
@@ -38,39 +35,30 @@ def test_signal_is_remembered_and_said(signum, capfd):
     assert f"{signum.name}: finishing this step, then saving" in capfd.readouterr().err
 
 
-def test_second_interrupt_stops_at_once(monkeypatch):
-    monkeypatch.setattr(interruption, "_SAME_CTRL_C", 0.0)
-    with Interruption():
-        send(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            send(signal.SIGINT)
-
-
-def test_interrupt_that_a_launcher_repeats_is_one():
+def test_second_interrupt_stops_at_once_unless_it_is_one_that_a_launcher_repeats(monkeypatch):
     with Interruption() as stop:
         send(signal.SIGINT)
         send(signal.SIGINT)
         assert stop.received() == signal.SIGINT
+        monkeypatch.setattr(interruption, "_SAME_CTRL_C", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
 
 
 def test_termination_that_is_repeated_still_lets_the_step_finish(monkeypatch):
     monkeypatch.setattr(interruption, "_SAME_CTRL_C", 0.0)
     with Interruption() as stop:
-        send(signal.SIGTERM)
-        send(signal.SIGTERM)
-        send(signal.SIGHUP)
+        for signum in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP):
+            send(signum)
         assert stop.received() == signal.SIGTERM
 
 
-def test_what_nohup_ignores_stays_ignored(monkeypatch):
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with Interruption() as stop:
-            send(signal.SIGHUP)
-            assert stop.received() is None
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
+def test_what_nohup_ignores_stays_ignored():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the fixture puts it back
+    with Interruption() as stop:
+        send(signal.SIGHUP)
+        assert stop.received() is None
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 def test_threads_other_than_the_main_one_change_no_signals():

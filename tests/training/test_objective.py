@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
@@ -20,14 +21,6 @@ from diffusers_dtr.training.optimizer import build_optimizer
 
 
 BATCH = 8
-STATEFUL = [
-    {"balancing": "uncertainty"},
-    {"balancing": "continuous_uncertainty"},
-    {"balancing": "pcgrad"},
-    {"balancing": "nash_mtl"},
-    {"timestep_sampling": "loss"},
-    {"timestep_sampling": "variance"},
-]
 
 
 class Setup:
@@ -38,15 +31,8 @@ class Setup:
         accumulation = config.run.gradient_accumulation_steps or 1
         self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
         torch.manual_seed(0)
-        self.model = DTRTransformer2DModel(
-            num_layers=1,
-            num_attention_heads=2,
-            attention_head_dim=4,
-            in_channels=1,
-            out_channels=1,
-            sample_size=4,
-            num_embeds_ada_norm=2,
-        )
+        size = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 4, "sample_size": 4}
+        self.model = DTRTransformer2DModel(**size, in_channels=1, out_channels=1, num_embeds_ada_norm=2)
         scheduler = scheduler or DDPMScheduler()
         self.objective = build_objective(config, scheduler, self.model, self.accelerator)
         self.optimizer = build_optimizer(config.optimizer, self.model, self.objective.loss_fn)
@@ -89,23 +75,32 @@ def test_without_balancing_clusters_are_drawn_by_their_width():
     assert max(drawn) - min(drawn) > 20
 
 
-@pytest.mark.parametrize("options", [{"balancing": "uncertainty"}, {"timestep_sampling": "clusters"}])
-def test_with_balancing_or_on_request_clusters_are_drawn_equally(options):
-    setup = Setup(**options)
-    assert counts(setup, setup.sample(0, 0, 1)) == [2, 2, 2, 2]
-
-
-def test_balanced_clusters_are_drawn_uniformly_on_request():
+def test_with_balancing_or_on_request_clusters_are_drawn_equally_unless_asked_otherwise():
+    for options in ({"balancing": "uncertainty"}, {"timestep_sampling": "clusters"}):
+        setup = Setup(**options)
+        assert counts(setup, setup.sample(0, 0, 1)) == [2, 2, 2, 2]
     setup = Setup(balancing="uncertainty", timestep_sampling="uniform")
     assert torch.equal(setup.sample(3, 0, 1, batch_size=100), Setup().sample(3, 0, 1, batch_size=100))
 
 
-@pytest.mark.parametrize("step", range(3))
-def test_micro_batches_of_a_step_are_parts_of_one_stratified_draw(step):
+def test_a_single_cluster_can_be_trained():
+    options = {"num_clusters": 3, "cluster_cost": "uniform", "train_cluster": 1}
+    timesteps = Setup(DDPMScheduler(num_train_timesteps=30), **options).sample(0, 0, 1, batch_size=100)
+    assert set(timesteps.tolist()) == set(range(10, 20))
+
+
+@pytest.mark.parametrize(("options", "around"), [({}, (400, 600)), ({"logit_mean": 3}, (900, 1000))])
+def test_logit_normal_timesteps_gather_around_the_mean(options, around):
+    setup = Setup(timestep_sampling="logit_normal", logit_std=0.1, **options)
+    timesteps = setup.sample(0, 0, 1, batch_size=100)
+    assert ((timesteps > around[0]) & (timesteps < around[1])).all()
+
+
+def test_micro_batches_of_a_step_are_parts_of_one_stratified_draw():
     setup = Setup(balancing="uncertainty")
-    parts = [setup.sample(step, part, 4, batch_size=1) for part in range(4)]
-    assert counts(setup, torch.cat(parts)) == [1, 1, 1, 1]
-    assert not torch.equal(torch.cat(parts), torch.cat([setup.sample(step + 1, part, 4, 1) for part in range(4)]))
+    steps = [torch.cat([setup.sample(step, part, 4, batch_size=1) for part in range(4)]) for step in range(3)]
+    assert [counts(setup, step) for step in steps] == [[1, 1, 1, 1]] * 3
+    assert len({tuple(step.tolist()) for step in steps}) == 3
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
@@ -126,15 +121,11 @@ def test_gradient_balancing_with_fewer_samples_than_clusters_is_refused():
     Setup(balancing="uncertainty", train_batch_size=3)
 
 
-def test_gradient_weights_are_used_for_as_many_optimizer_steps_as_asked_for():
-    """Not for as many forward calls, of which a step may have several."""
-    options = {"balancing_update_every": 3, "gradient_accumulation_steps": 2}
-    assert Setup(balancing="mgda", **options).objective.loss_fn.balancing.update_every == 6
-    assert Setup(balancing="mgda").objective.loss_fn.balancing.update_every == 1
-
-
-def test_order_of_projections_is_drawn_from_the_seed_of_the_run():
-    assert Setup(balancing="pcgrad", seed=7).objective.loss_fn.balancing.seed == 7
+def test_gradient_balancing_has_the_seed_of_the_run_and_counts_optimizer_steps():
+    """Not forward calls, of which a step may have several."""
+    options = {"balancing_update_every": 3, "gradient_accumulation_steps": 2, "seed": 7}
+    balancing = Setup(balancing="mgda", **options).objective.loss_fn.balancing
+    assert (balancing.update_every, balancing.seed) == (6, 7)
 
 
 # ---- timesteps that follow the losses
@@ -167,25 +158,25 @@ def test_timesteps_follow_the_statistic_that_was_asked_for(statistic, preferred,
 
 def test_density_stays_as_it_is_in_the_middle_of_a_step(quick_fit):
     """Two forward calls are observed as one of twice as many samples, and only when the step is done."""
-    timesteps = torch.arange(0, 1000, 1000 // (4 * BATCH))[: 4 * BATCH].reshape(4, BATCH)
-    per_sample = timesteps / 1000 + 0.1
+    everything = torch.arange(1000)
+    timesteps = torch.arange(0, 1000, 1000 // (4 * BATCH))[: 4 * BATCH]
 
-    def observe(setup: Setup, rows: range, size: int) -> None:
-        for row in rows:
+    def observe(setup: Setup, size: int) -> list[torch.Tensor]:
+        weights = []
+        for part in timesteps.split(size):
             with setup.accelerator.accumulate(setup.model):
-                part = slice(row * size, row * size + size)
-                out = SimpleNamespace(per_sample=per_sample.flatten()[part])
-                setup.objective.observe(setup.accelerator, timesteps.flatten()[part], out)
+                out = SimpleNamespace(per_sample=part / 1000 + 0.1)
+                setup.objective.observe(setup.accelerator, part, out)
+                weights.append(setup.objective.sample_weights(everything))
+        return weights
 
     whole = Setup(timestep_sampling="loss")
-    observe(whole, range(2), 2 * BATCH)
+    observe(whole, 2 * BATCH)
     divided = Setup(timestep_sampling="loss", gradient_accumulation_steps=2)
-    observe(divided, range(3), BATCH)
-    before = divided.objective.sample_weights(torch.arange(1000))
-    assert torch.equal(before, torch.ones(1000))
-    observe(divided, range(3, 4), BATCH)
+    *before, after = observe(divided, BATCH)
+    assert all(torch.equal(weights, torch.ones(1000)) for weights in before)
+    assert not torch.equal(after, before[-1])
     torch.testing.assert_close(divided.objective.sampler.shares, whole.objective.sampler.shares)
-    assert not torch.equal(divided.objective.sample_weights(torch.arange(1000)), before)
 
 
 # ---- flags and state
@@ -199,30 +190,29 @@ def test_every_weighting_is_another_loss(scheduler):
 
 
 def test_weighting_for_flow_matching_is_refused_with_another_schedule():
-    with pytest.raises(
-        ValueError, match="`--loss_weighting logit_normal` is for flow matching, got epsilon prediction"
-    ):
+    with pytest.raises(ValueError, match="`--loss_weighting logit_normal` is for flow matching, got epsilon"):
         Setup(loss_weighting="logit_normal")
 
 
-@pytest.mark.parametrize("options", STATEFUL, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"balancing": name} for name in ("uncertainty", "continuous_uncertainty", "pcgrad", "nash_mtl")),
+        *({"timestep_sampling": name} for name in ("loss", "variance")),
+    ],
+    ids=str,
+)
 def test_state_goes_on_to_the_bit(options, quick_fit, tmp_path):
-    whole = Setup(**options)
+    whole, resumed = Setup(**options), Setup(**options)
     for number in range(3):
         whole.step(number)
     save_file(whole.objective.state_dict(), tmp_path / "objective.safetensors")
-    torch.save([whole.model.state_dict(), whole.optimizer.state_dict()], tmp_path / "others.pt")
-    resumed = Setup(**options)
     resumed.objective.load_state_dict(load_file(tmp_path / "objective.safetensors"))
-    model, optimizer = torch.load(tmp_path / "others.pt")
-    resumed.model.load_state_dict(model)
-    resumed.optimizer.load_state_dict(optimizer)
+    resumed.model.load_state_dict(whole.model.state_dict())
+    resumed.optimizer.load_state_dict(deepcopy(whole.optimizer.state_dict()))
     for number in range(3, 6):
         assert torch.equal(whole.step(number).loss, resumed.step(number).loss)
-    assert_equal_state(whole.objective.state_dict(), resumed.objective.state_dict())
-
-
-def assert_equal_state(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    one, other = whole.objective.state_dict(), resumed.objective.state_dict()
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
 
@@ -244,61 +234,52 @@ def test_state_of_another_objective_is_refused(options, message):
         Setup(balancing="uncertainty").objective.load_state_dict(states[1])
 
 
-def planted_affinity(path, boundaries: tuple[int, ...]) -> str:
-    """A file that says: timesteps get along within these clusters, and not with others."""
-    levels = NoiseLevels(DDPMScheduler(num_train_timesteps=boundaries[-1]))
-    grid = levels.timesteps
-    cluster = torch.bucketize(grid, torch.tensor(boundaries[1:-1]), right=True)
-    TaskAffinity(
-        matrix=(cluster[:, None] == cluster).double(),
-        timesteps=grid,
-        training_timesteps=grid.clone(),
-        log_snr=levels.log_snr(grid),
-        reliability=1.0,
-        estimator="unbiased",
-    ).save(path)
-    return str(path)
-
-
 def test_clusters_are_those_whose_gradients_get_along(tmp_path):
-    path = planted_affinity(tmp_path / "affinity.safetensors", (0, 13, 20, 21, 50))
-    options = {"cluster_cost": "affinity", "affinity_path": path}
-    assert Setup(DDPMScheduler(num_train_timesteps=50), **options).objective.clusters.boundaries == (0, 13, 20, 21, 50)
+    boundaries, path = (0, 13, 20, 21, 50), str(tmp_path / "affinity.safetensors")
+    levels = NoiseLevels(DDPMScheduler(num_train_timesteps=50))
+    grid = levels.timesteps
+    # Timesteps get along within these clusters, and not with others.
+    cluster = torch.bucketize(grid, torch.tensor(boundaries[1:-1]), right=True)
+    matrix, log_snr = (cluster[:, None] == cluster).double(), levels.log_snr(grid)
+    TaskAffinity(matrix, grid, grid.clone(), log_snr, reliability=1.0, estimator="unbiased").save(path)
+
+    def clusters(affinity_path: str = path, num_train_timesteps: int = 50, **schedule: str) -> tuple[int, ...]:
+        scheduler = DDPMScheduler(num_train_timesteps=num_train_timesteps, **schedule)
+        return Setup(scheduler, cluster_cost="affinity", affinity_path=affinity_path).objective.clusters.boundaries
+
+    assert clusters() == boundaries
     with pytest.raises(ValueError, match="another noise schedule: 50 training timesteps, not 60"):
-        Setup(DDPMScheduler(num_train_timesteps=60), **options)
+        clusters(num_train_timesteps=60)
     with pytest.raises(ValueError, match="another noise schedule: a log SNR of"):
-        Setup(DDPMScheduler(num_train_timesteps=50, beta_schedule="squaredcos_cap_v2"), **options)
+        clusters(beta_schedule="squaredcos_cap_v2")
     with pytest.raises(ValueError, match="must be a task affinity file"):
-        Setup(cluster_cost="affinity", affinity_path=str(tmp_path / "nothing.safetensors"))
+        clusters(str(tmp_path / "nothing.safetensors"))
 
 
 # ---- noise
 
 
-SHAPE = torch.Size((4000, 3, 2, 2))
-
-
-def seeded() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
+def noise_of(*shape: int, **options: float) -> tuple[torch.Tensor, torch.Tensor]:
+    return draw_noise(torch.Size(shape), torch.Generator().manual_seed(0), **options)
 
 
 def test_noise_to_learn_is_the_noise_that_is_added():
-    noise, added = draw_noise(SHAPE, seeded())
-    assert torch.equal(noise, torch.randn(SHAPE, generator=seeded()))
+    noise, added = noise_of(40, 3, 2, 2)
+    assert torch.equal(noise, torch.randn(40, 3, 2, 2, generator=torch.Generator().manual_seed(0)))
     assert torch.equal(noise, added)
 
 
 @pytest.mark.parametrize("shape", [(4000, 3, 2, 2), (4000, 3, 2, 2, 2)])
 def test_offset_is_one_number_per_sample_and_channel(shape):
-    noise, added = draw_noise(torch.Size(shape), seeded(), noise_offset=0.5)
-    offset = noise - draw_noise(torch.Size(shape), seeded())[0]
+    noise, added = noise_of(*shape, noise_offset=0.5)
+    offset = noise - noise_of(*shape)[0]
     assert torch.equal(noise, added)
     assert offset.std().item() == pytest.approx(0.5, rel=0.02)
     assert offset.flatten(1).view(*shape[:2], -1).var(-1, correction=0).max() < 1e-10
 
 
 def test_perturbation_is_added_but_not_learned():
-    plain, _ = draw_noise(SHAPE, seeded(), noise_offset=0.5)
-    noise, added = draw_noise(SHAPE, seeded(), noise_offset=0.5, input_perturbation=0.1)
+    plain, _ = noise_of(4000, 3, 2, 2, noise_offset=0.5)
+    noise, added = noise_of(4000, 3, 2, 2, noise_offset=0.5, input_perturbation=0.1)
     assert torch.equal(noise, plain)
     assert (added - noise).std().item() == pytest.approx(0.1, rel=0.02)

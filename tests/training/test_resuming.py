@@ -60,9 +60,7 @@ def test_every_flag_that_a_resumed_run_may_change_exists():
 )
 def test_another_objective_model_or_data_is_refused_unless_allowed(after, message):
     after = settings(**after)
-    with pytest.raises(
-        ValueError, match="start a run in another `--output_dir`, or pass `--allow_changed_settings`"
-    ) as error:
+    with pytest.raises(ValueError, match="another `--output_dir`, or pass `--allow_changed_settings`") as error:
         go_on(settings(), after)
     assert message in str(error.value)
     changes = go_on(settings(), after, allow=True)
@@ -71,10 +69,14 @@ def test_another_objective_model_or_data_is_refused_unless_allowed(after, messag
     assert message == f"`{change['setting']}` was {change['before']} and is {change['after']} now"
 
 
-def images_of(names: list[str], labels: list[int]) -> TrainingImages:
-    rows = {"image": [{"path": f"/here/{name}", "bytes": None} for name in names]}
+def images_of(names: list[str | None], labels: list[int], captions: list[str] | None = None) -> dict:
+    """The settings of images by the names of their files and their labels."""
+    rows = {"image": [{"path": name and f"/here/{name}", "bytes": None if name else b"0"} for name in names]}
     dataset = datasets.Dataset.from_dict(rows, datasets.Features({"image": datasets.Image(decode=False)}))
-    return TrainingImages(dataset, "image", np.array(labels))
+    images = TrainingImages(dataset, "image", np.array(labels))
+    if captions is not None:
+        images = replace(images, captions=Captions(datasets.Dataset.from_dict({"text": captions}), "text"))
+    return resuming.data_settings(images)
 
 
 @pytest.mark.parametrize(
@@ -83,54 +85,36 @@ def images_of(names: list[str], labels: list[int]) -> TrainingImages:
     ids=["order", "name", "label"],
 )
 def test_other_files_or_labels_in_the_places_of_images_are_refused(names, labels):
-    before = resuming.data_settings(images_of(["a.png", "b.png", "c.png"], [0, 0, 1]))
     with pytest.raises(ValueError, match="`fingerprint of file names and labels` was"):
-        go_on(before, resuming.data_settings(images_of(names, labels)))
+        go_on(images_of(["a.png", "b.png", "c.png"], [0, 0, 1]), images_of(names, labels))
 
 
-def settings_of_captions(*captions: str | list[str]) -> dict:
-    rows = datasets.Dataset.from_dict({"text": captions})
-    images = images_of(["a.png", "b.png"], [0, 0])
-    return resuming.data_settings(replace(images, captions=Captions(rows, "text")))
-
-
-@pytest.mark.parametrize("captions", [("two", "one"), ("onetwo", ""), ("one", "Two")])
+@pytest.mark.parametrize("captions", [["two", "one"], ["onetwo", ""], ["one", "Two"]])
 def test_other_captions_are_refused_unless_allowed(captions):
-    before, after = settings_of_captions("one", "two"), settings_of_captions(*captions)
+    images = ["a.png", "b.png"], [0, 0]
+    before, after = images_of(*images, ["one", "two"]), images_of(*images, captions)
     with pytest.raises(ValueError, match=r"^`fingerprint of captions` was [^`]* now: .*--allow_changed_settings"):
         go_on(before, after)
     assert [change["setting"] for change in go_on(before, after, allow=True)] == ["fingerprint of captions"]
-    assert go_on(before, settings_of_captions(["one"], ["two"])) == []
+    assert go_on(before, images_of(*images, [["one"], ["two"]])) == []
 
 
 def test_images_that_are_not_files_are_compared_by_number():
-    def settings_of(count: int) -> dict:
-        rows = {"image": [{"path": None, "bytes": b"0"}] * count}
-        dataset = datasets.Dataset.from_dict(rows, datasets.Features({"image": datasets.Image(decode=False)}))
-        return resuming.data_settings(TrainingImages(dataset, "image"))
-
-    assert go_on(settings_of(3), settings_of(3)) == []
+    three, four = (images_of([None] * count, [0] * count) for count in (3, 4))
+    assert go_on(three, images_of([None] * 3, [0] * 3)) == []
     with pytest.raises(ValueError, match="`number of images` was 3 and is 4"):
-        go_on(settings_of(3), settings_of(4))
+        go_on(three, four)
 
 
 def test_what_balancing_has_learned_cannot_go_on_with_other_clusters():
     with pytest.raises(
-        ValueError, match=r"`--num_clusters` was 8 and is 4 now: .* made with or start .* in another `--output_dir`\.$"
+        ValueError,
+        match=r"`--num_clusters` was 8 and is 4 now: .* made with, or start .* in another `--output_dir`\.$",
     ):
         go_on(settings(), settings({"num_clusters": 4}), allow=True)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("learning_rate", 1e-5),
-        ("ema_max_decay", 0.5),
-        ("max_grad_norm", 2.0),
-        ("max_train_steps", 100),
-        ("train_batch_size", 4),
-    ],
-)
+@pytest.mark.parametrize(("name", "value"), [("learning_rate", 1e-5), ("ema_max_decay", 0.5), ("max_train_steps", 9)])
 def test_hyperparameters_may_change_and_the_change_is_remembered(name, value):
     averaged = {"use_ema": True}
     (change,) = go_on(settings(averaged), settings({**averaged, name: value}))
@@ -139,14 +123,13 @@ def test_hyperparameters_may_change_and_the_change_is_remembered(name, value):
 
 @pytest.mark.parametrize(
     "options",
-    [{"report_to": "none"}, {"output_dir": "elsewhere"}, {"validation_steps": 3}, {"hub_token": "hf_x"}],
+    [
+        *({"report_to": "none"}, {"output_dir": "elsewhere"}, {"validation_steps": 3}, {"hub_token": "hf_x"}),
+        {"prediction_type": "epsilon", "routing_beta": 0.8},  # which is so anyway
+    ],
 )
-def test_outputs_are_no_part_of_it(options):
+def test_outputs_and_what_is_so_anyway_are_no_change(options):
     assert go_on(settings(), settings(options)) == []
-
-
-def test_flags_that_say_what_is_so_anyway_are_no_change():
-    assert go_on(settings(), settings({"prediction_type": "epsilon", "routing_beta": 0.8})) == []
 
 
 def test_a_flag_that_the_older_run_did_not_know_is_no_change_while_it_is_off():
@@ -169,24 +152,25 @@ def test_another_batch_size_says_which_images_are_skipped_or_seen_again(caplog):
 def test_a_folder_that_has_moved_is_the_same(tmp_path):
     for parent in ("one", "other"):
         (tmp_path / parent / "model").mkdir(parents=True)
-    before, after = (
-        settings({"pretrained_model_name_or_path": str(tmp_path / name / "model")}) for name in ("one", "other")
-    )
+    flag = "pretrained_model_name_or_path"
+    before, after = (settings({flag: str(tmp_path / name / "model")}) for name in ("one", "other"))
     assert before == after
     assert str(tmp_path) not in json.dumps(before)
 
 
 def test_state_is_read_as_it_was_written(tmp_path):
     state = RunState(3, settings(), [{"step": 1, "setting": "--seed", "before": 0, "after": 1}], 1.5)
-    state.write(tmp_path / "state.json")
-    assert RunState.read(tmp_path / "state.json") == state
+    file = tmp_path / "state.json"
+    state.write(file)
+    assert RunState.read(file) == state
+    # Of an earlier version, which passed over images
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"unreadable_images": ["1.png"]}))
+    assert RunState.read(file) == state
 
 
 def test_of_a_thousand_classes_that_differ_three_are_named():
     before, after = ({f"class {label}": f"{name} {label}" for label in range(1000)} for name in ("cat", "dog"))
-    with pytest.raises(
-        ValueError, match=r"`class 2` was cat 2 and is dog 2 now; … \(1000 classes in all differ\)"
-    ) as error:
+    with pytest.raises(ValueError, match=r"`class 2` was .* now; … \(1000 classes in all differ\)") as error:
         go_on(before, after)
     assert len(str(error.value)) < 500
 
@@ -195,10 +179,3 @@ def test_a_fingerprint_that_a_checkpoint_of_another_version_lacks_is_no_differen
     assert go_on({"--seed": 0}, {"--seed": 0, "fingerprint of captions": "78"}) == []
     with pytest.raises(ValueError, match="`fingerprint of captions` was 77 and is 78 now"):
         go_on({"fingerprint of captions": "77"}, {"fingerprint of captions": "78"})
-
-
-def test_the_state_of_a_run_that_passed_over_images_is_read(tmp_path):
-    RunState(3).write(tmp_path / "state.json")
-    old = json.loads((tmp_path / "state.json").read_text()) | {"unreadable_images": ["1.png"]}
-    (tmp_path / "state.json").write_text(json.dumps(old))
-    assert RunState.read(tmp_path / "state.json").global_step == 3

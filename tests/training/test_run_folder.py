@@ -38,38 +38,26 @@ def weight(pipeline: DTRPipeline) -> torch.Tensor:
     return pipeline.transformer.pos_embed.proj.weight
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.mark.parametrize("present", ["model_index.json", "checkpoint-10"])
 def test_only_a_resumed_run_goes_on_in_a_folder_with_results(present, tmp_path):
+    for other in ("notes.txt", "logs", "checkpoint-10.partial"):
+        (tmp_path / other).mkdir()
+    check_output_dir(tmp_path)
     (tmp_path / present).mkdir()
     with pytest.raises(ValueError, match=f"`output_dir`=.* already holds {present}"):
         check_output_dir(tmp_path)
 
 
-@pytest.mark.parametrize("present", ["notes.txt", "logs", "checkpoint-10.partial"])
-def test_folder_without_results_may_hold_other_things(present, tmp_path):
-    (tmp_path / present).mkdir()
-    check_output_dir(tmp_path)
-
-
-def test_saved_pipeline_loads_and_leaves_nothing_else_behind(tmp_path):
-    pipeline = make_pipeline()
+def test_pipeline_replaces_an_older_one_and_leaves_nothing_else_behind(tmp_path):
     (tmp_path / "logs").mkdir()
-    save_pipeline(pipeline, tmp_path)
-    assert torch.equal(weight(DTRPipeline.from_pretrained(tmp_path)), weight(pipeline))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["logs", "model_index.json", "scheduler", "transformer"]
-
-
-def test_pipeline_replaces_an_older_one(tmp_path):
     save_pipeline(make_pipeline(0, vae=True), tmp_path)
     newer = make_pipeline(1)
     save_pipeline(newer, tmp_path)
     loaded = DTRPipeline.from_pretrained(tmp_path)
     assert torch.equal(weight(loaded), weight(newer))
     assert loaded.vae is None
+    assert {path.name for path in tmp_path.iterdir()} >= {"logs", "model_index.json", "scheduler", "transformer"}
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 @pytest.mark.parametrize("has_older", [False, True])
@@ -95,12 +83,14 @@ def test_whenever_saving_is_cut_off_the_folder_loads_as_one_pipeline_or_not_at_a
 
 
 def test_record_is_json_and_replaced_as_a_whole(tmp_path):
-    save_record({"results": {"loss": 1.5}}, tmp_path)
+    file, old = tmp_path / "training_config.json", {"results": {"loss": 1.5}}
+    save_record(old, tmp_path)
     contents = []
-    die_before_every_change(lambda: save_record({"name": "β"}, tmp_path), lambda: contents.append(files(tmp_path)))
-    assert all(json.loads(found["training_config.json"]) == {"results": {"loss": 1.5}} for found in contents)
-    assert json.loads((tmp_path / "training_config.json").read_text()) == {"name": "β"}
-    assert [name for name in files(tmp_path) if not name.endswith(".partial")] == ["training_config.json"]
+    die_before_every_change(
+        lambda: save_record({"name": "β"}, tmp_path), lambda: contents.append(json.loads(file.read_text()))
+    )
+    assert contents == [old] * len(contents)
+    assert json.loads(file.read_text(encoding="utf-8")) == {"name": "β"}
 
 
 def test_a_pipeline_without_checkpoints_is_nobodys_to_go_on_with(tmp_path):
@@ -177,26 +167,15 @@ def test_a_process_may_take_its_folder_again(tmp_path, monkeypatch):
     lock_run_folder(tmp_path)
 
 
-def test_folders_do_not_concern_each_other(tmp_path):
-    for name in ("one", "other"):
-        (tmp_path / name).mkdir()
-        lock_run_folder(tmp_path / name)
-    unlock_run_folder(tmp_path)
-
-
 def test_nothing_is_left_of_a_lock_and_of_a_folder_that_was_made_for_it(tmp_path):
-    (tmp_path / "there").mkdir()
-    for folder in (tmp_path / "there", tmp_path / "made" / "for" / "it"):
+    folders = [tmp_path / "there", tmp_path / "made" / "for" / "it", tmp_path / "kept" / "run"]
+    folders[0].mkdir()
+    for folder in folders:
         lock_run_folder(folder)
+    (folders[2] / "latents").mkdir()
+    for folder in folders:
         unlock_run_folder(folder)
-    assert [*tmp_path.rglob("*")] == [tmp_path / "there"]
-
-
-def test_a_folder_with_something_in_it_stays(tmp_path):
-    lock_run_folder(tmp_path / "made" / "run")
-    (tmp_path / "made" / "run" / "latents").mkdir()
-    unlock_run_folder(tmp_path / "made" / "run")
-    assert {path.name for path in tmp_path.rglob("*")} == {"made", "run", "latents"}
+    assert {path.name for path in tmp_path.rglob("*")} == {"there", "kept", "run", "latents"}
 
 
 def take_turns(folder):
@@ -227,15 +206,11 @@ def test_the_end_of_a_process_leaves_no_lock(tmp_path):
     assert [*tmp_path.iterdir()] == []
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc, where nobody can write, not even root")
-@pytest.mark.parametrize("folder", ["/proc/self/task", "/proc/self/task/run"])
-def test_folder_that_cannot_be_written_to_is_refused(folder):
-    with pytest.raises(ValueError, match="`output_dir` must be a folder that can be written to, got '/proc/"):
-        lock_run_folder(folder)
-
-
-def test_file_in_place_of_the_folder_is_refused(tmp_path):
-    (tmp_path / "run").write_text("mine")
-    with pytest.raises(ValueError, match="`output_dir` must be a folder that can be written to"):
-        lock_run_folder(tmp_path / "run")
-    assert (tmp_path / "run").read_text() == "mine"
+@pytest.mark.parametrize("folder", ["/proc/self/task", "/proc/self/task/run", "file"])
+def test_folder_that_cannot_be_written_to_is_refused(folder, tmp_path):
+    if folder.startswith("/proc") and not Path("/proc/self/task").exists():
+        pytest.skip("needs /proc, where nobody can write, not even root")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="`output_dir` must be a folder that can be written to, got '/"):
+        lock_run_folder(tmp_path / folder)
+    assert (tmp_path / "file").read_text() == "mine"

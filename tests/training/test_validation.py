@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
 from diffusers import DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from run_config import run_config
@@ -32,11 +31,12 @@ def half(model_input, timesteps, batch):
     return model_input / 2
 
 
-def as_tensor(losses) -> torch.Tensor:
-    return torch.tensor([losses.mean, *losses.per_cluster])
+@pytest.fixture
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
 
 
-def test_loss_of_silence_is_the_noise_and_that_of_who_knows_the_image_nothing():
+def test_loss_of_silence_is_the_noise_and_that_of_who_knows_the_image_nothing(accelerator):
     held_out = measure()
 
     def knowing(model_input, timesteps, batch):
@@ -44,10 +44,10 @@ def test_loss_of_silence_is_the_noise_and_that_of_who_knows_the_image_nothing():
         alpha, sigma = (values.view(-1, 1, 1, 1) for values in (LEVELS.alpha(timesteps), LEVELS.sigma(timesteps)))
         return (model_input - alpha * clean) / sigma
 
-    silent = held_out(zeros, Accelerator(cpu=True))
+    silent = held_out(zeros, accelerator)
     assert silent.mean == pytest.approx(1, abs=0.15)
     assert silent.mean == pytest.approx(sum(silent.per_cluster) / 4)
-    assert held_out(knowing, Accelerator(cpu=True)).mean == pytest.approx(0, abs=1e-8)
+    assert held_out(knowing, accelerator).mean == pytest.approx(0, abs=1e-8)
 
 
 class CalledWith(torch.nn.Conv2d):
@@ -68,17 +68,16 @@ class CalledWith(torch.nn.Conv2d):
         (DDPMScheduler(), torch.int64),
         (EulerDiscreteScheduler(), torch.int64),
         (FlowMatchEulerDiscreteScheduler(), torch.float32),
-        (FlowMatchEulerDiscreteScheduler(shift=3.0), torch.float32),
         (EDMEulerScheduler(), torch.float32),
     ],
-    ids=["DDPM", "Euler", "flow", "shifted flow", "EDM"],
+    ids=["DDPM", "Euler", "flow", "EDM"],
 )
-def test_training_validation_and_analysis_call_a_denoiser_with_timesteps_of_one_type(scheduler, dtype):
+def test_training_validation_and_analysis_call_a_denoiser_with_timesteps_of_one_type(scheduler, dtype, accelerator):
     loss_fn, denoiser = DenoisingLoss(scheduler), CalledWith()
     clean, noise = torch.randn(2, 4, 1, 4, 4, generator=torch.Generator().manual_seed(1))
     clusters = cluster_timesteps(scheduler, 4)
     held_out = HeldOutLoss(loss_fn.levels, clusters, clean)
-    held_out(lambda inputs, timesteps, _: denoiser(inputs, timesteps, False)[0], Accelerator(cpu=True))
+    held_out(lambda inputs, timesteps, _: denoiser(inputs, timesteps, False)[0], accelerator)
     TaskAffinity.measure(denoiser, loss_fn, clean, noise, timesteps=2, estimator="plain")
     assert denoiser.dtypes == {clusters.sample(4).dtype} == {dtype}
 
@@ -89,15 +88,7 @@ def test_timesteps_cover_the_schedule_evenly():
     assert not torch.equal(timesteps, timesteps.sort().values)
 
 
-def test_more_evaluations_noise_every_image_anew():
-    held_out = measure(10, evaluations_per_image=3)
-    assert len(held_out.timesteps.unique()) == 30
-    seen = []
-    held_out(lambda model_input, *_: seen.append(model_input) or model_input, Accelerator(cpu=True))
-    assert len(torch.cat(seen).flatten(1).unique(dim=0)) == 30
-
-
-def test_every_sample_has_noise_of_its_own():
+def test_every_noising_of_every_image_has_noise_of_its_own(accelerator):
     held_out = measure(evaluations_per_image=2)
     held_out.clean = torch.zeros_like(held_out.clean)
     noises = []
@@ -106,30 +97,25 @@ def test_every_sample_has_noise_of_its_own():
         noises.append(model_input / LEVELS.sigma(timesteps).view(-1, 1, 1, 1))
         return model_input
 
-    held_out(spy, Accelerator(cpu=True))
+    held_out(spy, accelerator)
+    assert len(held_out.timesteps.unique()) == 80
     correlations = torch.corrcoef(torch.cat(noises).flatten(1)) - torch.eye(80)
     assert correlations.abs().max() < 0.95
 
 
-def test_same_model_has_the_same_loss_in_batches_of_any_size_at_any_time():
-    accelerator = Accelerator(cpu=True)
+def test_same_model_has_the_same_loss_in_batches_of_any_size_at_any_time(accelerator):
     torch.manual_seed(0)
+    state = torch.get_rng_state()
     one = measure(batch_size=7)(half, accelerator)
+    assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(1)
     other = measure(batch_size=64)(half, accelerator)
-    torch.testing.assert_close(as_tensor(one), as_tensor(other), rtol=1e-5, atol=0)
+    assert (one.mean, *one.per_cluster) == pytest.approx((other.mean, *other.per_cluster), rel=1e-5)
     assert measure(batch_size=64)(half, accelerator) == other
 
 
-def test_global_random_state_is_left_alone():
-    state = torch.get_rng_state()
-    measure()(half, Accelerator(cpu=True))
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_processes_share_the_work(monkeypatch):
+def test_processes_share_the_work(accelerator, monkeypatch):
     held_out = measure(batch_size=8)
-    accelerator = Accelerator(cpu=True)
     whole = held_out(half, accelerator)
     parts = []
     monkeypatch.setattr(Accelerator, "num_processes", 2)
@@ -143,27 +129,24 @@ def test_processes_share_the_work(monkeypatch):
     assert (sums.sum() / counts.sum()).item() == pytest.approx(whole.mean)
 
 
-def test_every_image_has_its_own_label_and_caption():
+def test_every_image_has_its_own_label_and_caption(accelerator):
     batch = {"labels": torch.arange(40), "caption": [str(number) for number in range(40)]}
-    held_out = measure(batch=batch, batch_size=16)
     seen = []
-    held_out(lambda inputs, _, batch: seen.append(batch) or inputs, Accelerator(cpu=True))
+    measure(batch=batch, batch_size=16)(lambda inputs, _, batch: seen.append(batch) or inputs, accelerator)
     assert torch.equal(torch.cat([batch["labels"] for batch in seen]), batch["labels"])
     assert [caption for part in seen for caption in part["caption"]] == batch["caption"]
 
 
-def test_only_the_prediction_counts_of_an_output_with_a_variance():
-    held_out = measure()
-    accelerator = Accelerator(cpu=True)
-    with_variance = held_out(lambda inputs, *_: torch.cat([inputs / 2, inputs * 100], dim=1), accelerator)
-    assert with_variance == held_out(half, accelerator)
+def test_only_the_prediction_counts_of_an_output_with_a_variance(accelerator):
+    with_variance = measure()(lambda inputs, *_: torch.cat([inputs / 2, inputs * 100], dim=1), accelerator)
+    assert with_variance == measure()(half, accelerator)
 
 
-def test_worse_predictions_at_a_cluster_show_there_alone():
-    held_out = measure()
-    accelerator = Accelerator(cpu=True)
-    bad_late = held_out(lambda inputs, timesteps, _: 10.0 * (timesteps >= 750).view(-1, 1, 1, 1) * inputs, accelerator)
-    silent = held_out(zeros, accelerator)
+def test_worse_predictions_at_a_cluster_show_there_alone(accelerator):
+    bad_late = measure()(
+        lambda inputs, timesteps, _: 10.0 * (timesteps >= 750).view(-1, 1, 1, 1) * inputs, accelerator
+    )
+    silent = measure()(zeros, accelerator)
     assert bad_late.per_cluster[:3] == silent.per_cluster[:3]
     assert bad_late.per_cluster[3] > 10 * silent.per_cluster[3]
 
@@ -176,7 +159,7 @@ def test_fewer_samples_than_clusters_are_refused():
 
 def test_images_fill_the_grid_row_by_row_and_black_the_rest(tmp_path):
     images = [Image.new("L", (2, 2), 50 * number) for number in range(1, 6)]
-    grid = save_sample_grid(images, 3, tmp_path / "samples" / "grid.png")
+    grid = save_sample_grid(images, tmp_path / "samples" / "grid.png")
     assert np.asarray(grid.convert("L"))[::2, ::2].tolist() == [[50, 100, 150], [200, 250, 0]]
     assert np.array_equal(np.asarray(Image.open(tmp_path / "samples" / "grid.png")), np.asarray(grid))
 
@@ -190,10 +173,6 @@ def test_model_answers_inputs_of_the_same_shape_with_what_it_computed_first():
         assert model(torch.ones(3, 2)).shape == (3, 2)
     assert not torch.equal(model(torch.ones(1, 2)), own)
     assert "forward" not in vars(model)
-
-
-def test_model_whose_forward_was_replaced_has_the_replacement_again():
-    model = torch.nn.Linear(2, 2)
     model.forward = replacement = lambda x: x + 1
     with pytest.raises(RuntimeError, match="failed"), forward_once(model):
         raise RuntimeError("failed")
@@ -202,7 +181,7 @@ def test_model_whose_forward_was_replaced_has_the_replacement_again():
 
 @pytest.mark.parametrize(
     ("images_per_step", "epoch", "steps"),
-    [(4, 12, [3, 6, 9]), (4, 10, [3, 5, 8, 10]), (10, 4, [*range(1, 11)]), (4, 100, []), (3, 3, [*range(1, 11)])],
+    [(4, 12, [3, 6, 9]), (4, 10, [3, 5, 8, 10]), (10, 4, [*range(1, 11)]), (4, 100, [])],
 )
 def test_an_epoch_ends_in_the_step_that_sees_its_last_image(images_per_step, epoch, steps):
     assert [step for step in range(1, 11) if ends_epochs(step, images_per_step, epoch)] == steps
@@ -218,18 +197,6 @@ def test_what_cannot_be_sampled_names_the_flags_of_validation():
 # ---- pictures for trackers
 
 PICTURE = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4))
-
-
-def test_tensorboard_shows_the_picture(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    project = ProjectConfiguration(project_dir=str(tmp_path), logging_dir=str(tmp_path))
-    accelerator = Accelerator(cpu=True, log_with="tensorboard", project_config=project)
-    accelerator.init_trackers("run")
-    log_image(accelerator, "samples", PICTURE, 7)
-    accelerator.end_training()
-    (event,) = EventAccumulator(str(tmp_path / "run")).Reload().Images("samples")
-    assert (event.step, event.width, event.height) == (7, 4, 3)
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "trackio"])

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import patch_environment
 from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from ...atomic_files import PARTIAL_SUFFIX, remove_folder
 from ...run_record import CHECKPOINT_PREFIX
-from ..ema import averaged_weights, load_average
+from ..ema import averaged_weights
 from ..interruption import not_finite
 from ..lora import has_lora, load_adapter, save_adapter
 from ..objective import Objective
@@ -30,10 +29,25 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "training_state.json"
 _OBJECTIVE_FILE = "objective.safetensors"
-
 _CHECKPOINT = re.compile(rf"{CHECKPOINT_PREFIX}(\d+)")
 
 
+def complete_checkpoints(output_dir: Path) -> dict[int, Path]:
+    """The complete checkpoints of a run by their steps, in ascending order."""
+    by_step = {
+        int(match[1]): path
+        for path in output_dir.glob(f"{CHECKPOINT_PREFIX}*")
+        if (match := _CHECKPOINT.fullmatch(path.name)) and (path / STATE_FILE).is_file()
+    }
+    return dict(sorted(by_step.items()))
+
+
+def checkpoint_folder(output_dir: Path, name: str) -> Path:
+    """The folder of a checkpoint, given by its path or by its name in the run's folder."""
+    return Path(name) if Path(name).is_dir() else output_dir / name
+
+
+@dataclass(eq=False)
 class Checkpoints:
     """The checkpoints of one run: `output_dir/checkpoint-<step>` holding all that accelerate saves, model and EMA.
 
@@ -43,25 +57,19 @@ class Checkpoints:
     alone are saved, as `<model_name>_lora`.
     """
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        output_dir: str | Path,
-        model_name: str,
-        model: ModelMixin,
-        ema: EMAModel | None = None,
-        total_limit: int | None = None,
-        objective: Objective | None = None,
-    ):
-        self.accelerator = accelerator
-        self.output_dir = Path(output_dir)
-        self.model_name = model_name
-        self.model = model
-        self.ema = ema
-        self.objective = objective
-        self.total_limit = total_limit
-        accelerator.register_save_state_pre_hook(self._save_models)
-        accelerator.register_load_state_pre_hook(self._load_models)
+    accelerator: Accelerator
+    output_dir: Path
+    model_name: str
+    model: ModelMixin
+    ema: EMAModel | None = None
+    total_limit: int | None = None
+    objective: Objective | None = None
+
+    def __post_init__(self):
+        self._model_folder = f"{self.model_name}_lora" if has_lora(self.model) else self.model_name
+        self._ema_folder = f"{self.model_name}_ema"
+        self.accelerator.register_save_state_pre_hook(self._save_models)
+        self.accelerator.register_load_state_pre_hook(self._load_models)
 
     def save(self, state: RunState) -> Path:
         """Write the checkpoint of a step, unless a weight is not finite; all processes must call this."""
@@ -91,14 +99,14 @@ class Checkpoints:
             partial.rename(final)
             logger.info("Saved %s", final)
             if self.total_limit is not None:
-                for old in list(self._complete().values())[: -self.total_limit]:
+                for old in list(complete_checkpoints(self.output_dir).values())[: -self.total_limit]:
                     remove_folder(old)
         self.accelerator.wait_for_everyone()
         return final
 
     def latest(self) -> Path | None:
         """The complete checkpoint of the highest step, or None."""
-        return next(reversed(self._complete().values()), None)
+        return next(reversed(complete_checkpoints(self.output_dir).values()), None)
 
     def resume(
         self, resume_from_checkpoint: str | None, settings: dict, allow_changed_settings: bool = False
@@ -109,25 +117,29 @@ class Checkpoints:
             return RunState(settings=settings)
         state = RunState.read(path / STATE_FILE)
         # They would be taken for this run's: by `latest`, and by what counts how many to keep.
-        later = [other.name for step, other in self._complete().items() if step > state.global_step]
+        complete = complete_checkpoints(self.output_dir).items()
+        later = [other.name for step, other in complete if step > state.global_step]
         if later:
             raise ValueError(
                 f"`resume_from_checkpoint`={resume_from_checkpoint!r} is of step {state.global_step}, but "
                 f"{self.output_dir} holds {', '.join(later)}. Remove what is later, or choose another `--output_dir`."
             )
         state.go_on(settings, allow_changed_settings)
-        if self.ema is not None and not (path / self._ema_name).is_dir():
-            raise ValueError(
-                f"`use_ema` must be what it was: the checkpoint {path} has no averaged weights to go on with."
-            )
-        if not (path / self._model_folder).is_dir():
-            raise ValueError(
-                f"`rank` must be what it was: the checkpoint {path} has no {self._model_folder} to go on with."
-            )
-        with _weights_only():
-            self.accelerator.load_state(str(path))
+        needed = {"rank": self._model_folder, **({} if self.ema is None else {"use_ema": self._ema_folder})}
+        for option, folder in needed.items():
+            if not (path / folder).is_dir():
+                raise ValueError(
+                    f"`{option}` must be what it was: the checkpoint {path} has no {folder} to go on with."
+                )
         if self.ema is not None:
-            load_average(self.ema, self.model, _read_weights(path / self._ema_name), state.global_step)
+            # By way of the model, which gets its own weights next
+            _load_weights(self.model, path / self._ema_folder)
+            for average, weight in zip(self.ema.shadow_params, self.model.parameters(), strict=True):
+                average.copy_(weight.detach())
+            self.ema.optimization_step = state.global_step
+        # Whatever accelerate asks for, `torch.load` reads tensors and plain values only.
+        with patch_environment(TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"):
+            self.accelerator.load_state(str(path))
         if self.objective is not None:
             self.objective.load_state_dict(_read_weights(path, _OBJECTIVE_FILE))
         # Forward calls since the last optimizer step, had the number of them in a step not changed.
@@ -143,51 +155,40 @@ class Checkpoints:
             if path is None:
                 logger.info("No checkpoint in the output folder yet: starting from the beginning.")
             return path
-        path = Path(resume_from_checkpoint)
-        path = path if path.is_dir() else self.output_dir / resume_from_checkpoint
+        path = checkpoint_folder(self.output_dir, resume_from_checkpoint)
         if not (path / STATE_FILE).is_file():
+            complete = [checkpoint.name for checkpoint in complete_checkpoints(self.output_dir).values()]
             raise ValueError(
                 f"`resume_from_checkpoint` must be a complete checkpoint or `latest`, got {resume_from_checkpoint!r}. "
-                f"Complete ones here: {', '.join(p.name for p in self._complete().values()) or 'none'}."
+                f"Complete ones here: {', '.join(complete) or 'none'}."
             )
         return path
 
-    def _complete(self) -> dict[int, Path]:
-        by_step = {
-            int(match[1]): path
-            for path in self.output_dir.glob(f"{CHECKPOINT_PREFIX}*")
-            if (match := _CHECKPOINT.fullmatch(path.name)) and (path / STATE_FILE).is_file()
-        }
-        return dict(sorted(by_step.items()))
-
-    @property
-    def _model_folder(self) -> str:
-        return f"{self.model_name}_lora" if has_lora(self.model) else self.model_name
-
-    @property
-    def _ema_name(self) -> str:
-        return f"{self.model_name}_ema"
-
-    def _save_models(self, models, weights, output_dir) -> None:
+    def _save_models(self, models: list, weights: list, output_dir: str) -> None:
         if self.accelerator.is_main_process:
+            folder = Path(output_dir)
             save = save_adapter if has_lora(self.model) else type(self.model).save_pretrained
-            save(self.model, Path(output_dir) / self._model_folder)
+            save(self.model, folder / self._model_folder)
             if self.ema is not None:
                 # Not `EMAModel.save_pretrained`, whose config has values that no model takes.
                 with averaged_weights(self.ema, self.model):
-                    self.model.save_pretrained(Path(output_dir) / self._ema_name)
+                    self.model.save_pretrained(folder / self._ema_folder)
             if self.objective is not None:
-                save_file(self.objective.state_dict(), Path(output_dir) / _OBJECTIVE_FILE)
+                save_file(self.objective.state_dict(), folder / _OBJECTIVE_FILE)
         # What is popped here accelerate does not save a second time.
         weights.clear()
 
-    def _load_models(self, models, input_dir) -> None:
+    def _load_models(self, models: list, input_dir: str) -> None:
         models.clear()
-        folder = Path(input_dir) / self._model_folder
-        if has_lora(self.model):
-            load_adapter(self.model, folder)
-        else:
-            _load_weights(self.model, folder)
+        load = load_adapter if has_lora(self.model) else _load_weights
+        load(self.model, Path(input_dir) / self._model_folder)
+
+
+def _load_weights(model: ModelMixin, folder: Path) -> None:
+    try:
+        model.load_state_dict(_read_weights(folder))
+    except RuntimeError as error:
+        raise ValueError(f"{folder} must hold the weights of this model, got others: {error}") from error
 
 
 def _read_weights(folder: Path, pattern: str = "*.safetensors") -> dict[str, torch.Tensor]:
@@ -199,24 +200,3 @@ def _read_weights(folder: Path, pattern: str = "*.safetensors") -> dict[str, tor
         return {name: tensor for file in files for name, tensor in load_file(file).items()}
     except SafetensorError as error:
         raise ValueError(f"{folder} must hold whole safetensors files, got a damaged one: {error}") from error
-
-
-def _load_weights(model: ModelMixin, folder: Path) -> None:
-    try:
-        model.load_state_dict(_read_weights(folder))
-    except RuntimeError as error:
-        raise ValueError(f"{folder} must hold the weights of this model, got others: {error}") from error
-
-
-@contextmanager
-def _weights_only() -> Iterator[None]:
-    """Let `torch.load` read tensors and plain values only, whatever its caller says."""
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        del os.environ[name]
-        if before is not None:
-            os.environ[name] = before

@@ -8,7 +8,6 @@ import os
 import platform
 import shutil
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -16,27 +15,18 @@ from diffusers import DiffusionPipeline
 from filelock import FileLock, Timeout
 
 from ...atomic_files import move_contents, replace_text
-from ...run_record import (
-    CHECKPOINT_PREFIX,
-    PARTIAL_PIPELINE,
-    PIPELINE_INDEX,
-    PREVIOUS_PIPELINE,
-    RECORD_FILE,
-    RUN_LOCK,
-)
-from .checkpoints import STATE_FILE
+from ...run_record import CHECKPOINT_PREFIX, PARTIAL_PIPELINE, PIPELINE_INDEX, PREVIOUS_PIPELINE, RECORD_FILE, RUN_LOCK
+from .checkpoints import checkpoint_folder, complete_checkpoints
 
 
 def check_output_dir(output_dir: str | Path, resume_from_checkpoint: str | None = None) -> None:
     """Refuse to write over what is there, unless the run goes on with a checkpoint of this folder."""
     output_dir = Path(output_dir)
-    if not output_dir.is_dir():
-        return
-    own = [path for path in output_dir.glob(f"{CHECKPOINT_PREFIX}*") if (path / STATE_FILE).is_file()]
-    named = Path(resume_from_checkpoint or "")
-    named = named if named.is_dir() else output_dir / named
-    if own and (resume_from_checkpoint == "latest" or named.resolve() in [path.resolve() for path in own]):
-        return
+    own = [path.resolve() for path in complete_checkpoints(output_dir).values()]
+    if own and resume_from_checkpoint is not None:
+        named = checkpoint_folder(output_dir, resume_from_checkpoint).resolve()
+        if resume_from_checkpoint == "latest" or named in own:
+            return
     present = [PIPELINE_INDEX] if (output_dir / PIPELINE_INDEX).exists() else []
     present += sorted(path.name for path in output_dir.glob(f"{CHECKPOINT_PREFIX}*") if not path.suffix)
     if present:
@@ -63,15 +53,9 @@ def save_record(record: dict, output_dir: str | Path) -> None:
     replace_text(Path(output_dir) / RECORD_FILE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
-@dataclass
-class _Held:
-    lock: FileLock
-    # Folders that were made for the run, innermost first
-    made: list[Path]
-
-
-# Of this process, by folder. The operating system gives locks back when it ends, however it ends.
-_held: dict[Path, _Held] = {}
+# Locks of this process by folder, with the folders that were made for the run, innermost first. The operating system
+# gives locks back when the process ends, however it ends.
+_held: dict[Path, tuple[FileLock, list[Path]]] = {}
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: _held.clear())
 
@@ -90,13 +74,12 @@ def lock_run_folder(folder: str | Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=folder).close()
         lock.acquire(blocking=False)
-        _held[folder] = _Held(lock, made)
+        _held[folder] = lock, made
         replace_text(holder, f"process {os.getpid()} on {platform.node()}")
     except Timeout:
-        try:
+        name = "another process"
+        with suppress(FileNotFoundError):
             name = holder.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            name = "another process"
         raise ValueError(
             f"`output_dir`={str(folder)!r} is in use by a run of {name}. Wait for it to end, stop it, or choose "
             "another folder."
@@ -113,17 +96,17 @@ def unlock_run_folder(folder: str | Path) -> None:
     A folder that was made for the run goes too if there is nothing in it.
     """
     folder = Path(folder).resolve()
-    held = _held.pop(folder, None)
-    if held is None:
+    if folder not in _held:
         return
+    lock, made = _held.pop(folder)
     # While it is held: afterwards the file may be another's lock. Who has opened it already, to wait for the lock,
     # finds out that it is deleted, and does not take it for one (filelock compares). Windows keeps an open file.
     _holder(folder).unlink(missing_ok=True)
     with suppress(PermissionError):
         (folder / RUN_LOCK).unlink(missing_ok=True)
-    held.lock.release()
+    lock.release()
     with suppress(OSError):  # there is something in it
-        for path in held.made:
+        for path in made:
             path.rmdir()
 
 

@@ -29,13 +29,22 @@ class MeanLosses:
     mean: float
     per_cluster: tuple[float, ...]
 
+    @classmethod
+    def of(cls, totals: torch.Tensor) -> MeanLosses:
+        """From the sums and the numbers of the samples' losses in each cluster, `(2, clusters)`."""
+        sums, counts = totals.double().cpu()
+        return cls((sums.sum() / counts.sum()).item(), tuple((sums / counts).tolist()))
+
+    def values(self, name: str, part: str) -> dict[str, float]:
+        """As trackers take them: `name`, and `name/part_<number>` of every cluster."""
+        return {name: self.mean, **{f"{name}/{part}_{number}": loss for number, loss in enumerate(self.per_cluster)}}
+
 
 class LossMonitor:
     """Averages losses on the device and reads them now and then; notices one that is not finite."""
 
     def __init__(self, accelerator: Accelerator, num_clusters: int):
         self.accelerator = accelerator
-        # Sum and number of the samples' losses in each cluster.
         self._totals = torch.zeros(2, num_clusters, device=accelerator.device)
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=accelerator.device)
 
@@ -45,15 +54,15 @@ class LossMonitor:
         is_first_bad = ~out.loss.detach().isfinite() & (self._first_bad < 0)
         self._first_bad = torch.where(is_first_bad, step, self._first_bad)
 
-    def read(self, last_checkpoint: object = None) -> MeanLosses:
+    def read(self, last_checkpoint: Path | None = None) -> MeanLosses:
         """The mean losses since the last reading, over all processes; all of them must call this."""
         bad = self.accelerator.gather(self._first_bad.reshape(1))
         bad = bad[bad >= 0].tolist()
         if bad:
             raise not_finite("The loss was", min(bad), last_checkpoint)
-        sums, counts = self.accelerator.reduce(self._totals.clone(), "sum").double().cpu()
+        losses = MeanLosses.of(self.accelerator.reduce(self._totals.clone(), "sum"))
         self._totals.zero_()
-        return MeanLosses((sums.sum() / counts.sum()).item(), tuple((sums / counts).tolist()))
+        return losses
 
 
 class LossHistory:
@@ -68,21 +77,19 @@ class LossHistory:
             lines = self.path.read_text(encoding="utf-8").splitlines()
             entries = [json.loads(line) for line in lines if line.endswith("}")]
             self.entries = [entry for entry in entries if entry["step"] <= global_step]
-        self._rewrite = True
+        self._is_new = True
 
     def append(self, step: int, losses: MeanLosses, cluster_weights: list[float]) -> None:
         """Add what was read at a step."""
         # JSON has no NaN: a cluster that had no samples has no loss.
         per_cluster = [None if math.isnan(loss) else loss for loss in losses.per_cluster]
         self.entries.append({"step": step, "loss": losses.mean, "clusters": per_cluster, "weights": cluster_weights})
-        new = self.entries if self._rewrite else self.entries[-1:]
-        text = "".join(json.dumps(entry) + "\n" for entry in new)
-        if self._rewrite:
-            replace_text(self.path, text)
-            self._rewrite = False
+        if self._is_new:
+            replace_text(self.path, "".join(map(_line, self.entries)))
+            self._is_new = False
         else:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(text)
+                file.write(_line(self.entries[-1]))
 
     def save_picture(self) -> Path:
         """Draw the loss of every cluster over the steps, beside the history."""
@@ -95,3 +102,7 @@ class LossHistory:
         path = self.path.with_name(LOSSES_PICTURE)
         figure.savefig(path, dpi=120)
         return path
+
+
+def _line(entry: dict) -> str:
+    return json.dumps(entry) + "\n"

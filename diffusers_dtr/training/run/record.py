@@ -31,14 +31,13 @@ def tracker_config(config: TrainingConfig) -> dict[str, int | float | str]:
 def describe_model(model: RoutedModelMixin) -> dict[str, Any]:
     """What a record says of the denoiser; all that is known of it where adapters alone are saved."""
     names = ("num_attention_heads", "attention_head_dim", "block_out_channels", "num_layers", "sample_size")
-    config = {key: value for key, value in model.config.items() if key.startswith("routing_") or key in names}
     adapters = [routing.config for routing in vars(model).get("routed_adapters", {}).values()]
     return {
         "class": type(model).__name__,
         "num_parameters": model.num_parameters(),
         "num_trained_parameters": model.num_parameters(only_trainable=True),
         "routed_widths": list(model.routed_widths),
-        "config": config,
+        "config": {key: value for key, value in model.config.items() if key.startswith("routing_") or key in names},
         **({"adapter_routing": adapters[0]} if adapters else {}),
     }
 
@@ -55,8 +54,10 @@ def run_record(
         launcher += ["--mixed_precision", accelerator.mixed_precision]
     if accelerator.gradient_accumulation_steps > 1 and not _is_typed("--gradient_accumulation_steps", argv):
         argv = [*argv, "--gradient_accumulation_steps", str(accelerator.gradient_accumulation_steps)]
+    # A notebook or an interactive session has no command.
+    is_script = argv[0].endswith(".py") and os.path.basename(argv[0]) != "ipykernel_launcher.py"
     return {
-        "command": public_command(argv, launcher) if _is_script(argv) else "",
+        "command": public_command(argv, launcher) if is_script else "",
         "arguments": publishable(config.options),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
         "hardware": _hardware(accelerator.device),
@@ -65,11 +66,6 @@ def run_record(
         "seconds": round(seconds, 1),
         **publishable(results),
     }
-
-
-def _is_script(argv: Sequence[str]) -> bool:
-    """Whether it is a script's command line, and not that of a notebook or an interactive session."""
-    return argv[0].endswith(".py") and os.path.basename(argv[0]) != "ipykernel_launcher.py"
 
 
 def _is_typed(flag: str, argv: Sequence[str]) -> bool:

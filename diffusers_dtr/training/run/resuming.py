@@ -7,7 +7,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,46 +18,41 @@ from diffusers import ModelMixin, SchedulerMixin
 from ...caches import fingerprint
 from ...config_types import constructor_types, read_object, shortened
 from ...run_record import publishable
-from ..config import TrainingConfig
+from ..config import GuidedValidationConfig, HubConfig, OptimizerConfig, TrainingConfig
+from ..config.options import Options
 from ..data.training_images import TrainingImages
 from ..data.videos import TrainingVideos
 
 
 logger = logging.getLogger(__name__)
 
-ALLOW_FLAG = "allow_changed_settings"
 
-
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
+def _flags(text: str, *parts: type[Options]) -> frozenset[str]:
+    return frozenset(text.split()).union(item.name for part in parts for item in fields(part))
 
 
 # Flags of outputs: another value is no other run.
-_OUTPUT_FLAGS = _names(
+_OUTPUT_FLAGS = _flags(
     """
-    output_dir cache_dir resume_from_checkpoint allow_changed_settings checkpointing_steps
-    checkpoints_total_limit validation_split validation_data_dir validation_steps validation_epochs
-    num_validation_images max_held_out_images validation_prompts validation_guidance_scale
-    validation_num_inference_steps logging_steps logging_dir report_to tracker_project_name offload_ema
-    push_to_hub hub_model_id hub_token hub_private_repo hub_revision hub_create_pr hub_strategy
-    dataloader_num_workers
-    """
+    output_dir cache_dir resume_from_checkpoint allow_changed_settings checkpointing_steps checkpoints_total_limit
+    validation_split validation_data_dir validation_prompts logging_steps logging_dir report_to tracker_project_name
+    offload_ema dataloader_num_workers
+    """,
+    *(GuidedValidationConfig, HubConfig),
 )
 # Flags that a resumed run may change; the change is recorded. Of an affinity, the clusters are compared.
-_ADJUSTABLE_FLAGS = _names(
+_ADJUSTABLE_FLAGS = _flags(
     """
-    learning_rate scale_lr lr_scheduler lr_warmup_steps lr_num_cycles lr_power adam_beta1 adam_beta2
-    adam_weight_decay adam_epsilon max_grad_norm ema_max_decay ema_inv_gamma ema_power max_train_steps
-    num_train_epochs seed train_batch_size gradient_accumulation_steps mixed_precision allow_tf32 compile
-    gradient_checkpointing cache_latents cache_text_embeddings train_data_dir
-    routing_warmup_steps balancing_update_every affinity_path
-    """
+    ema_max_decay ema_inv_gamma ema_power max_train_steps num_train_epochs seed train_batch_size
+    gradient_accumulation_steps mixed_precision allow_tf32 compile gradient_checkpointing cache_latents
+    cache_text_embeddings train_data_dir routing_warmup_steps balancing_update_every affinity_path
+    """,
+    OptimizerConfig,
 )
 # Flags from which the denoiser's config is made, which is compared itself.
-_MODEL_FLAGS = _names("model_preset model_config transformer_config unet_config denoiser_config")
+_MODEL_FLAGS = {"model_preset", "model_config", "transformer_config", "unet_config", "denoiser_config"}
 _NOISE_FLAGS = {"beta_schedule": "noise_schedule"}
 
-NUM_IMAGES = "number of images"
 IMAGES_PER_STEP = "images per step"
 _ADJUSTABLE = {f"--{name}" for name in _ADJUSTABLE_FLAGS} | {IMAGES_PER_STEP, "processes"}
 # What balancing and sampling have learned is of these.
@@ -109,20 +104,15 @@ class RunState:
         fixed = [change for change in defining if change["setting"] in _FIXED or _CLASS.fullmatch(change["setting"])]
         if fixed or (defining and not allow_changes):
             listed = "; ".join(_listed(defining))
-            choices = (
-                " or start a run in another `--output_dir`."
-                if fixed
-                else ", start a run in another `--output_dir`, or pass "
-                f"`--{ALLOW_FLAG}` to go on with the new ones, which the record will tell."
-            )
+            allow = ", or pass `--allow_changed_settings` to go on with the new ones, which the record will tell"
             raise ValueError(
                 f"{listed}: the checkpoint is of a run with another objective, model or data. Resume with the "
-                f"settings that it was made with{choices}"
+                f"settings that it was made with, or start a run in another `--output_dir`{'' if fixed else allow}."
             )
         for change in changes:
             consequence = self._consequence(change)
             level = logging.WARNING if consequence or change in defining else logging.INFO
-            logger.log(level, "`%s` %s.%s", change["setting"], _was_and_is(change), consequence)
+            logger.log(level, "%s.%s", _said(change), consequence)
         self.changes += [{"step": self.global_step, **change} for change in changes]
         self.settings = settings
 
@@ -148,11 +138,11 @@ def data_settings(images: TrainingImages | TrainingVideos) -> dict[str, Any]:
     only the names count, because a folder that has moved or was copied is the same data.
     """
     labels = [0] * len(images) if images.labels is None else images.labels.tolist()
-    rows = json.dumps([images.file_names, labels]).encode()
+    rows = json.dumps([images.file_names, labels])
     captions = {} if images.captions is None else {"fingerprint of captions": images.captions.fingerprint()}
     return {
-        NUM_IMAGES: len(images),
-        "fingerprint of file names and labels": hashlib.sha256(rows).hexdigest()[:16],
+        "number of images": len(images),
+        "fingerprint of file names and labels": _digest(rows),
         **captions,
         **class_settings(images.id2label),
     }
@@ -168,9 +158,12 @@ def frozen_settings(**modules: torch.nn.Module) -> dict[str, str]:
         tensors = module.state_dict().items()
         some = fingerprint((key, tensor.flatten()[:: max(1, tensor.numel() // 64)]) for key, tensor in tensors)
         config = json.dumps(dict(module.config), sort_keys=True, default=str) if isinstance(module, ModelMixin) else ""
-        digest = hashlib.sha256((some + _WITHOUT_SOURCE.sub("", config)).encode()).hexdigest()
-        settings[f"fingerprint of the {name} in {module.dtype}"] = digest[:16]
+        settings[f"fingerprint of the {name} in {module.dtype}"] = _digest(some + _WITHOUT_SOURCE.sub("", config))
     return settings
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def run_settings(
@@ -221,10 +214,10 @@ def _listed(changes: list[dict[str, Any]], most: int = 3) -> Iterator[str]:
     classes = [change for change in changes if _CLASS.fullmatch(change["setting"])]
     for change in changes:
         if change not in classes[most:]:
-            yield f"`{change['setting']}` {_was_and_is(change)}"
+            yield _said(change)
     if len(classes) > most:
         yield f"… ({len(classes)} classes in all differ)"
 
 
-def _was_and_is(change: dict[str, Any]) -> str:
-    return f"was {change['before']} and is {change['after']} now"
+def _said(change: dict[str, Any]) -> str:
+    return f"`{change['setting']}` was {change['before']} and is {change['after']} now"

@@ -9,7 +9,6 @@ import shutil
 import tempfile
 import threading
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,28 +24,16 @@ logger = logging.getLogger(__name__)
 CHECKPOINT_FOLDER = "last-checkpoint"
 
 
-@dataclass
-class PushReport:
-    """What became of the checkpoints that were to be pushed, by their steps.
-
-    Attributes:
-        pushed: Those that are on the Hub, or were until a later one replaced them.
-        superseded: Those that a later one overtook before they were pushed.
-        failed: Those that could not be pushed, and why.
-    """
-
-    pushed: list[int] = field(default_factory=list)
-    superseded: list[int] = field(default_factory=list)
-    failed: dict[int, str] = field(default_factory=dict)
-
-
 class BackgroundPush:
     """Keeps the latest checkpoint of a run on the Hub, in `last-checkpoint/`, one commit each, by a thread of its own.
 
     Until they are pushed, checkpoints are kept in `.push` as hard links, so that they may be renamed or deleted
     meanwhile. A push that fails for a reason that may pass is tried again until it succeeds or is superseded. Nothing
-    is raised: what fails is logged, and in `report`. The thread is a daemon, unlike those of the client's
-    `run_as_future`, which has no time limits: an upload that hangs would keep the process from ending.
+    is raised: what fails is logged. The thread is a daemon, unlike those of the client's `run_as_future`, which has no
+    time limits: an upload that hangs would keep the process from ending.
+
+    Attributes:
+        report: What became of the checkpoint of every step: "pushed", "superseded", or why it could not be pushed.
     """
 
     def __init__(
@@ -59,7 +46,7 @@ class BackgroundPush:
         revision: str | None = None,
     ):
         self.output_dir = Path(output_dir)
-        self.report = PushReport()
+        self.report: dict[int, str] = {}
         self._repo_id = repo_id or default_repo(output_dir)
         self._options = {"token": check_token(token), "private": private, "revision": revision}
         self._snapshots = self.output_dir / PUSH_SNAPSHOTS
@@ -83,11 +70,11 @@ class BackgroundPush:
         with self._changed:
             overtaken, self._waiting = self._waiting, (step, snapshot)
             self._changed.notify_all()
-        if overtaken is not None:
-            self.report.superseded.append(overtaken[0])
+        if overtaken:
+            self.report[overtaken[0]] = "superseded"
             shutil.rmtree(overtaken[1], ignore_errors=True)
 
-    def finish(self, timeout: float = 600.0) -> PushReport:
+    def finish(self, timeout: float = 600.0) -> dict[int, str]:
         """Wait for at most `timeout` seconds for what is still to be pushed, and say what was not."""
         with self._changed:
             self._deadline = time.monotonic() + timeout
@@ -95,9 +82,8 @@ class BackgroundPush:
         self._thread.join(timeout)
         with self._changed:
             current, waiting, self._waiting = self._current, self._waiting, None
-        for step in [current, waiting and waiting[0]]:
-            if step is not None:
-                self._fail(step, f"not done within {timeout:g} s")
+        for step in filter(None, [current, waiting and waiting[0]]):
+            self._fail(step, f"not done within {timeout:g} s")
         if current is None:
             shutil.rmtree(self._snapshots, ignore_errors=True)
         return self.report
@@ -122,9 +108,9 @@ class BackgroundPush:
             if self._waiting is None:
                 self._fail(step, describe(error))
             else:
-                self.report.superseded.append(step)
+                self.report[step] = "superseded"
         else:
-            self.report.pushed.append(step)
+            self.report[step] = "pushed"
 
     def _pause(self, seconds: float) -> bool:
         """Wait to try again, unless there is a later checkpoint or no time; once more when the run is finishing."""
@@ -139,7 +125,7 @@ class BackgroundPush:
         return self._deadline < math.inf
 
     def _fail(self, step: int, reason: str) -> None:
-        self.report.failed[step] = reason
+        self.report[step] = reason
         folder = self.output_dir.name
         logger.warning("The checkpoint of step %d was not pushed; it is complete in %s. %s", step, folder, reason)
 
@@ -155,21 +141,7 @@ def start_background_push(config: HubConfig, output_dir: Path) -> BackgroundPush
     """What pushes checkpoints while training goes on, or None where they are not to be pushed."""
     if not config.push_to_hub or config.hub_strategy != "checkpoint":
         return None
-    return BackgroundPush(
-        output_dir, config.hub_model_id, config.hub_token, config.hub_private_repo, revision=config.hub_revision
-    )
-
-
-def published_card(config: HubConfig, output_dir: Path) -> tuple[str, str | None]:
-    """The name of a run's repository, and its card as it may have been edited there."""
-    repo_id = retry(
-        lambda: create_run_repo(output_dir, config.hub_model_id, config.hub_token, config.hub_private_repo),
-        "Looking for the repository",
-    )
-    card = retry(
-        lambda: fetch_card(repo_id, token=config.hub_token, revision=config.hub_revision), "Reading the model card"
-    )
-    return repo_id, card
+    return BackgroundPush(output_dir, *_repository(config), revision=config.hub_revision)
 
 
 def rehearse_sharing(config: HubConfig, output_dir: Path, record: dict[str, Any]) -> None:
@@ -178,23 +150,26 @@ def rehearse_sharing(config: HubConfig, output_dir: Path, record: dict[str, Any]
         save_record(record, folder)
         build_model_card(folder, repo_id=config.hub_model_id)
     if config.push_to_hub:
-        published_card(config, output_dir)
+        _published_card(config, output_dir)
 
 
 def push_result(config: HubConfig, output_dir: Path, background_push: BackgroundPush | None) -> None:
     """Push a finished run, with a card that keeps what was edited on the Hub."""
     if background_push is not None:
-        report = background_push.finish()
-        logger.info(f"Checkpoints on the Hub: {report}")
-    repo_id, published = published_card(config, output_dir)
+        logger.info(f"Checkpoints on the Hub: {background_push.finish()}")
+    repo_id, published = _published_card(config, output_dir)
     save_model_card(output_dir, repo_id=repo_id, published=published)
-    url = push_run(
-        output_dir,
-        repo_id,
-        config.hub_token,
-        config.hub_private_repo,
-        "End of training",
-        revision=config.hub_revision,
-        create_pr=config.hub_create_pr,
-    )
+    where = {"revision": config.hub_revision, "create_pr": config.hub_create_pr}
+    url = push_run(output_dir, repo_id, config.hub_token, config.hub_private_repo, "End of training", **where)
     logger.info(f"Pushed to {url}")
+
+
+def _published_card(config: HubConfig, output_dir: Path) -> tuple[str, str | None]:
+    """The name of a run's repository, and its card as it may have been edited there."""
+    where = {"token": config.hub_token, "revision": config.hub_revision}
+    repo_id = retry(lambda: create_run_repo(output_dir, *_repository(config)), "Looking for the repository")
+    return repo_id, retry(lambda: fetch_card(repo_id, **where), "Reading the model card")
+
+
+def _repository(config: HubConfig) -> tuple[str | None, str | None, bool | None]:
+    return config.hub_model_id, config.hub_token, config.hub_private_repo

@@ -14,6 +14,9 @@ from ..config import TrainingConfig
 from .folder import check_output_dir, lock_run_folder
 
 
+_FLAGS_OF_DEEPSPEED = {"train_micro_batch_size_per_gpu": "train_batch_size", "gradient_clipping": "max_grad_norm"}
+
+
 def start_run(config: TrainingConfig) -> Accelerator:
     """Make the output folder and the repository, or check a resumed run's, and set up accelerate and logging.
 
@@ -66,33 +69,24 @@ def agree_with_accelerate(config: TrainingConfig, accelerator: Accelerator) -> N
         )
     # accelerate's launcher always sets one: its "no" may stand for none given.
     told = parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")
-    precision = accelerator.mixed_precision if told == "no" else told
-    if config.run.mixed_precision not in (None, precision):
-        raise _disagreement("--mixed_precision", config.run.mixed_precision, precision)
+    _check_agreement("mixed_precision", config, accelerator.mixed_precision if told == "no" else told)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("`--mixed_precision fp16` needs a GPU, got a CPU: use bf16 or no.")
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:
-        _agree_with_deepspeed(config, plugin.deepspeed_config)
-        steps = plugin.deepspeed_config.get("gradient_accumulation_steps", "auto")
-        if steps != "auto":
-            accelerator.gradient_accumulation_steps = steps
-    steps = accelerator.gradient_accumulation_steps
-    if config.run.gradient_accumulation_steps not in (None, steps):
-        raise _disagreement("--gradient_accumulation_steps", config.run.gradient_accumulation_steps, steps)
+        given = {name: value for name, value in plugin.deepspeed_config.items() if value != "auto"}
+        for name, flag in _FLAGS_OF_DEEPSPEED.items():
+            plugin.deepspeed_config[name] = given.get(name, config.options[flag])
+            _check_agreement(flag, config, plugin.deepspeed_config[name], f", as DeepSpeed's `{name}`")
+        if "gradient_accumulation_steps" in given:
+            accelerator.gradient_accumulation_steps = given["gradient_accumulation_steps"]
+    _check_agreement("gradient_accumulation_steps", config, accelerator.gradient_accumulation_steps)
 
 
-def _agree_with_deepspeed(options: TrainingConfig, config: dict) -> None:
-    for name, flag in (("train_micro_batch_size_per_gpu", "train_batch_size"), ("gradient_clipping", "max_grad_norm")):
-        value = options.options[flag]
-        if config.get(name, "auto") == "auto":
-            config[name] = value
-        elif config[name] != value:
-            raise _disagreement(f"--{flag}", value, f"{config[name]}, as DeepSpeed's `{name}`")
-
-
-def _disagreement(flag: str, value: object, decided: object) -> ValueError:
-    return ValueError(
-        f"`{flag}` is {value}, but accelerate's configuration or environment (ACCELERATE_* variables) sets {decided}. "
-        "Give it in one place, or the same value in both."
-    )
+def _check_agreement(flag: str, config: TrainingConfig, decided: object, source: str = "") -> None:
+    value = config.options[flag]
+    if value not in (None, decided):
+        raise ValueError(
+            f"`--{flag}` is {value}, but accelerate's configuration or environment (ACCELERATE_* variables) sets "
+            f"{decided}{source}. Give it in one place, or the same value in both."
+        )
