@@ -1,48 +1,35 @@
-"""The average of a model's weights (diffusers' EMAModel)."""
+"""The exponential moving average of a model's weights, of which every process averages what it holds."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
-from diffusers import ModelMixin
-from diffusers.training_utils import EMAModel
 
 from .config import EMAConfig
+from .engine import Engine
 
 
-def build_ema(config: EMAConfig, model: ModelMixin, device: torch.device) -> EMAModel:
-    """The average that the flags ask for; an offloaded one stays on the CPU between steps."""
-    ema = EMAModel(
-        model.parameters(),
-        decay=config.ema_max_decay,
-        use_ema_warmup=True,
-        inv_gamma=config.ema_inv_gamma,
-        power=config.ema_power,
-        foreach=True,
-    )
-    ema.to("cpu" if config.offload_ema else device)
-    return ema
+class WeightAverage:
+    """An average with the decay of diffusers' EMAModel with warm-up: min(max decay, 1 − (1 + step / γ)^−power).
 
+    Attributes:
+        weights: Like [`Engine.weights`]; of an offloaded average on the CPU.
+        num_steps: Optimizer steps that it is over.
+    """
 
-def step_average(ema: EMAModel, model: ModelMixin) -> None:
-    """Update an average on the model's device, wherever it is kept."""
-    kept_on = ema.shadow_params[0].device
-    ema.to(model.device)
-    ema.step(model.parameters())
-    ema.to(kept_on)  # not `non_blocking`: a checkpoint may read it next
+    def __init__(self, config: EMAConfig, engine: Engine):
+        self.config, self.engine, self.num_steps = config, engine, 0
+        copies = [weight.clone() for weight in engine.weights()]
+        self.weights = [copy.to("cpu") for copy in copies] if config.offload_ema else copies
 
-
-@contextmanager
-def averaged_weights(ema: EMAModel | None, model: ModelMixin) -> Iterator[None]:
-    """Give a model its averaged weights for a while; without an average it keeps its own."""
-    if ema is None:
-        yield
-        return
-    ema.store(model.parameters())
-    ema.copy_to(model.parameters())
-    try:
-        yield
-    finally:
-        ema.restore(model.parameters())
+    @torch.no_grad()
+    def step(self) -> None:
+        """Take in the weights after an optimizer step."""
+        config = self.config
+        decay = min(config.ema_max_decay, 1 - (1 + self.num_steps / config.ema_inv_gamma) ** -config.ema_power)
+        self.num_steps += 1
+        current = self.engine.weights()
+        average = [weight.to(new.device) for weight, new in zip(self.weights, current, strict=True)]
+        torch._foreach_sub_(average, torch._foreach_sub(average, current), alpha=1 - decay)
+        if self.config.offload_ema:
+            # Not `non_blocking`: a checkpoint may read it next.
+            self.weights = [weight.to("cpu") for weight in average]

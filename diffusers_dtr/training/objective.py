@@ -22,6 +22,7 @@ from ..objective.clusters import TimestepClusters
 from ..objective.gradient_balancing import GradientBalancer
 from ..objective.weighting import WEIGHTINGS, LogitNormal
 from .config import ObjectiveConfig, TrainingConfig
+from .optimizer import load_named_state, named_state
 from .randomness import Draw, generator_for
 
 
@@ -36,6 +37,7 @@ class Objective:
         sampler: Whose the draw is, where it depends on what the losses were.
         parts_per_draw: How many micro-batches share one stratified draw; None for all those of an optimizer step.
         settings: What the state depends on, by the names of [`~diffusers_dtr.training.run.resuming.run_settings`].
+        optimizer: Of what balancing learns, if anything: no engine shards it.
     """
 
     clusters: TimestepClusters
@@ -44,6 +46,7 @@ class Objective:
     sampler: AdaptiveTimestepSampler | None
     parts_per_draw: int | None
     settings: dict[str, Any]
+    optimizer: torch.optim.Optimizer | None = field(default=None, init=False)
     _observed: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list, init=False)
 
     @property
@@ -76,29 +79,44 @@ class Objective:
             self._observed.clear()
             self.sampler.update(*accelerator.gather((timesteps, losses)))
 
+    def step(self, scaler: torch.amp.GradScaler | None) -> None:
+        """Take the optimizer's step, before the denoiser's one updates the scaler."""
+        if self.optimizer is not None:
+            self.optimizer.step() if scaler is None else scaler.step(self.optimizer)
+            self.optimizer.zero_grad()
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """All that balancing and sampling have learned and counted, for an exact resume, as safetensors takes it."""
         sampler = {} if self.sampler is None else self.sampler.state_dict()
         state = {f"loss_fn.{name}": value for name, value in self.loss_fn.state_dict().items()}
         state |= {f"sampler.{name}": value for name, value in sampler.items()}
+        state |= {f"optimizer.{name}": value for name, value in named_state(self.loss_fn, self.optimizer).items()}
         return {name: torch.as_tensor(value).contiguous() for name, value in state.items()}
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
         """Restore what `state_dict` returned; a `ValueError` if clusters, balancing or sampling are others."""
-        loss_fn, sampler = (
+        loss_fn, sampler, optimizer = (
             {name.removeprefix(part): value for name, value in state_dict.items() if name.startswith(part)}
-            for part in ("loss_fn.", "sampler.")
+            for part in ("loss_fn.", "sampler.", "optimizer.")
         )
         try:
             self.loss_fn.load_state_dict(loss_fn)
         except RuntimeError as error:
             raise ValueError(f"`state_dict` must be of a loss with this balancing, got another's: {error}") from error
+        load_named_state(self.loss_fn, self.optimizer, partial(_fill, optimizer))
         if (self.sampler is None) != (not sampler):
             raise ValueError("`state_dict` must be of the same timestep sampling, got that of another.")
         if self.sampler is not None:
             self.sampler.load_state_dict(
                 {name: value.tolist() if name == "boundaries" else value for name, value in sampler.items()}
             )
+
+
+def _fill(source: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> None:
+    if source.keys() != tensors.keys():
+        raise ValueError(f"`state_dict` must have the optimizer state {sorted(tensors)}, got {sorted(source)}.")
+    for name, tensor in tensors.items():
+        tensor.copy_(source[name])
 
 
 def build_objective(

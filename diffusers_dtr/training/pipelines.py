@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -83,13 +85,19 @@ class ClassPipeline:
         """The prediction of a denoiser, or of a wrapper of it, with the channels of a variance if it has one."""
         return model(noisy, timestep=timesteps, **conditions, return_dict=False)[0]
 
-    def sample(self, generator: torch.Generator) -> list[Image.Image]:
-        """The images of a grid. The main process alone calls it, with the model in eval mode."""
-        return self.pipeline(**self.sampling, generator=generator).images
+    def sample(self, rows: Sequence[int]) -> list[Image.Image]:
+        """Some images of a grid, each with a seed of its own, with the model in eval mode."""
+        some = dict(self.sampling)
+        if "class_labels" in some:
+            some["class_labels"] = [some["class_labels"][row] for row in rows]
+        else:
+            some["num_images"] = len(rows)
+        return self.pipeline(**some, generator=seeded(rows)).images
 
-    def save(self, folder: Path) -> None:
-        """Save the result of a run into its folder."""
-        save_pipeline(self.pipeline, folder)
+    def save(self, folder: Path, model: ModelMixin) -> None:
+        """Save the result of a run into its folder, with a denoiser that has all its weights."""
+        with _denoiser_replaced(self, model):
+            save_pipeline(self.pipeline, folder)
 
 
 class TextPipeline:
@@ -134,14 +142,30 @@ class TextPipeline:
         """As [`ClassPipeline.denoise`]."""
         return self.family.denoise(self.pipeline, model, noisy, timesteps, conditions)
 
-    def sample(self, generator: torch.Generator) -> list[Image.Image]:
+    def sample(self, rows: Sequence[int]) -> list[Image.Image]:
         """As [`ClassPipeline.sample`]; of videos, strips of their frames."""
-        return sample_texts(self.config, self.family, self.pipeline, self.encode, self.prompts, generator)
+        prompts = [self.prompts[row] for row in rows]
+        return sample_texts(self.config, self.family, self.pipeline, self.encode, prompts, seeded(rows))
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, model: ModelMixin) -> None:
         """Save adapters alone, or a pipeline whose frozen parts are as they were loaded, in full precision."""
         if self.config.lora.rank is not None:
-            save_lora(self.pipeline, self.denoiser, folder)
+            with _denoiser_replaced(self, model):
+                save_lora(self.pipeline, self.denoiser, folder)
             return
-        model = getattr(self.pipeline, self.denoiser)
         save_pipeline(load_family_pipeline(self.config, self.family, model, load_vae(self.config.model)), folder)
+
+
+def seeded(rows: Sequence[int]) -> list[torch.Generator]:
+    """A generator for every image of a grid: the same image on any number of processes, on any device."""
+    return [torch.Generator().manual_seed(row) for row in rows]
+
+
+@contextmanager
+def _denoiser_replaced(part: ClassPipeline | TextPipeline, model: ModelMixin) -> Iterator[None]:
+    own = getattr(part.pipeline, part.denoiser)
+    part.pipeline.register_modules(**{part.denoiser: model})
+    try:
+        yield
+    finally:
+        part.pipeline.register_modules(**{part.denoiser: own})

@@ -20,7 +20,8 @@ from ..run_record import RUN_CONFIG
 from .agreement import check_agreement
 from .config import TrainingConfig
 from .data.loading import TrainingData, build_loader, clean_samples
-from .ema import averaged_weights, build_ema, step_average
+from .ema import WeightAverage
+from .engine import Engine
 from .interruption import Interruption
 from .noise_schedule import load_noise_scheduler
 from .objective import build_objective, draw_noise
@@ -90,17 +91,20 @@ class Trainer:
         check_agreement(config, model, data, self.noise_scheduler)
         self.pipeline = pipeline or ClassPipeline(config, model, data)
         self.objective = build_objective(config, self.noise_scheduler, model, accelerator)
-        self.ema = build_ema(config.ema, model, accelerator.device) if config.ema.use_ema else None
-        self.validation = Validation(config, accelerator, model, data, self.pipeline, self.noise_scheduler)
-        self.denoiser, self.optimizer = self._prepare()
+        self.engine = Engine(accelerator, model)
+        self.validation = Validation(config, self.engine, data, self.pipeline, self.noise_scheduler)
         limit = config.run.checkpoints_total_limit
-        self.checkpoints = Checkpoints(
-            accelerator, self.output_dir, self.pipeline.denoiser, model, self.ema, limit, self.objective
-        )
+        self.checkpoints = Checkpoints(self.engine, self.output_dir, self.pipeline.denoiser, limit, self.objective)
         self.state = self._resume()
-        self.lr_scheduler = build_lr_scheduler(
-            config.optimizer, self.optimizer, self.max_train_steps, self.global_step
-        )
+        self._model_description = describe_model(model)
+        self.denoiser, self.optimizer = self._prepare()
+        self.ema = WeightAverage(config.ema, self.engine) if config.ema.use_ema else None
+        self.checkpoints.restore(self.state, self.ema)
+        self.lr_schedulers = [
+            build_lr_scheduler(config.optimizer, optimizer, self.max_train_steps, self.global_step)
+            for optimizer in (self.optimizer, self.objective.optimizer)
+            if optimizer is not None
+        ]
         self.loader = build_loader(config, data.dataset, accelerator, self.global_step)
         self.monitor = LossMonitor(accelerator, len(self.objective.clusters))
         self.history = LossHistory(self.output_dir, self.global_step)
@@ -132,13 +136,16 @@ class Trainer:
                     self._backward(batch, number)
                     if accelerator.sync_gradients and config.optimizer.max_grad_norm:
                         accelerator.clip_grad_norm_(self.denoiser.parameters(), config.optimizer.max_grad_norm)
+                    if accelerator.sync_gradients:
+                        self.objective.step(accelerator.scaler)
                     self.optimizer.step()
                     self.optimizer.zero_grad()
                 if accelerator.sync_gradients:
                     self.state.global_step += 1
-                    self.lr_scheduler.step()
+                    for lr_scheduler in self.lr_schedulers:
+                        lr_scheduler.step()
                     if self.ema is not None:
-                        step_average(self.ema, self.model)
+                        self.ema.step()
                     progress_bar.update()
                     signum = interruption.received()
                     self._after_step(progress_bar, stopping=signum is not None)
@@ -161,7 +168,8 @@ class Trainer:
         )
         noisy = objective.levels.add_noise(clean, added, timesteps)
         model_input = objective.levels.model_input(noisy, timesteps)
-        model_output = self.pipeline.denoise(self.denoiser, model_input, timesteps, conditions)
+        with self.engine.autocast():
+            model_output = self.pipeline.denoise(self.denoiser, model_input, timesteps, conditions)
         out = objective.loss_fn(model_output, clean, noise, timesteps, objective.sample_weights(timesteps))
         objective.observe(accelerator, timesteps, out)
         self.monitor.update(out, self.global_step + 1)
@@ -185,17 +193,17 @@ class Trainer:
             self._log(progress_bar)
         if checkpoint_due:
             self.state.seconds = self._seconds
-            checkpoint = self.checkpoints.save(self.state)
+            checkpoint = self.checkpoints.save(self.state, self.ema)
             if self._background_push is not None:
                 self._background_push.push_checkpoint(checkpoint, step)
             if self.accelerator.is_main_process:
                 self.history.save_picture()
         if self._validation_due() and not last:
-            with averaged_weights(self.ema, self.model):
+            with self.engine.computing_with(self._average):
                 self.validate()
 
     def _log(self, progress_bar: tqdm) -> None:
-        losses, rate = self.monitor.read(self.checkpoints.latest()), self.lr_scheduler.get_last_lr()[0]
+        losses, rate = self.monitor.read(self.checkpoints.latest()), self.lr_schedulers[0].get_last_lr()[0]
         weights = self.objective.loss_fn.cluster_weights().tolist()
         progress_bar.set_postfix(loss=losses.mean, lr=rate)
         values = {"lr": rate, **{f"weight/cluster_{number}": weight for number, weight in enumerate(weights)}}
@@ -220,13 +228,14 @@ class Trainer:
     def finish(self) -> dict[str, Any]:
         """Save the result with its averaged weights, validate it, share it if asked for, and return its record."""
         self.model.set_routing_beta(None)
-        if self.ema is not None:
-            self.ema.copy_to(self.model.parameters())
         # Before anything that may fail
-        if self.accelerator.is_main_process:
-            self.pipeline.save(self.output_dir)
-            self._describe(results={})
-            logger.info(f"Saved the result in {self.output_dir}")
+        with self.engine.whole_model(self._average) as model:
+            if model is not None:
+                self.pipeline.save(self.output_dir, model)
+                self._describe(results={})
+                logger.info(f"Saved the result in {self.output_dir}")
+        if self._average is not None:
+            self.engine.put(self._average)
         results = self.validate()
         record = self._describe(results) if self.accelerator.is_main_process else {}
         # It closes the trackers, whose files are shared too.
@@ -255,9 +264,10 @@ class Trainer:
             self.model.compile(fullgraph=True)
         options = self.config.optimizer
         scale = self.images_per_step if options.scale_lr else 1
-        return self.accelerator.prepare(
-            self.model, build_optimizer(options, self.model, self.objective.loss_fn, scale)
-        )
+        learned = self.objective.loss_fn.parameter_groups()
+        self.objective.optimizer = build_optimizer(options, learned, scale) if learned else None
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return self.engine.prepare(build_optimizer(options, [{"params": trained}], scale))
 
     def _resume(self) -> RunState:
         run, others = self.config.run, {**data_settings(self.data.images), **self.pipeline.settings}
@@ -275,8 +285,9 @@ class Trainer:
     def _start_reporting(self, project_name: str) -> BackgroundPush | None:
         config = self.config
         logger.info(
-            f"{self.num_images} images, {self.model.num_parameters(only_trainable=True):,} trained parameters of "
-            f"{self.model.num_parameters():,}, {self.images_per_step} images per step, {self.max_train_steps} steps"
+            f"{self.num_images} images, {self._model_description['num_trained_parameters']:,} trained parameters of "
+            f"{self._model_description['num_parameters']:,}, {self.images_per_step} images per step, "
+            f"{self.max_train_steps} steps"
         )
         logger.info(f"{self.objective.clusters}")
         if not self.accelerator.is_main_process:
@@ -288,6 +299,10 @@ class Trainer:
         return start_background_push(config.hub, self.output_dir)
 
     @property
+    def _average(self) -> list[torch.Tensor] | None:
+        return None if self.ema is None else self.ema.weights
+
+    @property
     def _seconds(self) -> float:
         return time.perf_counter() - self._start_time
 
@@ -297,7 +312,7 @@ class Trainer:
             sys.argv,
             self.accelerator,
             self._seconds,
-            model=describe_model(self.model),
+            model=self._model_description,
             num_images=self.num_images,
             clusters={"num_clusters": len(self.objective.clusters), **self.objective.clusters.to_dict()},
             held_out=self.validation.describe(),

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import ModelMixin, SchedulerMixin
+from accelerate.utils import gather_object
+from diffusers import SchedulerMixin
 from diffusers.utils import make_image_grid
 from PIL import Image
 
@@ -22,6 +23,7 @@ from ..objective.clusters import TimestepClusters
 from ..user_errors import USER_ERRORS
 from .config import TrainingConfig
 from .data.loading import TrainingData, held_out_samples
+from .engine import Engine
 from .pipelines import ClassPipeline, TextPipeline
 from .randomness import derive_seed
 from .run.losses import MeanLosses
@@ -101,9 +103,12 @@ class HeldOutLoss:
         """
         totals = torch.zeros(2, len(self.clusters), dtype=torch.float64, device=accelerator.device)
         batches = torch.arange(self.num_samples).split(self.batch_size)
-        for number in range(accelerator.process_index, len(batches), accelerator.num_processes):
-            timesteps = self.timesteps[batches[number]].to(accelerator.device)
-            losses = self._losses(denoise, batches[number], timesteps, accelerator.device)
+        for number in _share(len(batches), accelerator):
+            indices = batches[number % len(batches)]
+            timesteps = self.timesteps[indices].to(accelerator.device)
+            losses = self._losses(denoise, indices, timesteps, accelerator.device)
+            if number >= len(batches):
+                continue
             cluster = self.clusters.assign(timesteps)
             totals[0].index_add_(0, cluster, losses.double())
             totals[1].index_add_(0, cluster, torch.ones_like(losses, dtype=torch.float64))
@@ -132,23 +137,23 @@ class HeldOutLoss:
 class Validation:
     """The held-out loss of a run, over every eighth of the timesteps, and its sample grids.
 
-    All processes measure, and the main process alone samples.
+    Every process takes a share of both.
     """
 
     def __init__(
         self,
         config: TrainingConfig,
-        accelerator: Accelerator,
-        model: ModelMixin,
+        engine: Engine,
         data: TrainingData,
         pipeline: ClassPipeline | TextPipeline,
         noise_scheduler: SchedulerMixin,
     ):
-        self.config, self.accelerator, self.model, self.pipeline = config, accelerator, model, pipeline
+        self.config, self.engine, self.pipeline = config, engine, pipeline
+        self.accelerator, self.model = engine.accelerator, engine.model
         self.held_out_loss = None
         if data.held_out is not None:
             num_images, batch_size = config.validation.max_held_out_images, config.run.train_batch_size
-            clean, batch = held_out_samples(data.held_out, data.vae, num_images, batch_size, accelerator.device)
+            clean, batch = held_out_samples(data.held_out, data.vae, num_images, batch_size, engine.accelerator.device)
             eighths = cluster_timesteps(noise_scheduler, num_clusters=8, cost="uniform")
             evaluations = math.ceil(len(eighths) / len(clean))
             self.held_out_loss = HeldOutLoss(NoiseLevels(noise_scheduler), eighths, clean, batch, evaluations)
@@ -161,9 +166,10 @@ class Validation:
             losses = self.held_out_loss(self._denoise, self.accelerator)
             values = losses.values("validation_loss", "eighth")
             logger.info(f"Step {step}: held-out loss {losses.mean:.5f}")
+        images = self._sample()
         if self.accelerator.is_main_process:
             path = Path(self.config.run.output_dir) / "samples" / f"step-{step:08d}.png"
-            log_image(self.accelerator, "samples", save_sample_grid(self._sample(), path), step)
+            log_image(self.accelerator, "samples", save_sample_grid(images, path), step)
         self.accelerator.log(values, step=step)
         self.accelerator.wait_for_everyone()
         self.model.train()
@@ -175,8 +181,7 @@ class Validation:
         with forward_once(self.model), torch.compiler.set_stance("force_eager"):
             if self.held_out_loss is not None:
                 self.held_out_loss.try_out(self._denoise, self.accelerator.device)
-            if self.accelerator.is_main_process:
-                try_sampling(self._sample, self.config)
+            try_sampling(self._sample, self.config)
         self.model.train()
 
     def describe(self) -> dict[str, int | str] | None:
@@ -184,11 +189,18 @@ class Validation:
         return None if self.held_out_loss is None else self.held_out_loss.describe()
 
     def _sample(self) -> list[Image.Image]:
-        # On the CPU: the same everywhere
-        return self.pipeline.sample(torch.Generator().manual_seed(0))
+        count = self.config.validation.num_validation_images
+        rows = _share(count, self.accelerator)
+        with self.engine.autocast():
+            images = self.pipeline.sample([row % count for row in rows])
+        if self.accelerator.num_processes == 1:
+            return images
+        drawn = dict(gather_object(list(zip(rows, images, strict=True))))
+        return [drawn[row] for row in range(count)]
 
     def _denoise(self, model_input: torch.Tensor, timesteps: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
-        return self.pipeline.denoise(self.model, model_input, timesteps, self.pipeline.conditions(batch))
+        with self.engine.autocast():
+            return self.pipeline.denoise(self.model, model_input, timesteps, self.pipeline.conditions(batch))
 
 
 @contextmanager
@@ -217,6 +229,15 @@ def forward_once(model: torch.nn.Module) -> Iterator[None]:
         del model.forward
         if own is not None:
             model.forward = own
+
+
+def _share(count: int, accelerator: Accelerator) -> range:
+    """This process's part of `count` things, as many as any other's, because calls of a sharded model are collective.
+
+    Numbers from `count` on stand for none.
+    """
+    processes = accelerator.num_processes
+    return range(accelerator.process_index, -(-count // processes) * processes, processes)
 
 
 def _select(values: torch.Tensor | list, indices: torch.Tensor) -> torch.Tensor | list:

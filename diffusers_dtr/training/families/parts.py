@@ -176,7 +176,7 @@ def sample_texts(
     pipeline: DiffusionPipeline,
     encode: TextEncoder,
     prompts: list[str],
-    generator: torch.Generator,
+    generators: list[torch.Generator],
 ) -> list[Image.Image]:
     """Images of prompts, at the flags' resolution, guidance and number of steps; of videos, strips of their frames."""
     vae = pipeline.vae
@@ -193,7 +193,8 @@ def sample_texts(
             given |= {f"negative_{name}": embeddings for name, embeddings in negative.items()}
         if "negative_prompt" in inspect.signature(type(pipeline).__call__).parameters:
             given["negative_prompt"] = None  # else some would encode their default beside the embeddings
-        latents = pipeline(**given, generator=generator, output_type="latent", return_dict=False)[0]
+        own = generators[start : start + len(some)]
+        latents = pipeline(**given, generator=own, output_type="latent", return_dict=False)[0]
         # Not by the pipeline, which may have an autoencoder in another precision than its latents.
         with torch.no_grad():
             decoded = decode_latents(vae, family.sampled(pipeline, latents, family.latent_size(vae)))

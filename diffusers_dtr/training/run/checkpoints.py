@@ -5,20 +5,18 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import patch_environment
 from diffusers import ModelMixin
-from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import CheckpointException
 
 from ...atomic_files import PARTIAL_SUFFIX, remove_folder
 from ...run_record import CHECKPOINT_PREFIX
-from ..ema import averaged_weights
+from ..ema import WeightAverage
+from ..engine import Engine, read_tensors
 from ..interruption import not_finite
 from ..lora import has_lora, load_adapter, save_adapter
 from ..objective import Objective
@@ -29,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "training_state.json"
 _OBJECTIVE_FILE = "objective.safetensors"
+_OPTIMIZER_FOLDER = "optimizer"
 _CHECKPOINT = re.compile(rf"{CHECKPOINT_PREFIX}(\d+)")
 
 
@@ -47,52 +46,55 @@ def checkpoint_folder(output_dir: Path, name: str) -> Path:
     return Path(name) if Path(name).is_dir() else output_dir / name
 
 
-@dataclass(eq=False)
 class Checkpoints:
-    """The checkpoints of one run: `output_dir/checkpoint-<step>` holding all that accelerate saves, model and EMA.
+    """The checkpoints of one run: `output_dir/checkpoint-<step>` with the weights and all else that it has learned.
 
     A checkpoint is written under another name and renamed when complete, and renamed before it is deleted: a process
-    that dies at any moment leaves no half of one. Loading one runs no code that is in it: weights and the objective's
-    state are safetensors, and pickles are read as tensors and plain values only. Of a model with LoRA adapters these
-    alone are saved, as `<model_name>_lora`.
+    that dies at any moment leaves no half of one. Loading one runs no code that is in it: it is safetensors and JSON.
+    An engine that saves what each process holds writes sharded files; whatever wrote one, every engine with any number
+    of processes goes on from it. Of a model with LoRA adapters these alone are saved, as `<model_name>_lora`.
     """
 
-    accelerator: Accelerator
-    output_dir: Path
-    model_name: str
-    model: ModelMixin
-    ema: EMAModel | None = None
-    total_limit: int | None = None
-    objective: Objective | None = None
+    def __init__(
+        self,
+        engine: Engine,
+        output_dir: str | Path,
+        model_name: str,
+        total_limit: int | None = None,
+        objective: Objective | None = None,
+    ):
+        self.engine, self.output_dir = engine, Path(output_dir)
+        self.total_limit, self.objective = total_limit, objective
+        self._lora = has_lora(engine.model)
+        self._model_folder = f"{model_name}_lora" if self._lora else model_name
+        self._ema_folder = f"{model_name}_ema"
+        self._path: Path | None = None
 
-    def __post_init__(self):
-        self._model_folder = f"{self.model_name}_lora" if has_lora(self.model) else self.model_name
-        self._ema_folder = f"{self.model_name}_ema"
-        self.accelerator.register_save_state_pre_hook(self._save_models)
-        self.accelerator.register_load_state_pre_hook(self._load_models)
-
-    def save(self, state: RunState) -> Path:
+    def save(self, state: RunState, average: WeightAverage | None = None) -> Path:
         """Write the checkpoint of a step, unless a weight is not finite; all processes must call this."""
-        step = state.global_step
+        step, accelerator = state.global_step, self.engine.accelerator
         # A finite loss can have gradients that are not, and the next loss would be too late for this checkpoint.
-        if not torch.stack([weight.isfinite().all() for weight in self.model.parameters()]).all():
+        finite = torch.stack([weight.isfinite().all() for weight in self.engine.weights()]).all()
+        if not accelerator.gather(finite.reshape(1)).all():
             raise not_finite("The weights were", step, self.latest())
         final = self.output_dir / f"{CHECKPOINT_PREFIX}{step}"
         partial = final.with_name(final.name + PARTIAL_SUFFIX)
-        if self.accelerator.is_main_process:
+        if accelerator.is_main_process:
             # Of this step or any other: what a process left that died here.
             for abandoned in self.output_dir.glob(f"{CHECKPOINT_PREFIX}*{PARTIAL_SUFFIX}"):
                 shutil.rmtree(abandoned)
-        self.accelerator.wait_for_everyone()
+            partial.mkdir()
+        accelerator.wait_for_everyone()
         try:
-            self.accelerator.save_state(str(partial))
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch has no class of its own for a full disk
+            self._write(partial, average)
+        except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:  # of a full disk
             shutil.rmtree(partial, ignore_errors=True)
             raise OSError(
                 f"The checkpoint of step {step} cannot be written: {error}. The last complete one is {self.latest()}."
             ) from error
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            state.scaler = {} if accelerator.scaler is None else accelerator.scaler.state_dict()
             state.write(partial / STATE_FILE)
             if final.exists():
                 remove_folder(final)
@@ -101,8 +103,24 @@ class Checkpoints:
             if self.total_limit is not None:
                 for old in list(complete_checkpoints(self.output_dir).values())[: -self.total_limit]:
                     remove_folder(old)
-        self.accelerator.wait_for_everyone()
+        accelerator.wait_for_everyone()
         return final
+
+    def _write(self, folder: Path, average: WeightAverage | None) -> None:
+        self._save_model(folder / self._model_folder)
+        if average is not None:
+            self._save_model(folder / self._ema_folder, average.weights)
+        self.engine.save_optimizer(folder / _OPTIMIZER_FOLDER)
+        if self.objective is not None and self.engine.accelerator.is_main_process:
+            save_file(self.objective.state_dict(), folder / _OBJECTIVE_FILE)
+
+    def _save_model(self, folder: Path, weights: list[torch.Tensor] | None = None) -> None:
+        if self.engine.saves_parts and not self._lora:
+            self.engine.save_parts(folder, weights)
+            return
+        with self.engine.whole_model(weights) as model:
+            if model is not None:
+                save_adapter(model, folder) if self._lora else model.save_pretrained(folder)
 
     def latest(self) -> Path | None:
         """The complete checkpoint of the highest step, or None."""
@@ -111,7 +129,10 @@ class Checkpoints:
     def resume(
         self, resume_from_checkpoint: str | None, settings: dict, allow_changed_settings: bool = False
     ) -> RunState:
-        """Load a checkpoint: a folder, its name in the run's, or "latest", of which there may be none yet."""
+        """Load a checkpoint's weights: of a folder, its name in the run's, or "latest", if there is one.
+
+        The model must not be prepared yet; what else the checkpoint has is restored by [`restore`].
+        """
         path = self._find(resume_from_checkpoint)
         if path is None:
             return RunState(settings=settings)
@@ -125,27 +146,31 @@ class Checkpoints:
                 f"{self.output_dir} holds {', '.join(later)}. Remove what is later, or choose another `--output_dir`."
             )
         state.go_on(settings, allow_changed_settings)
-        needed = {"rank": self._model_folder, **({} if self.ema is None else {"use_ema": self._ema_folder})}
-        for option, folder in needed.items():
+        for folder, option in ((self._model_folder, "rank"), (_OPTIMIZER_FOLDER, None)):
             if not (path / folder).is_dir():
-                raise ValueError(
-                    f"`{option}` must be what it was: the checkpoint {path} has no {folder} to go on with."
-                )
-        if self.ema is not None:
-            # By way of the model, which gets its own weights next
-            _load_weights(self.model, path / self._ema_folder)
-            for average, weight in zip(self.ema.shadow_params, self.model.parameters(), strict=True):
-                average.copy_(weight.detach())
-            self.ema.optimization_step = state.global_step
-        # Whatever accelerate asks for, `torch.load` reads tensors and plain values only.
-        with patch_environment(TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"):
-            self.accelerator.load_state(str(path))
-        if self.objective is not None:
-            self.objective.load_state_dict(_read_weights(path, _OBJECTIVE_FILE))
-        # Forward calls since the last optimizer step, had the number of them in a step not changed.
-        self.accelerator.step = 0
-        logger.info("Resumed from %s", path)
+                reason = f"`{option}` must be what it was" if option else "It is of another version of this library"
+                raise ValueError(f"{reason}: the checkpoint {path} has no {folder} to go on with.")
+        load = load_adapter if self._lora else load_weights
+        load(self.engine.model, path / self._model_folder)
+        self._path = path
         return state
+
+    def restore(self, state: RunState, average: WeightAverage | None = None) -> None:
+        """Go on with all else that the checkpoint has, after the model is prepared; all processes must call this."""
+        path, accelerator = self._path, self.engine.accelerator
+        if path is None:
+            return
+        if average is not None:
+            if not (path / self._ema_folder).is_dir():
+                raise ValueError(f"`use_ema` must be what it was: {path} has no {self._ema_folder} to go on with.")
+            self.engine.read(path / self._ema_folder, average.weights)
+            average.num_steps = state.global_step
+        self.engine.load_optimizer(path / _OPTIMIZER_FOLDER)
+        if self.objective is not None:
+            self.objective.load_state_dict(_load_tensors(path / _OBJECTIVE_FILE))
+        if accelerator.scaler is not None and state.scaler:
+            accelerator.scaler.load_state_dict(state.scaler)
+        logger.info("Resumed from %s", path)
 
     def _find(self, resume_from_checkpoint: str | None) -> Path | None:
         if resume_from_checkpoint is None:
@@ -164,39 +189,16 @@ class Checkpoints:
             )
         return path
 
-    def _save_models(self, models: list, weights: list, output_dir: str) -> None:
-        if self.accelerator.is_main_process:
-            folder = Path(output_dir)
-            save = save_adapter if has_lora(self.model) else type(self.model).save_pretrained
-            save(self.model, folder / self._model_folder)
-            if self.ema is not None:
-                # Not `EMAModel.save_pretrained`, whose config has values that no model takes.
-                with averaged_weights(self.ema, self.model):
-                    self.model.save_pretrained(folder / self._ema_folder)
-            if self.objective is not None:
-                save_file(self.objective.state_dict(), folder / _OBJECTIVE_FILE)
-        # What is popped here accelerate does not save a second time.
-        weights.clear()
 
-    def _load_models(self, models: list, input_dir: str) -> None:
-        models.clear()
-        load = load_adapter if has_lora(self.model) else _load_weights
-        load(self.model, Path(input_dir) / self._model_folder)
+def load_weights(model: ModelMixin, folder: Path) -> None:
+    """Give an ordinary model its weights from safetensors files, sharded or not."""
+    state = model.state_dict()
+    read_tensors(folder, state)
+    model.load_state_dict(state)
 
 
-def _load_weights(model: ModelMixin, folder: Path) -> None:
+def _load_tensors(file: Path) -> dict[str, torch.Tensor]:
     try:
-        model.load_state_dict(_read_weights(folder))
-    except RuntimeError as error:
-        raise ValueError(f"{folder} must hold the weights of this model, got others: {error}") from error
-
-
-def _read_weights(folder: Path, pattern: str = "*.safetensors") -> dict[str, torch.Tensor]:
-    """All tensors of a folder, over however many files they were spread."""
-    files = sorted(folder.glob(pattern))
-    if not files:
-        raise ValueError(f"{folder} must hold {pattern}, but has none.")
-    try:
-        return {name: tensor for file in files for name, tensor in load_file(file).items()}
-    except SafetensorError as error:
-        raise ValueError(f"{folder} must hold whole safetensors files, got a damaged one: {error}") from error
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file} must be a whole safetensors file: {error}") from error

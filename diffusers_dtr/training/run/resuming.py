@@ -72,12 +72,14 @@ class RunState:
         settings: Of [`run_settings`].
         changes: What was changed in resuming, each with its `step`, `setting`, `before` and `after`.
         seconds: How long the steps took, validation and checkpoints included, over all resumptions.
+        scaler: State of the scaler of float16 training.
     """
 
     global_step: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
     changes: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
+    scaler: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> RunState:

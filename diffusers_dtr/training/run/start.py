@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DynamoBackend, ProjectConfiguration, parse_choice_from_env
+from accelerate.utils import DistributedType, DynamoBackend, ProjectConfiguration, parse_choice_from_env
 
 from ...hub.pushing import create_run_repo
+from ...objective.balancing import BALANCINGS
 from ..config import TrainingConfig
 from .folder import check_output_dir, lock_run_folder
 
@@ -67,6 +68,7 @@ def agree_with_accelerate(config: TrainingConfig, accelerator: Accelerator) -> N
             "`--gradient_checkpointing` and `fsdp_activation_checkpointing` of accelerate's configuration would both "
             "compute activations twice: leave out one of them."
         )
+    _check_engine(config, accelerator)
     # accelerate's launcher always sets one: its "no" may stand for none given.
     told = parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")
     _check_agreement("mixed_precision", config, accelerator.mixed_precision if told == "no" else told)
@@ -81,6 +83,29 @@ def agree_with_accelerate(config: TrainingConfig, accelerator: Accelerator) -> N
         if "gradient_accumulation_steps" in given:
             accelerator.gradient_accumulation_steps = given["gradient_accumulation_steps"]
     _check_agreement("gradient_accumulation_steps", config, accelerator.gradient_accumulation_steps)
+
+
+def _check_engine(config: TrainingConfig, accelerator: Accelerator) -> None:
+    """Refuse what FSDP or DeepSpeed cannot do, and let FSDP2 shard the gradients that it accumulates."""
+    balancing = config.objective.balancing
+    if accelerator.distributed_type == DistributedType.FSDP:
+        if not accelerator.is_fsdp2:
+            raise ValueError("`fsdp_version` of accelerate's configuration must be 2, got 1.")
+        accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return
+    stage = accelerator.deepspeed_plugin.zero_stage
+    if stage not in (1, 2, 3):
+        raise ValueError(f"`zero_stage` of accelerate's configuration must be 1, 2 or 3, got {stage}.")
+    if balancing not in BALANCINGS:
+        raise ValueError(
+            f"`--balancing {balancing}` needs the gradients of every cluster by themselves, which DeepSpeed does not "
+            "give: use FSDP2 or DistributedDataParallel, or `--balancing uncertainty`."
+        )
+    if balancing != "uniform" and accelerator.mixed_precision == "fp16":
+        raise ValueError(
+            f"`--balancing {balancing}` learns from losses that DeepSpeed's fp16 scales: use `--mixed_precision bf16`."
+        )
 
 
 def _check_agreement(flag: str, config: TrainingConfig, decided: object, source: str = "") -> None:

@@ -1,0 +1,202 @@
+"""How a run's processes hold the denoiser and its optimizer: alone, or by DDP, FSDP2 or DeepSpeed through accelerate.
+
+The one place that knows it. Beside a forward call, whatever is said to be collective needs all processes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from diffusers import ModelMixin
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from . import zero
+from .optimizer import load_named_state, named_state
+
+
+class Engine:
+    """A denoiser as the processes of a run hold it.
+
+    Args:
+        accelerator: Of the run.
+        model: The denoiser, before anything is sharded.
+
+    Attributes:
+        sharded: Whether every process holds a part of the weights only, so that a forward call is collective.
+    """
+
+    def __init__(self, accelerator: Accelerator, model: ModelMixin):
+        self.accelerator, self.model = accelerator, model
+        self._deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+        self.sharded = accelerator.is_fsdp2 or (self._deepspeed and accelerator.deepspeed_plugin.zero_stage == 3)
+        self._lowered = self._deepspeed and accelerator.mixed_precision != "no"
+        # What whole weights are put into, in order to be saved
+        self._blank = _without_weights(model) if self.sharded or self._deepspeed else None
+
+    @property
+    def saves_parts(self) -> bool:
+        """Whether every process can save what it holds by itself."""
+        return self.accelerator.is_fsdp2
+
+    def autocast(self) -> AbstractContextManager:
+        """For forward calls of a model that was cast to a lower precision, whose inputs were not."""
+        return torch.autocast(self.accelerator.device.type, self.model.dtype) if self._lowered else nullcontext()
+
+    def prepare(self, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Shard the denoiser in place, and wrap it and its optimizer for training."""
+        self._wrapper, self._optimizer = self.accelerator.prepare(self.model, optimizer)
+        return self._wrapper, self._optimizer
+
+    def weights(self) -> list[Tensor]:
+        """What this process holds of the trained parameters, in the precision of their training."""
+        return [_part(parameter) for parameter in self._trained().values()]
+
+    @contextmanager
+    def computing_with(self, weights: list[Tensor] | None) -> Iterator[None]:
+        """Let the model compute with other weights for a while, or with its own; collective."""
+        if weights is None:
+            yield
+            return
+        own = [weight.clone() for weight in self.weights()]
+        self.put(weights)
+        try:
+            yield
+        finally:
+            self.put(own)
+
+    @contextmanager
+    def whole_model(self, weights: list[Tensor] | None = None) -> Iterator[ModelMixin | None]:
+        """An ordinary model for the main process, with all its weights, or these; None for others; collective."""
+        main = self.accelerator.is_main_process
+        if self._blank is None:
+            with self.computing_with(weights):
+                yield self.model if main else None
+            return
+        state = {}
+        for name, tensor in self._state(weights):
+            tensor = _whole(tensor)
+            if main:
+                state[name] = tensor.cpu()
+        if main:
+            self._blank.load_state_dict(state, assign=True)
+        yield self._blank if main else None
+        self._blank = _without_weights(self._blank)
+
+    def save_parts(self, folder: Path, weights: list[Tensor] | None = None) -> None:
+        """Save all weights, or these, as sharded safetensors files, each process what it holds; collective."""
+        self._write(folder, dict(self._state(weights)))
+        if self.accelerator.is_main_process:
+            self._blank.save_config(folder)
+
+    def read(self, folder: Path, weights: list[Tensor]) -> None:
+        """Fill tensors like [`weights`] from the safetensors files of a folder, sharded or not; collective."""
+        trained = self._trained()
+        tensors = dict(zip(trained, map(_spread, trained.values(), weights), strict=True))
+        read_tensors(folder, tensors)
+        for (name, parameter), weight in zip(trained.items(), weights, strict=True):
+            if zero.is_partitioned(parameter):
+                zero.scatter(tensors[name], weight)
+
+    def save_optimizer(self, folder: Path) -> None:
+        """Save what the optimizer has learned of every parameter, by `state.<parameter>.<what>`; collective."""
+        self._write(folder, self._optimizer_state())
+
+    def load_optimizer(self, folder: Path) -> None:
+        """Go on with what [`save_optimizer`] saved, under this engine or another; collective."""
+        if self._deepspeed:
+            zero.load_optimizer_state(self._optimizer.optimizer, self._trained(), partial(read_tensors, folder))
+        else:
+            load_named_state(self._wrapper, self._optimizer.optimizer, partial(read_tensors, folder))
+
+    @torch.no_grad()
+    def put(self, weights: list[Tensor]) -> None:
+        """Let the model compute with other weights, as [`weights`] returns them, from now on; collective."""
+        for parameter, weight in zip(self._trained().values(), weights, strict=True):
+            if zero.is_partitioned(parameter):
+                zero.put(parameter, zero.gather(parameter, weight.to(parameter.device)))
+            else:
+                _part(parameter).copy_(weight)
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        if self.accelerator.is_fsdp2:
+            # After a forward call without a backward one, its root would still have all processes' parts.
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def _state(self, weights: list[Tensor] | None) -> Iterator[tuple[str, Tensor]]:
+        trained = self._trained()
+        weights = dict(zip(trained, weights, strict=True)) if weights is not None else {}
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            if name in weights:
+                yield name, _spread(tensor, weights[name])
+            elif self._deepspeed and name in trained:
+                yield name, zero.master(tensor)
+            else:
+                yield name, tensor.detach()
+
+    def _optimizer_state(self) -> dict[str, Tensor]:
+        if self._deepspeed:
+            return zero.optimizer_state(self._optimizer.optimizer, self._trained())
+        return named_state(self._wrapper, self._optimizer.optimizer)
+
+    def _write(self, folder: Path, tensors: dict[str, Tensor]) -> None:
+        if self.accelerator.is_main_process:
+            folder.mkdir()
+        self.accelerator.wait_for_everyone()
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        dcp.save({name: tensor.contiguous() for name, tensor in tensors.items()}, storage_writer=writer)
+
+
+def read_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill tensors, or the parts that this process holds of them, by their names from a folder's safetensors files.
+
+    Raises:
+        ValueError: If the folder has none, damaged ones, or not these tensors.
+    """
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"{folder} must hold *.safetensors, but has none.")
+    try:
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
+    except (CheckpointException, RuntimeError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{folder} must hold whole safetensors files of this model: {error}") from error
+
+
+def _without_weights(model: ModelMixin) -> ModelMixin:
+    """A copy whose parameters take no memory."""
+    empty = {id(each): nn.Parameter(each.detach().to("meta"), each.requires_grad) for each in model.parameters()}
+    return copy.deepcopy(model, empty)
+
+
+def _part(parameter: nn.Parameter) -> Tensor:
+    """What this process holds of a parameter."""
+    if isinstance(parameter, DTensor):
+        return parameter.detach().to_local()
+    return zero.local_part(parameter) if zero.is_partitioned(parameter) else parameter.detach()
+
+
+def _spread(parameter: nn.Parameter, part: Tensor) -> Tensor:
+    """A tensor of which every process holds a part, as it does of a parameter: a DTensor, or gathered."""
+    if isinstance(parameter, DTensor):
+        layout = {"shape": parameter.shape, "stride": parameter.stride()}
+        return DTensor.from_local(part, parameter.device_mesh, parameter.placements, run_check=False, **layout)
+    return zero.gather(parameter, part) if zero.is_partitioned(parameter) else part
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    return zero.whole(tensor) if zero.is_partitioned(tensor) else tensor
