@@ -110,8 +110,10 @@ def _infer_config(
     weights: Mapping[str, torch.Tensor], num_attention_heads: int | None, class_dropout_prob: float | None
 ) -> dict[str, Any]:
     width, in_channels, patch_size, _ = _shape(weights, "x_embedder.proj.weight", 4)
-    blocks = [int(match[1]) for match in (re.match(r"blocks\.(\d+)\.", name) for name in weights) if match]
+    blocks = {int(match[1]) for match in (re.match(r"blocks\.(\d+)\.", name) for name in weights) if match}
     num_layers = 1 + max(blocks, default=-1)
+    if len(blocks) != num_layers:  # of which there may be millions, before one is missed
+        raise ValueError(f"`state_dict` must have blocks 0 to {num_layers - 1}, got {len(blocks)} of them.")
     if num_attention_heads is None:
         published = {
             (preset["num_layers"], preset["num_attention_heads"] * preset["attention_head_dim"]): preset

@@ -173,6 +173,7 @@ PATCHES = "x_embedder.proj.weight"
         ("y_embedder.embedding_table.weight", None, r"has no `y_embedder\.embedding_table\.weight`"),
         ("blocks.1.mlp.fc2.bias", None, r"Missing key.* \"transformer_blocks\.1\.ff\.net\.2\.bias\""),
         ("blocks.1.extra.weight", (1,), r"that an original DiT does not have: `blocks\.1\.extra\.weight`"),
+        ("blocks.99999999.attn.qkv.bias", (48,), "must have blocks 0 to 99999999, got 4 of them"),
         ("blocks.2.mlp.fc1.bias", (8,), r"size mismatch for transformer_blocks\.2\.ff\.net\.0\.proj\.bias"),
         ("blocks.1.attn.qkv.bias", (), r"size mismatch for transformer_blocks\.1\.attn1\.to_q\.bias"),
         (FC1, (128, 64), r"fc1\.weight` must have 4 x 64 rows .*, got 128"),
