@@ -3,12 +3,12 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
 from run_config import run_config
+from test_images import noise_image
 from tiny_autoencoders import tiny_vae
 from tiny_dit import routed_dit
 
@@ -25,11 +25,10 @@ VAE = tiny_vae(in_channels=1, out_channels=1)
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    random = np.random.default_rng(0)
     for number in range(10):
         path = tmp_path / "images" / "ab"[number % 2] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random.integers(0, 256, (8, 12), dtype=np.uint8)).save(path)
+        noise_image(12, 8, number).convert("L").save(path)
     return tmp_path / "images"
 
 

@@ -6,11 +6,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+from test_images import noise_image
 from tiny_autoencoders import tiny_taesd, tiny_vae
 
 
@@ -34,11 +34,10 @@ TEXTS = {"", "one", "two", "a handwritten three", "four"}
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    random = np.random.default_rng(0)
     for row in range(6):
         path = tmp_path / "data" / "ab"[row // 3] / f"{row}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random.integers(0, 256, (8, 12, 3), dtype=np.uint8)).save(path)
+        noise_image(12, 8, row).save(path)
     return tmp_path / "data"
 
 

@@ -41,8 +41,8 @@ def values(pixels: torch.Tensor) -> np.ndarray:
     return ((pixels + 1) * 127.5).round().int().permute(1, 2, 0).numpy()
 
 
-def noise_image(width: int, height: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+def noise_image(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def ramp(length: int) -> Image.Image:

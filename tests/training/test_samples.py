@@ -3,12 +3,11 @@
 from itertools import chain, islice
 
 import datasets
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from test_images import noise_image
 from torch.utils.data import DataLoader
 
 from diffusers_dtr.training.data import samples
@@ -19,8 +18,7 @@ from diffusers_dtr.training.randomness import generator_for
 
 
 def make_dataset(rows: list | None = None, seed: int = 0, **columns) -> ImageDataset:
-    random = np.random.default_rng(0)
-    pictures = [Image.fromarray(random.integers(0, 256, (8, 12, 3), dtype=np.uint8)) for _ in range(6)]
+    pictures = [noise_image(12, 8, row) for row in range(6)]
     rows = pictures if rows is None else [pictures[0] if row is None else row for row in rows]
     table = datasets.Dataset.from_dict({"image": rows, "label": list(range(len(rows)))})
     images = training_images(table.cast_column("image", datasets.Image()), **columns)

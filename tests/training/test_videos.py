@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image
-from test_images import icc_profile
+from test_images import icc_profile, noise_image
 
 from diffusers_dtr.training.data.images import UnreadableImageError, decode_image
 from diffusers_dtr.training.data.samples import ImageDataset
@@ -18,11 +18,6 @@ from diffusers_dtr.training.data.videos import TrainingVideos, Video, VideoTrans
 def frames(count: int) -> list[Image.Image]:
     """Whose red tells their number, each ten times as bright as its number."""
     return [Image.new("RGB", (12, 8), (10 * number, 0, 0)) for number in range(count)]
-
-
-def noise(count: int) -> list[Image.Image]:
-    random = np.random.default_rng(0)
-    return [Image.fromarray(random.integers(0, 256, (8, 12, 3), dtype=np.uint8)) for _ in range(count)]
 
 
 def make_folder(path: Path, pictures: int | list[Image.Image], name: str = "{:03d}.png") -> Path:
@@ -98,7 +93,7 @@ def test_clips_are_consecutive_frames_that_start_everywhere_or_in_the_middle(str
 
 
 def test_all_frames_are_cropped_and_mirrored_alike(tmp_path):
-    make_folder(tmp_path / "clip", noise(1) * 4)
+    make_folder(tmp_path / "clip", [noise_image(12, 8)] * 4)
     transform = VideoTransform(8, random_flip=True, num_frames=4)
     for seed in range(8):
         clip = transform(only(tmp_path), transform.draw(torch.Generator().manual_seed(seed)))
@@ -131,7 +126,7 @@ def test_frames_of_moving_images_are_decoded_as_still_images_are(special, suffix
     exif[ExifTags.Base.Orientation] = 6
     options = {"profile": {"icc_profile": icc_profile()}, "orientation": {"exif": exif}}.get(special, {})
     options |= {"lossless": True, "exact": True} if suffix == ".webp" else {}
-    pictures = noise(3)
+    pictures = [noise_image(12, 8, seed) for seed in range(3)]
     if special == "transparency":
         for picture in pictures:
             picture.putalpha(Image.linear_gradient("L").resize(picture.size))
