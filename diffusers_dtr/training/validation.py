@@ -82,6 +82,14 @@ class HeldOutLoss:
         grid = levels.timesteps
         self.timesteps = levels.as_called(grid[(places * len(grid)).long()])
 
+    @classmethod
+    def by_eighths(
+        cls, noise_scheduler: SchedulerMixin, clean: torch.Tensor, batch: dict[str, torch.Tensor | list]
+    ) -> HeldOutLoss:
+        """The loss that runs report, over every eighth of the timesteps."""
+        eighths = cluster_timesteps(noise_scheduler, num_clusters=8, cost="uniform")
+        return cls(NoiseLevels(noise_scheduler), eighths, clean, batch, math.ceil(len(eighths) / len(clean)))
+
     def describe(self) -> dict[str, int | str]:
         """The settings of this evaluation, for a record."""
         return {
@@ -135,10 +143,7 @@ class HeldOutLoss:
 
 
 class Validation:
-    """The held-out loss of a run, over every eighth of the timesteps, and its sample grids.
-
-    Every process takes a share of both.
-    """
+    """The held-out loss of a run and its sample grids, of which every process takes a share."""
 
     def __init__(
         self,
@@ -153,10 +158,8 @@ class Validation:
         self.held_out_loss = None
         if data.held_out is not None:
             num_images, batch_size = config.validation.max_held_out_images, config.run.train_batch_size
-            clean, batch = held_out_samples(data.held_out, data.vae, num_images, batch_size, engine.accelerator.device)
-            eighths = cluster_timesteps(noise_scheduler, num_clusters=8, cost="uniform")
-            evaluations = math.ceil(len(eighths) / len(clean))
-            self.held_out_loss = HeldOutLoss(NoiseLevels(noise_scheduler), eighths, clean, batch, evaluations)
+            samples = held_out_samples(data.held_out, data.vae, num_images, batch_size, engine.accelerator.device)
+            self.held_out_loss = HeldOutLoss.by_eighths(noise_scheduler, *samples)
 
     def __call__(self, step: int) -> dict[str, float]:
         """As [`Trainer.validate`]."""
@@ -176,7 +179,7 @@ class Validation:
         return values
 
     def rehearse(self) -> None:
-        """Try all of it once, in small."""
+        """Try both once, in small."""
         self.model.eval()
         with forward_once(self.model), torch.compiler.set_stance("force_eager"):
             if self.held_out_loss is not None:

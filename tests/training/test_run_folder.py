@@ -104,6 +104,8 @@ def test_a_pipeline_without_checkpoints_is_nobodys_to_go_on_with(tmp_path):
     check_output_dir(tmp_path, "latest")
     check_output_dir(tmp_path, str(tmp_path / "checkpoint-1"))
     check_output_dir(tmp_path, "checkpoint-1")
+    (tmp_path / "checkpoint-1").rename(tmp_path / "checkpoint-best")
+    check_output_dir(tmp_path, "checkpoint-best")
     with pytest.raises(ValueError, match=r"already holds model_index\.json"):
         check_output_dir(tmp_path, str(other))
 

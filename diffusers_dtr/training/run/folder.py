@@ -16,22 +16,23 @@ from filelock import FileLock, Timeout
 
 from ...atomic_files import move_contents, replace_text
 from ...run_record import CHECKPOINT_PREFIX, PARTIAL_PIPELINE, PIPELINE_INDEX, PREVIOUS_PIPELINE, RECORD_FILE, RUN_LOCK
-from .checkpoints import checkpoint_folder, complete_checkpoints
+from .checkpoints import STATE_FILE, checkpoint_folder
 
 
 def check_output_dir(output_dir: str | Path, resume_from_checkpoint: str | None = None) -> None:
     """Refuse to write over what is there, unless the run goes on with a checkpoint of this folder."""
     output_dir = Path(output_dir)
-    own = [path.resolve() for path in complete_checkpoints(output_dir).values()]
+    present = sorted(output_dir.glob(f"{CHECKPOINT_PREFIX}*"))
+    own = [path.resolve() for path in present if (path / STATE_FILE).is_file()]
     if own and resume_from_checkpoint is not None:
         named = checkpoint_folder(output_dir, resume_from_checkpoint).resolve()
         if resume_from_checkpoint == "latest" or named in own:
             return
-    present = [PIPELINE_INDEX] if (output_dir / PIPELINE_INDEX).exists() else []
-    present += sorted(path.name for path in output_dir.glob(f"{CHECKPOINT_PREFIX}*") if not path.suffix)
-    if present:
+    names = [PIPELINE_INDEX] if (output_dir / PIPELINE_INDEX).exists() else []
+    names += [path.name for path in present if not path.suffix]
+    if names:
         raise ValueError(
-            f"`output_dir`={str(output_dir)!r} already holds {', '.join(present[:4])}. Choose another folder, "
+            f"`output_dir`={str(output_dir)!r} already holds {', '.join(names[:4])}. Choose another folder, "
             "remove it, or go on with `--resume_from_checkpoint latest`."
         )
 
