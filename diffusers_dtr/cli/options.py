@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..hub.pushing import check_token
+from ..hub import check_token
 from ..ranges import POSITIVE
 from .command import COMMANDS
 

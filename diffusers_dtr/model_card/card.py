@@ -24,7 +24,7 @@ from markupsafe import Markup
 
 from ..atomic_files import replace_text, replacing
 from ..config_types import read_cleaned, without_controls
-from ..hub.pushing import check_token
+from ..hub import check_token
 from ..run_record import LOCAL_PREFIX, LOSSES_PICTURE, METRICS_FILE, RECORD_FILE, public_command, publishable
 from ..visualization import copy_drawing, draw_routing_masks, spaced_grid
 from .trained_model import Metric, TrainedModel, is_repo_id

@@ -11,8 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..config_types import built_from_file
-from ..hub.mixin import HubMixin
-from ..hub.pushing import check_token
+from ..hub import HubMixin, check_token
 from ..models.routed_model import check_no_weights_missing
 from .model_index import check_model_index
 

@@ -10,7 +10,7 @@ from hub_server import AnswerStatus, CutUpload, LoseAnswer
 from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-from diffusers_dtr.hub.pushing import is_transient, push_folder, weights_name
+from diffusers_dtr.hub import is_transient, push_folder, weights_name
 
 
 REPO = "owner/digits"

@@ -7,8 +7,7 @@ from diffusers import DDPMScheduler
 from tiny_dit import routed_dit
 
 from diffusers_dtr import DTRPipeline, DTRTransformer2DModel
-from diffusers_dtr.hub import create_run_repo, push_run
-from diffusers_dtr.hub.pushing import check_token, push_folder
+from diffusers_dtr.hub import check_token, create_run_repo, push_folder, push_run
 from diffusers_dtr.model_card import fetch_card
 from diffusers_dtr.training.run.sharing import BackgroundPush
 
