@@ -17,7 +17,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from reprlib import Repr
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -57,7 +57,8 @@ def check_types(hints: Mapping[str, Any], values: Mapping[str, Any], where: str)
     """Refuse values that are not of their types; values without a hint, and hints without a value, are passed over.
 
     Numbers must be finite, integers must fit in 64 bits, an integer is a number too, and true is neither. How long a
-    tuple is stays open, as in diffusers' annotations. A `TypedDict` may lack keys and have others.
+    tuple is stays open, as in diffusers' annotations. Hints in a dictionary are those of an object, and a dictionary
+    in a list is a list of objects.
     """
     for name, hint in hints.items():
         if name in values:
@@ -65,13 +66,12 @@ def check_types(hints: Mapping[str, Any], values: Mapping[str, Any], where: str)
 
 
 def _check(value: Any, hint: Any, what: str) -> None:
-    if is_typeddict(hint):
-        _check(value, dict, what)
-        check_types(get_type_hints(hint), value, what)
-    elif any(map(is_typeddict, get_args(hint))):
-        _check(value, list, what)
-        for number, item in enumerate(value):
-            _check(item, get_args(hint)[0], f"item {number} of {what}")
+    if isinstance(hint, (dict, list)):
+        _check(value, type(hint), what)
+        if isinstance(hint, dict):
+            check_types(hint, value, what)
+        for number, item in enumerate(value if isinstance(hint, list) else ()):
+            _check(item, hint[0], f"item {number} of {what}")
     elif not _is(value, hint):
         raise ValueError(f"{what} must be {_described(hint)}, got {shortened(value)}.")
 

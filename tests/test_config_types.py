@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from inspect import signature
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 import diffusers
 import numpy as np
@@ -87,13 +87,8 @@ def test_the_error_shows_no_more_than_the_beginning_of_a_value(long):
     assert len(str(caught.value)) < 200
 
 
-class Inner(TypedDict, total=False):
-    count: int
-
-
-class Outer(TypedDict, total=False):
-    inner: Inner
-    several: list[Inner]
+INNER = {"count": int}
+OUTER = {"inner": INNER, "several": [INNER]}
 
 
 @pytest.mark.parametrize(
@@ -107,9 +102,9 @@ class Outer(TypedDict, total=False):
     ],
 )
 def test_objects_of_known_keys_are_looked_into(value, place):
-    check_types({"key": Outer}, {"key": {"inner": {"count": 1, "other": "a"}, "several": [{}]}}, "a file")
+    check_types({"key": OUTER}, {"key": {"inner": {"count": 1, "other": "a"}, "several": [{}]}}, "a file")
     with pytest.raises(ValueError, match=f"^{place} ?`key` of a file must be "):
-        check_types({"key": Outer}, {"key": value}, "a file")
+        check_types({"key": OUTER}, {"key": value}, "a file")
 
 
 # ---- constructors

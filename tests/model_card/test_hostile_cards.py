@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from safetensors.torch import save_file
 
-from diffusers_dtr.model_card import build_model_card
-from diffusers_dtr.model_card.usage_code import wrap_command
+from diffusers_dtr.model_card.card import _wrapped, build_model_card
 
 
 NASTY = """
@@ -210,12 +209,5 @@ def test_records_of_wrong_types_are_no_other_error(data):
 def test_a_wrapped_command_has_the_same_words(words):
     # Inside a word this is no end of a line, as which the comparison below would take it.
     assume(not any(" \\\n" in word for word in words))
-    wrapped = wrap_command(shlex.join(["python", *words]))
+    wrapped = _wrapped(shlex.join(["python", *words]))
     assert shlex.split(wrapped.replace(" \\\n", " ")) == ["python", *words]
-
-
-def test_lines_are_broken_before_flags_and_as_late_as_fits():
-    flags = [f"--flag{number} {number}" for number in range(9)]
-    first, *rest = wrap_command(f"accelerate launch train.py {' '.join(flags)}", width=40).split(" \\\n")
-    assert first == "accelerate launch train.py --flag0 0"
-    assert rest == ["  " + " ".join(flags[start : start + 3]) for start in (1, 4, 7)]
