@@ -172,7 +172,7 @@ def test_a_pull_request_is_not_opened_twice_where_the_hub_does_not_say_that_it_w
     write(folder, {"new.txt": ""})
     hub.faults.append(AnswerStatus(**COMMIT, status=429))
     assert push(folder, create_pr=True).pr_revision == "refs/pr/2"
-    assert len(HfApi().list_repo_refs(REPO, include_pull_requests=True).pull_requests) == 2
+    assert hub.repos["models", REPO].branches.keys() == {"main", "refs/pr/1", "refs/pr/2"}
 
 
 @pytest.mark.parametrize(
