@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import ModelMixin, SchedulerMixin
 
-from diffusers_dtr.config_types import built_from_file, check_types, constructor_types, parse_cleaned, read_object
+from diffusers_dtr.config_types import built_from_file, check_types, constructor_types, read_cleaned, read_object
 
 
 NESTED = json.loads("[" * 900 + "]" * 900)
@@ -170,11 +170,13 @@ def test_a_file_that_holds_no_such_object_is_refused(content, message, tmp_path)
         read_object(tmp_path / "config.json", hints={"a": int})
 
 
-def test_what_is_shown_to_people_is_cleaned():
-    text = json.dumps({"a\0": None, "b\u202e": ["c\x1b", None, math.nan], "d": -math.inf, "e": 1})
-    assert parse_cleaned(text, dict, "a.json") == {"b": ["c", None, None], "e": 1}
+def test_what_is_shown_to_people_is_cleaned(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"a\0": None, "b\u202e": ["c\x1b", None, math.nan], "d": -math.inf, "e": 1}))
+    assert read_cleaned(path, dict, None) == {"b": ["c", None, None], "e": 1}
     with pytest.raises(ValueError, match=r"^`a\.json` must be a list, got"):
-        parse_cleaned(text, list, "a.json")
+        read_cleaned(path, list, None)
+    assert read_cleaned(tmp_path / "none.json", dict, 3) == 3
 
 
 @pytest.mark.parametrize("error", [TypeError, KeyError, ZeroDivisionError, RecursionError])
