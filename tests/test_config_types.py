@@ -78,12 +78,10 @@ def test_the_error_names_key_file_type_and_value(hint, words):
         check_types({"key": hint}, {"key": object()}, "a file")
 
 
-@pytest.mark.parametrize(
-    "long", [lambda: 10**6000, lambda: [NESTED] * 10**6, lambda: "x" * 10**6], ids=["digits", "nested", "letters"]
-)
+@pytest.mark.parametrize("long", [10**6000, [NESTED] * 10**6, "x" * 10**6], ids=["digits", "nested", "letters"])
 def test_the_error_shows_no_more_than_the_beginning_of_a_value(long):
     with pytest.raises(ValueError, match="`key`") as caught:
-        check_types({"key": dict}, {"key": long()}, "a file")
+        check_types({"key": dict}, {"key": long}, "a file")
     assert len(str(caught.value)) < 200
 
 
@@ -179,14 +177,14 @@ def test_what_is_shown_to_people_is_cleaned(tmp_path):
     assert read_cleaned(tmp_path / "none.json", dict, 3) == 3
 
 
-@pytest.mark.parametrize("error", [TypeError, KeyError, ZeroDivisionError, RecursionError])
+@pytest.mark.parametrize("error", [TypeError, RecursionError])
 def test_errors_of_programs_become_errors_of_values_around_files(error):
-    message = rf"^A model cannot be made of these files \({error.__name__}: '?two (\\n)?lines'?\)\.$"
+    message = rf"^A model cannot be made of these files \({error.__name__}: two lines\)\.$"
     with pytest.raises(ValueError, match=message), built_from_file("A model"):
         raise error("two \nlines")
 
 
-@pytest.mark.parametrize("error", [ValueError, OSError, MemoryError, torch.OutOfMemoryError, ImportError])
+@pytest.mark.parametrize("error", [OSError, MemoryError, torch.OutOfMemoryError])
 def test_other_errors_stay_as_they_are_around_files(error):
     with pytest.raises(error, match=r"^as it is$"), built_from_file("A model"):
         raise error("as it is")
