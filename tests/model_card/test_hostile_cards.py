@@ -58,9 +58,7 @@ FOLDER = {
     "training_config.json": {
         "command": "accelerate launch train.py --seed 5",
         "arguments": {
-            "dataset_name": "TEXT",
-            "pretrained_model_name_or_path": "TEXT",
-            "validation_split": "TEXT",
+            **{"dataset_name": "TEXT", "pretrained_model_name_or_path": "TEXT", "validation_split": "TEXT"},
             **{"cluster_cost": "TEXT", "balancing": "TEXT", "loss_weighting": "TEXT", "lr_scheduler": "TEXT"},
             **{"snr_gamma": 5.0, "learning_rate": 1e-3, "resolution": 8, "train_batch_size": 4, "use_ema": True},
         },
@@ -72,7 +70,6 @@ FOLDER = {
         **{"versions": {"torch": "TEXT"}, "hardware": "TEXT", "mixed_precision": "TEXT"},
         **{"num_images": 5, "num_processes": 2, "seconds": 3.5},
     },
-    "loss_history.jsonl": {"step": 1, "clusters": [0.1, None], "weights": [1.0, 1.0]},
     "metrics.json": [{"name": "TEXT", "type": "TEXT", "value": 1.5, "settings": {"TEXT": "TEXT"}, "dataset": "TEXT"}],
 }
 
@@ -98,11 +95,9 @@ def structure(markdown: str) -> list[tuple[str, str]]:
     """All that a renderer makes of a card beside its words."""
     tokens = MarkdownIt("gfm-like", {"linkify": False, "html": True}).parse(markdown)
     flat = [part for token in tokens for part in (token, *(token.children or []))]
+    shown = ("link_open", "html_inline", "html_block")
     return [
-        (
-            token.type,
-            token.attrGet("href") or token.content if token.type in ("link_open", "html_inline", "html_block") else "",
-        )
+        (token.type, (token.attrGet("href") or token.content) if token.type in shown else "")
         for token in flat
         if token.type not in ("text", "text_special", "inline", "softbreak")
     ]

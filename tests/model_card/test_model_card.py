@@ -18,7 +18,6 @@ from tiny_dit import routed_dit
 import diffusers_dtr
 from diffusers_dtr import (
     DTRPipeline,
-    DTRTransformer2DModel,
     DTRUNet2DConditionModel,
     DTRUNet2DModel,
     route,
@@ -183,10 +182,7 @@ def test_an_unconditional_unet_without_a_record_has_a_card(tmp_path):
         assert absent not in card.text
     assert card.data.eval_results is None
     assert "class-conditional-image-generation" not in card.data.tags
-    namespace = {}
-    source = code(card).replace("path/to/faces", str(tmp_path / "faces"))
-    exec(source.replace("pipe(", "pipe(num_inference_steps=1,"), namespace)
-    assert len(namespace["images"]) == 1
+    assert 'DTRPipeline.from_pretrained("path/to/faces")\nimages = pipe(\n    generator=' in code(card)
 
 
 # These pipelines have no text encoder, which a pipeline must be told when it is loaded.
@@ -249,15 +245,10 @@ def test_lora_weights_have_a_card_that_routes_their_base_model(tmp_path):
 
 @pytest.mark.parametrize(
     ("routing", "said"),
-    [
-        ({"routing_type": "none"}, "is not routed"),
-        ({"routing_beta": 1.0}, "is not routed"),
-        ({"routing_type": "random", "routing_seed": 7}, "random channels"),
-    ],
+    [({"routing_beta": 1.0}, "is not routed"), ({"routing_type": "random", "routing_seed": 7}, "random channels")],
 )
 def test_a_window_that_does_not_slide_is_not_drawn(tmp_path, routing, said):
-    model = DTRTransformer2DModel(num_attention_heads=2, attention_head_dim=8, num_layers=1, sample_size=8, **routing)
-    DTRPipeline(DDPMScheduler(), transformer=model).save_pretrained(tmp_path)
+    DTRPipeline(DDPMScheduler(), transformer=routed_dit(**routing)).save_pretrained(tmp_path)
     card = card_of(tmp_path)
     assert said in card.text
     assert "routing_masks" not in card.text
@@ -344,9 +335,8 @@ def test_a_repository_without_a_card_or_revision_has_none_and_one_that_is_not_th
 def test_a_card_elsewhere_has_copies_of_all_it_links_to(run, tmp_path):
     save_metrics(run, [{"name": "accuracy", "type": "accuracy", "value": 0.5}], ["evaluate.py"])
     card = card_of(run, card_dir=tmp_path / "card")
-    links = {link for link in re.findall(r"\]\((.*?)\)", card.text) if not link.startswith("http")}
-    assert {link for link in links if not (tmp_path / "card" / link).is_file()} == set()
-    assert (tmp_path / "card" / "metrics.json").is_file()
+    links = [link for link in re.findall(r"\]\((.*?)\)", card.text) if not link.startswith("http")]
+    assert all((tmp_path / "card" / link).is_file() for link in [*links, "metrics.json"])
     assert not (run / "README.md").exists()
 
 
