@@ -37,6 +37,5 @@ def build_folder(folder: Path, write: Callable[[Path], None]) -> None:
             partial.mkdir()
             write(partial)
     except OSError:
-        # Another run may have made the same cache meanwhile: it holds the same.
-        if not folder.exists():
+        if not folder.exists():  # else another run has made the same cache meanwhile
             raise

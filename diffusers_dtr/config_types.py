@@ -17,21 +17,21 @@ from numbers import Integral, Real
 from pathlib import Path
 from reprlib import Repr
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 
 
 # What sizes and counts are kept in by all that is built on.
 _INTEGER_LIMIT = 2**63
-_LISTS = (list, tuple, Sequence)
-_OBJECTS = (dict, Mapping)
 # Singular and plural, in the words of JSON.
 _NAMES = {
     bool: ("true or false", "truth values"),
     int: ("an integer", "integers"),
     float: ("a number", "numbers"),
     str: ("a string", "strings"),
+    list: ("a list", "lists"),
+    dict: ("an object", "objects"),
     NoneType: ("null", "nulls"),
 }
 # What diffusers and transformers write into every config.
@@ -44,8 +44,8 @@ COMMON_TYPES = {
 }
 # diffusers annotates some of these as integers, in configs they are numbers.
 _FACTOR = re.compile(r"(base|mult|ratio|scale|theta)$")
-# Characters of a value that an error repeats, and of another library's error.
-_SHOWN, _QUOTED = 80, 300
+# Characters of a value that an error repeats.
+_SHOWN = 80
 _REPR = Repr()
 _REPR.maxstring = _REPR.maxother = _SHOWN
 # No text has them: control characters but for tab and line feed, halves of surrogate pairs, and those that reorder
@@ -57,7 +57,8 @@ def check_types(hints: Mapping[str, Any], values: Mapping[str, Any], where: str)
     """Refuse values that are not of their types; values without a hint, and hints without a value, are passed over.
 
     Numbers must be finite, integers must fit in 64 bits, an integer is a number too, and true is neither. How long a
-    tuple is stays open, as in diffusers' annotations. A `TypedDict` may lack keys and have others.
+    tuple is stays open, as in diffusers' annotations. Hints in a dictionary are those of an object, and a dictionary
+    in a list is a list of objects.
     """
     for name, hint in hints.items():
         if name in values:
@@ -65,13 +66,12 @@ def check_types(hints: Mapping[str, Any], values: Mapping[str, Any], where: str)
 
 
 def _check(value: Any, hint: Any, what: str) -> None:
-    if is_typeddict(hint):
-        _check(value, dict, what)
-        check_types(get_type_hints(hint), value, what)
-    elif any(map(is_typeddict, get_args(hint))):
-        _check(value, list, what)
-        for number, item in enumerate(value):
-            _check(item, get_args(hint)[0], f"item {number} of {what}")
+    if isinstance(hint, (dict, list)):
+        _check(value, type(hint), what)
+        if isinstance(hint, dict):
+            check_types(hint, value, what)
+        for number, item in enumerate(value if isinstance(hint, list) else ()):
+            _check(item, hint[0], f"item {number} of {what}")
     elif not _is(value, hint):
         raise ValueError(f"{what} must be {_described(hint)}, got {shortened(value)}.")
 
@@ -110,14 +110,14 @@ def parse_object(text: str | bytes, name: str, hints: Mapping[str, Any] | None =
 
 
 def read_cleaned(path: Path, hint: Any, default: Any) -> Any:
-    """The content of a file as `parse_cleaned` gives it, or a default if there is no such file."""
-    return parse_cleaned(path.read_bytes(), hint, path.name) if path.is_file() else default
+    """JSON that will be shown to people, or a default if there is no such file.
 
-
-def parse_cleaned(text: str | bytes, hint: Any, name: str) -> Any:
-    """JSON that will be shown to people: without control characters and null keys; NaN and infinities are null."""
-    value = _parsed(text, name, _cleaned)
-    _check(value, hint, f"`{name}`")
+    It is without control characters and null keys; NaN and infinities are null.
+    """
+    if not path.is_file():
+        return default
+    value = _parsed(path.read_bytes(), path.name, _cleaned)
+    _check(value, hint, f"`{path.name}`")
     return value
 
 
@@ -160,42 +160,45 @@ def built_from_file(what: str) -> Iterator[None]:
 def shortened(value: Any) -> str:
     """A value as an error shows it."""
     try:
-        # Looks at the beginning of long values only.
-        text = _REPR.repr(value)
+        text = _REPR.repr(value)  # looks at the beginning of long values only
     except ValueError:  # integers of thousands of digits, on older versions of Python
         return "an integer of thousands of digits"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _quoted(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= _QUOTED else f"{text[:_QUOTED]}..."
+    return f"{' '.join(str(error).split()):.300}"
+
+
+def _parts(hint: Any) -> tuple[Any, list[Any]]:
+    """What a hint is, of which there is one for lists, one for objects and one for unions, and its arguments."""
+    origin = get_origin(hint) or hint or NoneType
+    origin = {tuple: list, Sequence: list, Mapping: dict, UnionType: Union}.get(origin, origin)
+    return origin, [argument for argument in get_args(hint) if argument is not Ellipsis]
 
 
 def _is(value: Any, hint: Any) -> bool:
-    origin, arguments = get_origin(hint) or hint, get_args(hint)
+    origin, arguments = _parts(hint)
     if origin is Any:
         return True
-    if origin in (Union, UnionType):
+    if origin is Union:
         return any(_is(value, argument) for argument in arguments)
     if origin is Literal:
         # Its class says better which of them it takes; what is infinite is allowed only where it is the default.
         return any(_is(value, type(argument)) or value is argument or value == argument for argument in arguments)
-    if origin in _LISTS:
-        kinds = [argument for argument in arguments if argument is not Ellipsis] or [Any]
-        return isinstance(value, (list, tuple)) and all(any(_is(item, kind) for kind in kinds) for item in value)
-    if origin in _OBJECTS:
-        key_hint, value_hint = arguments or (Any, Any)
-        return isinstance(value, Mapping) and all(
-            _is(key, key_hint) and _is(item, value_hint) for key, item in value.items()
-        )
+    if origin is list:
+        kind = Union[tuple(arguments or [Any])]  # noqa: UP007 - of a variable number
+        return isinstance(value, (list, tuple)) and all(_is(item, kind) for item in value)
+    if origin is dict:
+        key_hint, item_hint = arguments or (Any, Any)
+        return isinstance(value, Mapping) and all(_is(k, key_hint) and _is(v, item_hint) for k, v in value.items())
     if isinstance(value, bool) or origin is bool:
         return isinstance(value, bool) and origin is bool
     if isinstance(value, Integral):
         return origin in (int, float) and -_INTEGER_LIMIT <= value < _INTEGER_LIMIT
     if origin is float:
         return isinstance(value, Real) and math.isfinite(value)
-    return isinstance(value, origin or NoneType)
+    return isinstance(value, origin)
 
 
 def _type_of(default: Any) -> Any:
@@ -217,23 +220,14 @@ def _leaves(hint: Any) -> Iterator[Any]:
 
 
 def _described(hint: Any, plural: int = 0) -> str:
-    origin, arguments = get_origin(hint) or hint, [part for part in get_args(hint) if part is not Ellipsis]
-    origin = NoneType if origin is None else origin
-    if origin is Literal:
-        arguments = [type(argument) for argument in arguments]
-    if origin in (Union, UnionType, Literal):
-        parts = list(dict.fromkeys(_described(argument, plural) for argument in arguments))
+    origin, arguments = _parts(hint)
+    if origin in (Union, Literal):
+        kinds = [type(argument) for argument in arguments] if origin is Literal else arguments
+        parts = list(dict.fromkeys(_described(kind, plural) for kind in kinds))
         if _NAMES[float][plural] in parts and _NAMES[int][plural] in parts:
             parts.remove(_NAMES[int][plural])
-        # Last, as one reads it.
-        parts.sort(key=_NAMES[NoneType][plural].__eq__)
+        parts.sort(key=_NAMES[NoneType][plural].__eq__)  # last, as one reads it
         return " or ".join(parts)
-    if origin in _LISTS:
-        of = f" of {_described(Union[tuple(arguments)], 1)}" if arguments else ""  # noqa: UP007 - of a variable number
-        return f"{('a list', 'lists')[plural]}{of}"
-    if origin in _OBJECTS:
-        of = f" of {_described(arguments[1], 1)}" if arguments else ""
-        return f"{('an object', 'objects')[plural]}{of}"
-    return (
-        _NAMES[origin or NoneType][plural] if origin in (*_NAMES, None) else getattr(origin, "__name__", str(origin))
-    )
+    name = _NAMES[origin][plural] if origin in _NAMES else origin.__name__
+    of = tuple(arguments[-1:] if origin is dict else arguments)
+    return f"{name} of {_described(Union[of], 1)}" if of else name  # noqa: UP007 - of a variable number

@@ -19,11 +19,7 @@ class Range:
     """An interval of numbers, such as `Range("(0, 1]")`, or of integers, such as `Range("[0, 2^32)", int)`.
 
     `value in range` tests, [`check`] raises an error, and calling a range parses text, as `type=` of `argparse` does.
-    No range has NaN or bools in it; infinity is in those that are closed there.
-
-    Args:
-        interval: In interval notation, with `inf` where there is no limit, and a^b for a power.
-        kind: `float`, for any real number, or `int`.
+    No range has NaN or bools in it; infinity is in those that are closed there, and is the limit where there is none.
     """
 
     interval: str
@@ -72,9 +68,7 @@ class Range:
 
 def _number(text: str) -> int | float:
     base, _, exponent = text.partition("^")
-    if exponent:
-        return int(base) ** int(exponent)
-    return float(text) if text.lstrip("-") == "inf" or "." in text or "e" in text else int(text)
+    return int(base) ** int(exponent) if exponent else float(text)
 
 
 COUNT = Range("[1, inf)", int)

@@ -18,16 +18,12 @@ PIPELINE_INDEX = "model_index.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 RECORD_FILE = "training_config.json"
-# The options of a run, from which it can be started again
-RUN_CONFIG = "run_config.json"
+RUN_CONFIG = "run_config.json"  # the options of a run, from which it can be started again
 HISTORY_FILE = "loss_history.jsonl"
 LOSSES_PICTURE = "loss_per_cluster.png"
-# What evaluations write, with `save_metrics`.
-METRICS_FILE = "metrics.json"
-
+METRICS_FILE = "metrics.json"  # what evaluations write, with `save_metrics`
 CHECKPOINT_PREFIX = "checkpoint-"
-# Held by the process that trains, which it names in a file beside it
-RUN_LOCK = ".run.lock"
+RUN_LOCK = ".run.lock"  # held by the process that trains, which it names in a file beside it
 
 # Folders of what is computed once, and of what is not complete or not yet pushed.
 LATENTS = "latents"
@@ -37,17 +33,9 @@ PREVIOUS_PIPELINE = ".pipeline.previous"
 PUSH_SNAPSHOTS = ".push"
 
 # What a run leaves that is of no use to others, or not complete. A `*` matches `/` too.
-PRIVATE_FILES = (
-    f"{CHECKPOINT_PREFIX}*/*",
-    f"{PARTIAL_PIPELINE}/*",
-    f"{PREVIOUS_PIPELINE}/*",
-    f"{PUSH_SNAPSHOTS}/*",
-    f"{RUN_LOCK}*",
-    RUN_CONFIG,
-    f"{LATENTS}*/*",
-    f"{TEXT_EMBEDDINGS}*/*",
-    "*.partial",
-)
+_PRIVATE_FOLDERS = (PARTIAL_PIPELINE, PREVIOUS_PIPELINE, PUSH_SNAPSHOTS)
+_PRIVATE_FOLDERS += tuple(f"{name}*" for name in (CHECKPOINT_PREFIX, LATENTS, TEXT_EMBEDDINGS))
+PRIVATE_FILES = (*(f"{folder}/*" for folder in _PRIVATE_FOLDERS), f"{RUN_LOCK}*", RUN_CONFIG, "*.partial")
 
 LOCAL_PREFIX = "path/to/"
 
@@ -65,16 +53,10 @@ _ABSOLUTE = re.compile(r"(/|~|\.\.?(/|\\|$)|[A-Za-z]:[\\/]|\\\\|file://)")
 def publishable(value: Any, name: str = "") -> Any:
     """A JSON value as it may be published: without secrets, and with `path/to/...` for what lies on this machine.
 
-    A string is a path of this machine if it is absolute or begins with `~` or `.`. One that is relative is, if it
+    In dictionaries and lists, every value is looked at; `name` is that of the argument or key whose value it is. A
+    string is a path of this machine if it is absolute or begins with `~` or `.`. One that is relative is, if it
     exists, and has a `/` or a `name` that says that paths may come. What remains of it is its last component. An id on
     the Hub stays as it is. Applied again, nothing changes.
-
-    Args:
-        value: Of JSON types; in dictionaries and lists, every value is looked at.
-        name: Name of the argument or key whose value it is.
-
-    Returns:
-        The value, to be published.
     """
     if isinstance(value, dict):
         return {key: publishable(item, str(key)) for key, item in value.items() if not _SECRET_NAME.search(str(key))}
@@ -90,30 +72,23 @@ def publishable(value: Any, name: str = "") -> Any:
 
 
 def public_command(argv: Sequence[str], launcher: Sequence[str] = ("accelerate", "launch")) -> str:
-    """A command line as [`publishable`] leaves it, to be typed again once the placeholders are filled in.
+    """A command line as [`publishable`] leaves it, quoted for a shell, to be typed again with paths for placeholders.
 
     Args:
         argv: Script and arguments, as in `sys.argv`. A script that was called by a relative path keeps it.
         launcher: What the script is started with.
-
-    Returns:
-        The command, quoted for a shell.
     """
     script, *arguments = argv
     elsewhere = _ABSOLUTE.match(script) or ".." in Path(script).parts
     words = [*launcher, Path(script).name if elsewhere else script]
-    flag = name = ""
+    name = ""
     for argument in arguments:
-        equals, value = "", argument
+        prefix, value = "", argument
         if argument.startswith("--"):
             flag, equals, value = argument.partition("=")
-            name = flag.removeprefix("--").replace("-", "_")
-        if _SECRET_NAME.search(name):
-            continue
-        if argument.startswith("--"):
-            words.append(flag + equals + (publishable(value, name) if equals else ""))
-        else:
-            words.append(publishable(value, name))
+            name, prefix = flag.removeprefix("--").replace("-", "_"), flag + equals
+        if not _SECRET_NAME.search(name):
+            words.append(prefix + (publishable(value, name) if value else ""))
     return shlex.join(words)
 
 

@@ -1,6 +1,6 @@
 """A small Hub on loopback: enough of its protocol for the real `huggingface_hub` client, and faults on demand.
 
-Repositories live in memory. Content is addressed as on the Hub (git blob SHA-1, LFS SHA-256) and commits are
+Repositories of models live in memory. Content is addressed as on the Hub (git blob SHA-1, LFS SHA-256) and commits are
 immutable, so `revision=<sha>`, branches and pull requests work. Xet is never offered: files travel as plain HTTP
 bodies. What the Hub does in every case, down to its wording, was not the aim: what its client can tell apart was.
 """
@@ -10,106 +10,56 @@ from __future__ import annotations
 import base64
 import fnmatch
 import hashlib
-import itertools
 import json
 import re
+import secrets
 import socket
 import sys
 import threading
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
-from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
-
-import yaml
 
 
 LFS_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.npz", "*.parquet", "*.png", "*.zip")
 GIT_ATTRIBUTES = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LFS_PATTERNS).encode()
 
-# Commits made in the same instant from the same content must still differ, as the Hub's do by their date.
-_COMMIT_NUMBERS = itertools.count()
+_DATE = "2026-01-01T00:00:00.000Z"
 
 
-@dataclass(frozen=True)
-class Blob:
-    """The content of one file, and how git holds it: itself, or a pointer to an LFS object."""
+def is_lfs(path: str, size: int = 0) -> bool:
+    """Whether git holds a pointer to a file instead of the file."""
+    return any(fnmatch.fnmatch(path, pattern) for pattern in LFS_PATTERNS) or size > 10_000_000
 
-    data: bytes
-    is_lfs: bool
 
-    @cached_property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.data).hexdigest()
-
-    @cached_property
-    def git_data(self) -> bytes:
-        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(self.data)}\n"
-        return pointer.encode() if self.is_lfs else self.data
-
-    @cached_property
-    def git_oid(self) -> str:
-        return hashlib.sha1(b"blob %d\0" % len(self.git_data) + self.git_data).hexdigest()
-
-    @property
-    def lfs_sizes(self) -> dict[str, int]:
-        return {"size": len(self.data), "pointerSize": len(self.git_data)}
-
-    @property
-    def etag(self) -> str:
-        return self.sha256 if self.is_lfs else self.git_oid
+def content_id(path: str, data: bytes) -> str:
+    """What the client compares its own files with."""
+    if is_lfs(path, len(data)):
+        return hashlib.sha256(data).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 @dataclass(frozen=True)
 class Commit:
     """One immutable snapshot of a repository."""
 
-    files: Mapping[str, Blob]
+    files: Mapping[str, bytes]
     parent: Commit | None
-    author: str
     title: str
     description: str = ""
-    date: str = field(default_factory=lambda: datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ"))
-    number: int = field(default_factory=lambda: next(_COMMIT_NUMBERS))
-
-    @cached_property
-    def sha(self) -> str:
-        tree = sorted((path, blob.git_oid) for path, blob in self.files.items())
-        identity = (tree, self.parent and self.parent.sha, self.author, self.title, self.date, self.number)
-        return hashlib.sha1(json.dumps(identity).encode()).hexdigest()
+    sha: str = field(default_factory=lambda: secrets.token_hex(20))
 
     def history(self) -> list[Commit]:
         """This commit and its ancestors, newest first."""
         return [self, *(self.parent.history() if self.parent else [])]
-
-    def summary(self) -> dict[str, Any]:
-        what = {"id": self.sha, "title": self.title, "message": self.description}
-        return what | {"date": self.date, "authors": [{"user": self.author}]}
-
-    def tree(self) -> dict[str, dict]:
-        """Files and folders by path, each as the Hub describes it in its tree listings."""
-        entries: dict[str, dict] = {}
-        for path, blob in sorted(self.files.items()):
-            for folder in PurePosixPath(path).parents[:-1]:
-                below = sorted((p, b.git_oid) for p, b in self.files.items() if p.startswith(f"{folder}/"))
-                oid = hashlib.sha1(json.dumps(below).encode()).hexdigest()
-                entries[str(folder)] = {"type": "directory", "path": str(folder), "oid": oid, "size": 0}
-            entries[path] = {"type": "file", "path": path, "oid": blob.git_oid, "size": len(blob.data)}
-            if blob.is_lfs:
-                entries[path]["lfs"] = {"oid": blob.sha256} | blob.lfs_sizes
-        return entries
 
 
 @dataclass
 class Repo:
     """A repository: who may see it, and what its names point at. Pull requests are branches `refs/pr/<n>`."""
 
-    kind: str
     id: str
     private: bool
     branches: dict[str, Commit] = field(default_factory=dict)
@@ -118,10 +68,6 @@ class Repo:
     @property
     def owner(self) -> str:
         return self.id.split("/")[0]
-
-    @property
-    def url_path(self) -> str:
-        return self.id if self.kind == "models" else f"{self.kind}/{self.id}"
 
     def resolve(self, revision: str) -> Commit:
         commit = self.branches.get(revision) or self.commits.get(revision)
@@ -156,17 +102,16 @@ class Reply:
 @dataclass(frozen=True)
 class Request:
     query: dict[str, list[str]]
-    headers: Mapping[str, str]
     body: bytes
     user: str | None
 
-    @cached_property
+    @property
     def json(self) -> Any:
         return json.loads(self.body)
 
 
 @dataclass(kw_only=True)
-class Fault(ABC):
+class Fault:
     """Something that goes wrong for the next `times` requests whose method and path match (regular expressions)."""
 
     method: str
@@ -176,9 +121,9 @@ class Fault(ABC):
     def matches(self, method: str, path: str) -> bool:
         return self.times > 0 and bool(re.fullmatch(self.method, method) and re.search(self.path, path))
 
-    @abstractmethod
     def play(self, exchange: Exchange) -> None:
         """Do instead of `exchange.send(exchange.answer(exchange.read()))` what this fault is about."""
+        raise NotImplementedError
 
 
 @dataclass(kw_only=True)
@@ -263,9 +208,9 @@ class Exchange(BaseHTTPRequestHandler):
 
 
 _ROUTES: list[tuple[str, re.Pattern, Callable[..., Reply]]] = []
-_REPO = r"/api/(?P<kind>models|datasets|spaces)/(?P<repo_id>[^/]+/[^/]+)"
+_REPO = r"/api/models/(?P<repo_id>[^/]+/[^/]+)"
 _REVISION = r"/(?P<revision>[^/]+)"
-_WEB_REPO = r"/(?:(?P<kind>datasets|spaces)/)?(?P<repo_id>[^/]+/[^/]+)"
+_WEB_REPO = r"/(?P<repo_id>[^/]+/[^/]+)"
 
 
 def route(method: str, pattern: str) -> Callable[[Callable[..., Reply]], Callable[..., Reply]]:
@@ -284,7 +229,7 @@ class HubServer(ThreadingHTTPServer):
     Attributes:
         url: What `HF_ENDPOINT` has to be.
         tokens: User name by access token. A user owns the repositories of their name.
-        repos: Repository by kind ("models", "datasets", "spaces") and id.
+        repos: Repository by "models" and id.
         requests: Method and path, as sent, of every request so far.
         faults: What goes wrong next: the first fault that matches a request and is not used up is played.
         errors: What went wrong in the server itself. A test that leaves any has found a gap in this file.
@@ -310,9 +255,9 @@ class HubServer(ThreadingHTTPServer):
         self.private_by_default = False
         self._lfs: dict[str, bytes] = {}
 
-    def files(self, repo_id: str, revision: str = "main", kind: str = "models") -> dict[str, bytes]:
+    def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
         """Content by path, for assertions about what was pushed."""
-        return {path: blob.data for path, blob in self.repos[kind, repo_id].resolve(revision).files.items()}
+        return dict(self.repos["models", repo_id].resolve(revision).files)
 
     # ---- plumbing
 
@@ -340,7 +285,7 @@ class HubServer(ThreadingHTTPServer):
                 with self._lock:
                     try:
                         user = self._user(headers.get("Authorization"))
-                        return handler(self, Request(parse_qs(url.query), headers, body, user), **arguments)
+                        return handler(self, Request(parse_qs(url.query), body, user), **arguments)
                     except HubError as error:
                         return error.reply
         gap = f"the test Hub has no {method} {target}"
@@ -357,22 +302,17 @@ class HubServer(ThreadingHTTPServer):
             raise HubError(401, "Invalid credentials in Authorization header")
         return user
 
-    def _visible(self, request: Request, kind: str | None, repo_id: str) -> Repo:
-        repo = self.repos.get((kind or "models", repo_id))
+    def _visible(self, request: Request, repo_id: str) -> Repo:
+        repo = self.repos.get(("models", repo_id))
         if repo is None or (repo.private and request.user != repo.owner):
             # The Hub does not tell a private repository from none, nor either from one that needs a login.
             status, message = (404, "Repository not found") if request.user else (401, "Invalid username or password.")
             raise HubError(status, message, "RepoNotFound")
         return repo
 
-    def _writable(self, request: Request, kind: str | None, repo_id: str) -> Repo:
-        repo = self._visible(request, kind, repo_id)
-        self._require_owner(request, repo.owner)
-        return repo
-
-    def _open_to_commits(self, request: Request, kind: str | None, repo_id: str) -> Repo:
+    def _open_to_commits(self, request: Request, repo_id: str) -> Repo:
         """Only the owner commits to a branch; everybody who is logged in may propose a pull request."""
-        repo = self._visible(request, kind, repo_id)
+        repo = self._visible(request, repo_id)
         if "create_pr" not in request.query:
             self._require_owner(request, repo.owner)
         return repo
@@ -399,146 +339,90 @@ class HubServer(ThreadingHTTPServer):
 
     @route("POST", "/api/validate-yaml")
     def validate_card(self, request: Request) -> Reply:
-        match = re.match(r"---\s*\n(.*?\n)?---\s*(\n|$)", request.json["content"], re.DOTALL)
-        if match is None:
-            return Reply.json({"errors": [], "warnings": [{"message": "empty or missing yaml metadata in repo card"}]})
-        try:
-            metadata = yaml.safe_load(match[1] or "{}")
-        except yaml.YAMLError as error:
-            raise HubError(400, "Bad YAML", errors=[{"message": str(error)}], warnings=[]) from error
-        if not isinstance(metadata, dict):
-            raise HubError(400, "Bad YAML", errors=[{"message": "metadata must be a mapping"}], warnings=[])
         return Reply.json({"errors": [], "warnings": []})
 
     @route("POST", "/api/repos/create")
     def create_repo(self, request: Request) -> Reply:
         payload = request.json
-        kind = f"{payload.get('type') or 'model'}s"
         repo_id = f"{payload.get('organization') or request.user}/{payload['name']}"
         self._require_owner(request, repo_id.split("/")[0])
         # What releases of the client call it.
         private = payload.get("private", self.private_by_default)
         visibility = payload.get("visibility", "private" if private else "public")
-        repo = Repo(kind, repo_id, visibility == "private")
-        answer = {"url": f"{self.url}/{repo.url_path}", "name": repo_id, "id": repo_id}
-        if (kind, repo_id) in self.repos:
+        answer = {"url": f"{self.url}/{repo_id}", "name": repo_id, "id": repo_id}
+        if ("models", repo_id) in self.repos:
             raise HubError(409, "You already created this model repo", **answer)
-        files = {".gitattributes": Blob(GIT_ATTRIBUTES, is_lfs=False)}
-        repo.add("main", Commit(files, None, repo.owner, "initial commit"))
-        self.repos[kind, repo_id] = repo
+        repo = self.repos["models", repo_id] = Repo(repo_id, visibility == "private")
+        repo.add("main", Commit({".gitattributes": GIT_ATTRIBUTES}, None, "initial commit"))
         return Reply.json(answer)
-
-    @route("PUT", f"{_REPO}/settings")
-    def update_settings(self, request: Request, kind: str, repo_id: str) -> Reply:
-        repo = self._writable(request, kind, repo_id)
-        repo.private = request.json.get("visibility", "private" if repo.private else "public") == "private"
-        return Reply.json({})
 
     # ---- reading
 
     @route("GET", f"{_REPO}(?:/revision{_REVISION})?")
-    def repo_info(self, request: Request, kind: str, repo_id: str, revision: str | None) -> Reply:
-        repo = self._visible(request, kind, repo_id)
+    def repo_info(self, request: Request, repo_id: str, revision: str | None) -> Reply:
+        repo = self._visible(request, repo_id)
         commit = repo.resolve(revision or "main")
-        siblings: list[dict[str, Any]] = []
-        for path, blob in sorted(commit.files.items()):
-            siblings.append({"rfilename": path})
-            if "blobs" in request.query:
-                siblings[-1] |= {"blobId": blob.git_oid, "size": len(blob.data)}
-                if blob.is_lfs:
-                    siblings[-1]["lfs"] = {"sha256": blob.sha256} | blob.lfs_sizes
         description = {"_id": repo.id, "id": repo.id, "author": repo.owner, "tags": [], "downloads": 0, "likes": 0}
-        access = {"private": repo.private, "gated": False, "disabled": False}
-        dates = {"createdAt": commit.history()[-1].date, "lastModified": commit.date}
-        return Reply.json(description | access | dates | {"sha": commit.sha, "siblings": siblings})
-
-    @route("GET", f"{_REPO}/refs")
-    def refs(self, request: Request, kind: str, repo_id: str) -> Reply:
-        repo = self._visible(request, kind, repo_id)
-
-        answer: dict[str, list[dict]] = {"branches": [], "converts": [], "tags": [], "pullRequests": []}
-        for name, commit in repo.branches.items():
-            is_pull_request = name.startswith("refs/pr/")
-            ref = name if is_pull_request else f"refs/heads/{name}"
-            answer["pullRequests" if is_pull_request else "branches"].append(
-                {"name": name, "ref": ref, "targetCommit": commit.sha}
-            )
-        return Reply.json(answer)
+        access = {"private": repo.private, "gated": False, "disabled": False, "lastModified": _DATE}
+        siblings = [{"rfilename": path} for path in sorted(commit.files)]
+        return Reply.json(description | access | {"sha": commit.sha, "siblings": siblings})
 
     @route("GET", f"{_REPO}/commits{_REVISION}")
-    def commits(self, request: Request, kind: str, repo_id: str, revision: str) -> Reply:
-        history = self._visible(request, kind, repo_id).resolve(revision).history()
-        return Reply.json([commit.summary() for commit in history])
+    def commits(self, request: Request, repo_id: str, revision: str) -> Reply:
+        history = self._visible(request, repo_id).resolve(revision).history()
+        said = ({"id": commit.sha, "title": commit.title, "message": commit.description} for commit in history)
+        return Reply.json([{**commit, "date": _DATE, "authors": []} for commit in said])
 
-    @route("GET", f"{_REPO}/tree{_REVISION}(?:/(?P<folder>.+))?")
-    def tree(self, request: Request, kind: str, repo_id: str, revision: str, folder: str | None) -> Reply:
-        entries = self._visible(request, kind, repo_id).resolve(revision).tree()
-        if folder is not None and entries.get(folder, {}).get("type") != "directory":
-            raise HubError(404, f"{folder} does not exist on {revision}", "EntryNotFound")
-        top = PurePosixPath(folder or ".")
-        recursive = request.query.get("recursive", ["false"])[0].lower() in ("true", "1")
-        found = [
-            entry
-            for path, entry in sorted(entries.items())
-            if top in (PurePosixPath(path).parents if recursive else [PurePosixPath(path).parent])
-        ]
-        return Reply.json(found)
+    @route("GET", f"{_REPO}/tree{_REVISION}")
+    def tree(self, request: Request, repo_id: str, revision: str) -> Reply:
+        files = self._visible(request, repo_id).resolve(revision).files
+        described = ({"path": path, "oid": content_id(path, data), "size": len(data)} for path, data in files.items())
+        return Reply.json([{"type": "file", **file} for file in described])
 
     @route("GET", f"{_WEB_REPO}/resolve{_REVISION}/(?P<path>.+)")
-    def resolve(self, request: Request, kind: str | None, repo_id: str, revision: str, path: str) -> Reply:
-        commit = self._visible(request, kind, repo_id).resolve(revision)
-        headers = {"X-Repo-Commit": commit.sha, "Accept-Ranges": "bytes"}
+    def resolve(self, request: Request, repo_id: str, revision: str, path: str) -> Reply:
+        commit = self._visible(request, repo_id).resolve(revision)
+        headers = {"X-Repo-Commit": commit.sha}
         if path not in commit.files:
             reply = HubError(404, "Entry not found", "EntryNotFound").reply
             return replace(reply, headers={**reply.headers, **headers})
-        blob = commit.files[path]
-        headers["ETag"] = f'"{blob.etag}"'
-        if blob.is_lfs:
-            headers |= {"X-Linked-Etag": f'"{blob.etag}"', "X-Linked-Size": str(len(blob.data))}
-        return self._range(request.headers.get("Range"), blob.data, headers)
-
-    def _range(self, wanted: str | None, data: bytes, headers: dict[str, str]) -> Reply:
-        match = re.fullmatch(r"bytes=(\d+)-(\d*)", wanted or "")
-        if match is None:
-            return Reply(200, data, headers)
-        first, last = int(match[1]), min(int(match[2] or len(data) - 1), len(data) - 1)
-        if first > last:
-            return Reply(416, b"", headers | {"Content-Range": f"bytes */{len(data)}"})
-        return Reply(206, data[first : last + 1], headers | {"Content-Range": f"bytes {first}-{last}/{len(data)}"})
+        data = commit.files[path]
+        headers["ETag"] = f'"{content_id(path, data)}"'
+        if is_lfs(path, len(data)):
+            headers |= {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(len(data))}
+        return Reply(200, data, headers)
 
     # ---- writing
 
     @route("POST", f"{_REPO}/branch/(?P<name>[^/]+)")
-    def create_branch(self, request: Request, kind: str, repo_id: str, name: str) -> Reply:
-        repo = self._writable(request, kind, repo_id)
+    def create_branch(self, request: Request, repo_id: str, name: str) -> Reply:
+        repo = self._open_to_commits(request, repo_id)
         if name in repo.branches:
             raise HubError(409, f"Reference already exists: refs/heads/{name}")
         repo.branches[name] = repo.resolve(request.json.get("startingPoint", "main"))
         return Reply.json({})
 
     @route("POST", f"{_REPO}/preupload{_REVISION}")
-    def preupload(self, request: Request, kind: str, repo_id: str, revision: str) -> Reply:
-        repo = self._open_to_commits(request, kind, repo_id)
-        present = repo.resolve(revision).files
+    def preupload(self, request: Request, repo_id: str, revision: str) -> Reply:
+        present = self._open_to_commits(request, repo_id).resolve(revision).files
         answer = []
         for file in request.json["files"]:
             path = file["path"]
-            is_lfs = any(fnmatch.fnmatch(path, pattern) for pattern in LFS_PATTERNS) or file["size"] > 10_000_000
-            answer.append({"path": path, "uploadMode": "lfs" if is_lfs else "regular", "shouldIgnore": False})
-            if path in present:
-                answer[-1]["oid"] = present[path].etag
+            mode = "lfs" if is_lfs(path, file["size"]) else "regular"
+            oid = {"oid": content_id(path, present[path])} if path in present else {}
+            answer.append({"path": path, "uploadMode": mode, "shouldIgnore": False} | oid)
         return Reply.json({"files": answer})
 
     @route("POST", f"{_WEB_REPO}.git/info/lfs/objects/batch")
-    def lfs_batch(self, request: Request, kind: str | None, repo_id: str) -> Reply:
-        self._visible(request, kind, repo_id)
+    def lfs_batch(self, request: Request, repo_id: str) -> Reply:
+        self._visible(request, repo_id)
         self._logged_in(request)
         objects = []
         for wanted in request.json["objects"]:
-            oid, size = wanted["oid"], wanted["size"]
-            upload = {"href": f"{self.url}/lfs/{oid}"}
+            upload = {"href": f"{self.url}/lfs/{wanted['oid']}"}
             # An object without actions is one that the Hub has already.
-            objects.append({"oid": oid, "size": size} | ({} if oid in self._lfs else {"actions": {"upload": upload}}))
+            actions = {} if wanted["oid"] in self._lfs else {"actions": {"upload": upload}}
+            objects.append({"oid": wanted["oid"], "size": wanted["size"]} | actions)
         return Reply.json({"transfer": "basic", "objects": objects})
 
     # Upload addresses are signed on the Hub: the client sends them no token.
@@ -550,8 +434,8 @@ class HubServer(ThreadingHTTPServer):
         return Reply.json({})
 
     @route("POST", f"{_REPO}/commit{_REVISION}")
-    def commit(self, request: Request, kind: str, repo_id: str, revision: str) -> Reply:
-        repo = self._open_to_commits(request, kind, repo_id)
+    def commit(self, request: Request, repo_id: str, revision: str) -> Reply:
+        repo = self._open_to_commits(request, repo_id)
         opens_pull_request = "create_pr" in request.query
         parent = repo.resolve(revision)
         if not opens_pull_request and revision not in repo.branches:
@@ -562,26 +446,23 @@ class HubServer(ThreadingHTTPServer):
         files = dict(parent.files)
         for operation in operations:
             self._apply(files, operation["key"], operation["value"])
-        title, description = header["value"]["summary"], header["value"]["description"]
-        commit = Commit(files, parent, self._logged_in(request), title, description)
+        self._logged_in(request)
+        commit = Commit(files, parent, header["value"]["summary"], header["value"]["description"])
         number = 1 + sum(name.startswith("refs/pr/") for name in repo.branches)
         repo.add(f"refs/pr/{number}" if opens_pull_request else revision, commit)
-        page = f"{self.url}/{repo.url_path}"
+        page = f"{self.url}/{repo_id}"
         answer = {"success": True, "commitOid": commit.sha, "commitUrl": f"{page}/commit/{commit.sha}"}
         return Reply.json(answer | ({"pullRequestUrl": f"{page}/discussions/{number}"} if opens_pull_request else {}))
 
-    def _apply(self, files: dict[str, Blob], key: str, value: dict[str, Any]) -> None:
+    def _apply(self, files: dict[str, bytes], key: str, value: dict[str, Any]) -> None:
         """Apply one operation of a commit to the files of its parent."""
         path = value["path"]
         if key == "file":
-            files[path] = Blob(base64.b64decode(value["content"]), is_lfs=False)
+            files[path] = base64.b64decode(value["content"])
         elif key == "lfsFile":
-            if value["oid"] not in self._lfs:
-                raise HubError(400, f"Your push was rejected because the LFS object of {path} was never uploaded")
-            files[path] = Blob(self._lfs[value["oid"]], is_lfs=True)
+            files[path] = self._lfs[value["oid"]]
         elif key in ("deletedFile", "deletedFolder"):
-            inside = path.rstrip("/") + "/" if key == "deletedFolder" else None
-            gone = [name for name in files if (name.startswith(inside) if inside else name == path)]
+            gone = [name for name in files if name == path or (key == "deletedFolder" and name.startswith(path))]
             if not gone:
                 raise HubError(404, "A file with this name doesn't exist", "EntryNotFound")
             for name in gone:

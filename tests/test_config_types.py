@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from inspect import signature
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 import diffusers
 import numpy as np
@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import ModelMixin, SchedulerMixin
 
-from diffusers_dtr.config_types import built_from_file, check_types, constructor_types, parse_cleaned, read_object
+from diffusers_dtr.config_types import built_from_file, check_types, constructor_types, read_cleaned, read_object
 
 
 NESTED = json.loads("[" * 900 + "]" * 900)
@@ -78,22 +78,15 @@ def test_the_error_names_key_file_type_and_value(hint, words):
         check_types({"key": hint}, {"key": object()}, "a file")
 
 
-@pytest.mark.parametrize(
-    "long", [lambda: 10**6000, lambda: [NESTED] * 10**6, lambda: "x" * 10**6], ids=["digits", "nested", "letters"]
-)
+@pytest.mark.parametrize("long", [10**6000, [NESTED] * 10**6, "x" * 10**6], ids=["digits", "nested", "letters"])
 def test_the_error_shows_no_more_than_the_beginning_of_a_value(long):
     with pytest.raises(ValueError, match="`key`") as caught:
-        check_types({"key": dict}, {"key": long()}, "a file")
+        check_types({"key": dict}, {"key": long}, "a file")
     assert len(str(caught.value)) < 200
 
 
-class Inner(TypedDict, total=False):
-    count: int
-
-
-class Outer(TypedDict, total=False):
-    inner: Inner
-    several: list[Inner]
+INNER = {"count": int}
+OUTER = {"inner": INNER, "several": [INNER]}
 
 
 @pytest.mark.parametrize(
@@ -107,9 +100,9 @@ class Outer(TypedDict, total=False):
     ],
 )
 def test_objects_of_known_keys_are_looked_into(value, place):
-    check_types({"key": Outer}, {"key": {"inner": {"count": 1, "other": "a"}, "several": [{}]}}, "a file")
+    check_types({"key": OUTER}, {"key": {"inner": {"count": 1, "other": "a"}, "several": [{}]}}, "a file")
     with pytest.raises(ValueError, match=f"^{place} ?`key` of a file must be "):
-        check_types({"key": Outer}, {"key": value}, "a file")
+        check_types({"key": OUTER}, {"key": value}, "a file")
 
 
 # ---- constructors
@@ -175,21 +168,23 @@ def test_a_file_that_holds_no_such_object_is_refused(content, message, tmp_path)
         read_object(tmp_path / "config.json", hints={"a": int})
 
 
-def test_what_is_shown_to_people_is_cleaned():
-    text = json.dumps({"a\0": None, "b\u202e": ["c\x1b", None, math.nan], "d": -math.inf, "e": 1})
-    assert parse_cleaned(text, dict, "a.json") == {"b": ["c", None, None], "e": 1}
+def test_what_is_shown_to_people_is_cleaned(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"a\0": None, "b\u202e": ["c\x1b", None, math.nan], "d": -math.inf, "e": 1}))
+    assert read_cleaned(path, dict, None) == {"b": ["c", None, None], "e": 1}
     with pytest.raises(ValueError, match=r"^`a\.json` must be a list, got"):
-        parse_cleaned(text, list, "a.json")
+        read_cleaned(path, list, None)
+    assert read_cleaned(tmp_path / "none.json", dict, 3) == 3
 
 
-@pytest.mark.parametrize("error", [TypeError, KeyError, ZeroDivisionError, RecursionError])
+@pytest.mark.parametrize("error", [TypeError, RecursionError])
 def test_errors_of_programs_become_errors_of_values_around_files(error):
-    message = rf"^A model cannot be made of these files \({error.__name__}: '?two (\\n)?lines'?\)\.$"
+    message = rf"^A model cannot be made of these files \({error.__name__}: two lines\)\.$"
     with pytest.raises(ValueError, match=message), built_from_file("A model"):
         raise error("two \nlines")
 
 
-@pytest.mark.parametrize("error", [ValueError, OSError, MemoryError, torch.OutOfMemoryError, ImportError])
+@pytest.mark.parametrize("error", [OSError, MemoryError, torch.OutOfMemoryError])
 def test_other_errors_stay_as_they_are_around_files(error):
     with pytest.raises(error, match=r"^as it is$"), built_from_file("A model"):
         raise error("as it is")

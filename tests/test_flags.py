@@ -3,7 +3,6 @@
 import argparse
 import runpy
 import sys
-from contextlib import suppress
 from dataclasses import MISSING, fields
 from functools import cache
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 from diffusers_dtr import training
 from diffusers_dtr.cli import main
 from diffusers_dtr.config_types import _leaves
-from diffusers_dtr.ranges import Range
+from diffusers_dtr.ranges import COUNT, FINITE, NON_NEGATIVE, POSITIVE, SEED, SHARE, WHOLE, Range
 from diffusers_dtr.training.config.options import Options, _limits
 from diffusers_dtr.training.config.training_config import _USUAL_PARTS
 
@@ -25,99 +24,32 @@ TRAINING_SCRIPTS = sorted(
     path for path in EXAMPLES.rglob("*.py") if "parse_config(" in path.read_text(encoding="utf-8")
 )
 
-COUNT = ("1 1000000", "0 -1 1.0")
-WHOLE = ("0 1000000", "-1 0.5")
-SEED = ("0 9223372036854775807", "-1 9223372036854775808 0.5")
-POSITIVE = ("1e-300 1e300", "0 -1e-300 inf")
-NON_NEGATIVE = ("0 1e300", "-1e-300 inf")
-FINITE = ("-1e300 0 1e300", "-inf inf")
-SHARE = ("0 1", "-1e-300 1.0000001")
-
-# Values that are allowed, and values that are not, on both sides of each border; where a flag of the same name has
-# several ranges, by script.
-FLAGS = {
-    "adam_beta1": ("0 0.999999", "-1e-300 1"),
-    "adam_beta2": ("0 0.999999", "-1e-300 1"),
-    "adam_epsilon": POSITIVE,
-    "adam_weight_decay": NON_NEGATIVE,
-    "balancing_update_every": COUNT,
-    "batch_size": COUNT,
-    "checkpointing_steps": COUNT,
-    "checkpoints": WHOLE,
-    "checkpoints_total_limit": COUNT,
-    "class_dropout_prob": ("0 0.999999", "-1e-300 1"),
-    "cluster": COUNT,
-    "dataloader_num_workers": WHOLE,
-    "ema_inv_gamma": POSITIVE,
-    "ema_max_decay": SHARE,
-    "ema_power": POSITIVE,
-    "gradient_accumulation_steps": COUNT,
-    "frame_rate": POSITIVE,
-    "frame_stride": COUNT,
-    "guidance_interval": FINITE,
-    "guidance_scale": NON_NEGATIVE,
-    "height": COUNT,
-    "input_perturbation": NON_NEGATIVE,
-    "jobs": COUNT,
-    "learning_rate": NON_NEGATIVE,
-    "logging_steps": COUNT,
-    "logit_mean": FINITE,
-    "logit_std": POSITIVE,
-    "lora_alpha": COUNT,
-    "lr_num_cycles": COUNT,
-    "lr_power": POSITIVE,
-    "lr_warmup_steps": WHOLE,
-    "max_batch_size": COUNT,
-    "max_grad_norm": NON_NEGATIVE,
-    "max_held_out_images": COUNT,
-    "max_sequence_length": COUNT,
-    "max_train_samples": COUNT,
-    "max_train_steps": COUNT,
-    "noise_offset": NON_NEGATIVE,
-    "num_attention_heads": COUNT,
-    "num_clusters": COUNT,
-    "num_frames": COUNT,
-    "num_images": COUNT,
-    "num_inference_steps": COUNT,
-    "num_loss_samples": COUNT,
-    "num_per_digit": COUNT,
-    "evaluate num_samples": ("4 1000000", "3 -1 4.0"),
-    "num_samples": ("2 1000000", "1 -1 2.0"),
-    "num_threads": COUNT,
-    "num_timesteps": COUNT,
-    "benchmark_task_affinity num_timesteps": ("2 1000", "1 -1 2.0"),
-    "num_train_epochs": COUNT,
-    "num_train_timesteps": COUNT,
-    "num_validation_images": COUNT,
-    "proportion_empty_prompts": SHARE,
-    "rank": COUNT,
-    "repeats": COUNT,
-    "resolution": COUNT,
-    "train_feature_extractor resolution": ("8 1000000", "7 -1 8.0"),
-    "routing_alpha": POSITIVE,
-    "routing_beta": ("1e-300 1", "0 1.0000001"),
-    "routing_seed": ("0 4294967295", "-1 4294967296 0.5"),
-    "routing_timestep_range": FINITE,
-    "routing_warmup_steps": WHOLE,
-    "seed": SEED,
-    "seeds": SEED,
-    "sketch_size": ("1 1073741824", "1073741825 -1 1.0"),
-    "compute_task_affinity sketch_size": ("0 1073741824", "1073741825 -1 1.0"),
-    "snr_gamma": POSITIVE,
-    "steps": COUNT,
-    "test_share": ("1e-300 0.999999", "0 1"),
-    "timeout": POSITIVE,
-    "timesteps": FINITE,
-    "train_batch_size": COUNT,
-    "train_cluster": WHOLE,
-    "vae_steps": COUNT,
-    "validation_epochs": COUNT,
-    "validation_guidance_scale": NON_NEGATIVE,
-    "validation_num_inference_steps": COUNT,
-    "validation_steps": COUNT,
-    "warmup": WHOLE,
-    "width": COUNT,
+# The range of every number by name; where a flag of the same name has several, by script.
+RANGES = {
+    FINITE: "guidance_interval logit_mean routing_timestep_range timesteps",
+    Range("(0, 1)"): "test_share",
+    Range("(0, 1]"): "routing_beta",
+    POSITIVE: "adam_epsilon ema_inv_gamma ema_power frame_rate logit_std lr_power routing_alpha snr_gamma timeout",
+    Range("[0, 1)"): "adam_beta1 adam_beta2 class_dropout_prob",
+    SHARE: "ema_max_decay proportion_empty_prompts",
+    NON_NEGATIVE: "adam_weight_decay guidance_scale input_perturbation learning_rate max_grad_norm noise_offset "
+    "validation_guidance_scale",
+    Range("[0, 2^30]", int): "compute_task_affinity.sketch_size",
+    Range("[1, 2^30]", int): "sketch_size",
+    Range("[0, 2^32)", int): "routing_seed",
+    SEED: "seed seeds",
+    WHOLE: "checkpoints dataloader_num_workers lr_warmup_steps routing_warmup_steps train_cluster warmup",
+    COUNT: "balancing_update_every batch_size checkpointing_steps checkpoints_total_limit cluster frame_stride "
+    "gradient_accumulation_steps height jobs logging_steps lora_alpha lr_num_cycles max_batch_size "
+    "max_held_out_images max_sequence_length max_train_samples max_train_steps num_attention_heads num_clusters "
+    "num_frames num_images num_inference_steps num_loss_samples num_per_digit num_threads num_timesteps "
+    "num_train_epochs num_train_timesteps num_validation_images rank repeats resolution steps train_batch_size "
+    "vae_steps validation_epochs validation_num_inference_steps validation_steps width",
+    Range("[2, inf)", int): "benchmark_task_affinity.num_timesteps num_samples",
+    Range("[4, inf)", int): "evaluate.num_samples",
+    Range("[8, inf)", int): "train_feature_extractor.resolution",
 }
+FLAGS = {name: numbers for numbers, names in RANGES.items() for name in names.split()}
 
 
 class _Parsed(Exception):
@@ -165,60 +97,40 @@ def flags() -> dict[str, tuple[argparse.ArgumentParser, argparse.Action]]:
     for name, parser in parsers().items():
         options = {item.name for part in getattr(parser, "dataclass_types", ()) for item in fields(part)}
         actions = (action for action in parser._actions if action.dest not in options)
-        found |= {f"{name} {action.dest}": (parser, action) for action in actions}
+        found |= {f"{name}.{action.dest}": (parser, action) for action in actions}
     return found
-
-
-def numeric_flags() -> dict[str, tuple[argparse.ArgumentParser, argparse.Action]]:
-    return {name: pair for name, pair in flags().items() if isinstance(pair[1].type, Range)}
 
 
 def numeric_options() -> dict[str, tuple[type[Options], str]]:
     return {
-        f"{part.__name__} {name}": (part, name)
+        f"{part.__name__}.{name}": (part, name)
         for part in parts()
         for name, hint in get_type_hints(part).items()
         if {int, float} & {*_leaves(hint)}
     }
 
 
+def all_ranges() -> dict[str, Range]:
+    """Of what takes numbers; whatever else is declared for one fails the comparison with the table."""
+    found = {
+        name: action.type
+        for name, (_, action) in flags().items()
+        if action.type in (int, float) or isinstance(action.type, Range) or type(action.default) in (int, float)
+    }
+    for name, (part, option) in numeric_options().items():
+        (found[name],) = _limits(get_type_hints(part, include_extras=True)[option])
+    return found
+
+
 def entry(name: str) -> str:
     """Its name in the table."""
-    return name if name in FLAGS else name.split()[1]
+    return name if name in FLAGS else name.split(".")[1]
 
 
-def range_of(part: type[Options], name: str) -> Range:
-    (limit,) = _limits(get_type_hints(part, include_extras=True)[name])
-    assert isinstance(limit, Range), name
-    return limit
-
-
-def test_every_number_has_a_range():
-    types = {name: action.type for name, (_, action) in flags().items()}
-    assert [name for name, kind in types.items() if kind in (int, float)] == []
-    numbers = [name for name, (_, action) in flags().items() if type(action.default) in (int, float)]
-    assert [name for name in numbers if not isinstance(types[name], Range)] == []
-    for part, name in numeric_options().values():
-        assert range_of(part, name).kind in {*_leaves(get_type_hints(part)[name])}, name
-
-
-def test_the_table_has_every_number():
-    assert {entry(name) for name in {**numeric_flags(), **numeric_options()}} == FLAGS.keys()
-
-
-def test_values_on_both_sides_of_every_border_of_a_flag(capsys):
-    for name, (parser, action) in numeric_flags().items():
-        allowed, refused = (values.split() for values in FLAGS[entry(name)])
-        assert [value for value in allowed if action.type(value) != action.type.kind(value)] == [], name
-        for value in (*refused, "nan", "many", ""):
-            if action.nargs == 2:  # which no single argument can give
-                with pytest.raises(argparse.ArgumentTypeError, match="must be"):
-                    action.type(value)
-                continue
-            with pytest.raises(SystemExit):
-                parser.parse_args([f"{action.option_strings[0]}={value}"])
-            error = capsys.readouterr().err
-            assert f"argument {action.option_strings[0]}: must be {action.type}, got" in error, (name, value)
+def test_every_number_has_the_range_of_the_table():
+    found = all_ranges()
+    assert found == {name: FLAGS.get(entry(name)) for name in found}
+    assert {entry(name) for name in found} == FLAGS.keys()
 
 
 def refusal(part: type[Options], name: str, value: object) -> str:
@@ -232,26 +144,21 @@ def refusal(part: type[Options], name: str, value: object) -> str:
     return ""
 
 
-def number(text: str) -> object:
-    for kind in (int, float):
-        with suppress(ValueError):
-            return kind(text)
-    return text
-
-
-def test_values_on_both_sides_of_every_border_of_an_option():
+def test_a_configuration_refuses_what_is_not_in_the_range_of_an_option_and_takes_what_is():
     for where, (part, name) in numeric_options().items():
-        message = f"`--{name}` must be {range_of(part, name)}, got "
-        allowed, refused = (map(number, values.split()) for values in FLAGS[entry(where)])
-        assert [value for value in allowed if refusal(part, name, value).startswith(message)] == [], where
-        for value in (*refused, float("nan"), "many", "", True):
+        numbers = FLAGS[entry(where)]
+        message = f"`--{name}` must be {numbers}, got "
+        allowed = {"int": 8, "float": 0.5}[numbers.kind.__name__]
+        assert not refusal(part, name, allowed).startswith(message), where
+        for value in (float("nan"), float("-inf"), "many", "", True):
             assert refusal(part, name, value).startswith(message), (where, value)
 
 
 def test_defaults_are_in_range():
-    for name, (_, action) in numeric_flags().items():
-        defaults = action.default if isinstance(action.default, list) else [action.default]
-        assert all(value is None or value in action.type for value in defaults), name
+    for name, (_, action) in flags().items():
+        if isinstance(action.type, Range):
+            defaults = action.default if isinstance(action.default, list) else [action.default]
+            assert all(value is None or value in action.type for value in defaults), name
     for where, (part, name) in numeric_options().items():
         (default,) = (item.default for item in fields(part) if item.name == name)
-        assert default is None or default in range_of(part, name), where
+        assert default is None or default in FLAGS[entry(where)], where

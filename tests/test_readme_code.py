@@ -54,21 +54,18 @@ def blocks(language: str) -> list:
 # ---- Python: what a block finds in its folder, and the names that the text before it has
 
 
-def class_conditional_demo() -> dict:
+def class_conditional_demo() -> None:
     names = {number: str(number) for number in range(10)}
     denoiser = routed_dit(num_embeds_ada_norm=10, in_channels=1, out_channels=1)
     DTRPipeline(DDIMScheduler(), transformer=denoiser, id2label=names).save_pretrained("demo/pipeline")
-    return {}
 
 
-def image_folder() -> dict:
+def image_folder() -> None:
     make_images(Path("images"), count=6)
-    return {}
 
 
-def any_denoiser() -> dict:
+def any_denoiser() -> None:
     pixart_alpha(PIXART.plain()).save_pretrained("Qwen/Qwen-Image")
-    return {}
 
 
 class PaintBlock(nn.Module):
@@ -113,22 +110,17 @@ def negative_transfer() -> dict:
     latents, embeddings = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 12)
     clusters = TimestepClusters([0, 990, 992, 996, 1000])
     specialists, joints = ([UNET_CONDITION.routed() for _ in range(2)] for _ in range(2))
-    parts = {"torch": torch, "latents": latents, "embeddings": embeddings, "clusters": clusters}
     return {
-        **parts,
-        "specialists": specialists,
-        "joints": joints,
-        "DenoisingLoss": DenoisingLoss,
-        "noise_scheduler": scheduler,
+        **{"torch": torch, "latents": latents, "embeddings": embeddings, "clusters": clusters},
+        **{"specialists": specialists, "joints": joints, "DenoisingLoss": DenoisingLoss, "noise_scheduler": scheduler},
     }
 
 
-def fine_tuned() -> dict:
+def fine_tuned() -> None:
     stable_diffusion(UNET_CONDITION.routed()).save_pretrained("sd-dtr")
-    return {}
 
 
-def adapters() -> dict:
+def adapters() -> None:
     base = stable_diffusion(UNET_CONDITION.plain())
     base.save_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
     unet = UNET_CONDITION.conversion(base.unet, routing_beta=0.5)
@@ -138,41 +130,36 @@ def adapters() -> dict:
     save_lora(base, "unet", "sd-dtr-lora")
     config = {name: value for name, value in unet.config.items() if name.startswith("routing_")}
     Path("sd-dtr-lora/training_config.json").write_text(json.dumps({"model": {"config": config}}))
-    return {}
 
 
-def routed_adapters() -> dict:
+def routed_adapters() -> None:
     pipeline = stable_diffusion(UNET_CONDITION.plain())
     pipeline.save_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
     routing = RoutingConfig(routing_alpha=2.0, routing_beta=0.5)
     add_lora(pipeline.unet, LoraConfig(rank=2, route_lora=True), routing, ("to_q",))
     save_lora(pipeline, "unet", "sd-routed-lora")
-    return {}
 
 
-def video_adapters() -> dict:
+def video_adapters() -> None:
     base = PIPELINES["wan"].pipeline()
     base.save_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
     add_lora(base.transformer, LoraConfig(rank=2), RoutingConfig(), ("to_q",))
     save_lora(base, "transformer", "wan-dtr-lora")
     config = {"model": {"config": {"routing_beta": 0.5, "num_layers": 1}}}
     Path("wan-dtr-lora/training_config.json").write_text(json.dumps(config))
-    return {}
 
 
-def text_to_image_digits() -> dict:
+def text_to_image_digits() -> None:
     stable_diffusion(UNET_CONDITION.routed()).save_pretrained("digits-sd/run")
     pixart_alpha(PIXART.routed()).save_pretrained("digits-pixart/run")
     stable_diffusion_3(SD3.routed()).save_pretrained("digits-sd3/run")
-    return {}
 
 
-def unconditional_digits() -> dict:
+def unconditional_digits() -> None:
     DTRPipeline(DDIMScheduler(), unet=UNET.routed(num_class_embeds=None)).save_pretrained("unconditional-digits")
-    return {}
 
 
-PREPARE: dict[tuple[str, int], Callable[[], dict]] = {
+PREPARE: dict[tuple[str, int], Callable[[], dict | None]] = {
     ("", 0): any_denoiser,
     ("", 1): dict,
     ("", 2): declared_model,
@@ -202,22 +189,22 @@ SMALLER = {
 def test_python_of_the_readmes_runs(place, code, tmp_path, monkeypatch):
     assert place in PREPARE, f"say in {__file__} what this block needs"
     monkeypatch.chdir(tmp_path)
-    names = PREPARE[place]()
+    names = PREPARE[place]() or {}
     for large, small in SMALLER.items():
         code = code.replace(large, small)
     try:
         exec(code, names)
     finally:
         reset_accelerate()
+    pipe = names.get("pipe")
     if place == ("text_to_image", 1):
-        assert names["pipe"].scheduler.config.prediction_type == "v_prediction"
-        assert names["pipe"].unet.config.routing_beta == 0.5
-        assert names["pipe"].get_active_adapters()
+        assert pipe.scheduler.config.prediction_type == "v_prediction"
     if place == ("text_to_image", 2):
-        assert names["pipe"].unet.routed_adapters
-    if place == ("text_to_video", 0):
-        assert names["pipe"].transformer.config.routing_beta == 0.5
-        assert names["pipe"].get_active_adapters()
+        assert pipe.unet.routed_adapters
+    if place in (("text_to_image", 1), ("text_to_video", 0)):
+        denoiser = pipe.unet if place[0] == "text_to_image" else pipe.transformer
+        assert denoiser.config.routing_beta == 0.5
+        assert pipe.get_active_adapters()
 
 
 # ---- commands
@@ -233,25 +220,25 @@ def commands(text: str) -> list[list[str]]:
     return found
 
 
+def printed_by(action: Callable[[], object]) -> str:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        action()
+    return printed.getvalue()
+
+
 @cache
-def help_of(script: str) -> str:
-    (path,) = ROOT.glob(f"examples/*/{script}")
+def help_of(name: str) -> str:
+    """What a script or a command says of its flags."""
+    if not name.endswith(".py"):
+        return printed_by(lambda: cli([name, "--help"]))
+    (path,) = ROOT.glob(f"examples/*/{name}")
     source = path.read_text(encoding="utf-8")
     if "def parse_args(argv" not in source:
         return source
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit), pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(path.parent)
-        load_script(path).parse_args(["--help"])
-    return printed.getvalue()
-
-
-@cache
-def help_of_command(name: str) -> str:
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
-        cli([name, "--help"])
-    return printed.getvalue()
+        return printed_by(lambda: load_script(path).parse_args(["--help"]))
 
 
 @pytest.mark.parametrize(("place", "text"), blocks("bash"))
@@ -264,7 +251,7 @@ def test_commands_of_the_readmes_name_flags_that_there_are(place, text):
         elif words[:1] == ["train"]:
             said, flags = help_of("train_text_to_image.py"), words[1:]
         elif words[:1] == ["diffusers-dtr"]:
-            said, flags = help_of_command(words[1]), words[2:]
+            said, flags = help_of(words[1]), words[2:]
         else:
             continue
         unknown = [flag for flag in flags if flag.startswith("--") and not re.search(rf"{flag}\b", said)]

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 from huggingface_hub import snapshot_download
 
-from ..hub.pushing import push_folder
+from ..hub import push_folder
 from ..model_card.card import CARD_FILES, fetch_card, save_model_card
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..atomic_files import creating
-from ..hub.pushing import check_token
+from ..hub import check_token
 from ..ranges import POSITIVE
 
 

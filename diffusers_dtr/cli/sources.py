@@ -13,7 +13,7 @@ from huggingface_hub.utils import SafetensorsFileMetadata, TensorInfo, validate_
 from safetensors import safe_open
 
 from ..config_types import built_from_file, read_object
-from ..hub.pushing import check_token
+from ..hub import check_token
 
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"

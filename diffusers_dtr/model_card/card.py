@@ -1,7 +1,7 @@
 """Model cards: a template filled in from the files of a trained model's folder. Text that a user wrote stays.
 
-Whatever comes out of a file is data. The template's environment escapes every value for Markdown and HTML; code is
-put together from checked names and quoted values.
+Whatever comes out of a file is data. The template's environment escapes every value for Markdown and HTML; in code,
+which people paste, names are checked and values are quoted.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import html
 import json
 import logging
 import re
+import shlex
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -17,18 +18,17 @@ from typing import Any
 
 import jinja2
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import yaml_dump
 from markupsafe import Markup
 
 from ..atomic_files import replace_text, replacing
-from ..config_types import read_cleaned, without_controls
-from ..hub.pushing import check_token
+from ..config_types import built_from_file, read_cleaned, without_controls
+from ..hub import check_token
 from ..run_record import LOCAL_PREFIX, LOSSES_PICTURE, METRICS_FILE, RECORD_FILE, public_command, publishable
 from ..visualization import copy_drawing, draw_routing_masks, spaced_grid
-from .trained_model import Metric, TrainedModel, is_repo_id
-from .usage_code import adapter, python_literal, sampling_arguments, wrap_command
+from .trained_model import METRIC, TrainedModel, is_repo_id
 
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ _METADATA = re.compile(r"\A\s*---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)", re.DOTALL | 
 def build_model_card(
     folder: str | Path, *, repo_id: str | None = None, name: str | None = None, license: str | None = None
 ) -> ModelCard:
-    """Build a new card for a trained model.
+    """Build a new card for a trained model; its pictures are drawn by [`save_model_card`].
 
     Args:
         folder: A pipeline or the output of a training script, LoRA weights too. What it does not have is left out of
@@ -53,9 +53,6 @@ def build_model_card(
         repo_id: Repository on the Hub; the record's `hub_model_id` by default.
         name: What the model is called; by default like its repository, or else like its folder.
         license: License of the model, as the Hub names it.
-
-    Returns:
-        The card. Its pictures are drawn by [`save_model_card`].
 
     Raises:
         ValueError: If `folder` holds no model, or a file in it is not what it should be.
@@ -65,19 +62,16 @@ def build_model_card(
     if repo_id is not None and not is_repo_id(repo_id):
         raise ValueError(f"`repo_id` must be the name of a repository such as owner/model, got {repo_id!r:.60}.")
     name = _one_line(without_controls(name or Path(repo_id or model.folder.resolve()).name))
-    commands = {metric["command"]: None for metric in model.metrics if "command" in metric}
-    text = _template().render(
-        model=model,
-        name=name,
-        metadata=Markup(yaml_dump(_metadata(model, name, license).to_dict(), sort_keys=False)),
-        source=repo_id or f"{LOCAL_PREFIX}{name}",
-        sampling=sampling_arguments(model),
-        adapter=adapter(model),
-        command=wrap_command(model.record.get("command", "")),
-        metric_commands=[wrap_command(command) for command in commands],
-        active_channels=", ".join(f"{int(model.config.get('routing_beta', 1) * w)} of {w}" for w in model.widths),
-        **{"masks": _MASKS, "samples": _SAMPLES, "losses_picture": LOSSES_PICTURE},
-    )
+    with built_from_file("A card"):
+        text = _template().render(
+            vars(model),
+            name=name,
+            metadata=Markup(yaml_dump(_metadata(model, name, license), sort_keys=False)),
+            source=repo_id or f"{LOCAL_PREFIX}{name}",
+            active_channels=", ".join(f"{int(model.config.get('routing_beta', 1) * w)} of {w}" for w in model.widths),
+            masks_picture=Markup(_MASKS),
+            samples_picture=Markup(_SAMPLES),
+        )
     return ModelCard(text)
 
 
@@ -90,21 +84,12 @@ def save_model_card(
     license: str | None = None,
     published: str | None = None,
 ) -> Path:
-    """Write a model's card, or renew its metadata and its generated section, and draw its figures.
+    """Write a model's card, or renew its metadata and its generated section, draw its figures, and return its path.
 
-    Everything outside the section stays, and so do keys of the metadata that a new card would not have.
-
-    Args:
-        folder: As in [`build_model_card`], and so are `repo_id`, `name` and `license`.
-        card_dir: Folder to write the card into, with copies of the files that it links to; `folder` by default.
-        repo_id: As above.
-        name: As above. The title of an existing card stays.
-        license: As above.
-        published: The card in the repository that the result will be pushed to. Its text stays, unless the one in the
-            folder was edited.
-
-    Returns:
-        The card's path.
+    Everything outside the section stays, and so do keys of the metadata that a new card would not have, and the title,
+    whatever the `name`. `card_dir` is the folder to write the card into, with copies of the files that it links to;
+    `folder` by default. `published` is the card in the repository that the result will be pushed to: its text stays,
+    unless the one in the folder was edited. The other arguments are those of [`build_model_card`].
 
     Raises:
         ImportError: Without matplotlib.
@@ -114,9 +99,9 @@ def save_model_card(
     card_dir = folder if card_dir is None else Path(card_dir)
     card = str(build_model_card(folder, repo_id=repo_id, name=name, license=license))
     there = next((path for path in (card_dir / CARD_FILE, folder / CARD_FILE) if path.is_file()), None)
-    local = None if there is None else there.read_bytes().decode()
-    pristine = [card, str(build_model_card(folder, repo_id=repo_id))]
-    card = _renew([text for text in (local, published) if text is not None], card, pristine)
+    existing = [there.read_bytes().decode()] if there else []
+    existing += [] if published is None else [published]
+    card = _renewed(existing, card, [card, str(build_model_card(folder, repo_id=repo_id))])
     _write_figures(TrainedModel(folder), card_dir)
     with replacing(card_dir / CARD_FILE) as partial:
         partial.write_bytes(card.encode())  # as bytes, because line endings stay too
@@ -124,15 +109,12 @@ def save_model_card(
 
 
 def fetch_card(repo_id: str, *, token: str | None = None, revision: str | None = None) -> str | None:
-    """The card in a repository, where it may have been edited, for [`save_model_card`].
+    """The card in a repository, where it may have been edited; None if there is none, or no such revision yet.
 
     Args:
         repo_id: Model repository on the Hub.
         token: Token, or None for the one that is logged in.
         revision: Branch, tag or commit. Default `main`.
-
-    Returns:
-        The card, or None if the repository has none, or no such revision yet.
 
     Raises:
         OSError: If there is no such repository or the Hub cannot be reached.
@@ -147,48 +129,77 @@ def fetch_card(repo_id: str, *, token: str | None = None, revision: str | None =
 
 
 def save_metrics(folder: str | Path, metrics: Sequence[dict[str, Any]], argv: Sequence[str]) -> Path:
-    """Save an evaluation's metrics of a model, for its card.
+    """Save an evaluation's metrics of a model, for its card, and return the file's path.
 
     Args:
         folder: The model's folder. What `metrics.json` there says of metrics with other names stays.
         metrics: For each its `name`, its `type` (as the Hub calls it: accuracy, fid, mse), its `value` and its
             `settings`, a dictionary, and optionally the `dataset` it was measured on.
         argv: The command that measured, as in `sys.argv`.
-
-    Returns:
-        The file's path.
     """
     path = Path(folder) / METRICS_FILE
     new = [publishable({**metric, "command": public_command(argv, ["python"])}) for metric in metrics]
     names = {metric["name"] for metric in new}
-    known = [metric for metric in read_cleaned(path, list[Metric], []) if metric.get("name") not in names]
+    known = [metric for metric in read_cleaned(path, [METRIC], []) if metric.get("name") not in names]
     _write_json([*known, *new], path)
     return path
 
 
-def _renew(existing: list[str], card: str, pristine: list[str]) -> str:
+def _metadata(model: TrainedModel, name: str, license: str | None) -> dict[str, Any]:
+    """What the Hub indexes."""
+    task = "text-to-image" if model.is_text_to_image else "unconditional-image-generation"  # the Hub has no other
+    tags = ["diffusers", "diffusers-dtr", "denoising-task-routing"]
+    tags += ["class-conditional-image-generation"] if model.num_classes else []
+    tags += ["lora"] if model.is_adapter else []
+    measured = model.metrics
+    if "validation_loss" in model.results:
+        held_out = {"name": "Held-out denoising loss", "type": "mse", "settings": model.held_out_settings}
+        measured = [{**held_out, "value": round(model.results["validation_loss"], 5)}, *measured]
+    results = []
+    for metric in measured:
+        dataset = metric.get("dataset") or model.dataset
+        named = {"name": dataset or "a folder of images", "type": dataset or "imagefolder"}
+        value = {"type": metric["type"], "value": metric["value"], "name": metric["name"]}
+        value |= {"args": metric["settings"]} if metric.get("settings") else {}
+        results.append({"task": {"type": task}, "dataset": named, "metrics": [value]})
+    metadata = {
+        "license": license,
+        "library_name": "diffusers",
+        "pipeline_tag": task,
+        "base_model": model.base,
+        "base_model_relation": model.base and ("adapter" if model.is_adapter else "finetune"),
+        "datasets": model.dataset and [model.dataset],
+        "tags": tags,
+        "metrics": sorted({metric["type"] for metric in measured}),
+        "model-index": [{"name": name, "results": results}] if results else None,
+    }
+    return {key: value for key, value in metadata.items() if value}
+
+
+# ---- an existing card
+
+
+def _renewed(existing: list[str], card: str, pristine: list[str]) -> str:
     """The first text of `existing` that a user edited, or else the last, with metadata and section of `card`."""
-    texts = [text.replace("\r\n", "\n") for text in existing]
     untouched = [_own_text(text) for text in pristine]
-    written_in = [number for number, text in enumerate(texts) if _own_text(text) not in untouched]
-    if len({_own_text(texts[number]) for number in written_in}) > 1:
+    edited = [text for text in existing if _own_text(text) not in untouched]
+    if len({_own_text(text) for text in edited}) > 1:
         logger.warning(
             "The card was edited both here and in its repository: what was written here stays, and the repository's "
             "history has the other."
         )
+    kept = [*edited[:1], *existing[::-1], card][0]
     metadata = {}
-    for text in [*reversed(texts), card]:
+    for text in [*existing[::-1], card]:
         new = _read_metadata(text)
         tags = [*(new.get("tags") or []), *(metadata.get("tags") or [])]
         metadata |= {**new, "tags": list(dict.fromkeys(tags))}
-    number = written_in[0] if written_in else len(texts) - 1
-    text = texts[number] if texts else card
     section = _SECTION.search(card)[0]
-    body = _SECTION.sub(lambda _: section, _METADATA.sub("", text), count=1)
+    body = _SECTION.sub(lambda _: section, _METADATA.sub("", kept.replace("\r\n", "\n")), count=1)
     if section not in body:
         logger.warning("The card has no `diffusers-dtr:begin` and `:end` any more: only its metadata were renewed.")
     text = f"---\n{yaml_dump(metadata, sort_keys=False)}---\n{body}"
-    return text.replace("\n", "\r\n") if texts and "\r\n" in existing[number] else text
+    return text.replace("\n", "\r\n") if "\r\n" in kept else text
 
 
 def _own_text(text: str) -> str:
@@ -196,49 +207,14 @@ def _own_text(text: str) -> str:
 
 
 def _read_metadata(card: str) -> dict[str, Any]:
-    block = _METADATA.match(card)
+    block = _METADATA.match(card.replace("\r\n", "\n"))
     try:
-        metadata = yaml.safe_load(block[1]) if block else {}
+        metadata = yaml.safe_load(block[1]) or {} if block else {}
     except yaml.YAMLError as error:
-        raise ValueError(f"The metadata of {CARD_FILE} must be YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(metadata or {}, dict):
+        raise ValueError(f"The metadata of {CARD_FILE} must be YAML: {_one_line(str(error))}") from error
+    if not isinstance(metadata, dict):
         raise ValueError(f"The metadata of {CARD_FILE} must be a dictionary, got {metadata!r:.60}.")
-    return metadata or {}
-
-
-def _metadata(model: TrainedModel, name: str, license: str | None) -> ModelCardData:
-    base_model, dataset = model.hub_id("pretrained_model_name_or_path"), model.hub_id("dataset_name")
-    task = "text-to-image" if model.is_text_to_image else "unconditional-image-generation"  # the Hub has no other
-    kind = "class-conditional-image-generation" if model.num_classes else None
-    tags = ["diffusers", "diffusers-dtr", "denoising-task-routing", kind, "lora" if model.is_adapter else None]
-    loss, measured = model.record.get("results", {}).get("validation_loss"), model.metrics
-    if loss is not None:
-        held_out = {"name": "Held-out denoising loss", "type": "mse", "value": round(loss, 5)}
-        measured = [{**held_out, "settings": model.held_out_settings}, *measured]
-    results = [
-        EvalResult(
-            task_type=task,
-            dataset_type=metric.get("dataset") or dataset or "imagefolder",
-            dataset_name=metric.get("dataset") or dataset or "a folder of images",
-            metric_type=metric["type"],
-            metric_name=metric["name"],
-            metric_value=metric["value"],
-            metric_args=metric.get("settings") or None,
-        )
-        for metric in measured
-    ]
-    return ModelCardData(
-        license=license,
-        library_name="diffusers",
-        pipeline_tag=task,
-        base_model=base_model,
-        base_model_relation=None if base_model is None else "adapter" if model.is_adapter else "finetune",
-        datasets=None if dataset is None else [dataset],
-        tags=[tag for tag in tags if tag is not None],
-        metrics=sorted({result.metric_type for result in results}) or None,
-        model_name=name if results else None,
-        eval_results=results or None,
-    )
+    return metadata
 
 
 # ---- what the template does with values
@@ -254,8 +230,8 @@ def _template() -> jinja2.Template:
         keep_trailing_newline=True,
         loader=jinja2.PackageLoader("diffusers_dtr.model_card", ""),
     )
-    environment.filters |= {"code": _code_span, "fenced": _fenced, "link": _link, "python": python_literal}
-    environment.filters["duration"] = _duration
+    environment.filters |= {"code": _code_span, "fenced": _fenced, "link": _link}
+    environment.filters |= {"python": _python_literal, "wrapped": _wrapped}
     return environment.get_template("template.md.jinja")
 
 
@@ -291,11 +267,25 @@ def _link(repo_id: str, prefix: str = "") -> Markup:
     return Markup(f"[{_escaped(repo_id)}](https://huggingface.co/{prefix}{repo_id})")
 
 
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    units = ((hours, "h"), (minutes, "min"), (rest, "s"))
-    return " ".join(f"{count} {unit}" for count, unit in units if count) or "0 s"
+def _python_literal(value: Any) -> Markup:
+    """A literal of Python: text in double quotes."""
+    if isinstance(value, list):
+        return Markup(f"[{', '.join(map(_python_literal, value))}]")
+    return Markup(json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value))
+
+
+def _wrapped(command: str) -> str:
+    """A command with a line for every flag, still to be typed as it is."""
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise ValueError(f"`command` must be quoted for a shell, got {command!r:.60}: {error}.") from error
+    if words[:1] != ["python"] and words[:2] != ["accelerate", "launch"]:
+        raise ValueError(f"`command` must begin with `accelerate launch` or `python`, got {command!r:.60}.")
+    return "".join((" \\\n  " if word.startswith("--") else " ") + shlex.quote(word) for word in words).strip()
+
+
+# ---- files
 
 
 def _write_figures(model: TrainedModel, card_dir: Path) -> None:

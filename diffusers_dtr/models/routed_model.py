@@ -12,8 +12,7 @@ from torch import nn
 
 from ..config_types import built_from_file, check_types, constructor_types
 from ..diffusers_registration import register_lora_scales
-from ..hub.mixin import HubMixin
-from ..hub.pushing import check_token
+from ..hub import HubMixin, check_token
 from ..routing import ChannelRouting
 from .family import ROUTING_PARAMETERS, ROUTING_TYPES
 

@@ -10,7 +10,7 @@ from hub_server import AnswerStatus, CutUpload, LoseAnswer
 from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-from diffusers_dtr.hub.pushing import is_transient, push_folder, weights_name
+from diffusers_dtr.hub import is_transient, push_folder, weights_name
 
 
 REPO = "owner/digits"
@@ -49,19 +49,6 @@ def titles(revision="main"):
     return [commit.title for commit in HfApi().list_repo_commits(REPO, revision=revision)]
 
 
-def before_first_commit(monkeypatch, action):
-    """Have something happen between the look at the branch and the first request to commit."""
-    create_commit, done = HfApi.create_commit, []
-
-    def overtaken(self, *args, **kwargs):
-        if not done:
-            done.append(True)
-            action()
-        return create_commit(self, *args, **kwargs)
-
-    monkeypatch.setattr(HfApi, "create_commit", overtaken)
-
-
 # ---- what is in a commit
 
 
@@ -86,21 +73,17 @@ def test_an_index_of_earlier_shards_does_not_outlive_them(hub, folder):
 
 
 @pytest.mark.parametrize(
-    ("path", "name"),
+    ("paths", "name"),
     [
-        ("unet/model.safetensors", "unet/model"),
-        ("unet/model.bin", "unet/model"),
-        ("unet/model-00001-of-00002.safetensors", "unet/model"),
+        ("unet/model.safetensors unet/model.bin unet/model-00001-of-00002.safetensors", "unet/model"),
         ("unet/model.safetensors.index.json", "unet/model"),
-        ("unet/model.fp16-00001-of-00002.safetensors", "unet/model.fp16"),
-        ("unet/model.safetensors.index.fp16.json", "unet/model.fp16"),
+        ("unet/model.fp16-00001-of-00002.safetensors unet/model.safetensors.index.fp16.json", "unet/model.fp16"),
         ("model.safetensors", "/model"),
-        ("unet/config.json", None),
-        ("logs/events.out.tfevents.1", None),
+        ("unet/config.json logs/events.out.tfevents.1", None),
     ],
 )
-def test_weights_of_one_name_and_variant_have_one_name(path, name):
-    assert weights_name(path) == name
+def test_weights_of_one_name_and_variant_have_one_name(paths, name):
+    assert {weights_name(path) for path in paths.split()} == {name}
 
 
 def test_a_mirrored_folder_loses_what_is_not_there_any_more_and_nothing_else_does(hub, folder):
@@ -158,7 +141,14 @@ def test_a_commit_whose_answer_was_lost_is_not_made_twice(hub, folder, waits):
 
 def test_what_is_compared_with_is_the_commit_that_is_built_on(hub, folder, waits, monkeypatch):
     """Somebody else pushes shards between our look at the files and our commit: these must not be left lying."""
-    before_first_commit(monkeypatch, lambda: put({f"{WEIGHTS}.index.json": "old"}))
+    create_commit = HfApi.create_commit
+
+    def overtaken(self, *args, **kwargs):
+        monkeypatch.setattr(HfApi, "create_commit", create_commit)
+        put({f"{WEIGHTS}.index.json": "old"})
+        return create_commit(self, *args, **kwargs)
+
+    monkeypatch.setattr(HfApi, "create_commit", overtaken)
     push(folder)
     assert set(files(hub)) == {"model_index.json", WEIGHTS}
     assert titles() == ["Upload", "Somebody else's", "initial commit"]
@@ -172,7 +162,7 @@ def test_a_pull_request_is_not_opened_twice_where_the_hub_does_not_say_that_it_w
     write(folder, {"new.txt": ""})
     hub.faults.append(AnswerStatus(**COMMIT, status=429))
     assert push(folder, create_pr=True).pr_revision == "refs/pr/2"
-    assert len(HfApi().list_repo_refs(REPO, include_pull_requests=True).pull_requests) == 2
+    assert hub.repos["models", REPO].branches.keys() == {"main", "refs/pr/1", "refs/pr/2"}
 
 
 @pytest.mark.parametrize(

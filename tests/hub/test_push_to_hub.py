@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from huggingface_hub import HfApi, ModelCard
 from tiny_dit import routed_dit
 
 from diffusers_dtr import DTRPipeline, DTRTransformer2DModel
+from diffusers_dtr.training.run.folder import save_pipeline
 
 
 REPO = "owner/tiny"
 NAME = "diffusion_pytorch_model"
+CONFIG = "transformer/config.json"
 
 
 def make_pipeline(**config):
@@ -95,7 +98,7 @@ def test_a_new_repository_gets_a_card_and_one_edited_by_hand_stays(hub, make, lo
 
 
 @both
-def test_saving_with_a_push_makes_the_same_commit(hub, make, load, tmp_path):
+def test_saving_with_a_push_makes_the_same_commit_without_paths_of_this_machine(hub, make, load, tmp_path):
     make().push_to_hub(REPO, max_shard_size="10KB")
     make().save_pretrained(tmp_path / "first")
     again = type(make()).from_pretrained(tmp_path / "first")
@@ -103,23 +106,46 @@ def test_saving_with_a_push_makes_the_same_commit(hub, make, load, tmp_path):
     assert equal(load(), routed_dit())
     assert not [path for path in files(hub) if "-of-" in path or path.endswith("safetensors.index.json")]
     assert str(tmp_path) not in str(hub.files(REPO))
+    assert "_name_or_path" not in json.loads(hub.files(REPO)["config.json" if make is routed_dit else CONFIG])
     assert len(HfApi().list_repo_commits(REPO)) == 3
 
 
+@pytest.fixture
+def log(caplog):
+    """All that is logged, the client's and diffusers' too."""
+    loggers = [logging.getLogger(name) for name in ("diffusers", "huggingface_hub")]
+    for logger in loggers:
+        logger.addHandler(caplog.handler)
+    with caplog.at_level(logging.DEBUG):
+        yield caplog
+    for logger in loggers:
+        logger.removeHandler(caplog.handler)
+
+
 @both
-def test_neither_token_nor_path_is_in_what_is_pushed_or_logged(hub, make, load, tmp_path, caplog, monkeypatch):
+@pytest.mark.parametrize("token", ["hf_guest", "hf_wrong", None])
+def test_a_private_repository_needs_the_right_token_and_nothing_says_which(hub, make, load, token, monkeypatch, log):
     monkeypatch.delenv("HF_TOKEN")
-    make().save_pretrained(tmp_path)
-    loaded = type(make()).from_pretrained(tmp_path)
-    for logger in ("diffusers", "huggingface_hub"):
-        logging.getLogger(logger).addHandler(caplog.handler)
-    with caplog.at_level(logging.INFO):
-        loaded.push_to_hub(REPO, token="hf_owner")
-    for logger in ("diffusers", "huggingface_hub"):
-        logging.getLogger(logger).removeHandler(caplog.handler)
-    pushed = b"".join(hub.files(REPO).values()).decode(errors="replace")
-    commits = "".join(f"{commit.title} {commit.message}" for commit in HfApi().list_repo_commits(REPO))
-    for secret in ("hf_owner", str(tmp_path)):
-        assert secret not in pushed + commits + caplog.text
-    config = "config.json" if make is routed_dit else "transformer/config.json"
-    assert "_name_or_path" not in json.loads(hub.files(REPO)[config])
+    make().push_to_hub(REPO, private=True, token="hf_owner")
+    with pytest.raises(OSError, match=REPO) as caught:
+        load(token=token)
+    chain, error = "", caught.value
+    while error is not None:
+        chain, error = chain + repr(error) + str(error), error.__context__
+    assert str(token) not in log.text + chain or token is None
+    assert equal(load(token="hf_owner"), routed_dit())
+    commits = "".join(f"{commit.title} {commit.message}" for commit in HfApi(token="hf_owner").list_repo_commits(REPO))
+    assert "hf_owner" not in log.text + commits + str(hub.files(REPO))
+
+
+def test_a_full_disk_while_saving_leaves_the_pipeline_that_was_there_and_pushes_nothing(hub, tmp_path):
+    save_pipeline(make_pipeline(), tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # which configs are below and weights above
+    with pytest.raises(Exception, match="File too large"):
+        save_pipeline(make_pipeline(num_layers=2), tmp_path)
+    with pytest.raises(Exception, match="File too large"):
+        make_pipeline().push_to_hub(REPO)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert equal(DTRPipeline.from_pretrained(tmp_path).transformer, routed_dit())
+    assert hub.requests == []

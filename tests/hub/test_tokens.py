@@ -7,8 +7,7 @@ from diffusers import DDPMScheduler
 from tiny_dit import routed_dit
 
 from diffusers_dtr import DTRPipeline, DTRTransformer2DModel
-from diffusers_dtr.hub import create_run_repo, push_run
-from diffusers_dtr.hub.pushing import check_token, push_folder
+from diffusers_dtr.hub import check_token, create_run_repo, push_folder, push_run
 from diffusers_dtr.model_card import fetch_card
 from diffusers_dtr.training.run.sharing import BackgroundPush
 
@@ -23,23 +22,22 @@ def pipeline():
 
 
 ENTRANCES = {
-    "a model is loaded": lambda token, folder: DTRTransformer2DModel.from_pretrained(REPO, token=token),
-    "a config is loaded": lambda token, folder: DTRTransformer2DModel.load_config(REPO, token=token),
-    "a pipeline is loaded": lambda token, folder: DTRPipeline.from_pretrained(REPO, token=token),
-    "a pipeline is downloaded": lambda token, folder: DTRPipeline.download(REPO, token=token),
-    "a model is pushed": lambda token, folder: routed_dit().push_to_hub(REPO, token=token),
-    "a pipeline is pushed": lambda token, folder: pipeline().push_to_hub(REPO, token=token),
-    "a saved model is pushed": lambda token, folder: routed_dit().save_pretrained(
+    "model loaded": lambda token, folder: DTRTransformer2DModel.from_pretrained(REPO, token=token),
+    "config loaded": lambda token, folder: DTRTransformer2DModel.load_config(REPO, token=token),
+    "pipeline loaded": lambda token, folder: DTRPipeline.from_pretrained(REPO, token=token),
+    "pipeline downloaded": lambda token, folder: DTRPipeline.download(REPO, token=token),
+    "model pushed": lambda token, folder: routed_dit().push_to_hub(REPO, token=token),
+    "saved model pushed": lambda token, folder: routed_dit().save_pretrained(
         folder, push_to_hub=True, repo_id=REPO, token=token
     ),
-    "a saved pipeline is pushed": lambda token, folder: pipeline().save_pretrained(
+    "saved pipeline pushed": lambda token, folder: pipeline().save_pretrained(
         folder, push_to_hub=True, repo_id=REPO, token=token
     ),
-    "a folder is committed": lambda token, folder: push_folder(folder, REPO, "Upload", token=token),
-    "a run's repository is made": lambda token, folder: create_run_repo(folder, REPO, token),
-    "a run is pushed": lambda token, folder: push_run(folder, REPO, token, None, "End of training"),
-    "checkpoints are pushed": lambda token, folder: BackgroundPush(folder, REPO, token),
-    "a card is fetched": lambda token, folder: fetch_card(REPO, token=token),
+    "folder committed": lambda token, folder: push_folder(folder, REPO, "Upload", token=token),
+    "repository made": lambda token, folder: create_run_repo(folder, REPO, token),
+    "run pushed": lambda token, folder: push_run(folder, REPO, token, None, "End of training"),
+    "checkpoints pushed": lambda token, folder: BackgroundPush(folder, REPO, token),
+    "card fetched": lambda token, folder: fetch_card(REPO, token=token),
 }
 
 

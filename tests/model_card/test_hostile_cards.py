@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from safetensors.torch import save_file
 
-from diffusers_dtr.model_card import build_model_card
-from diffusers_dtr.model_card.usage_code import wrap_command
+from diffusers_dtr.model_card.card import _wrapped, build_model_card
 
 
 NASTY = """
@@ -59,9 +58,7 @@ FOLDER = {
     "training_config.json": {
         "command": "accelerate launch train.py --seed 5",
         "arguments": {
-            "dataset_name": "TEXT",
-            "pretrained_model_name_or_path": "TEXT",
-            "validation_split": "TEXT",
+            **{"dataset_name": "TEXT", "pretrained_model_name_or_path": "TEXT", "validation_split": "TEXT"},
             **{"cluster_cost": "TEXT", "balancing": "TEXT", "loss_weighting": "TEXT", "lr_scheduler": "TEXT"},
             **{"snr_gamma": 5.0, "learning_rate": 1e-3, "resolution": 8, "train_batch_size": 4, "use_ema": True},
         },
@@ -73,7 +70,6 @@ FOLDER = {
         **{"versions": {"torch": "TEXT"}, "hardware": "TEXT", "mixed_precision": "TEXT"},
         **{"num_images": 5, "num_processes": 2, "seconds": 3.5},
     },
-    "loss_history.jsonl": {"step": 1, "clusters": [0.1, None], "weights": [1.0, 1.0]},
     "metrics.json": [{"name": "TEXT", "type": "TEXT", "value": 1.5, "settings": {"TEXT": "TEXT"}, "dataset": "TEXT"}],
 }
 
@@ -99,11 +95,9 @@ def structure(markdown: str) -> list[tuple[str, str]]:
     """All that a renderer makes of a card beside its words."""
     tokens = MarkdownIt("gfm-like", {"linkify": False, "html": True}).parse(markdown)
     flat = [part for token in tokens for part in (token, *(token.children or []))]
+    shown = ("link_open", "html_inline", "html_block")
     return [
-        (
-            token.type,
-            token.attrGet("href") or token.content if token.type in ("link_open", "html_inline", "html_block") else "",
-        )
+        (token.type, (token.attrGet("href") or token.content) if token.type in shown else "")
         for token in flat
         if token.type not in ("text", "text_special", "inline", "softbreak")
     ]
@@ -210,12 +204,5 @@ def test_records_of_wrong_types_are_no_other_error(data):
 def test_a_wrapped_command_has_the_same_words(words):
     # Inside a word this is no end of a line, as which the comparison below would take it.
     assume(not any(" \\\n" in word for word in words))
-    wrapped = wrap_command(shlex.join(["python", *words]))
+    wrapped = _wrapped(shlex.join(["python", *words]))
     assert shlex.split(wrapped.replace(" \\\n", " ")) == ["python", *words]
-
-
-def test_lines_are_broken_before_flags_and_as_late_as_fits():
-    flags = [f"--flag{number} {number}" for number in range(9)]
-    first, *rest = wrap_command(f"accelerate launch train.py {' '.join(flags)}", width=40).split(" \\\n")
-    assert first == "accelerate launch train.py --flag0 0"
-    assert rest == ["  " + " ".join(flags[start : start + 3]) for start in (1, 4, 7)]

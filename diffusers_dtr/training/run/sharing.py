@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ...hub.pushing import check_token, create_run_repo, default_repo, describe, push_folder, push_run, retry
+from ...hub import check_token, create_run_repo, default_repo, describe, push_folder, push_run, retry
 from ...model_card.card import build_model_card, fetch_card, save_model_card
 from ...run_record import PUSH_SNAPSHOTS
 from ..config import HubConfig

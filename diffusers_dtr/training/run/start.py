@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, DynamoBackend, ProjectConfiguration, parse_choice_from_env
 
-from ...hub.pushing import create_run_repo
+from ...hub import create_run_repo
 from ...objective.balancing import BALANCINGS
 from ..config import TrainingConfig
 from .folder import check_output_dir, lock_run_folder
