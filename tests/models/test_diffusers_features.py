@@ -6,7 +6,7 @@ from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel
 from peft import LoraConfig
 from safetensors.torch import save_file
 from tiny_denoisers import build, inputs, run
-from tiny_models import DIT, FLUX, PIXART, UNET_CONDITION, of_families, output
+from tiny_models import FLUX, PIXART, UNET_CONDITION, of_families, output
 
 from diffusers_dtr import DTRFluxTransformer2DModel, DTRQwenImageTransformer2DModel, route, route_adapter
 from diffusers_dtr.models.adapters import adapter_routing
@@ -18,7 +18,7 @@ def _one_thread(one_thread):
     """Equal to the bit."""
 
 
-@of_families((DIT, FLUX, PIXART, UNET_CONDITION))  # whose plain classes have fused projections that work
+@of_families((FLUX, PIXART, UNET_CONDITION))  # whose plain classes have fused projections that work
 def test_fused_projections_are_routed_as_the_single_ones(family):
     model = family.routed(routing_beta=0.5)
     expected = output(model, family.inputs())
