@@ -18,9 +18,7 @@ from torch import nn
 class LatentNormalization:
     """The affine map from a VAE's latents to what the denoiser sees: (latents - shift) * scale.
 
-    Attributes:
-        shift: A number, or one per channel: `(channels,)`, float32.
-        scale: As `shift`.
+    Either is a number, or one per channel: `(channels,)`, float32.
     """
 
     shift: float | torch.Tensor

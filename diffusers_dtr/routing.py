@@ -6,6 +6,7 @@ The window is that of the authors' released code; their project page shows anoth
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +18,8 @@ from .ranges import FINITE, POSITIVE, Range
 ROUTING_TYPES = ("dtr", "random", "none")
 DEFAULT_TIMESTEP_RANGE = (0, 999)
 ALPHA_RANGE, BETA_RANGE, SEED_RANGE = POSITIVE, Range("(0, 1]"), Range("[0, 2^32)", int)
+
+_SETTINGS = ("alpha", "beta", "routing_type", "seed", "timestep_range")
 
 _Integers = TypeVar("_Integers", int, torch.Tensor)
 
@@ -98,6 +101,7 @@ def routed_residual(
     return torch.addcmul(output, hidden_states, (~mask).to(hidden_states.dtype))
 
 
+@dataclass(eq=False, repr=False)
 class ChannelRouting:
     """The routing of one model: computes the masks of a forward call from its timesteps.
 
@@ -113,31 +117,27 @@ class ChannelRouting:
         ValueError: For any value that [`check_routing`] refuses.
     """
 
-    def __init__(
-        self,
-        alpha: float = 4.0,
-        beta: float = 0.8,
-        routing_type: str = "dtr",
-        seed: int = 0,
-        timestep_range: Sequence[float] | None = None,
-        widths: Collection[int] = (),
-    ):
-        timestep_range = DEFAULT_TIMESTEP_RANGE if timestep_range is None else timestep_range
-        check_routing(alpha=alpha, beta=beta, routing_type=routing_type, seed=seed, timestep_range=timestep_range)
-        _check_widths(beta, widths)
-        self.alpha = alpha
-        self.beta = beta
-        self.routing_type = routing_type
-        self.seed = seed
-        self.timestep_range = tuple(timestep_range)
-        self.widths = frozenset(widths)
+    alpha: float = 4.0
+    beta: float = 0.8
+    routing_type: str = "dtr"
+    seed: int = 0
+    timestep_range: Sequence[float] | None = None
+    widths: Collection[int] = ()
+
+    def __post_init__(self):
+        if self.timestep_range is None:
+            self.timestep_range = DEFAULT_TIMESTEP_RANGE
+        check_routing(**{name: getattr(self, name) for name in _SETTINGS})
+        _check_widths(self.beta, self.widths)
+        self.timestep_range = tuple(self.timestep_range)
+        self.widths = frozenset(self.widths)
         self._beta_override: torch.Tensor | None = None
 
     def set_beta(self, beta: float | None) -> None:
         """Change the share of active channels, in (0, 1]; None restores the configured one.
 
-        Meant for a warm-up from 1 to the configured share: in a compiled model the value may change without a new
-        graph. What a configured share is refused for, this is.
+        Meant for a warm-up: in a compiled model the value may change without a new graph. A ValueError for what a
+        configured share is refused for.
         """
         if beta is not None:
             check_routing(beta=beta)
@@ -149,8 +149,7 @@ class ChannelRouting:
     @property
     def config(self) -> dict[str, Any]:
         """The settings, by their names in a model's config."""
-        names = ("alpha", "beta", "routing_type", "seed", "timestep_range")
-        return {f"routing_{name.removeprefix('routing_')}": getattr(self, name) for name in names}
+        return {f"routing_{name.removeprefix('routing_')}": getattr(self, name) for name in _SETTINGS}
 
     @property
     def is_active(self) -> bool:

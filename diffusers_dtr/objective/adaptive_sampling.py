@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..noise_levels import scalar_dtype
 from ..ranges import COUNT, Range
@@ -14,6 +16,7 @@ from .clusters import TimestepClusters
 STATISTICS = ("mean", "second_moment", "variance")
 
 
+@dataclass(eq=False, repr=False)
 class AdaptiveTimestepSampler:
     r"""Draws timesteps with a density that follows the loss of their cluster.
 
@@ -53,33 +56,27 @@ class AdaptiveTimestepSampler:
         tensor([0.3000, 0.7000], dtype=torch.float64)
     """
 
-    def __init__(
-        self,
-        clusters: TimestepClusters,
-        *,
-        statistic: str = "second_moment",
-        decay: float = 0.9,
-        floor: float = 0.1,
-        interval: int = 50,
-    ):
-        if statistic not in STATISTICS:
-            raise ValueError(f"`statistic` must be one of {', '.join(STATISTICS)}, got {statistic!r}.")
-        Range("[0, 1)").check(decay=decay)
-        Range("(0, 1]").check(floor=floor)
-        COUNT.check(interval=interval)
-        self.clusters = clusters
-        self.statistic = statistic
-        self.decay = decay
-        self.floor = floor
-        self.interval = interval
+    clusters: TimestepClusters
+    _: KW_ONLY
+    statistic: str = "second_moment"
+    decay: float = 0.9
+    floor: float = 0.1
+    interval: int = 50
+
+    def __post_init__(self):
+        if self.statistic not in STATISTICS:
+            raise ValueError(f"`statistic` must be one of {', '.join(STATISTICS)}, got {self.statistic!r}.")
+        Range("[0, 1)").check(decay=self.decay)
+        Range("(0, 1]").check(floor=self.floor)
+        COUNT.check(interval=self.interval)
         # Number, sum and sum of squares of each cluster's losses, decayed; and of those that have not entered yet.
         # These tensors are replaced, never written to, so that a state dict may hold them.
-        self._moments = torch.zeros(len(clusters), 3, dtype=torch.float64, device="cpu")
+        self._moments = torch.zeros(len(self.clusters), 3, dtype=torch.float64, device="cpu")
         self._pending = torch.zeros_like(self._moments)
         self._num_pending = 0
 
     @property
-    def shares(self) -> torch.Tensor:
+    def shares(self) -> Tensor:
         """Expected part of a batch in each cluster, float64 `(k,)` on the CPU, of sum 1."""
         widths = torch.tensor([len(cluster) for cluster in self.clusters], dtype=torch.float64, device="cpu")
         uniform = widths / widths.sum()
@@ -88,25 +85,25 @@ class AdaptiveTimestepSampler:
         fitted = fitted / fitted.sum() if fitted.sum() > 0 else uniform
         return self.floor * uniform + (1 - self.floor) * fitted
 
-    def sample(self, batch_size: int, **options: Any) -> torch.Tensor:
+    def sample(self, batch_size: int, **options: Any) -> Tensor:
         """Draw `(batch_size,)` timesteps of the current density; options and errors as in the clusters' `sample`.
 
         Processes draw one global batch together if they were updated alike.
         """
         return self.clusters.sample(batch_size, shares=self.shares, **options)
 
-    def density(self, timesteps: torch.Tensor) -> torch.Tensor:
+    def density(self, timesteps: Tensor) -> Tensor:
         """Current density of these timesteps relative to uniform ones, as [`TimestepClusters.density`]."""
         return self.clusters.density(timesteps, shares=self.shares)
 
-    def weights(self, timesteps: torch.Tensor) -> torch.Tensor:
+    def weights(self, timesteps: Tensor) -> Tensor:
         """Importance weights 1 / density for the losses of drawn timesteps, to be called before the next [`update`].
 
         float32 `(batch,)` on the device of `timesteps` `(batch,)`; their expectation over draws is 1.
         """
         return 1 / self.density(timesteps)
 
-    def update(self, timesteps: torch.Tensor, losses: torch.Tensor) -> None:
+    def update(self, timesteps: Tensor, losses: Tensor) -> None:
         """Update the estimate with the losses `(batch,)` of the global batch, which `accelerator.gather` returns.
 
         They are those of single samples, not yet multiplied with [`weights`]. Losses that are infinite or NaN, from a
@@ -155,7 +152,7 @@ class AdaptiveTimestepSampler:
         self._pending = state_dict["pending"].to("cpu", torch.float64)
         self._num_pending = int(state_dict["num_pending"])
 
-    def _statistic(self) -> torch.Tensor:
+    def _statistic(self) -> Tensor:
         """In units of the loss, `(k,)`; ones until all clusters are observed."""
         count, total, square = self._moments.unbind(dim=1)
         if not (count > 0).all():

@@ -158,15 +158,12 @@ class TimestepClusters:
         r"""Density of [`sample`] relative to uniform timesteps: $T q_i a_t / \sum_{s \in i} a_s$ for importance a.
 
         Args:
-            timesteps: `(batch,)`, as in [`assign`].
-            shares: What [`sample`] was called with.
-            importance: What [`sample`] was called with.
+            timesteps: `(batch,)`, as in [`assign`], with its errors.
+            shares: What [`sample`] was called with, with its errors.
+            importance: As `shares`.
 
         Returns:
             float32 tensor `(batch,)` on the device of `timesteps`; the mean over the training grid is 1.
-
-        Raises:
-            ValueError: As [`sample`] and [`assign`].
         """
         midpoints, _ = self._midpoints(timesteps.device)
         shares, within = self._distribution(shares, importance)

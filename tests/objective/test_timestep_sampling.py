@@ -136,6 +136,7 @@ def test_a_generator_of_a_device_is_refused():
     ("arguments", "message"),
     [
         ({"batch_size": 0}, "`batch_size`"),
+        ({"num_processes": 0}, "`num_processes`"),
         ({"num_processes": 2, "generator": None}, "`generator` must be given when 2 processes"),
         ({"process_index": 1}, r"`process_index` must be in \[0, 1\)"),
         ({"shares": [1.0]}, r"`shares` must have the shape \(2,\)"),
