@@ -15,10 +15,7 @@ from .config import OptimizerConfig
 def build_optimizer(
     config: OptimizerConfig, model: torch.nn.Module, loss_fn: ClusteredLoss, scale: float = 1.0
 ) -> torch.optim.AdamW:
-    """AdamW with the hyperparameters of the flags, which loading a checkpoint leaves as they are.
-
-    PyTorch would restore the old ones: a run that is resumed with a lower learning rate would go on with the old.
-    """
+    """AdamW with the hyperparameters of the flags, where PyTorch would restore those of a checkpoint."""
     learning_rate = config.learning_rate * scale
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [{"params": trained, "lr": learning_rate}, *loss_fn.parameter_groups()]

@@ -33,8 +33,6 @@ from .run.resuming import frozen_settings
 class ClassPipeline:
     """A [`DTRPipeline`] in training: class-conditional where the data have labels, else unconditional.
 
-    The other kinds have its attributes and methods, which are all that [`Trainer`] asks for.
-
     Attributes:
         pipeline: The pipeline.
         denoiser: What it calls its denoiser: "transformer" or "unet".
@@ -125,17 +123,17 @@ class TextPipeline:
         }
 
     def conditions(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """As [`ClassPipeline.conditions`]."""
+        """What the denoiser is told of a batch, by its arguments."""
         return self.family.conditions(self.pipeline, self.encode(batch["caption"]), batch)
 
     def denoise(
         self, model: torch.nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, conditions: dict[str, Any]
     ) -> torch.Tensor:
-        """As [`ClassPipeline.denoise`]."""
+        """The scheduler's `model_output`."""
         return self.family.denoise(self.pipeline, model, noisy, timesteps, conditions)
 
     def sample(self, generator: torch.Generator) -> list[Image.Image]:
-        """As [`ClassPipeline.sample`]; of videos, strips of their frames."""
+        """The images of a grid; of videos, strips of their frames."""
         return sample_texts(self.config, self.family, self.pipeline, self.encode, self.prompts, generator)
 
     def save(self, folder: Path) -> None:

@@ -144,7 +144,7 @@ def test_resolution_is_that_of_the_denoiser_unless_given(size, resolution):
 
 @pytest.mark.parametrize("size", [[8, 16], None])
 def test_denoiser_of_latents_without_one_side_needs_a_resolution(size):
-    with pytest.raises(ValueError, match=r"`--resolution` must be given: the denoiser's config has `sample_size`="):
+    with pytest.raises(ValueError, match=r"`--resolution` must be given: the denoiser's `sample_size` is"):
         resolved(None, vae(), DTRUNet2DModel, {"sample_size": size})
 
 

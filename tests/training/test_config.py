@@ -72,11 +72,11 @@ REFUSED = [
     ({"routing_timestep_range": 3}, "`--routing_timestep_range` of a run must be a list of numbers or null, got 3"),
     (
         {"routing_timestep_range": [1.0]},
-        "of the cleanest and the noisiest step, got [1.0]",
+        "the cleanest and the noisiest timestep, got [1.0]",
     ),
     (
         {"routing_timestep_range": [9, 9]},
-        "of the cleanest and the noisiest step, got [9, 9]",
+        "the cleanest and the noisiest timestep, got [9, 9]",
     ),
     ({"lr_scheduler": "piecewise_constant"}, "`--lr_scheduler` must be one of constant, constant_with_warmup, linear"),
     ({"report_to": "pigeon"}, "`--report_to` must be one of tensorboard, wandb, trackio, none, got 'pigeon'"),

@@ -33,9 +33,7 @@ from .base import DenoiserFamily, TextRows
 
 def denoiser_family(config: TrainingConfig, families: Mapping[str, type[DenoiserFamily]]) -> DenoiserFamily:
     """The family of the pretrained pipeline; a `ValueError` if it is none of these or a flag does not fit it."""
-    name = pretrained_pipeline_class(
-        config.model.pretrained_model_name_or_path, revision=config.model.revision, cache_dir=config.model.cache_dir
-    )
+    name = pretrained_pipeline_class(config.model)
     if name not in families:
         raise ValueError(f"`pretrained_model_name_or_path` must be a pipeline of {', '.join(families)}, got {name}.")
     numbers, options = inspect.signature(families[name]).parameters, config.options
@@ -66,9 +64,8 @@ def load_family_denoiser(
     """
     new = getattr(config.model, "denoiser_config", None)
     model_class = family.routed_class
+    check_new_denoiser(config.model, model_class, {})
     own = pretrained_config(config.model, family.denoiser, model_class) if new is None else new
-    if new is not None:
-        check_new_denoiser(config.model, model_class, {})
     config = resolve_resolution(config, vae, model_class, own)
     family.resolution = config.data.resolution
     check_direction(config.routing, model_class, own)
@@ -100,8 +97,7 @@ def load_family_pipeline(
 ) -> DiffusionPipeline:
     """The pretrained pipeline with another denoiser and autoencoder, and the noise schedule of the flags.
 
-    Text encoders are loaded in `dtype`, or as they were saved, because a cast would undo what they keep in float32
-    themselves: T5's `wo`, the frequencies of rotary embeddings.
+    Text encoders are loaded in `dtype`: a cast would undo what they keep in float32 themselves, such as T5's `wo`.
     """
     family.check_size(model, vae)
     parts = {family.denoiser: model, "vae": vae, "scheduler": sampling_scheduler(config, latents=True)}
@@ -122,10 +118,7 @@ def build_text_encoder(
     texts: Iterable[str],
     accelerator: Accelerator,
 ) -> TextEncoder:
-    """What turns texts into embeddings: the frozen text encoders, or a cache of what they make of all `texts`.
-
-    With `--cache_text_embeddings` the pipeline has no text encoders afterwards.
-    """
+    """What turns texts into embeddings: the frozen text encoders, or in their place a cache of all `texts`."""
     device = accelerator.device
     tokenizers, encoders = _named(pipeline, "tokenizer"), _named(pipeline, "text_encoder")
     for encoder in encoders.values():
@@ -160,14 +153,10 @@ def frozen_dtype(accelerator: Accelerator) -> torch.dtype:
 
 def sampling_arguments(config: TrainingConfig, family: DenoiserFamily) -> dict[str, Any]:
     """What a pipeline is called with to sample as the flags say, beside prompts and generator."""
-    length = config.text.max_sequence_length
-    return {
-        **family.size(),
-        **family.guidance(config.validation.validation_guidance_scale),
-        "num_inference_steps": config.validation.validation_num_inference_steps,
-        **({} if length is None else {"max_sequence_length": length}),
-        **family.sample_options,
-    }
+    validation, length = config.validation, config.text.max_sequence_length
+    given = {"num_inference_steps": validation.validation_num_inference_steps, "max_sequence_length": length}
+    given = {name: value for name, value in given.items() if value is not None}
+    return {**family.size(), **family.guidance(validation.validation_guidance_scale), **given, **family.sample_options}
 
 
 def sample_texts(
@@ -179,15 +168,9 @@ def sample_texts(
     generator: torch.Generator,
 ) -> list[Image.Image]:
     """Images of prompts, at the flags' resolution, guidance and number of steps; of videos, strips of their frames."""
-    vae = pipeline.vae
-    images = []
-    for start in range(0, len(prompts), config.run.train_batch_size):
-        some = prompts[start : start + config.run.train_batch_size]
-        given = {
-            **sampling_arguments(config, family),
-            **family.batch(encode(some)),
-            **family.start(pipeline, len(some)),
-        }
+    vae, images, size = pipeline.vae, [], config.run.train_batch_size
+    for some in (prompts[start : start + size] for start in range(0, len(prompts), size)):
+        given = sampling_arguments(config, family) | family.batch(encode(some)) | family.start(pipeline, len(some))
         if config.validation.validation_guidance_scale > 1:
             negative = family.batch(encode([""] * len(some)))
             given |= {f"negative_{name}": embeddings for name, embeddings in negative.items()}
