@@ -16,7 +16,7 @@ from ..models.family import Family
 from ..models.routed_model import RoutedModelMixin
 from ..pipelines.sampling_checks import size_multiple
 from ..routing import DEFAULT_TIMESTEP_RANGE
-from .config import ModelConfig, RoutingConfig, TrainingConfig
+from .config import ModelConfig, TrainingConfig
 from .pretrained import (
     pretrained_component,
     pretrained_config,
@@ -49,14 +49,26 @@ def load_vae(config: ModelConfig, dtype: torch.dtype = torch.float32) -> ModelMi
 
 
 def denoiser_routing(
-    config: TrainingConfig, noise_scheduler: SchedulerMixin | None, model_config: Mapping[str, Any]
+    config: TrainingConfig,
+    noise_scheduler: SchedulerMixin | None,
+    model_class: type[RoutedModelMixin],
+    model_config: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The config values of a denoiser's routing that options ask for, or that it lacks.
 
     A range of timesteps is kept, unless it is all of a pretrained schedule whose length changes. Without a scheduler,
-    its class knows the range.
+    its class knows the range. A `ValueError` refuses one that runs against what the denoiser is called with.
     """
     given = config.routing.given
+    if "routing_timestep_range" in given:
+        start, end = given["routing_timestep_range"]
+        own = {**default_config(model_class), **model_config, "routing_timestep_range": None}
+        cleanest, noisiest = family_of(model_class).range_of(own)
+        if (start < end) != (cleanest < noisiest):
+            raise ValueError(
+                f"`--routing_timestep_range` must go from the cleanest to the noisiest timestep, as from {cleanest:g} "
+                f"to {noisiest:g} for {model_class.__name__}, got {start:g} to {end:g}."
+            )
     if noise_scheduler is None or "routing_timestep_range" in given:
         return given
     num_timesteps = noise_scheduler.config.num_train_timesteps
@@ -73,20 +85,6 @@ def denoiser_routing(
         f"`--routing_timestep_range` must be given: the pretrained model is routed over {list(known)} of {before} "
         f"timesteps, and `--num_train_timesteps` asks for {num_timesteps}."
     )
-
-
-def check_direction(
-    config: RoutingConfig, model_class: type[RoutedModelMixin], model_config: Mapping[str, Any]
-) -> None:
-    """Refuse a range of timesteps that runs against what the denoiser is called with."""
-    given = config.routing_timestep_range
-    own = {**default_config(model_class), **model_config, "routing_timestep_range": None}
-    cleanest, noisiest = family_of(model_class).range_of(own)
-    if given is not None and (given[0] < given[1]) != (cleanest < noisiest):
-        raise ValueError(
-            f"`--routing_timestep_range` must go from the cleanest to the noisiest timestep, as from {cleanest:g} to "
-            f"{noisiest:g} for {model_class.__name__}, got {given[0]:g} to {given[1]:g}."
-        )
 
 
 def family_of(model_class: type[ModelMixin]) -> Family:
@@ -119,8 +117,8 @@ def load_denoiser(
     model_class = model_classes[name]
     own = pretrained_config(config.model, name, model_class) if new is None else new[1]
     config = resolve_resolution(config, vae, model_class, own)
-    check_direction(config.routing, model_class, own)
-    values = {"sample_size": sample_size(config, vae), **denoiser_routing(config, noise_scheduler, own), **given}
+    routing = denoiser_routing(config, noise_scheduler, model_class, own)
+    values = {"sample_size": sample_size(config, vae), **routing, **given}
     if new is None:
         path, options = config.model.pretrained_model_name_or_path, pretrained_options(config.model)
         model = model_class.from_pretrained(path, subfolder=name, **options, **values)

@@ -20,7 +20,7 @@ from diffusers_dtr import (
     DTRUNet2DModel,
 )
 from diffusers_dtr.training import load_noise_scheduler, load_vae, resolve_resolution
-from diffusers_dtr.training.components import check_direction, denoiser_routing, sample_size
+from diffusers_dtr.training.components import denoiser_routing, sample_size
 from diffusers_dtr.training.config import ModelConfig
 from diffusers_dtr.training.pretrained import pretrained_component, pretrained_denoiser, pretrained_options
 
@@ -161,9 +161,10 @@ def test_autoencoder_keeps_its_class(tmp_path):
 ROUTED_OVER_A_PART = {"routing_timestep_range": [200, 800]}
 
 
-def routing(given, config=None, num_timesteps=1000, **options):
+def routing(given, config=None, num_timesteps=1000, model_class=DTRUNet2DModel, **options):
     options |= {f"routing_{name}": value for name, value in given.items()}
-    return denoiser_routing(run_config(**options), DDPMScheduler(num_train_timesteps=num_timesteps), config or {})
+    scheduler = DDPMScheduler(num_train_timesteps=num_timesteps)
+    return denoiser_routing(run_config(**options), scheduler, model_class, config or {})
 
 
 def test_routing_of_a_new_model_covers_the_schedule_unless_said_otherwise():
@@ -202,9 +203,9 @@ def test_routing_over_all_of_a_schedule_follows_it_to_another_number_of_timestep
     ],
 )
 def test_a_range_runs_as_the_timesteps_of_the_family_do(model_class, right):
-    check_direction(run_config(routing_timestep_range=right).routing, model_class, {})
+    assert routing({"timestep_range": right}, model_class=model_class) == {"routing_timestep_range": right}
     with pytest.raises(ValueError, match="must go from the cleanest to the noisiest timestep"):
-        check_direction(run_config(routing_timestep_range=right[::-1]).routing, model_class, {})
+        routing({"timestep_range": right[::-1]}, model_class=model_class)
 
 
 def test_variant_that_a_folder_has_no_weights_of_is_refused(tmp_path):
