@@ -33,12 +33,12 @@ def result_of(config, latents=False):
 
 
 def test_training_noises_as_the_pretrained_pipeline_was_trained(tmp_path):
-    sampler = DPMSolverMultistepScheduler(beta_schedule="scaled_linear", num_train_timesteps=50)
+    sampler = EulerDiscreteScheduler(beta_schedule="scaled_linear", num_train_timesteps=500)  # variance exploding
     config = run_config(pretrained_model_name_or_path=saved(tmp_path, sampler), prediction_type="v_prediction")
     scheduler = load_noise_scheduler(config)
     assert type(scheduler) is DDPMScheduler
     assert scheduler.config.beta_schedule == "scaled_linear"
-    assert scheduler.config.num_train_timesteps == 50
+    assert scheduler.config.num_train_timesteps == 500
     assert scheduler.config.prediction_type == "v_prediction"
 
 
@@ -47,20 +47,12 @@ def test_flow_matching_stays_flow_matching(tmp_path):
     scheduler = load_noise_scheduler(run_config(pretrained_model_name_or_path=folder))
     assert type(scheduler) is FlowMatchEulerDiscreteScheduler
     assert scheduler.config.shift == 3.0
-    with pytest.raises(ValueError, match=r"`--prediction_type` must be left out: .* flow matching"):
-        load_noise_scheduler(run_config(pretrained_model_name_or_path=folder, prediction_type="epsilon"))
-    with pytest.raises(ValueError, match=r"`--learn_sigma` must be left out: .* flow matching"):
-        load_noise_scheduler(run_config(pretrained_model_name_or_path=folder, learn_sigma=True))
+    for name, value in (("prediction_type", "epsilon"), ("learn_sigma", True)):
+        with pytest.raises(ValueError, match=f"`--{name}` must be left out: .* flow matching"):
+            load_noise_scheduler(run_config(pretrained_model_name_or_path=folder, **{name: value}))
     result = sampling_scheduler(run_config(pretrained_model_name_or_path=folder), latents=False)
     assert type(result) is FlowMatchEulerDiscreteScheduler
     assert result.config.shift == 3.0
-
-
-def test_variance_exploding_sampler_is_of_the_same_noise_levels(tmp_path):
-    folder = saved(tmp_path, EulerDiscreteScheduler(beta_schedule="scaled_linear"))
-    scheduler = load_noise_scheduler(run_config(pretrained_model_name_or_path=folder))
-    assert type(scheduler) is DDPMScheduler
-    assert scheduler.config.beta_schedule == "scaled_linear"
 
 
 @pytest.mark.parametrize(
@@ -74,9 +66,7 @@ def test_variance_exploding_sampler_is_of_the_same_noise_levels(tmp_path):
 )
 def test_noise_levels_that_training_would_not_have_are_refused(tmp_path, scheduler):
     folder = saved(tmp_path, scheduler)
-    with pytest.raises(
-        ValueError, match=f"`pretrained_model_name_or_path` must be .*, got a {type(scheduler).__name__}"
-    ):
+    with pytest.raises(ValueError, match=f"`pretrained_model_name_or_path` .* got a {type(scheduler).__name__}"):
         load_noise_scheduler(run_config(pretrained_model_name_or_path=folder))
 
 
@@ -97,13 +87,7 @@ UNUSUAL = [
     DDPMScheduler(variance_type="fixed_large", clip_sample=False),
     DDPMScheduler(thresholding=True, clip_sample=False, sample_max_value=1.5, timestep_spacing="trailing"),
     DDPMScheduler(variance_type="learned_range", steps_offset=1),
-    DDIMScheduler(
-        rescale_betas_zero_snr=True,
-        timestep_spacing="trailing",
-        prediction_type="v_prediction",
-        clip_sample=False,
-        set_alpha_to_one=False,
-    ),
+    DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type="v_prediction"),
     PNDMScheduler(skip_prk_steps=True, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
     DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", use_karras_sigmas=True, solver_order=3),
     EulerDiscreteScheduler(timestep_spacing="trailing", interpolation_type="log_linear"),
@@ -112,9 +96,8 @@ UNUSUAL = [
 
 
 @pytest.mark.parametrize("scheduler", UNUSUAL, ids=lambda scheduler: type(scheduler).__name__)
-@pytest.mark.parametrize("latents", [True, False])
-def test_class_and_config_that_no_flag_asks_for_stay(tmp_path, scheduler, latents):
-    result = result_of(run_config(pretrained_model_name_or_path=saved(tmp_path, scheduler)), latents)
+def test_class_and_config_that_no_flag_asks_for_stay(tmp_path, scheduler):
+    result = result_of(run_config(pretrained_model_name_or_path=saved(tmp_path, scheduler)))
     assert type(result) is type(scheduler)
     assert settings(result) == settings(scheduler)
 
@@ -128,10 +111,8 @@ def test_flags_change_what_they_name_and_nothing_else(tmp_path):
 
 
 def test_variance_that_is_learned_by_a_flag_is_sampled_with(tmp_path):
-    folder = saved(tmp_path / "small", DDPMScheduler())
-    config = run_config(pretrained_model_name_or_path=folder, learn_sigma=True)
-    assert result_of(config).config.variance_type == "learned_range"
-    assert result_of(run_config(learn_sigma=True)).config.variance_type == "learned_range"
+    for source in ({"pretrained_model_name_or_path": saved(tmp_path, DDPMScheduler())}, {}):
+        assert result_of(run_config(**source, learn_sigma=True)).config.variance_type == "learned_range"
 
 
 @pytest.mark.parametrize("latents", [True, False])
@@ -165,7 +146,7 @@ def noisiest(scheduler):
 
 
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"])
-@pytest.mark.parametrize("num_timesteps", [2, 10, 20, 21, 100, 1000, 4000])
+@pytest.mark.parametrize("num_timesteps", [2, 20, 1000, 4000])
 def test_noisiest_sample_is_noise_for_every_number_of_timesteps(schedule, num_timesteps):
     scheduler = load_noise_scheduler(run_config(noise_schedule=schedule, num_train_timesteps=num_timesteps))
     assert noisiest(scheduler) < 0.1
@@ -206,15 +187,15 @@ def test_more_validation_steps_than_timesteps_are_refused(tmp_path, of_pretraine
 
 def test_validation_steps_that_an_offset_pushes_out_of_the_schedule_are_refused(tmp_path):
     scheduler = DDIMScheduler(num_train_timesteps=20, beta_schedule="squaredcos_cap_v2", steps_offset=1)
-    source = {"pretrained_model_name_or_path": saved(tmp_path, scheduler)}
-    result_of(run_config(validation_num_inference_steps=10, **source))
+    config = run_config(pretrained_model_name_or_path=saved(tmp_path, scheduler), validation_num_inference_steps=10)
+    result_of(config)
     with pytest.raises(ValueError, match=r"less the `steps_offset` of DDIMScheduler, got 20"):
-        result_of(run_config(validation_num_inference_steps=20, **source))
+        result_of(config.replace(validation_num_inference_steps=20))
 
 
 def test_flow_matching_takes_any_number_of_validation_steps(tmp_path):
-    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=20)
-    result_of(run_config(validation_num_inference_steps=50, pretrained_model_name_or_path=saved(tmp_path, scheduler)))
+    folder = saved(tmp_path, FlowMatchEulerDiscreteScheduler(num_train_timesteps=20))
+    result_of(run_config(validation_num_inference_steps=50, pretrained_model_name_or_path=folder))
 
 
 @pytest.mark.parametrize("sampler", [EulerDiscreteScheduler, DPMSolverMultistepScheduler, DDIMScheduler])

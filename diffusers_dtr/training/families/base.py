@@ -113,14 +113,8 @@ class DenoiserFamily:
 
     # Texts
 
-    def check_max_sequence_length(self, max_sequence_length: int | None) -> None:
-        """Refuse a number of tokens that is not to be chosen."""
-        if max_sequence_length is not None and not self.max_sequence_length:
-            raise ValueError("`--max_sequence_length` must be left out: the tokenizer of such a pipeline decides.")
-
     def prompt_options(self, pipeline: DiffusionPipeline, max_sequence_length: int | None) -> dict[str, Any]:
         """The arguments of `encode_prompt` beside the texts, as a call of the pipeline gives them."""
-        self.check_max_sequence_length(max_sequence_length)
         call, encode = (inspect.signature(f).parameters for f in (type(pipeline).__call__, pipeline.encode_prompt))
         # `encode_prompt` has defaults of its own, which no call of the pipeline ever uses.
         shared = [name for name in encode if name in call and call[name].default is not inspect.Parameter.empty]
@@ -170,12 +164,6 @@ class DenoiserFamily:
     ) -> torch.Tensor:
         """Call the denoiser as its pipeline does; returns the scheduler's `model_output`, unpacked."""
         return model(noisy, timestep=timesteps, **conditions, return_dict=False)[0]
-
-    def embedded_guidance(self, pipeline: DiffusionPipeline, noisy: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The argument of a denoiser that was distilled from guided predictions; nothing for others."""
-        if not getattr(pipeline, self.denoiser).config.guidance_embeds:
-            return {}
-        return {"guidance": noisy.new_full((len(noisy),), self.guidance_scale, dtype=torch.float32)}
 
     # Sampling
 

@@ -29,7 +29,8 @@ def denoiser_family(config: TrainingConfig, families: Mapping[str, type[Denoiser
         raise ValueError(f"`pretrained_model_name_or_path` must be a pipeline of {', '.join(families)}, got {name}.")
     numbers, options = inspect.signature(families[name]).parameters, config.options
     family = families[name](**{number: options[number] for number in numbers})
-    family.check_max_sequence_length(config.text.max_sequence_length)
+    if config.text.max_sequence_length is not None and not family.max_sequence_length:
+        raise ValueError(f"`--max_sequence_length` must be left out: the tokenizer of a {name} decides.")
     if config.noise.learn_sigma and not family.takes_variance:
         raise ValueError(f"`--learn_sigma` must be left out: a {name} cannot sample with a predicted variance.")
     scale = config.validation.validation_guidance_scale
