@@ -20,7 +20,7 @@ from training_runs import (
     same_weights,
 )
 
-from diffusers_dtr import DTRPipeline, DTRTransformer2DModel, DTRUNet2DConditionModel, DTRUNet2DModel, training
+from diffusers_dtr import DTRPipeline, DTRTransformer2DModel, DTRUNet2DModel, training
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -163,15 +163,6 @@ def test_frozen_weights_are_part_of_the_average(images, tmp_path):
     result = DTRPipeline.from_pretrained(run).unet.state_dict()
     assert "time_proj.weight" in result
     assert all(torch.equal(result[name], averaged[name]) for name in result)
-
-
-def test_pipeline_of_another_denoiser_is_refused_by_name(images, tmp_path):
-    unet = {**UNET, "down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-    del unet["dropout"]
-    conditional = DTRUNet2DConditionModel(8, **{**unet, "cross_attention_dim": 8})
-    DTRPipeline(DDPMScheduler(), unet=conditional).save_pretrained(tmp_path / "conditional")
-    with pytest.raises(ValueError, match=r"`unet` of UNet2DModel or a `transformer` of DiT.*DTRUNet2DConditionModel"):
-        train(images, tmp_path / "run", ("--pretrained_model_name_or_path", tmp_path / "conditional"))
 
 
 def test_flags_about_classes_are_not_there(capsys):

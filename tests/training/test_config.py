@@ -75,8 +75,8 @@ REFUSED = [
         {"validation_prompts": "a cat"},
         "`--validation_prompts` of a run must be a list of strings or null, got",
     ),
-    ({"routing_timestep_range": [1.0]}, "the cleanest and the noisiest timestep, got [1.0]"),
-    ({"routing_timestep_range": [9, 9]}, "the cleanest and the noisiest timestep, got [9, 9]"),
+    ({"routing_timestep_range": [1.0]}, "the cleanest and noisiest timestep, got [1.0]"),
+    ({"routing_timestep_range": [9, 9]}, "the cleanest and noisiest timestep, got [9, 9]"),
     ({"report_to": "pigeon"}, "`--report_to` must be one of tensorboard, wandb, trackio, none, got 'pigeon'"),
     ({"dataset_name": "mnist", "train_data_dir": "images"}, "Exactly one of --dataset_name and --train_data_dir must"),
     ({"train_data_dir": None}, "Exactly one of --dataset_name and --train_data_dir must be given"),
@@ -112,7 +112,7 @@ REFUSED = [
     ({"rank": 4, "denoiser_config": {"num_layers": 1}}, "`--rank` does not go with --denoiser_config"),
     ({"rank": 4, "route_lora": True, "routing_warmup_steps": 5}, "which --route_lora leaves unrouted"),
     ({"logging_dir": "transformer"}, "`--logging_dir` must not be a folder of the result, got 'transformer'"),
-    ({"train_data_dir": "data", "output_dir": "data/out"}, "`--output_dir` must not be in `--train_data_dir`"),
+    ({"train_data_dir": "data", "output_dir": "data/out"}, "`--output_dir` must not be in --train_data_dir"),
     ({"vae_name_or_path": "a/../run"}, "`--output_dir` must not be the folder of a pretrained model, got run"),
 ]
 

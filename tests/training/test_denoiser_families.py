@@ -315,7 +315,7 @@ def test_pipeline_of_another_kind_is_refused(config):
     [
         (
             {"max_sequence_length": 4},
-            "`--max_sequence_length` must be left out: the tokenizer of a StableDiffusionPipeline",
+            "`--max_sequence_length` must be left out: the tokenizer of a StableD",
         ),
         ({"learn_sigma": True}, "`--learn_sigma` must be left out: a StableDiffusionPipeline cannot sample"),
         ({"resolution": 15}, r"`--resolution` must be a multiple of \d+, got 15"),

@@ -88,9 +88,7 @@ class NoiseConfig(Options):
     def __post_init__(self):
         super().__post_init__()
         if self.input_perturbation and self.learn_sigma:
-            raise ValueError(
-                "`--input_perturbation` does not go with --learn_sigma, whose bound is of the noise added."
-            )
+            raise ValueError("`--input_perturbation` does not go with --learn_sigma, whose bound knows one noise.")
 
 
 @dataclass(frozen=True)
@@ -148,9 +146,7 @@ class ObjectiveConfig(Options):
                 f"`--train_cluster` must be below --num_clusters {self.num_clusters}, got {self.train_cluster}."
             )
         if self.balancing != "uniform" or self.timestep_sampling is not None:
-            raise ValueError(
-                "`--train_cluster` leaves nothing to balance: leave out --balancing and --timestep_sampling."
-            )
+            raise ValueError("`--train_cluster` leaves nothing to balance by --balancing or --timestep_sampling.")
 
 
 @dataclass(frozen=True)
@@ -182,9 +178,7 @@ class RoutingConfig(Options):
         super().__post_init__()
         ends = self.routing_timestep_range
         if ends is not None and not (len(ends) == 2 and ends[0] != ends[1]):
-            raise ValueError(
-                f"`--routing_timestep_range` must be the cleanest and the noisiest timestep, got {list(ends)}."
-            )
+            raise ValueError(f"`--routing_timestep_range` must be the cleanest and noisiest timestep, got {[*ends]}.")
 
     @property
     def given(self) -> dict[str, Any]:

@@ -58,9 +58,7 @@ class TrainingConfig:
         self._check_learning()
         self._check_adapters()
         if self.run.report_to == "wandb" and self.hub.hub_token is not None:
-            raise ValueError(
-                "`--report_to wandb` uploads the command line and `--hub_token` in it: use `hf auth login`."
-            )
+            raise ValueError("`--report_to wandb` uploads the command line with --hub_token: use `hf auth login`.")
 
     def _check_folders(self) -> None:
         output, pretrained = self.run.output_dir, self.model.pretrained_model_name_or_path
@@ -68,22 +66,17 @@ class TrainingConfig:
         if Path(output).resolve() in [Path(source).resolve() for source in sources]:
             raise ValueError(f"`--output_dir` must not be the folder of a pretrained model, got {output}.")
         if getattr(self.data, "cache_latents", False) and not sources:
-            raise ValueError(
-                "`--cache_latents` needs --vae_name_or_path, or a pretrained pipeline with an autoencoder."
-            )
+            raise ValueError("`--cache_latents` needs --vae_name_or_path, or a pretrained pipeline that has one.")
         for flag in ("train_data_dir", "validation_data_dir"):
             folder = getattr(self.data, flag)
             if folder is not None and Path(output).resolve().is_relative_to(Path(folder).resolve()):
-                raise ValueError(
-                    f"`--output_dir` must not be in `--{flag}`, whose images its own would be, got {output}."
-                )
+                raise ValueError(f"`--output_dir` must not be in --{flag}, as it would add images, got {output}.")
 
     def _check_learning(self) -> None:
-        optimizer, routing, steps = self.optimizer, self.routing.routing_warmup_steps, self.run.max_train_steps
-        if steps is not None and optimizer.lr_warmup_steps >= steps:
-            raise ValueError(
-                f"`--lr_warmup_steps` must be below the {steps} steps of the run, got {optimizer.lr_warmup_steps}."
-            )
+        optimizer, steps = self.optimizer, self.run.max_train_steps
+        warmup, routing = optimizer.lr_warmup_steps, self.routing.routing_warmup_steps
+        if steps is not None and warmup >= steps:
+            raise ValueError(f"`--lr_warmup_steps` must be below the {steps} steps of the run, got {warmup}.")
         if steps is not None and routing > steps:
             raise ValueError(f"`--routing_warmup_steps` must be at most the {steps} steps of the run, got {routing}.")
         lowest = _POLYNOMIAL_END / (self.run.train_batch_size if optimizer.scale_lr else 1)
