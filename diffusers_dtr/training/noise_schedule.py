@@ -60,13 +60,8 @@ def load_noise_scheduler(config: TrainingConfig) -> SchedulerMixin:
 
 def sampling_scheduler(config: TrainingConfig, *, latents: bool) -> SchedulerMixin:
     """The trained pipeline's scheduler: the pretrained one with what the flags change, or a DDPMScheduler."""
-    original = pretrained_scheduler(config.model)
-    if original is None:
-        variance_type = "learned_range" if config.noise.learn_sigma else "fixed_small"
-        changes = _changes(config.noise, DDPMScheduler().config)
-        scheduler = DDPMScheduler(**changes, variance_type=variance_type, clip_sample=not latents)
-    else:
-        scheduler = _with_flags(original, config.noise)
+    original = pretrained_scheduler(config.model) or DDPMScheduler(clip_sample=not latents)
+    scheduler = _with_flags(original, config.noise)
     _check_validation_steps(config, scheduler)
     return scheduler
 
