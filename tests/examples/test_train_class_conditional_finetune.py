@@ -142,6 +142,15 @@ def test_new_classes_come_behind_the_known_ones_which_keep_their_embeddings(ours
     assert DTRPipeline.from_pretrained(run).config.id2label == {"0": "a", "1": "b", "2": "c", "3": "x", "4": "y"}
 
 
+def test_classes_of_other_names_get_a_new_label_embedding_but_for_the_null_class(ours, tmp_path):
+    images = rename(make_images(tmp_path / "images", num_classes=3), "xyz")
+    run = fine_tune(images, tmp_path / "run", ours, "--learning_rate", 0)
+    before, after = label_table(ours), label_table(run)
+    assert torch.equal(after[-1], before[-1])
+    assert not any(torch.equal(*pair) for pair in zip(after[:-1], before[:-1], strict=True))
+    assert DTRPipeline.from_pretrained(run).config.id2label == {"0": "x", "1": "y", "2": "z"}
+
+
 def test_other_resolution_is_what_the_fine_tuned_pipeline_samples(ours, images, tmp_path):
     pipeline = DTRPipeline.from_pretrained(fine_tune(images, tmp_path / "run", ours, "--resolution", 16))
     assert pipeline(class_labels=[0], num_inference_steps=1).images[0].size == (16, 16)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.models.autoencoders import AutoencoderKL
 from training_runs import (
     EXAMPLES,
@@ -99,6 +99,9 @@ def test_trained_pipeline_loads_and_samples(name, images, tmp_path):
     assert pipeline(num_images=2, num_inference_steps=2).images[1].size == (8, 8)
     assert (run / "samples" / "step-00000003.png").exists()
     assert record(run)["results"]["validation_loss"] > 0
+    if name == "unet":
+        image = DDPMPipeline(pipeline.unet, pipeline.scheduler)(num_inference_steps=2).images[0]
+        assert image.size == (8, 8)  # in diffusers' own pipeline too
 
 
 def test_plain_pipeline_becomes_a_routed_one_with_its_own_schedule(plain_pipeline, images, tmp_path):
