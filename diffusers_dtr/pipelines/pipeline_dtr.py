@@ -24,8 +24,7 @@ from torch import nn
 
 from ..config_types import built_from_file
 from ..evaluating import evaluating
-from ..hub.mixin import HubMixin
-from ..hub.pushing import check_token
+from ..hub import HubMixin, check_token
 from ..latents import LatentNormalization, decode_latents, vae_scale_factor
 from ..models.routed_model import check_no_weights_missing
 from ..noise_levels import uses_learned_variance

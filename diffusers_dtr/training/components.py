@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping
-from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
 
@@ -17,7 +16,7 @@ from ..models.family import Family
 from ..models.routed_model import RoutedModelMixin
 from ..pipelines.sampling_checks import size_multiple
 from ..routing import DEFAULT_TIMESTEP_RANGE
-from .config import ModelConfig, RoutingConfig, TrainingConfig
+from .config import ModelConfig, TrainingConfig
 from .pretrained import (
     pretrained_component,
     pretrained_config,
@@ -33,9 +32,9 @@ _DEFAULT_RESOLUTION = 32
 
 
 def load_vae(config: ModelConfig, dtype: torch.dtype = torch.float32) -> ModelMixin | None:
-    """The frozen autoencoder of `--vae_name_or_path`, or else of the pretrained pipeline; None if there is neither.
+    """The frozen autoencoder of `--vae_name_or_path` or the pretrained pipeline, if any.
 
-    It has the precision `dtype`, unless its config has `force_upcast`: then it is in float32.
+    It is in the precision `dtype`, or in float32 if its config has `force_upcast`.
     """
     if config.vae_name_or_path is not None:
         source, options = config.vae_name_or_path, {"cache_dir": config.cache_dir}
@@ -45,19 +44,31 @@ def load_vae(config: ModelConfig, dtype: torch.dtype = torch.float32) -> ModelMi
         return None
     vae = AutoModel.from_pretrained(source, **options, dtype=dtype)
     if vae.config.get("force_upcast") and dtype != torch.float32:
-        vae = AutoModel.from_pretrained(source, **options, dtype=torch.float32)
+        return load_vae(config)
     return vae.requires_grad_(False).eval()
 
 
 def denoiser_routing(
-    config: TrainingConfig, noise_scheduler: SchedulerMixin | None, model_config: Mapping[str, Any]
+    config: TrainingConfig,
+    noise_scheduler: SchedulerMixin | None,
+    model_class: type[RoutedModelMixin],
+    model_config: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The config values of a denoiser's routing that options ask for, or that it lacks.
 
-    A range of timesteps in its config is kept, unless it is all of a pretrained schedule whose length changes. Without
-    a scheduler, the denoiser is not called with its timesteps: its class knows the range.
+    A range of timesteps is kept, unless it is all of a pretrained schedule whose length changes. Without a scheduler,
+    its class knows the range. A `ValueError` refuses one that runs against what the denoiser is called with.
     """
     given = config.routing.given
+    if "routing_timestep_range" in given:
+        start, end = given["routing_timestep_range"]
+        own = {**default_config(model_class), **model_config, "routing_timestep_range": None}
+        cleanest, noisiest = family_of(model_class).range_of(own)
+        if (start < end) != (cleanest < noisiest):
+            raise ValueError(
+                f"`--routing_timestep_range` must go from the cleanest to the noisiest timestep, as from {cleanest:g} "
+                f"to {noisiest:g} for {model_class.__name__}, got {start:g} to {end:g}."
+            )
     if noise_scheduler is None or "routing_timestep_range" in given:
         return given
     num_timesteps = noise_scheduler.config.num_train_timesteps
@@ -76,24 +87,8 @@ def denoiser_routing(
     )
 
 
-def check_direction(
-    config: RoutingConfig, model_class: type[RoutedModelMixin], model_config: Mapping[str, Any]
-) -> None:
-    """Refuse a range of timesteps that runs against what the denoiser is called with."""
-    given = config.routing_timestep_range
-    if given is None:
-        return
-    own = {**default_config(model_class), **model_config, "routing_timestep_range": None}
-    cleanest, noisiest = family_of(model_class).range_of(own)
-    if (given[0] < given[1]) != (cleanest < noisiest):
-        raise ValueError(
-            f"`--routing_timestep_range` must go from the cleanest to the noisiest timestep, as from {cleanest:g} to "
-            f"{noisiest:g} for {model_class.__name__}, got {given[0]:g} to {given[1]:g}."
-        )
-
-
 def family_of(model_class: type[ModelMixin]) -> Family:
-    """How a routed class is declared; `DTRTransformer2DModel`, which is none of the declared ones, is as most are."""
+    """How a routed class is declared; our own DiT, which is not declared, is as most are."""
     return getattr(model_class, "family", Family())
 
 
@@ -105,42 +100,34 @@ def load_denoiser(
     vae: ModelMixin | None,
     **given: Any,
 ) -> tuple[TrainingConfig, RoutedModelMixin]:
-    """The denoiser to train: a new one, or the pretrained pipeline's.
+    """The denoiser to train, in training mode, and the configuration with a resolution.
 
     Args:
         config: The run's configuration.
         model_classes: Classes of denoisers by what pipelines call them.
-        new: Which of these a new one is, and its config, of which size, channels and routing follow from the run; None
-            for the pretrained one.
+        new: Which of these a new one is, and its config but for size, channels and routing; None: the pretrained one.
         noise_scheduler: Scheduler that is trained with.
         vae: The autoencoder, or None.
         **given: Config values that replace its own.
 
-    Returns:
-        The configuration with a resolution, and the denoiser, in training mode.
-
     Raises:
         ValueError: If the denoiser cannot have this size, routing or autoencoder.
     """
+    name = pretrained_denoiser(config.model, model_classes) if new is None else new[0]
+    model_class = model_classes[name]
+    own = pretrained_config(config.model, name, model_class) if new is None else new[1]
+    config = resolve_resolution(config, vae, model_class, own)
+    routing = denoiser_routing(config, noise_scheduler, model_class, own)
+    values = {"sample_size": sample_size(config, vae), **routing, **given}
     if new is None:
-        name = pretrained_denoiser(config.model, model_classes)
-        new = name, pretrained_config(config.model, name, model_classes[name])
-        path = config.model.pretrained_model_name_or_path
-    else:
-        path = None
-    name, own = new
-    config = resolve_resolution(config, vae, model_classes[name], own)
-    check_direction(config.routing, model_classes[name], own)
-    values = {"sample_size": sample_size(config, vae), **denoiser_routing(config, noise_scheduler, own), **given}
-    if path is not None:
-        options = pretrained_options(config.model)
-        model = model_classes[name].from_pretrained(path, subfolder=name, **options, **values)
+        path, options = config.model.pretrained_model_name_or_path, pretrained_options(config.model)
+        model = model_class.from_pretrained(path, subfolder=name, **options, **values)
         check_pretrained_denoiser(config, model, vae)
         return config, model.train()
     channels = own.get("in_channels", 3) if vae is None else latent_channels(vae)
     shape = {"in_channels": channels, "out_channels": 2 * channels if config.noise.learn_sigma else channels, **given}
-    check_new_denoiser(config.model, model_classes[name], shape)
-    return config, model_classes[name](**{**own, **shape, **values})
+    check_new_denoiser(config.model, model_class, shape)
+    return config, model_class(**{**own, **shape, **values})
 
 
 # What decides on the config values of a new denoiser that follow from the data and the options
@@ -153,8 +140,8 @@ _DECIDED_BY = {
 
 
 def check_new_denoiser(config: ModelConfig, model_class: type[ModelMixin], shape: Mapping[str, Any]) -> None:
-    """Refuse a new denoiser's config with unknown names, or against what follows from the data and the options."""
-    for flag in (item.name for item in fields(config) if item.name.endswith("_config")):
+    """Refuse a new denoiser's config with unknown names, or against the `shape` that follows from data and options."""
+    for flag in (name for name in config.names() if name.endswith("_config")):
         given, known = getattr(config, flag) or {}, default_config(model_class)
         for name in given.keys() - known.keys():
             close = get_close_matches(name, known, n=1)
@@ -187,8 +174,8 @@ def resolve_resolution(
 ) -> TrainingConfig:
     """The run's configuration with a resolution that its denoiser can have, by default the one it was made for.
 
-    `model_config` is the denoiser's config, as far as it is not the default. A `ValueError` says which multiple of
-    pixels, or how many at most, the denoiser and the autoencoder work on.
+    `model_config` is the denoiser's config, as far as it is not the default. Of other resolutions a `ValueError` says
+    which multiple of pixels, or how many at most, the denoiser and the autoencoder work on.
     """
     factor = 1 if vae is None else vae_scale_factor(vae)
     model_config = {**default_config(model_class), **model_config}
@@ -222,9 +209,7 @@ def _own_resolution(sample_size: int | list[int] | None, vae: ModelMixin | None)
         return _DEFAULT_RESOLUTION
     sides = {sample_size} if isinstance(sample_size, int) else set(sample_size or ())
     if len(sides) != 1:
-        raise ValueError(
-            f"`--resolution` must be given: the denoiser's config has `sample_size`={sample_size}, no square's."
-        )
+        raise ValueError(f"`--resolution` must be given: the denoiser's `sample_size` is {sample_size}, no square's.")
     return sides.pop() * (1 if vae is None else vae_scale_factor(vae))
 
 

@@ -25,9 +25,8 @@ def add_lora(model: ModelMixin, config: LoraConfig, routing: RoutingConfig, laye
 
     names = [name for name, _ in model.named_modules()]
     # peft says nothing if it finds some of them.
-    missing = [
-        layer for layer in config.lora_layers or () if not any(f".{name}".endswith(f".{layer}") for name in names)
-    ]
+    given = config.lora_layers or ()
+    missing = [layer for layer in given if not any(f".{name}".endswith(f".{layer}") for name in names)]
     if missing:
         raise ValueError(f"`--lora_layers` must be names of the denoiser's layers or their ends, got {missing}.")
     model.requires_grad_(False)

@@ -32,10 +32,7 @@ _LOWEST_LOG_SNR = math.log(2**-24)
 
 
 def load_noise_scheduler(config: TrainingConfig) -> SchedulerMixin:
-    """The scheduler to train with: a DDPMScheduler, or flow matching's where the pretrained pipeline has that.
-
-    Args:
-        config: The run's configuration. Its noise schedule replaces what the pretrained pipeline has.
+    """The scheduler to train with, by the flags: a DDPMScheduler, or flow matching's where the pretrained has that.
 
     Raises:
         ValueError: If neither has the noise levels of the pretrained pipeline's scheduler, a flag does not go with it,
@@ -63,13 +60,8 @@ def load_noise_scheduler(config: TrainingConfig) -> SchedulerMixin:
 
 def sampling_scheduler(config: TrainingConfig, *, latents: bool) -> SchedulerMixin:
     """The trained pipeline's scheduler: the pretrained one with what the flags change, or a DDPMScheduler."""
-    original = pretrained_scheduler(config.model)
-    if original is None:
-        variance_type = "learned_range" if config.noise.learn_sigma else "fixed_small"
-        changes = _changes(config.noise, DDPMScheduler().config)
-        scheduler = DDPMScheduler(**changes, variance_type=variance_type, clip_sample=not latents)
-    else:
-        scheduler = _with_flags(original, config.noise)
+    original = pretrained_scheduler(config.model) or DDPMScheduler(clip_sample=not latents)
+    scheduler = _with_flags(original, config.noise)
     _check_validation_steps(config, scheduler)
     return scheduler
 
@@ -95,8 +87,7 @@ def _changes(options: NoiseConfig, config: Mapping[str, Any]) -> dict[str, Any]:
     changes = {name: value for name, value in flags.items() if value is not None and value != config.get(name)}
     if config.get("trained_betas") is not None and changes.keys() & {"beta_schedule", "num_train_timesteps"}:
         raise ValueError(
-            "`--noise_schedule` and `--num_train_timesteps` must be left out: the pretrained pipeline has a schedule "
-            "of its own, in the `trained_betas` of its scheduler."
+            "`--noise_schedule` and `--num_train_timesteps` must be left out: the pretrained one has `trained_betas`."
         )
     if "num_train_timesteps" in changes and config.get("beta_start") is not None:
         # Fewer timesteps have larger steps, so that the noisiest is as noisy (as Nichol and Dhariwal, arXiv

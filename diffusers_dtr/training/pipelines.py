@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -10,32 +11,28 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import ModelMixin, UNet2DModel
+from diffusers import DiffusionPipeline, ModelMixin, UNet2DModel
+from diffusers.utils import make_image_grid
 from PIL import Image
 
+from ..latents import decode_latents
 from ..pipelines.pipeline_dtr import DTRPipeline
+from ..run_record import TEXT_EMBEDDINGS
 from .components import load_vae
 from .config import TrainingConfig
+from .data.encoder_cache import TextEncoder, cache_text_embeddings
 from .data.loading import TrainingData
-from .families.base import DenoiserFamily
-from .families.parts import (
-    build_text_encoder,
-    frozen_dtype,
-    load_family_pipeline,
-    sample_texts,
-    sampling_arguments,
-)
+from .families.base import DenoiserFamily, TextRows
+from .families.parts import frozen_dtype
 from .lora import save_lora
 from .noise_schedule import sampling_scheduler
-from .pretrained import pretrained_class_names
+from .pretrained import pretrained_class_names, pretrained_options
 from .run.folder import save_pipeline
 from .run.resuming import frozen_settings
 
 
 class ClassPipeline:
     """A [`DTRPipeline`] in training: class-conditional where the data have labels, else unconditional.
-
-    The other kinds have its attributes and methods, which are all that [`Trainer`] asks for.
 
     Attributes:
         pipeline: The pipeline.
@@ -112,40 +109,121 @@ class TextPipeline:
         accelerator: Accelerator,
     ):
         self.config, self.family, self.denoiser = config, family, family.denoiser
-        self.pipeline = load_family_pipeline(config, family, model, data.vae, frozen_dtype(accelerator))
-        parts = self.pipeline.components.items()
-        encoders = {name.replace("_", " "): part for name, part in parts if part and name.startswith("text_encoder")}
-        self.settings = frozen_settings(autoencoder=data.vae, **encoders)
-        number = config.validation.num_validation_images
-        captions = data.images.captions
+        self.pipeline = self._load(model, data.vae, frozen_dtype(accelerator))
+        encoders = self._components("text_encoder")
+        self.settings = frozen_settings(
+            autoencoder=data.vae, **{name.replace("_", " "): part for name, part in encoders.items()}
+        )
+        number, captions = config.validation.num_validation_images, data.images.captions
         prompts = config.text.validation_prompts or [captions[row][0] for row in range(min(number, len(data.images)))]
         self.prompts = [prompts[index % len(prompts)] for index in range(number)]
-        sources = [data.dataset] if data.held_out is None else [data.dataset, data.held_out]
-        texts = chain([""], prompts, *(source.captions.all() for source in sources))
-        self.encode = build_text_encoder(config, family, self.pipeline, texts, accelerator)
+        self._prompt_options = family.prompt_options(self.pipeline, config.text.max_sequence_length)
+        for encoder in encoders.values():
+            encoder.requires_grad_(False).eval().to(accelerator.device)
+        self._device, self._cached_embeddings = accelerator.device, None
+        if config.text.cache_text_embeddings:
+            sources = [data.dataset] if data.held_out is None else [data.dataset, data.held_out]
+            texts = chain([""], prompts, *(source.captions.all() for source in sources))
+            with accelerator.main_process_first():
+                self._cached_embeddings = self._cache_embeddings(set(texts), encoders)
+            for name in encoders:
+                setattr(self.pipeline, name, None)
+
+    def _load(self, model: ModelMixin, vae: ModelMixin, dtype: torch.dtype | None = None) -> DiffusionPipeline:
+        """The pretrained pipeline with this denoiser and autoencoder, and the noise schedule of the flags.
+
+        Text encoders are loaded in `dtype`: a cast would undo what they keep in float32 themselves, such as T5's `wo`.
+        """
+        source = self.config.model
+        self.family.check_size(model, vae)
+        parts = {self.denoiser: model, "vae": vae, "scheduler": sampling_scheduler(self.config, latents=True)}
+        pipeline = DiffusionPipeline.from_pretrained(
+            source.pretrained_model_name_or_path, **parts, **pretrained_options(source), dtype=dtype
+        )
+        # Components that a pipeline can do without (the denoiser, in Wan's) are loaded all the same, and not those
+        # given.
+        pipeline.register_modules(**parts)
+        self.family.check_pipeline(pipeline)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def _components(self, beginning: str) -> dict[str, Any]:
+        """Those whose names begin alike, such as text_encoder, text_encoder_2."""
+        parts = self.pipeline.components.items()
+        return {name: part for name, part in parts if name.startswith(beginning) and part is not None}
+
+    def _cache_embeddings(self, texts: set[str], encoders: dict[str, torch.nn.Module]) -> TextEncoder:
+        config = dict(self.pipeline.config).items()
+        # What else the pipeline's config says of how texts are encoded
+        own = {name: value for name, value in config if name[0] != "_" and isinstance(value, bool | int | str)}
+        return cache_text_embeddings(
+            self.encode,
+            texts,
+            list(self._components("tokenizer").values()),
+            list(encoders.values()),
+            {"pipeline": type(self.pipeline).__name__, **own, **self._prompt_options},
+            Path(self.config.run.output_dir) / TEXT_EMBEDDINGS,
+            batch_size=self.config.run.train_batch_size,
+            device=self._device,
+        )
+
+    def encode(self, texts: list[str]) -> TextRows:
+        """What the pipeline makes of texts, by the frozen text encoders or from a cache."""
+        if self._cached_embeddings is not None:
+            return self._cached_embeddings(texts)
+        return self.family.encode(self.pipeline, texts, self._device, self._prompt_options)
 
     @property
     def sampling(self) -> dict[str, Any]:
         """Arguments that the pipeline itself is called with for the first images of a sample grid."""
-        return {
-            "prompt": self.prompts[: self.config.run.train_batch_size],
-            **sampling_arguments(self.config, self.family),
+        return {"prompt": self.prompts[: self.config.run.train_batch_size], **self._sampling}
+
+    @property
+    def _sampling(self) -> dict[str, Any]:
+        validation, family = self.config.validation, self.family
+        given = {
+            "num_inference_steps": validation.validation_num_inference_steps,
+            "max_sequence_length": self.config.text.max_sequence_length,
         }
+        given = {name: value for name, value in given.items() if value is not None}
+        guidance = family.guidance(validation.validation_guidance_scale)
+        return {**family.size(), **guidance, **given, **family.sample_options}
 
     def conditions(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """As [`ClassPipeline.conditions`]."""
+        """Arguments of the denoiser beside noisy sample and timestep, on its device."""
         return self.family.conditions(self.pipeline, self.encode(batch["caption"]), batch)
 
     def denoise(
         self, model: torch.nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, conditions: dict[str, Any]
     ) -> torch.Tensor:
-        """As [`ClassPipeline.denoise`]."""
+        """As [`DenoiserFamily.denoise`]."""
         return self.family.denoise(self.pipeline, model, noisy, timesteps, conditions)
 
     def sample(self, rows: Sequence[int]) -> list[Image.Image]:
         """As [`ClassPipeline.sample`]; of videos, strips of their frames."""
-        prompts = [self.prompts[row] for row in rows]
-        return sample_texts(self.config, self.family, self.pipeline, self.encode, prompts, seeded(rows))
+        pipeline, family, size = self.pipeline, self.family, self.config.run.train_batch_size
+        images = []
+        for start in range(0, len(rows), size):
+            own = rows[start : start + size]
+            some = [self.prompts[row] for row in own]
+            given = self._sampling | family.batch(self.encode(some)) | family.start(pipeline, len(some))
+            if self.config.validation.validation_guidance_scale > 1:
+                negative = family.batch(self.encode([""] * len(some)))
+                given |= {f"negative_{name}": embeddings for name, embeddings in negative.items()}
+            if "negative_prompt" in inspect.signature(type(pipeline).__call__).parameters:
+                given["negative_prompt"] = None  # else some would encode their default beside the embeddings
+            latents = pipeline(**given, generator=seeded(own), output_type="latent", return_dict=False)[0]
+            # Not by the pipeline, which may have an autoencoder in another precision than its latents.
+            with torch.no_grad():
+                decoded = decode_latents(
+                    pipeline.vae, family.sampled(pipeline, latents, family.latent_size(pipeline.vae))
+                )
+            if decoded.ndim == 4:
+                images += pipeline.image_processor.postprocess(decoded)
+            else:
+                videos = pipeline.video_processor.postprocess_video(decoded, "pil")
+                images += [make_image_grid(frames, rows=1, cols=len(frames)) for frames in videos]
+        return images
 
     def save(self, folder: Path, model: ModelMixin) -> None:
         """Save adapters alone, or a pipeline whose frozen parts are as they were loaded, in full precision."""
@@ -153,7 +231,7 @@ class TextPipeline:
             with _denoiser_replaced(self, model):
                 save_lora(self.pipeline, self.denoiser, folder)
             return
-        save_pipeline(load_family_pipeline(self.config, self.family, model, load_vae(self.config.model)), folder)
+        save_pipeline(self._load(model, load_vae(self.config.model)), folder)
 
 
 def seeded(rows: Sequence[int]) -> list[torch.Generator]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,44 +23,35 @@ def pretrained_options(config: ModelConfig) -> dict[str, Any]:
     """Which files to load, as `from_pretrained` takes it; refuses a variant that a folder has no weights of."""
     folder = Path(config.pretrained_model_name_or_path or "")
     if config.variant is not None and folder.is_dir() and not any(folder.rglob(f"*.{config.variant}[.-]*")):
-        raise ValueError(
-            f"`--variant` must be one that {folder} has weights of, or be left out, got {config.variant!r}."
-        )
+        raise ValueError(f"`--variant` must be one that {folder} has weights of, or left out, got {config.variant!r}.")
     return {"revision": config.revision, "variant": config.variant, "cache_dir": config.cache_dir}
 
 
-def pretrained_pipeline_class(
-    name_or_path: str | os.PathLike, *, revision: str | None = None, cache_dir: str | os.PathLike | None = None
-) -> str | None:
-    """Name of a saved pipeline's class, without loading the pipeline."""
-    return pipeline_class_name(load_model_index(name_or_path, revision=revision, cache_dir=cache_dir))
+def _index(config: ModelConfig) -> dict[str, Any]:
+    name = config.pretrained_model_name_or_path
+    return {} if name is None else load_model_index(name, revision=config.revision, cache_dir=config.cache_dir)
+
+
+def pretrained_pipeline_class(config: ModelConfig) -> str | None:
+    """Name of the pipeline's class."""
+    return pipeline_class_name(_index(config))
 
 
 def pretrained_component(config: ModelConfig, name: str) -> str | None:
-    """Class of a component of `--pretrained_model_name_or_path`, or None if there is none."""
-    if config.pretrained_model_name_or_path is None:
-        return None
-    options = {"revision": config.revision, "cache_dir": config.cache_dir}
-    return component_class_name(load_model_index(config.pretrained_model_name_or_path, **options), name)
+    """Class of a component, or None if there is none."""
+    return component_class_name(_index(config), name)
 
 
 def pretrained_class_names(config: ModelConfig) -> dict[int, str] | None:
-    """Names of the classes of `--pretrained_model_name_or_path`, or None if it has none."""
-    if config.pretrained_model_name_or_path is None:
-        return None
-    options = {"revision": config.revision, "cache_dir": config.cache_dir}
-    names = load_model_index(config.pretrained_model_name_or_path, **options).get("id2label")
-    if not names:
-        return None
+    """Names of the classes by their numbers, or None if there are none."""
+    names = _index(config).get("id2label") or {}
     if not all(key.isdecimal() for key in names):
-        raise ValueError(
-            f"`id2label` of {config.pretrained_model_name_or_path} must hold names of classes by their numbers."
-        )
-    return {int(label): name for label, name in names.items()}
+        raise ValueError(f"`id2label` of {config.pretrained_model_name_or_path} must be names of classes by number.")
+    return {int(label): name for label, name in names.items()} or None
 
 
 def pretrained_denoiser(config: ModelConfig, model_classes: Mapping[str, type[RoutedModelMixin]]) -> str:
-    """What `--pretrained_model_name_or_path` calls its denoiser."""
+    """What the pipeline calls its denoiser."""
     found = {name: pretrained_component(config, name) for name in model_classes}
     for name, model_class in model_classes.items():
         plain = model_class.plain_class.__name__
@@ -75,13 +65,13 @@ def pretrained_denoiser(config: ModelConfig, model_classes: Mapping[str, type[Ro
 
 
 def pretrained_config(config: ModelConfig, name: str, model_class: type[ModelMixin]) -> dict[str, Any]:
-    """The saved config of a component of `--pretrained_model_name_or_path`."""
+    """The saved config of a component."""
     options = {"revision": config.revision, "cache_dir": config.cache_dir}
     return model_class.load_config(config.pretrained_model_name_or_path, subfolder=name, **options)
 
 
 def pretrained_scheduler(config: ModelConfig) -> SchedulerMixin | None:
-    """The scheduler of `--pretrained_model_name_or_path`, or None without a pretrained pipeline."""
+    """The pipeline's scheduler, or None without a pipeline."""
     if config.pretrained_model_name_or_path is None:
         return None
     name = pretrained_component(config, "scheduler")

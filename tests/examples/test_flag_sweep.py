@@ -98,23 +98,21 @@ VALUES = {
 }
 # What most flags of these names are drawn with, because alone they have no effect.
 COMPANIONS = {
-    "balancing_update_every": "--balancing pcgrad --num_clusters 2",
-    "cache_latents": "--center_crop",
-    "ema_inv_gamma": "--use_ema",
-    "ema_max_decay": "--use_ema",
-    "ema_power": "--use_ema",
-    "logit_mean": "--timestep_sampling logit_normal",
-    "logit_std": "--timestep_sampling logit_normal",
-    "lora_alpha": "--rank 2",
-    "lora_layers": "--rank 2",
-    "lr_num_cycles": "--lr_scheduler cosine_with_restarts",
-    "lr_power": "--lr_scheduler polynomial",
-    "lr_warmup_steps": "--lr_scheduler cosine",
-    "offload_ema": "--use_ema",
-    "route_lora": "--rank 2",
-    "routing_seed": "--routing_type random",
-    "snr_gamma": "--loss_weighting min_snr",
-    "tracker_project_name": "--report_to tensorboard",
+    flag: companions
+    for companions, flags in {
+        "--balancing pcgrad --num_clusters 2": "balancing_update_every",
+        "--center_crop": "cache_latents",
+        "--use_ema": "ema_inv_gamma ema_max_decay ema_power offload_ema",
+        "--timestep_sampling logit_normal": "logit_mean logit_std",
+        "--rank 2": "lora_alpha lora_layers route_lora",
+        "--lr_scheduler cosine_with_restarts": "lr_num_cycles",
+        "--lr_scheduler polynomial": "lr_power",
+        "--lr_scheduler cosine": "lr_warmup_steps",
+        "--routing_type random": "routing_seed",
+        "--loss_weighting min_snr": "snr_gamma",
+        "--report_to tensorboard": "tracker_project_name",
+    }.items()
+    for flag in flags.split()
 }
 # What runs of this test are given anyway, need a network, or take minutes on a CPU.
 LEFT_OUT = frozenset(

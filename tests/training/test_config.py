@@ -53,59 +53,46 @@ def test_flags_have_the_names_that_users_of_diffusers_know():
     assert set(FLAGS_OF_DIFFUSERS) <= parse().options.keys()
 
 
-# ---- what is refused
+def refuse_flags(capsys, *flags: object, **options) -> str:
+    """What a script that ends for these flags says."""
+    with pytest.raises(SystemExit) as end:
+        parse(*flags, **options)
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
+# ---- what is refused; the range of every number is tested in test_flags.py
 
 WARM_UP = {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 5}
-PUSHED_AS_REQUEST = {"push_to_hub": True, "hub_create_pr": True}
+POLYNOMIAL = {"lr_scheduler": "polynomial"}
+REQUEST = {"push_to_hub": True, "hub_create_pr": True}
+TWO_SPLITS = {"dataset_name": "mnist", "validation_split": "test", "validation_data_dir": "d"}
 REFUSED = [
     ({"train_batch_size": 0}, "`--train_batch_size` must be an integer >= 1, got 0"),
-    ({"seed": -1}, "`--seed` must be an integer in [0, 2^63), got -1"),
-    ({"resolution": "big"}, "`--resolution` must be an integer >= 1, got 'big'"),
     ({"learning_rate": "1e-4"}, "`--learning_rate` must be a number >= 0, got '1e-4'"),
-    ({"learning_rate": float("nan")}, "`--learning_rate` must be a number >= 0, got nan"),
     ({"center_crop": "yes"}, "`--center_crop` of a run must be true or false, got 'yes'"),
-    ({"output_dir": 3}, "`--output_dir` of a run must be a string, got 3"),
     (
         {"validation_prompts": "a cat"},
-        "`--validation_prompts` of a run must be a list of strings or null, got 'a cat'",
+        "`--validation_prompts` of a run must be a list of strings or null, got",
     ),
-    ({"routing_timestep_range": 3}, "`--routing_timestep_range` of a run must be a list of numbers or null, got 3"),
-    (
-        {"routing_timestep_range": [1.0]},
-        "of the cleanest and the noisiest step, got [1.0]",
-    ),
-    (
-        {"routing_timestep_range": [9, 9]},
-        "of the cleanest and the noisiest step, got [9, 9]",
-    ),
-    ({"lr_scheduler": "piecewise_constant"}, "`--lr_scheduler` must be one of constant, constant_with_warmup, linear"),
+    ({"routing_timestep_range": [1.0]}, "the cleanest and noisiest timestep, got [1.0]"),
+    ({"routing_timestep_range": [9, 9]}, "the cleanest and noisiest timestep, got [9, 9]"),
     ({"report_to": "pigeon"}, "`--report_to` must be one of tensorboard, wandb, trackio, none, got 'pigeon'"),
     ({"dataset_name": "mnist", "train_data_dir": "images"}, "Exactly one of --dataset_name and --train_data_dir must"),
     ({"train_data_dir": None}, "Exactly one of --dataset_name and --train_data_dir must be given"),
     ({"validation_split": "test"}, "with --train_data_dir use --validation_data_dir"),
     ({"train_split": "test"}, "`--train_split` has an effect with --dataset_name only"),
     ({"dataset_config_name": "small"}, "`--dataset_config_name` has an effect with --dataset_name only"),
-    (
-        {"dataset_name": "mnist", "validation_split": "test", "validation_data_dir": "d"},
-        "At most one of --validation_split and --validation_data_dir",
-    ),
+    (TWO_SPLITS, "At most one of --validation_split and --validation_data_dir"),
     ({"cache_latents": True, "center_crop": True}, "`--cache_latents` needs --vae_name_or_path"),
     ({"cache_latents": True, "vae_name_or_path": "vae"}, "`--cache_latents` needs --center_crop"),
-    (
-        {"max_train_steps": 5, "routing_warmup_steps": 6},
-        "`--routing_warmup_steps` must be at most the 5 steps of the run, got 6",
-    ),
     ({"lr_warmup_steps": 5}, "no effect on --lr_scheduler constant: use constant_with_warmup"),
-    ({"max_train_steps": 5, **WARM_UP}, "`--lr_warmup_steps` must be below the 5 steps"),
+    ({"max_train_steps": 5, **WARM_UP}, "`--lr_warmup_steps` must be below the 5 steps of the run, got 5"),
     ({"lr_num_cycles": 2}, "`--lr_num_cycles` has an effect on --lr_scheduler cosine_with_restarts only"),
     ({"lr_power": 2, "lr_scheduler": "cosine"}, "`--lr_power` has an effect on --lr_scheduler polynomial only"),
-    ({"lr_scheduler": "polynomial", "learning_rate": 1e-7}, "`--learning_rate` must be above 1e-07"),
-    (
-        {"lr_scheduler": "polynomial", "learning_rate": 5e-9, "scale_lr": True, "train_batch_size": 10},
-        "`--learning_rate` must be above 1e-08",
-    ),
+    ({"learning_rate": 1e-7, **POLYNOMIAL}, "`--learning_rate` must be above 1e-07"),
+    ({"learning_rate": 5e-9, "scale_lr": True, "train_batch_size": 10, **POLYNOMIAL}, "must be above 1e-08"),
     ({"ema_power": 1}, "`--ema_power` has an effect with --use_ema only"),
-    ({"offload_ema": True}, "`--offload_ema` has an effect with --use_ema only"),
     ({"tracker_project_name": "p", "report_to": "none"}, "`--tracker_project_name` has an effect on --report_to"),
     ({"validation_epochs": 1, "validation_steps": 1}, "At most one of --validation_steps and --validation_e"),
     ({"input_perturbation": 0.1, "learn_sigma": True}, "`--input_perturbation` does not go with --learn_sigma"),
@@ -114,26 +101,19 @@ REFUSED = [
     ({"cluster_cost": "affinity"}, "--cluster_cost affinity and --affinity_path need each other"),
     ({"affinity_path": "a.safetensors"}, "--cluster_cost affinity and --affinity_path need each other"),
     ({"logit_mean": 1.0}, "`--logit_mean` has an effect on --timestep_sampling logit_normal only"),
-    ({"timestep_sampling": "logit_normal", "logit_std": 0}, "`--logit_std` must be a number > 0, got 0"),
     ({"num_clusters": 4, "train_cluster": 4}, "`--train_cluster` must be below --num_clusters 4, got 4"),
     ({"train_cluster": 0, "balancing": "uncertainty"}, "`--train_cluster` leaves nothing to balance"),
     ({"train_cluster": 0, "timestep_sampling": "clusters"}, "`--train_cluster` leaves nothing to balance"),
     ({"hub_revision": "branch"}, "`--hub_revision` has an effect with --push_to_hub only"),
-    ({"hub_create_pr": True}, "`--hub_create_pr` has an effect with --push_to_hub only"),
-    ({"hub_strategy": "checkpoint"}, "`--hub_strategy` has an effect with --push_to_hub only"),
-    ({**PUSHED_AS_REQUEST, "hub_revision": "branch"}, "`--hub_create_pr` is for the result alone"),
-    ({**PUSHED_AS_REQUEST, "hub_strategy": "checkpoint"}, "`--hub_create_pr` is for the result alone"),
-    ({"routing_beta": 1.5}, "`--routing_beta` must be a number in (0, 1], got 1.5"),
-    ({"routing_alpha": 0}, "`--routing_alpha` must be a number > 0, got 0"),
-    ({"lora_alpha": 4}, "`--lora_alpha` has an effect with --rank only"),
+    ({**REQUEST, "hub_revision": "branch"}, "`--hub_create_pr` is for the result alone"),
+    ({**REQUEST, "hub_strategy": "checkpoint"}, "`--hub_create_pr` is for the result alone"),
     ({"lora_layers": ["to_q"]}, "`--lora_layers` has an effect with --rank only"),
-    ({"route_lora": True}, "`--route_lora` has an effect with --rank only"),
     ({"rank": 4, "use_ema": True}, "`--rank` does not go with --use_ema"),
     ({"rank": 4, "denoiser_config": {"num_layers": 1}}, "`--rank` does not go with --denoiser_config"),
-    (
-        {"rank": 4, "route_lora": True, "routing_warmup_steps": 5},
-        "`--routing_warmup_steps` is of the denoiser, which --route_lora leaves unrouted",
-    ),
+    ({"rank": 4, "route_lora": True, "routing_warmup_steps": 5}, "which --route_lora leaves unrouted"),
+    ({"logging_dir": "transformer"}, "`--logging_dir` must not be a folder of the result, got 'transformer'"),
+    ({"train_data_dir": "data", "output_dir": "data/out"}, "`--output_dir` must not be in --train_data_dir"),
+    ({"vae_name_or_path": "a/../run"}, "`--output_dir` must not be the folder of a pretrained model, got run"),
 ]
 
 
@@ -146,45 +126,31 @@ def test_options_that_make_no_sense_are_refused_with_the_reason(options, message
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--train_batch_size", "0"), "`--train_batch_size` must be an integer >= 1, got 0"),
         (("--resolution", "big"), "argument --resolution: invalid int value: 'big'"),
-        (("--learning_rate", ""), "argument --learning_rate/--learning-rate: invalid float value: ''"),
         (("--report_to", "pigeon"), "invalid choice: 'pigeon' (choose from"),
         (("--ema_power", "1"), "`--ema_power` has an effect with --use_ema only"),
-        (("--max_train_steps", "5", "--routing_warmup_steps", "6"), "must be at most the 5 steps of the run, got 6"),
         (("--train_batch", "4"), "unrecognized arguments: --train_batch 4"),
         (("--model_config", "nowhere.json"), "`--model_config` must be a JSON object or a file that holds one"),
     ],
 )
 def test_a_script_ends_with_the_reason(flags, message, capsys):
-    with pytest.raises(SystemExit) as end:
-        parse(*flags)
-    assert end.value.code == 2
-    assert message in capsys.readouterr().err
+    assert message in refuse_flags(capsys, *flags)
 
 
 def test_a_script_says_what_is_required(capsys):
-    with pytest.raises(SystemExit):
-        parse(required=())
-    assert "the following arguments are required: --output_dir" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("tracker", ["tensorboard", "wandb", "trackio"])
-def test_tracker_that_is_not_installed_is_named(tracker, monkeypatch):
-    monkeypatch.setattr(running, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=f"`--report_to {tracker}` needs the package {tracker}"):
-        RunConfig("run", report_to=tracker)
+    assert "the following arguments are required: --output_dir" in refuse_flags(capsys, required=())
 
 
 @pytest.mark.parametrize(
     ("build", "message"),
     [
+        (lambda: RunConfig("run", report_to="trackio"), "`--report_to trackio` needs the package trackio"),
         (lambda: ObjectiveConfig(balancing="pcgrad"), r'`--balancing pcgrad` needs torchjd: pip install ".*balancing'),
         (lambda: LoraConfig(rank=1), r'`--rank` needs peft: pip install ".*training'),
     ],
 )
-def test_extra_that_is_not_installed_is_named(build, message, monkeypatch):
-    for module in ("learning", "data"):
+def test_package_that_is_not_installed_is_named(build, message, monkeypatch):
+    for module in ("learning", "data", "running"):
         monkeypatch.setattr(f"diffusers_dtr.training.config.{module}.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=message):
         build()
@@ -275,15 +241,10 @@ def test_options_come_from_a_file_and_flags_take_precedence(name, tmp_path):
     assert expected.items() <= config.options.items()
 
 
-def test_a_bare_no_of_yaml_is_the_choice_of_that_name(tmp_path):
-    (tmp_path / "options.yaml").write_text("mixed_precision: no\n")
-    assert parse("--config", tmp_path / "options.yaml").run.mixed_precision == "no"
-
-
-def test_a_number_of_yaml_may_have_an_exponent_alone(tmp_path):
-    """YAML calls it a string."""
-    (tmp_path / "options.yaml").write_text("learning_rate: 1e-4\n")
-    assert parse("--config", tmp_path / "options.yaml").optimizer.learning_rate == 1e-4
+def test_yaml_may_have_a_choice_that_it_calls_false_and_a_number_that_it_calls_a_string(tmp_path):
+    (tmp_path / "options.yaml").write_text("mixed_precision: no\nlearning_rate: 1e-4\n")
+    config = parse("--config", tmp_path / "options.yaml")
+    assert (config.run.mixed_precision, config.optimizer.learning_rate) == ("no", 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -291,48 +252,31 @@ def test_a_number_of_yaml_may_have_an_exponent_alone(tmp_path):
     [
         ({"sead": 3, "learning_rat": 1}, "options, got ['learning_rat', 'sead'] in it"),
         ({"train_batch_size": "many"}, "invalid int value: 'many'"),
-        ({"train_batch_size": 1.5}, "`--train_batch_size` must be an integer >= 1, got 1.5"),
         ({"train_batch_size": True}, "`--train_batch_size` must be an integer >= 1, got True"),
         ({"train_batch_size": None}, "`--train_batch_size` must be an integer >= 1, got None"),
-        ({"adam_beta1": 1}, "`--adam_beta1` must be a number in [0, 1), got 1"),
-        ({"balancing": "none"}, "`--balancing` must be one of "),
         ({"hub_revision": 7}, "`--hub_revision` of a run must be a string or null, got 7"),
         ([1], "`--config` must be a"),
-        ("text", "`--config` must be a"),
         (None, "`--config` must be a"),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("name", ["options.yaml", "options.json"])
 def test_a_file_is_checked_like_flags(name, values, message, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        parse(*written(tmp_path / name, values))
-    assert message in capsys.readouterr().err
+    assert message in refuse_flags(capsys, *written(tmp_path / name, values))
 
 
-@pytest.mark.parametrize("text", ["{", "a: [", "!!python/object:os.system {}", "[" * 2000, "\x00"])
-@pytest.mark.parametrize("name", ["options.yaml", "options.json", "nowhere.yaml"])
+@pytest.mark.parametrize("text", ["{", "!!python/object:os.system {}", "[" * 2000, "\x00", None])
+@pytest.mark.parametrize("name", ["options.yaml", "options.json"])
 def test_a_file_that_cannot_be_read_is_named(name, text, tmp_path, capsys):
-    path = tmp_path / name
-    if name != "nowhere.yaml":
-        path.write_text(text)
-    with pytest.raises(SystemExit):
-        parse("--config", path)
-    assert f"`--config` must be a YAML or JSON file of options, got {path}" in capsys.readouterr().err
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    message = refuse_flags(capsys, "--config", tmp_path / name)
+    assert f"`--config` must be a YAML or JSON file of options, got {tmp_path / name}" in message
 
 
 def test_a_saved_configuration_is_parsed_as_it_was(tmp_path):
     flags = (
-        *(
-            "--model_config",
-            '{"num_layers": 2}',
-            "--resolution",
-            16,
-            "--max_train_samples",
-            8,
-            "--cache_dir",
-            "\x7f ü",
-        ),
+        *("--model_config", '{"num_layers": 2}', "--resolution", 16, "--cache_dir", "\x7f ü"),
         *("--learning_rate", 1e-5, "--use_ema", "--routing_timestep_range", 1e-5, 800, "--push_to_hub"),
         *("--hub_private_repo", "false", "--validation_prompts", "a cat", "1e-5", "--train_cluster", 0),
     )
@@ -355,25 +299,14 @@ def test_every_kind_of_data_is_saved_with_what_it_requires(tmp_path):
     assert again == config
 
 
-def test_paths_may_be_path_objects(tmp_path):
-    config = run_config(output_dir=tmp_path / "run", train_data_dir=tmp_path / "images")
-    assert (config.run.output_dir, config.data.train_data_dir) == (str(tmp_path / "run"), str(tmp_path / "images"))
-
-
 @pytest.mark.parametrize("name", ["options.yaml", "options.json"])
 def test_an_option_that_a_file_gives_twice_is_refused(name, tmp_path, capsys):
     (tmp_path / name).write_text('{"learning_rate": 1.0, "learning_rate": 2.0}')
-    with pytest.raises(SystemExit):
-        parse("--config", tmp_path / name)
-    assert "'learning_rate' is given twice" in capsys.readouterr().err
+    assert "'learning_rate' is given twice" in refuse_flags(capsys, "--config", tmp_path / name)
 
 
-def test_one_file_of_options_is_taken(tmp_path, capsys):
-    for name in "ab":
-        (tmp_path / f"{name}.yaml").write_text("seed: 1")
-    with pytest.raises(SystemExit):
-        parse("--config", tmp_path / "a.yaml", "--config", tmp_path / "b.yaml")
-    assert "`--config` must be given once" in capsys.readouterr().err
+def test_one_file_of_options_is_taken(capsys):
+    assert "`--config` must be given once" in refuse_flags(capsys, "--config", "a.yaml", "--config", "b.yaml")
 
 
 @pytest.mark.parametrize(
@@ -385,16 +318,7 @@ def test_every_part_is_of_its_class(part, value):
         replace(run_config(), **{part: value})
 
 
-def test_numbers_of_numpy_are_saved(tmp_path):
-    config = run_config(learning_rate=np.float32(0.5))
-    config.save(tmp_path / "run.json")
-    assert json.loads((tmp_path / "run.json").read_text())["learning_rate"] == 0.5
-
-
-def test_a_run_does_not_write_over_what_it_begins_with(tmp_path):
-    with pytest.raises(ValueError, match="`--output_dir` must not be the folder of a pretrained model"):
-        run_config(output_dir=str(tmp_path), pretrained_model_name_or_path=f"{tmp_path}/../{tmp_path.name}")
-    with pytest.raises(ValueError, match="`--output_dir` must not be in `--train_data_dir`"):
-        run_config(train_data_dir=tmp_path, output_dir=tmp_path / "out")
-    with pytest.raises(ValueError, match="`--logging_dir` must not be a folder of the result"):
-        run_config(logging_dir="transformer")
+def test_paths_and_numbers_of_numpy_are_saved_as_json_has_them(tmp_path):
+    run_config(learning_rate=np.float32(0.5), output_dir=tmp_path / "run").save(tmp_path / "run.json")
+    saved = json.loads((tmp_path / "run.json").read_text())
+    assert (saved["learning_rate"], saved["output_dir"]) == (0.5, str(tmp_path / "run"))

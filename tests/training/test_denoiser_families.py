@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,13 +23,8 @@ from tiny_text_encoders import pixart_alpha, stable_diffusion, stable_diffusion_
 from diffusers_dtr import DTRPipeline
 from diffusers_dtr.latents import latent_channels
 from diffusers_dtr.noise_levels import NoiseLevels
-from diffusers_dtr.training.families import (
-    TEXT_TO_IMAGE_FAMILIES,
-    TEXT_TO_VIDEO_FAMILIES,
-    denoiser_family,
-    frozen_dtype,
-)
-from diffusers_dtr.training.families.parts import build_text_encoder, load_family_pipeline, sample_texts
+from diffusers_dtr.training import TextPipeline
+from diffusers_dtr.training.families import TEXT_TO_IMAGE_FAMILIES, TEXT_TO_VIDEO_FAMILIES, denoiser_family
 
 
 def parts_of(build, denoiser: str, **others):
@@ -39,6 +35,24 @@ def parts_of(build, denoiser: str, **others):
 PROMPTS = ["a one", "two", "number three"]
 FAMILIES = {**TEXT_TO_IMAGE_FAMILIES, **TEXT_TO_VIDEO_FAMILIES}
 SMALL = {
+    "sd": TinyPipeline(
+        *("StableDiffusionPipeline", "UNet2DConditionModel", UNET_CONDITION.config),
+        parts_of(stable_diffusion, "unet", requires_safety_checker=False),
+        size=8,
+        max_sequence_length=None,
+    ),
+    "pixart": TinyPipeline(
+        *("PixArtAlphaPipeline", "PixArtTransformer2DModel", PIXART.config, parts_of(pixart_alpha, "transformer")),
+        size=8,
+        options={"use_resolution_binning": False},
+    ),
+    "sd3": TinyPipeline(
+        *("StableDiffusion3Pipeline", "SD3Transformer2DModel", SD3.config),
+        parts_of(stable_diffusion_3, "transformer"),
+        size=8,
+    ),
+}
+ALL = {
     "sd": TinyPipeline(
         "StableDiffusionPipeline",
         "UNet2DConditionModel",
@@ -77,23 +91,27 @@ def accelerator(request):
 
 @pytest.fixture
 def config(tmp_path):
-    source = {"pretrained_model_name_or_path": str(tmp_path / "base"), "output_dir": str(tmp_path)}
-    sampling = {"validation_guidance_scale": 3.0, "validation_num_inference_steps": 3}
-    return run_config(**source, **sampling, guidance_scale=2.0, resolution=8, train_batch_size=2)
+    source = {"pretrained_model_name_or_path": str(tmp_path / "base"), "output_dir": str(tmp_path / "run")}
+    sampling = {"validation_guidance_scale": 3.0, "validation_num_inference_steps": 2}
+    prompts = {"validation_prompts": PROMPTS, "num_validation_images": len(PROMPTS)}
+    return run_config(**source, **sampling, **prompts, guidance_scale=2.0, resolution=8, train_batch_size=2)
 
 
-def build(name, config, accelerator):
-    pipeline, family = ALL[name].pipeline(), family_of(ALL[name])
-    return pipeline, family, build_text_encoder(config, family, pipeline, {"", *PROMPTS}, accelerator)
-
-
-def load(name, config, accelerator=None):
-    """As the script does, in the precision of the run."""
-    base = ALL[name].pipeline()
-    if not Path(config.model.pretrained_model_name_or_path).exists():
-        base.save_pretrained(config.model.pretrained_model_name_or_path)
-    family, dtype = denoiser_family(config, TEXT_TO_IMAGE_FAMILIES), accelerator and frozen_dtype(accelerator)
-    return base, load_family_pipeline(config, family, getattr(base, family.denoiser), base.vae, dtype)
+def load(name, config, accelerator, base=None):
+    """A tiny pipeline, and what a script makes of it."""
+    base = base or ALL[name].pipeline()
+    base.save_pretrained(config.model.pretrained_model_name_or_path)
+    data = SimpleNamespace(
+        vae=base.vae,
+        images=SimpleNamespace(captions=None),
+        dataset=SimpleNamespace(captions=SimpleNamespace(all=lambda: PROMPTS)),
+        held_out=None,
+    )
+    if name in ALL and ALL[name].pipeline_class in TEXT_TO_VIDEO_FAMILIES:
+        family = family_of(ALL[name])
+    else:
+        family = denoiser_family(config, TEXT_TO_IMAGE_FAMILIES)
+    return base, TextPipeline(config, family, getattr(base, family.denoiser), data, accelerator)
 
 
 def family_of(tiny, **numbers):
@@ -171,14 +189,13 @@ def test_the_window_slides_over_all_that_a_denoiser_is_told_of_time(name):
 
 
 @pytest.mark.parametrize(("name", "cached"), [*((name, True) for name in ALL), ("sd", False), ("qwen_image", False)])
-def test_validation_images_are_those_of_the_pipeline(name, cached, accelerator, tmp_path):
-    tiny = ALL[name]
-    pipeline, family = tiny.pipeline(), family_of(tiny)
+def test_validation_images_are_those_of_the_pipeline(name, cached, config, accelerator):
+    tiny, family = ALL[name], family_of(ALL[name])
     scale = 3.0 if family.guided else 1.0
-    sizes = {"resolution": tiny.size, "train_batch_size": len(PROMPTS), "output_dir": str(tmp_path)}
     texts = {"max_sequence_length": tiny.max_sequence_length, "cache_text_embeddings": cached}
-    sampling = {"validation_guidance_scale": scale, "validation_num_inference_steps": 2}
-    config = run_config(**sizes, **texts, **sampling)
+    sizes = {"resolution": tiny.size, "train_batch_size": len(PROMPTS), "guidance_scale": 3.5}
+    config = config.replace(**sizes, **texts, validation_guidance_scale=scale)
+    pipeline, trained = load(name, config, accelerator)
     call = {**tiny.call, **family.guidance(scale)}
     if "negative_prompt" in call:
         call["negative_prompt"] = [""] * len(PROMPTS)
@@ -186,20 +203,19 @@ def test_validation_images_are_those_of_the_pipeline(name, cached, accelerator, 
     expected = pipeline(prompt=[*PROMPTS], **call, generator=torch.Generator().manual_seed(0))[0]
     if isinstance(expected[0], list):  # of frames
         expected = [make_image_grid(frames, rows=1, cols=5) for frames in expected]
-    encode = build_text_encoder(config, family, pipeline, {"", *PROMPTS}, accelerator)
-    images = sample_texts(config, family, pipeline, encode, PROMPTS, torch.Generator().manual_seed(0))
+    images = trained.sample(torch.Generator().manual_seed(0))
     assert len(images) == len(expected) == 3
     for one, other in zip(images, expected, strict=True):
         assert np.abs(np.asarray(one, dtype=int) - np.asarray(other)).max() <= 1  # grey values of 255
 
 
 def test_validation_takes_batches_no_larger_than_those_of_training(config, accelerator):
-    pipeline, family, encode = build("sd", config, accelerator)
+    base, trained = load("sd", config, accelerator)
     sizes = []
-    pipeline.unet.register_forward_pre_hook(
+    base.unet.register_forward_pre_hook(
         lambda module, positional, keywords: sizes.append(len(keywords["encoder_hidden_states"])), with_kwargs=True
     )
-    assert len(sample_texts(config, family, pipeline, encode, PROMPTS, torch.Generator())) == 3
+    assert len(trained.sample(torch.Generator())) == 3
     assert set(sizes) == {2, 4}  # guided: twice
 
 
@@ -207,29 +223,27 @@ def test_validation_takes_batches_no_larger_than_those_of_training(config, accel
 
 
 def test_text_encoders_are_gone_once_their_embeddings_are_cached(config, accelerator):
-    pipeline, _, encode = build("sd3", config.replace(cache_text_embeddings=True), accelerator)
-    encoders = [part for part in pipeline.components if part.startswith("text_encoder")]
-    assert [getattr(pipeline, part) for part in encoders] == [None] * 3
-    assert all(len(embeddings) == 3 for embeddings in encode(PROMPTS).values())
+    _, trained = load("sd3", config.replace(cache_text_embeddings=True), accelerator)
+    encoders = [part for name, part in trained.pipeline.components.items() if name.startswith("text_encoder")]
+    assert encoders == [None] * 3
+    assert all(len(embeddings) == 3 for embeddings in trained.encode(PROMPTS).values())
 
 
 def test_embeddings_of_another_length_are_not_taken_from_the_cache(config, accelerator):
     for number_of_caches, length in ((1, 12), (2, 7)):
         config = config.replace(cache_text_embeddings=True, max_sequence_length=length)
-        _, _, encode = build("pixart", config, accelerator)
-        assert encode(PROMPTS)["prompt_embeds"].shape[1] == length
+        _, trained = load("pixart", config, accelerator)
+        assert trained.encode(PROMPTS)["prompt_embeds"].shape[1] == length
         assert len(list(Path(config.run.output_dir, "text_embeddings").iterdir())) == number_of_caches
 
 
 @pytest.mark.parametrize("accelerator", ["bf16"], indirect=True)
 def test_text_encoders_are_frozen_and_in_the_precision_of_the_run(config, accelerator):
-    _, pipeline = load("sd", config, accelerator)
-    family = denoiser_family(config, TEXT_TO_IMAGE_FAMILIES)
-    encode = build_text_encoder(config, family, pipeline, PROMPTS, accelerator)
-    assert not any(parameter.requires_grad for parameter in pipeline.text_encoder.parameters())
-    assert not pipeline.text_encoder.training
-    assert pipeline.text_encoder.dtype == frozen_dtype(accelerator) == torch.bfloat16
-    assert encode(["one"])["prompt_embeds"].dtype == torch.bfloat16
+    _, trained = load("sd", config, accelerator)
+    encoder = trained.pipeline.text_encoder
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+    assert not encoder.training
+    assert encoder.dtype == trained.encode(["one"])["prompt_embeds"].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("accelerator", ["fp16", "bf16"], indirect=True)
@@ -240,24 +254,23 @@ def test_what_a_text_encoder_keeps_in_float32_stays_there(cached, config, accele
     with torch.no_grad():  # as in T5-XXL: what `wo` returns is beyond float16's 65504
         for block in base.text_encoder.encoder.block:
             block.layer[1].DenseReluDense.wo.weight[0] *= 3e7
-    base.save_pretrained(config.model.pretrained_model_name_or_path)
     expected = base.encode_prompt("a one", False, device="cpu", max_sequence_length=12)[0]
-    _, pipeline = load("pixart", config, accelerator)
-    family = denoiser_family(config, TEXT_TO_IMAGE_FAMILIES)
-    encode = build_text_encoder(config, family, pipeline, ["a one"], accelerator)
-    error = (encode(["a one"])["prompt_embeds"].float() - expected).norm() / expected.norm()
+    _, trained = load("pixart", config, accelerator, base)
+    error = (trained.encode(["a one"])["prompt_embeds"].float() - expected).norm() / expected.norm()
     assert error < {"fp16": 2e-3, "bf16": 2e-2}[accelerator.mixed_precision]
-    assert pipeline.transformer.dtype == torch.float32
+    assert trained.pipeline.transformer.dtype == torch.float32
 
 
 # ---- pipelines
 
 
 def test_pixart_is_told_the_size_of_its_images_where_it_wants_to_know(config, accelerator):
-    pipeline, family, encode = build("pixart", config, accelerator)
     wants = PIXART.routed(use_additional_conditions=True, attention_head_dim=12, cross_attention_dim=24)
     inputs = {"hidden_states": torch.ones(3, 4, 8, 8), "timestep": torch.tensor([5, 50, 500])}
-    told = [type(family)(size).conditions(pipeline, encode(PROMPTS), {}) for size in (8, 512)]
+    _, trained = load("pixart", config, accelerator)
+    told = [trained.conditions({"caption": PROMPTS})]
+    trained.family.resolution = 512
+    told.append(trained.conditions({"caption": PROMPTS}))
     with torch.no_grad():
         one, other = (wants(**inputs, **conditions).sample for conditions in told)
     assert not torch.equal(one, other)
@@ -266,13 +279,13 @@ def test_pixart_is_told_the_size_of_its_images_where_it_wants_to_know(config, ac
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_pipeline_keeps_its_parts_but_for_denoiser_autoencoder_and_noise_schedule(name, config):
+def test_pipeline_keeps_its_parts_but_for_denoiser_autoencoder_and_noise_schedule(name, config, accelerator):
     if name != "sd3":
         config = config.replace(prediction_type="v_prediction")
-    base, pipeline = load(name, config)
-    denoiser = denoiser_family(config, TEXT_TO_IMAGE_FAMILIES).denoiser
+    base, trained = load(name, config, accelerator)
+    pipeline = trained.pipeline
     assert type(pipeline) is type(base)
-    assert getattr(pipeline, denoiser) is getattr(base, denoiser)
+    assert getattr(pipeline, trained.denoiser) is getattr(base, trained.denoiser)
     assert pipeline.vae is base.vae
     assert type(pipeline.scheduler) is type(base.scheduler)
     assert name == "sd3" or pipeline.scheduler.config.prediction_type == "v_prediction"
@@ -300,11 +313,14 @@ def test_pipeline_of_another_kind_is_refused(config):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ({"max_sequence_length": 4}, "`--max_sequence_length` must be left out: the tokenizer of such a pipeline"),
+        (
+            {"max_sequence_length": 4},
+            "`--max_sequence_length` must be left out: the tokenizer of a StableD",
+        ),
         ({"learn_sigma": True}, "`--learn_sigma` must be left out: a StableDiffusionPipeline cannot sample"),
         ({"resolution": 15}, r"`--resolution` must be a multiple of \d+, got 15"),
     ],
 )
-def test_what_the_pipeline_cannot_do_is_refused(flag, message, config):
+def test_what_the_pipeline_cannot_do_is_refused(flag, message, config, accelerator):
     with pytest.raises(ValueError, match=message):
-        load("sd", config.replace(**flag))
+        load("sd", config.replace(**flag), accelerator)

@@ -31,7 +31,7 @@ def test_what_is_no_object_is_refused_everywhere(text, tmp_path):
         run_config(model_config=str(written("config.json")))
     written("model_index.json")
     with pytest.raises((ValueError, OSError), match=r"JSON|cannot be made"):
-        pretrained_pipeline_class(tmp_path)
+        pretrained_pipeline_class(ModelConfig(str(tmp_path)))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from run_config import run_config
+from torch.optim.lr_scheduler import LambdaLR
 
 from diffusers_dtr import cluster_timesteps
 from diffusers_dtr.objective.clustered_loss import ClusteredLoss
@@ -11,16 +12,9 @@ from diffusers_dtr.training.optimizer import build_lr_scheduler, build_optimizer
 
 
 def optimizer_config(**changes) -> OptimizerConfig:
-    values = {
-        "learning_rate": 0.1,
-        "adam_beta1": 0.8,
-        "adam_beta2": 0.9,
-        "adam_weight_decay": 0.01,
-        "adam_epsilon": 1e-6,
-        "lr_scheduler": "cosine",
-        "lr_warmup_steps": 0 if changes.get("lr_scheduler") == "constant" else 3,
-    }
-    return OptimizerConfig(**{**values, **changes})
+    values = {"learning_rate": 0.1, "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_weight_decay": 0.01}
+    values |= {"adam_epsilon": 1e-6, "lr_scheduler": "cosine", "lr_warmup_steps": 3} | changes
+    return OptimizerConfig(**values | ({"lr_warmup_steps": 0} if values["lr_scheduler"] == "constant" else {}))
 
 
 def make_optimizer(config: OptimizerConfig, balancing: str = "uniform", scale: float = 1.0) -> torch.optim.AdamW:
@@ -29,27 +23,23 @@ def make_optimizer(config: OptimizerConfig, balancing: str = "uniform", scale: f
     return build_optimizer(config, torch.nn.Linear(2, 2), loss_fn, scale)
 
 
-def run(
-    config: OptimizerConfig, optimizer: torch.optim.Optimizer, steps: range, max_train_steps: int = 10
-) -> list[float]:
-    scheduler = build_lr_scheduler(config, optimizer, max_train_steps, steps.start)
-    rates = []
-    for _ in steps:
-        rates.append(optimizer.param_groups[0]["lr"])
+def rates(optimizer: torch.optim.Optimizer, scheduler: LambdaLR, steps: int) -> list[float]:
+    found = []
+    for _ in range(steps):
+        found.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
-    return rates
+    return found
+
+
+def run(config: OptimizerConfig, optimizer: torch.optim.Optimizer, steps: range, num_steps: int = 10) -> list[float]:
+    return rates(optimizer, build_lr_scheduler(config, optimizer, num_steps, steps.start), len(steps))
 
 
 SCHEDULES = [
-    ("constant", {}),
-    ("constant_with_warmup", {}),
-    ("linear", {}),
-    ("cosine", {}),
-    ("cosine_with_restarts", {}),
+    *((name, {}) for name in ("constant", "constant_with_warmup", "linear", "cosine")),
     ("cosine_with_restarts", {"num_cycles": 3}),
-    ("polynomial", {}),
-    ("polynomial", {"power": 2.5}),
+    *(("polynomial", options) for options in ({}, {"power": 2.5})),
 ]
 
 
@@ -61,12 +51,7 @@ def test_every_schedule_is_that_of_diffusers_over_the_whole_run(name, options, l
     config = optimizer_config(lr_scheduler=name, learning_rate=learning_rate, **given)
     plain = torch.optim.AdamW(torch.nn.Linear(2, 2).parameters(), lr=learning_rate)
     theirs = get_scheduler(name, plain, num_warmup_steps=3, num_training_steps=40, **options)
-    rates = []
-    for _ in range(41):
-        rates.append(plain.param_groups[0]["lr"])
-        plain.step()
-        theirs.step()
-    assert run(config, make_optimizer(config, balancing), range(41), 40) == rates
+    assert run(config, make_optimizer(config, balancing), range(41), 40) == rates(plain, theirs, 41)
 
 
 def test_learning_rate_is_scaled_as_a_whole():
@@ -85,12 +70,10 @@ def test_learning_rate_is_scaled_as_a_whole():
     ],
 )
 def test_warm_ups_end_within_the_run(changes, message):
-    options = {"lr_scheduler": "cosine", "lr_warmup_steps": 9, "routing_warmup_steps": 10}
-    assert run_config(**options, num_train_epochs=5).with_max_train_steps(8, 4).run.max_train_steps == 10
+    config = run_config(lr_scheduler="cosine", lr_warmup_steps=9, routing_warmup_steps=10, num_train_epochs=5)
+    assert config.with_max_train_steps(8, 4).run.max_train_steps == 10
     with pytest.raises(ValueError, match=message):
-        run_config(**{**options, **changes}, num_train_epochs=5).with_max_train_steps(8, 4)
-    with pytest.raises(ValueError, match=message):
-        run_config(**{**options, **changes}, max_train_steps=10)
+        config.replace(**changes).with_max_train_steps(8, 4)
 
 
 @pytest.mark.parametrize("name", ["constant", "constant_with_warmup", "linear", "cosine", "polynomial"])
@@ -122,7 +105,5 @@ def test_loaded_state_keeps_moments_and_steps_but_not_old_hyperparameters():
 
 
 def test_balancing_learns_at_a_rate_of_its_own():
-    rates = [group["initial_lr"] for group in make_optimizer(optimizer_config(), "uncertainty").param_groups]
-    assert rates[0] == 0.1
-    assert len(rates) == 2
-    assert rates[1] != 0.1
+    own, balancing = make_optimizer(optimizer_config(), "uncertainty").param_groups
+    assert own["initial_lr"] == 0.1 != balancing["initial_lr"]

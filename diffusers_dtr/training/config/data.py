@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -34,9 +34,9 @@ class ModelConfig(Options):
     cache_dir: str | None = option(None, "Where downloaded datasets and models are kept, and zip files unpacked.")
 
     def __post_init__(self):
-        for item in fields(self):
-            if item.name.endswith("_config"):
-                object.__setattr__(self, item.name, _json_config(f"--{item.name}", getattr(self, item.name)))
+        for name in self.names():
+            if name.endswith("_config"):
+                object.__setattr__(self, name, _json_config(f"--{name}", getattr(self, name)))
         super().__post_init__()
 
 
@@ -95,7 +95,7 @@ class DataConfig(Options):
         self.effect_only(self.dataset_name is not None, "with --dataset_name", "dataset_config_name", "train_split")
         if self.validation_split is not None and self.dataset_name is None:
             raise ValueError(
-                "`--validation_split` is a split of --dataset_name; with --train_data_dir use --validation_data_dir."
+                "`--validation_split` needs --dataset_name: with --train_data_dir use --validation_data_dir."
             )
         if self.validation_split is not None and self.validation_data_dir is not None:
             raise ValueError("At most one of --validation_split and --validation_data_dir can be given.")

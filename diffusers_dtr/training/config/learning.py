@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
@@ -59,8 +59,7 @@ class EMAConfig(Options):
 
     def __post_init__(self):
         super().__post_init__()
-        names = ("ema_max_decay", "ema_inv_gamma", "ema_power", "offload_ema")
-        self.effect_only(self.use_ema, "with --use_ema", *names)
+        self.effect_only(self.use_ema, "with --use_ema", *(name for name in self.names() if name != "use_ema"))
 
 
 @dataclass(frozen=True)
@@ -89,10 +88,7 @@ class NoiseConfig(Options):
     def __post_init__(self):
         super().__post_init__()
         if self.input_perturbation and self.learn_sigma:
-            raise ValueError(
-                "`--input_perturbation` does not go with --learn_sigma: the bound of the variance is of the noise "
-                "that was added."
-            )
+            raise ValueError("`--input_perturbation` does not go with --learn_sigma, whose bound knows one noise.")
 
 
 @dataclass(frozen=True)
@@ -143,14 +139,14 @@ class ObjectiveConfig(Options):
             raise ValueError("--cluster_cost affinity and --affinity_path need each other.")
         logit_normal = self.timestep_sampling == "logit_normal"
         self.effect_only(logit_normal, "on --timestep_sampling logit_normal", "logit_mean", "logit_std")
-        if self.train_cluster is not None and self.train_cluster >= self.num_clusters:
+        if self.train_cluster is None:
+            return
+        if self.train_cluster >= self.num_clusters:
             raise ValueError(
                 f"`--train_cluster` must be below --num_clusters {self.num_clusters}, got {self.train_cluster}."
             )
-        if self.train_cluster is not None and (self.balancing != "uniform" or self.timestep_sampling is not None):
-            raise ValueError(
-                "`--train_cluster` leaves nothing to balance: no --balancing or --timestep_sampling goes with it."
-            )
+        if self.balancing != "uniform" or self.timestep_sampling is not None:
+            raise ValueError("`--train_cluster` leaves nothing to balance by --balancing or --timestep_sampling.")
 
 
 @dataclass(frozen=True)
@@ -182,13 +178,10 @@ class RoutingConfig(Options):
         super().__post_init__()
         ends = self.routing_timestep_range
         if ends is not None and not (len(ends) == 2 and ends[0] != ends[1]):
-            raise ValueError(
-                "`--routing_timestep_range` must be two timesteps, those of the cleanest and the noisiest step, got "
-                f"{list(ends)}."
-            )
+            raise ValueError(f"`--routing_timestep_range` must be the cleanest and noisiest timestep, got {[*ends]}.")
 
     @property
     def given(self) -> dict[str, Any]:
         """The config values of a model that are given."""
-        names = [item.name for item in fields(self) if item.name != "routing_warmup_steps"]
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        given = {name: getattr(self, name) for name in self.names() if name != "routing_warmup_steps"}
+        return {name: value for name, value in given.items() if value is not None}

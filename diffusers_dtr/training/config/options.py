@@ -1,8 +1,4 @@
-"""What the options of a run are made of: frozen dataclasses whose fields are checked, and become flags of a script.
-
-An option `x` is the flag `--x` on the command line, the key `x` of a YAML or JSON file, and an argument in Python. Its
-annotation says its type and range, so that it is checked the same way wherever it comes from.
-"""
+"""What the options of a run are made of: fields that are checked by their annotations wherever values come from."""
 
 from __future__ import annotations
 
@@ -39,8 +35,8 @@ class Options:
     """Base of the parts of a run's configuration: checks every field's type, choices and range."""
 
     def __post_init__(self):
-        hints = _hints(type(self))
-        for name in (item.name for item in fields(self)):
+        hints, plain_hints = _hints(type(self), True), _hints(type(self), False)
+        for name in self.names():
             value = getattr(self, name)
             if isinstance(value, os.PathLike | np.generic):
                 value = value.item() if isinstance(value, np.generic) else os.fspath(value)
@@ -53,12 +49,16 @@ class Options:
                     if item not in allowed:
                         among = allowed if isinstance(allowed, Range) else f"one of {', '.join(map(str, allowed))}"
                         raise ValueError(f"`{flag}` must be {among}, got {shortened(item)}.")
-            check_types({flag: _plain_hints(type(self))[name]}, {flag: value}, "a run")
+            check_types({flag: plain_hints[name]}, {flag: value}, "a run")
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """All options."""
+        return [item.name for item in fields(cls)]
 
     def is_default(self, name: str) -> bool:
         """Whether a field has its default."""
-        (item,) = (item for item in fields(self) if item.name == name)
-        return getattr(self, name) == item.default
+        return getattr(self, name) == self.__dataclass_fields__[name].default
 
     def effect_only(self, needed: bool, condition: str, *names: str) -> None:
         """Refuse fields that were given although they have no effect; `condition` says when they have one."""
@@ -68,13 +68,8 @@ class Options:
 
 
 @cache
-def _hints(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls, include_extras=True)
-
-
-@cache
-def _plain_hints(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls)
+def _hints(cls: type, include_extras: bool) -> dict[str, Any]:
+    return get_type_hints(cls, include_extras=include_extras)
 
 
 def _limits(hint: Any) -> Iterator[Range | tuple]:

@@ -50,9 +50,7 @@ class RunConfig(Options):
         if Path(self.logging_dir).parts[:1] in [(name,) for name in _TAKEN_FOLDERS]:
             raise ValueError(f"`--logging_dir` must not be a folder of the result, got {self.logging_dir!r}.")
         if self.report_to in TRACKERS and find_spec(self.report_to) is None:
-            raise ValueError(
-                f"`--report_to {self.report_to}` needs the package {self.report_to}, which is not installed."
-            )
+            raise ValueError(f"`--report_to {self.report_to}` needs the package {self.report_to}: pip install it.")
 
 
 @dataclass(frozen=True)
@@ -97,15 +95,11 @@ class HubConfig(Options):
     hub_revision: str | None = option(None, "Branch to push to, made if there is none of that name. Default main.")
     hub_create_pr: bool = option(False, "Push the result as a pull request.")
     hub_strategy: Literal["end", "checkpoint"] = option(
-        "end",
-        "When to push: at the end, or the latest checkpoint too while training goes on, in the background.",
+        "end", "When to push: at the end, or the latest checkpoint too while training goes on, in the background."
     )
 
     def __post_init__(self):
         super().__post_init__()
-        names = ("hub_revision", "hub_create_pr", "hub_strategy")
-        self.effect_only(self.push_to_hub, "with --push_to_hub", *names)
+        self.effect_only(self.push_to_hub, "with --push_to_hub", "hub_revision", "hub_create_pr", "hub_strategy")
         if self.hub_create_pr and (self.hub_revision is not None or self.hub_strategy == "checkpoint"):
-            raise ValueError(
-                "`--hub_create_pr` is for the result alone: neither --hub_revision nor --hub_strategy goes with it."
-            )
+            raise ValueError("`--hub_create_pr` is for the result alone: leave out --hub_revision and --hub_strategy.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -22,7 +22,7 @@ from .running import GuidedValidationConfig, HubConfig, RunConfig, ValidationCon
 
 
 # Where diffusers' polynomial schedule ends; it must begin above.
-POLYNOMIAL_END = 1e-7
+_POLYNOMIAL_END = 1e-7
 _NOT_SAVED = ("hub_token", "resume_from_checkpoint", "allow_changed_settings")
 
 
@@ -50,42 +50,41 @@ class TrainingConfig:
     def __post_init__(self):
         hints = get_type_hints(type(self))
         for item in fields(self):
-            part = getattr(self, item.name)
-            if not isinstance(part, hints[item.name]):
-                names = str(getattr(hints[item.name], "__name__", hints[item.name])).replace(f"{__package__}.", "")
+            part, hint = getattr(self, item.name), hints[item.name]
+            if not isinstance(part, hint):
+                names = str(getattr(hint, "__name__", hint)).replace(f"{__package__}.", "")
                 raise ValueError(f"`{item.name}` must be of {names}, got {shortened(part)}.")
-        model = self.model
-        folders = (model.pretrained_model_name_or_path, model.vae_name_or_path)
-        if Path(self.run.output_dir).resolve() in [Path(folder).resolve() for folder in folders if folder]:
-            raise ValueError(
-                f"`--output_dir` must not be the folder of a pretrained model, got {self.run.output_dir}."
-            )
-        if getattr(self.data, "cache_latents", False) and not (
-            model.vae_name_or_path or model.pretrained_model_name_or_path
-        ):
-            raise ValueError(
-                "`--cache_latents` needs --vae_name_or_path, or a pretrained pipeline that has an autoencoder."
-            )
-        if self.run.max_train_steps is not None:
-            check_warm_ups(self, self.run.max_train_steps)
-        lowest = POLYNOMIAL_END / (self.run.train_batch_size if self.optimizer.scale_lr else 1)
-        if self.optimizer.lr_scheduler == "polynomial" and self.optimizer.learning_rate <= lowest:
-            raise ValueError(
-                f"`--learning_rate` must be above {lowest:g}, where --lr_scheduler polynomial ends, got "
-                f"{self.optimizer.learning_rate:g}."
-            )
+        self._check_folders()
+        self._check_learning()
+        self._check_adapters()
         if self.run.report_to == "wandb" and self.hub.hub_token is not None:
-            raise ValueError(
-                "`--report_to wandb` uploads the command line, and --hub_token with it: use `hf auth login`."
-            )
+            raise ValueError("`--report_to wandb` uploads the command line with --hub_token: use `hf auth login`.")
+
+    def _check_folders(self) -> None:
+        output, pretrained = self.run.output_dir, self.model.pretrained_model_name_or_path
+        sources = [source for source in (pretrained, self.model.vae_name_or_path) if source]
+        if Path(output).resolve() in [Path(source).resolve() for source in sources]:
+            raise ValueError(f"`--output_dir` must not be the folder of a pretrained model, got {output}.")
+        if getattr(self.data, "cache_latents", False) and not sources:
+            raise ValueError("`--cache_latents` needs --vae_name_or_path, or a pretrained pipeline that has one.")
         for flag in ("train_data_dir", "validation_data_dir"):
             folder = getattr(self.data, flag)
-            if folder is not None and Path(self.run.output_dir).resolve().is_relative_to(Path(folder).resolve()):
-                raise ValueError(
-                    f"`--output_dir` must not be in `--{flag}`, of whose next reader its samples would be images, got "
-                    f"{self.run.output_dir}."
-                )
-        self._check_adapters()
+            if folder is not None and Path(output).resolve().is_relative_to(Path(folder).resolve()):
+                raise ValueError(f"`--output_dir` must not be in --{flag}, as it would add images, got {output}.")
+
+    def _check_learning(self) -> None:
+        optimizer, steps = self.optimizer, self.run.max_train_steps
+        warmup, routing = optimizer.lr_warmup_steps, self.routing.routing_warmup_steps
+        if steps is not None and warmup >= steps:
+            raise ValueError(f"`--lr_warmup_steps` must be below the {steps} steps of the run, got {warmup}.")
+        if steps is not None and routing > steps:
+            raise ValueError(f"`--routing_warmup_steps` must be at most the {steps} steps of the run, got {routing}.")
+        lowest = _POLYNOMIAL_END / (self.run.train_batch_size if optimizer.scale_lr else 1)
+        if optimizer.lr_scheduler == "polynomial" and optimizer.learning_rate <= lowest:
+            raise ValueError(
+                f"`--learning_rate` must be above {lowest:g}, where --lr_scheduler polynomial ends, got "
+                f"{optimizer.learning_rate:g}."
+            )
 
     def _check_adapters(self) -> None:
         if self.lora.rank is None:
@@ -93,27 +92,21 @@ class TrainingConfig:
         if self.lora.route_lora and self.routing.routing_warmup_steps:
             raise ValueError("`--routing_warmup_steps` is of the denoiser, which --route_lora leaves unrouted.")
         if self.ema.use_ema:
-            raise ValueError(
-                "`--rank` does not go with --use_ema: the average would be of all weights, not of the adapters."
-            )
+            raise ValueError("`--rank` does not go with --use_ema, which averages all weights, not adapters.")
         if getattr(self.model, "denoiser_config", None) is not None:
-            raise ValueError(
-                "`--rank` does not go with --denoiser_config: adapters need a denoiser that is trained already."
-            )
+            raise ValueError("`--rank` does not go with --denoiser_config: adapters need a trained denoiser.")
 
     @property
     def options(self) -> dict[str, Any]:
         """All options by name, of all parts."""
-        return {name: getattr(part, name) for part in self._parts() for name in _names(type(part))}
+        return {name: getattr(part, name) for part in self._parts().values() for name in part.names()}
 
     def replace(self, **changes: Any) -> TrainingConfig:
         """The same configuration with other values of some options."""
-        parts = {}
-        for item in fields(self):
-            part = getattr(self, item.name)
-            names = [] if part is None else _names(type(part))
-            mine = {name: changes.pop(name) for name in names if name in changes}
-            parts[item.name] = replace(part, **mine) if mine else part
+        parts = self._parts()
+        for kind, part in parts.items():
+            mine = {name: changes.pop(name) for name in part.names() if name in changes}
+            parts[kind] = replace(part, **mine) if mine else part
         if changes:
             raise TypeError(f"A run has no options {', '.join(changes)}.")
         return TrainingConfig(**parts)
@@ -129,30 +122,14 @@ class TrainingConfig:
         """Write what is not the default as JSON that [`parse_config`] reads; no token, and no resumption."""
         given = {
             name: getattr(part, name)
-            for part in self._parts()
-            for name in _names(type(part))
+            for part in self._parts().values()
+            for name in part.names()
             if name not in _NOT_SAVED and not part.is_default(name)
         }
         replace_text(path, json.dumps(given, indent=2, ensure_ascii=False) + "\n")
 
-    def _parts(self) -> Iterator[Options]:
-        parts = (getattr(self, item.name) for item in fields(self))
-        return (part for part in parts if part is not None)
-
-
-def check_warm_ups(config: TrainingConfig, num_steps: int) -> None:
-    """Refuse what would rise or fall until after the run."""
-    warmup, routing = config.optimizer.lr_warmup_steps, config.routing.routing_warmup_steps
-    if warmup >= num_steps:
-        raise ValueError(
-            f"`--lr_warmup_steps` must be below the {num_steps} steps of the run, got {warmup}: the learning rate "
-            "would never be at its peak."
-        )
-    if routing > num_steps:
-        raise ValueError(
-            f"`--routing_warmup_steps` must be at most the {num_steps} steps of the run, got {routing}: it would end "
-            "before its target."
-        )
+    def _parts(self) -> dict[str, Options]:
+        return {kind: part for kind, part in vars(self).items() if part is not None}
 
 
 def parse_config(
@@ -223,7 +200,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _take_defaults(parser: ArgumentParser, values: dict[str, Any], parts: Iterable[type[Options]]) -> None:
-    known = {name for part in parts for name in _names(part)}
+    known = {name for part in parts for name in part.names()}
     unknown = sorted(map(str, values.keys() - known))
     if unknown:
         raise ValueError(f"`--config` must be a file of this script's options, got {shortened(unknown)} in it.")
@@ -233,10 +210,6 @@ def _take_defaults(parser: ArgumentParser, values: dict[str, Any], parts: Iterab
     parser.set_defaults(**values)
     for action in parser._actions:  # argparse has no public way to what is required
         action.required = action.required and action.dest not in values
-
-
-def _names(part: type[Options]) -> list[str]:
-    return [item.name for item in fields(part)]
 
 
 _USUAL_PARTS: dict[str, type[Options]] = {

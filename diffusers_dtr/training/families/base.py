@@ -1,8 +1,4 @@
-"""What is common to the families of text-conditional denoisers: what they are told, in training as in their pipelines.
-
-A family is declared in [`~diffusers_dtr.training.families.text_to_image`] or `text_to_video_families` by what is
-different about it, in the words of its diffusers pipeline, whose own methods encode prompts and pack latents.
-"""
+"""What is common to the families of text-conditional denoisers: what they are told in training and in pipelines."""
 
 from __future__ import annotations
 
@@ -24,14 +20,9 @@ TextRows = dict[str, torch.Tensor | list[torch.Tensor]]
 
 
 class TextEmbedding(NamedTuple):
-    """One of the tensors that a pipeline makes of prompts.
+    """One of the tensors that a pipeline's `encode_prompt` returns: its place there, and the arguments that take it.
 
-    Attributes:
-        position: Its place in what the pipeline's `encode_prompt` returns.
-        pipeline_argument: The argument of the pipeline that takes it. "negative_" + that takes the one of the
-            negative prompts.
-        denoiser_argument: The argument of the denoiser that takes it.
-        negative_position: The place of the one of the negative prompt, where that is not encoded as a prompt is.
+    `negative_position` is that of the negative prompt, where it is not encoded as a prompt is.
     """
 
     position: int
@@ -41,7 +32,7 @@ class TextEmbedding(NamedTuple):
 
 
 class DenoiserFamily:
-    """A family's declaration is a subclass; an instance knows the numbers of a run.
+    """A family is a subclass that declares what is different about it; an instance knows the numbers of a run.
 
     Args:
         resolution: Side of the images in pixels.
@@ -84,10 +75,7 @@ class DenoiserFamily:
 
     @property
     def counts_timesteps(self) -> bool:
-        """Whether the denoiser is called with a discrete scheduler's timesteps, over all of which it is then routed.
-
-        Else, in flow matching, the routed class knows the range of what it is called with.
-        """
+        """Whether the denoiser is called with a discrete scheduler's timesteps; else its class knows their range."""
         return self.routed_class.family.timestep_range == DEFAULT_TIMESTEP_RANGE
 
     def token_side(self, model: ModelMixin) -> int:
@@ -98,8 +86,11 @@ class DenoiserFamily:
     def shape(self, vae: ModelMixin, sample_size: int, learn_sigma: bool) -> dict[str, int]:
         """Those config values of a new denoiser that follow from its latents, as far as the family has them."""
         channels = latent_channels(vae)
-        shape = {"sample_size": sample_size, "in_channels": channels * self.packing**2}
-        shape["out_channels"] = 2 * channels if learn_sigma else self.out_channels(channels)
+        shape = {
+            "sample_size": sample_size,
+            "in_channels": channels * self.packing**2,
+            "out_channels": 2 * channels if learn_sigma else self.out_channels(channels),
+        }
         known = inspect.signature(self.routed_class).parameters
         return {name: value for name, value in shape.items() if name in known}
 
@@ -122,39 +113,27 @@ class DenoiserFamily:
 
     # Texts
 
-    def check_max_sequence_length(self, max_sequence_length: int | None) -> None:
-        """Refuse a number of tokens that is not to be chosen."""
-        if max_sequence_length is not None and not self.max_sequence_length:
-            raise ValueError("`--max_sequence_length` must be left out: the tokenizer of such a pipeline decides.")
-
     def prompt_options(self, pipeline: DiffusionPipeline, max_sequence_length: int | None) -> dict[str, Any]:
         """The arguments of `encode_prompt` beside the texts, as a call of the pipeline gives them."""
-        self.check_max_sequence_length(max_sequence_length)
         call, encode = (inspect.signature(f).parameters for f in (type(pipeline).__call__, pipeline.encode_prompt))
         # `encode_prompt` has defaults of its own, which no call of the pipeline ever uses.
         shared = [name for name in encode if name in call and call[name].default is not inspect.Parameter.empty]
         options = {name: call[name].default for name in shared if name != "prompt"}
-        chosen = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
-        return options | chosen
+        return options | ({} if max_sequence_length is None else {"max_sequence_length": max_sequence_length})
 
     @torch.no_grad()
     def encode(
         self, pipeline: DiffusionPipeline, texts: list[str], device: torch.device, options: dict[str, Any]
     ) -> TextRows:
-        """What a pipeline makes of texts, by its arguments: one row per text.
-
-        An empty text stands for the negative prompt of classifier-free guidance, and is encoded as the pipeline does
-        that: zeros for some, without the words that the family puts before a prompt for others.
-        """
+        """What a pipeline makes of texts, by its arguments: one row per text; an empty one is the negative prompt."""
         encoded = self._encode(pipeline, texts, False, device, options)
         rows = {names.pipeline_argument: encoded[names.position] for names in self.embeddings}
         empty = [number for number, text in enumerate(texts) if text == ""]
         if empty and self.embeddings[0].negative_position is not None:
             encoded = self._encode(pipeline, [""], True, device, options)
             for names in self.embeddings:
-                rows[names.pipeline_argument][empty] = encoded[names.negative_position].to(
-                    rows[names.pipeline_argument]
-                )
+                own = rows[names.pipeline_argument]
+                own[empty] = encoded[names.negative_position].to(own)
         return rows
 
     @staticmethod
@@ -185,12 +164,6 @@ class DenoiserFamily:
     ) -> torch.Tensor:
         """Call the denoiser as its pipeline does; returns the scheduler's `model_output`, unpacked."""
         return model(noisy, timestep=timesteps, **conditions, return_dict=False)[0]
-
-    def embedded_guidance(self, pipeline: DiffusionPipeline, noisy: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The argument of a denoiser that was distilled from guided predictions; nothing for others."""
-        if not getattr(pipeline, self.denoiser).config.guidance_embeds:
-            return {}
-        return {"guidance": noisy.new_full((len(noisy),), self.guidance_scale, dtype=torch.float32)}
 
     # Sampling
 

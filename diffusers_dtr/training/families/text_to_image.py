@@ -108,8 +108,9 @@ class TokenFamily(DenoiserFamily):
     """A family whose denoiser is told σ, and where every token of an image and a text lies."""
 
     def denoise(self, pipeline, model, noisy, timesteps, conditions):
-        places = self.places(pipeline, noisy, conditions)
-        told = {**conditions, **self.embedded_guidance(pipeline, noisy), **places}
+        told = {**conditions, **self.places(pipeline, noisy, conditions)}
+        if pipeline.transformer.config.guidance_embeds:  # distilled from guided predictions
+            told["guidance"] = noisy.new_full((len(noisy),), self.guidance_scale, dtype=torch.float32)
         output = model(self.pack(pipeline, noisy), timestep=timesteps / _SIGMA_1000, **told, return_dict=False)[0]
         return self.unpack(pipeline, output, noisy.shape[2:])
 
