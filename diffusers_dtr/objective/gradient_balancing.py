@@ -156,22 +156,25 @@ class GradientBalancer(Balancing):
         # Not torchjd's autogram engine, which avoids keeping gradients: gradients of the global batch have inner
         # products across processes, of which it computes only those within one. It also runs modules a second time
         # under vmap, which routing masks that belong to the call, label dropout and checkpointing do not survive.
-        parameters = [parameter for parameter in self._module[0].parameters() if parameter.requires_grad]
         scale = 1 if self.scaler is None else self.scaler.scale(contributions.new_ones(()))
         processes = num_processes()
-        if processes > 1:
-            _check_not_sharded(self._module[0], parameters)
-        size = -(-sum(parameter.numel() for parameter in parameters) // processes)
+        sharded = processes > 1 and _is_sharded(self._module[0])
+        parameters = _shards(self._module[0]) if sharded else _trainable(self._module[0])
+        size = sum(parameter.to_local().numel() if sharded else parameter.numel() for parameter in parameters)
+        size, shares = (size, 1) if sharded else (-(-size // processes), processes)
         dtype = reduce(torch.promote_types, (parameter.dtype for parameter in parameters), torch.float32)
         rows = torch.empty(self.num_clusters, size, dtype=dtype, device=parameters[0].device)
         gramian = torch.zeros(self.num_clusters, self.num_clusters, dtype=dtype, device=rows.device)
         for i, contribution in enumerate((contributions * scale).unbind()):
-            _write_gradient(contribution, parameters, rows[i])
+            if sharded:
+                torch.cat(_sharded_gradient(contribution, parameters), out=rows[i])
+            else:
+                _write_gradient(contribution, parameters, rows[i])
             with torch.autocast(rows.device.type, enabled=False):
                 gramian[i, : i + 1] = torch.mv(rows[: i + 1], rows[i])  # unlike matrix products, never in TF32
         if processes > 1:
             dist.all_reduce(gramian)
-        gramian = (gramian / (scale * processes) / (scale * processes)).to("cpu").double()
+        gramian = (gramian / (scale * shares) / (scale * shares)).to("cpu").double()
         return gramian + gramian.tril(-1).T
 
     def _solve(self, gramian: Tensor) -> Tensor:
@@ -199,18 +202,50 @@ def _write_gradient(loss: Tensor, parameters: list[nn.Parameter], out: Tensor) -
     reduce_scatter(out, padded)
 
 
-def _check_not_sharded(module: nn.Module, parameters: list[nn.Parameter]) -> None:
+def _sharded_gradient(loss: Tensor, shards: list[nn.Parameter]) -> list[Tensor]:
+    """This process's shards of the gradient, averaged over processes, flat.
+
+    FSDP2 puts gradients together in backward passes alone, and leaves them in `.grad`.
+    """
+    kept = [shard.grad for shard in shards]
+    for shard in shards:
+        shard.grad = None
+    loss.backward(retain_graph=True)
+    flat = []
+    for shard, gradient in zip(shards, kept, strict=True):
+        local = shard.to_local() if shard.grad is None else shard.grad.to_local()
+        flat.append(torch.zeros_like(local).flatten() if shard.grad is None else local.flatten())
+        shard.grad = gradient
+    return flat
+
+
+def _trainable(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def _shards(module: nn.Module) -> list[nn.Parameter]:
+    """The trainable parameters of a module that FSDP2 shards, as this process has them between forward calls."""
+    for part in module.modules():
+        if hasattr(part, "reshard"):
+            part.reshard()
+    return _trainable(module)
+
+
+def _is_sharded(module: nn.Module) -> bool:
     # Needed in process groups only, and slow to import.
-    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
 
-    if any(isinstance(parameter, DTensor) for parameter in parameters) or any(
+    if isinstance(module, FSDPModule):
+        return True
+    if any(isinstance(parameter, DTensor) for parameter in module.parameters()) or any(
         isinstance(part, FullyShardedDataParallel) for part in module.modules()
     ):
         raise TypeError(
-            "`module` must hold its parameters whole on every process, as with DistributedDataParallel; gradients of "
-            "sharded ones (FSDP, tensor parallelism) cannot be balanced."
+            "`module` must hold its parameters whole on every process, as with DistributedDataParallel, or be sharded "
+            "as a whole by FSDP2 (`fully_shard`): gradients of other shards cannot be balanced."
         )
+    return False
 
 
 def _weighting_of_gramian(weighting: str | Weighting | WeightedAggregator, num_clusters: int) -> Weighting:
