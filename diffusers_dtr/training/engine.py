@@ -6,6 +6,7 @@ The one place that knows it. Beside a forward call, whatever is said to be colle
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -158,7 +159,9 @@ class Engine:
             folder.mkdir()
         self.accelerator.wait_for_everyone()
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        dcp.save({name: tensor.contiguous() for name, tensor in tensors.items()}, storage_writer=writer)
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        with _one_process_is_fine():
+            dcp.save(tensors, storage_writer=writer)
 
 
 def read_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -169,10 +172,23 @@ def read_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     """
     if not any(folder.glob("*.safetensors")):
         raise ValueError(f"{folder} must hold *.safetensors, but has none.")
+    reader = HuggingFaceStorageReader(str(folder))
     try:
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
-    except (CheckpointException, RuntimeError, ValueError, SafetensorError) as error:
+        saved = reader.read_metadata().state_dict_metadata
+        if saved.keys() != tensors.keys():
+            others = ", ".join(sorted(saved.keys() ^ tensors.keys())[:3])
+            raise ValueError(f"{folder} must hold the weights of this model, got others: {others} ...")
+        with _one_process_is_fine():
+            dcp.load(tensors, storage_reader=reader)
+    except (CheckpointException, SafetensorError) as error:
         raise ValueError(f"{folder} must hold whole safetensors files of this model: {error}") from error
+
+
+@contextmanager
+def _one_process_is_fine() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
 
 
 def _without_weights(model: ModelMixin) -> ModelMixin:

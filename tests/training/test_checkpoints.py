@@ -9,13 +9,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDPMScheduler
-from diffusers.training_utils import EMAModel
 from run_config import run_config
 from safetensors.torch import load_file, save_file
 from sudden_death import die_before_every_change
 
 from diffusers_dtr import DTRTransformer2DModel
-from diffusers_dtr.training.config import LoraConfig, RoutingConfig
+from diffusers_dtr.training.config import EMAConfig, LoraConfig, RoutingConfig
+from diffusers_dtr.training.ema import WeightAverage
+from diffusers_dtr.training.engine import Engine
 from diffusers_dtr.training.lora import add_lora
 from diffusers_dtr.training.objective import build_objective
 from diffusers_dtr.training.run.checkpoints import Checkpoints
@@ -23,10 +24,6 @@ from diffusers_dtr.training.run.resuming import RunState
 
 
 SETTINGS = {"--seed": 0}
-
-
-def state(step: int) -> RunState:
-    return RunState(step, SETTINGS)
 
 
 class Run:
@@ -40,20 +37,30 @@ class Run:
         if rank is not None:
             torch.manual_seed(seed)
             add_lora(self.model, LoraConfig(rank=rank), RoutingConfig(), ("to_q",))
-        self.ema = EMAModel(self.model.parameters(), decay=0.5) if use_ema else None
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.prepared, self.optimizer = self.accelerator.prepare(self.model, torch.optim.AdamW(trained, lr=0.1))
-        self.checkpoints = Checkpoints(self.accelerator, folder, "transformer", self.model, self.ema, limit)
+        engine = Engine(self.accelerator, self.model)
+        _, self.optimizer = engine.prepare(torch.optim.AdamW(trained, lr=0.1))
+        self.ema = WeightAverage(EMAConfig(use_ema=True), engine) if use_ema else None
+        self.checkpoints = Checkpoints(engine, folder, "transformer", limit)
+
+    def save(self, step: int) -> Path:
+        return self.checkpoints.save(RunState(step, SETTINGS), self.ema)
+
+    def resume(self, name: str | None = "latest") -> int:
+        """The step that the run goes on from."""
+        state = self.checkpoints.resume(name, SETTINGS)
+        self.checkpoints.restore(state, self.ema)
+        return state.global_step
 
     def step(self) -> None:
         for parameter in self.model.parameters():
             parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
         self.optimizer.step()
         if self.ema is not None:
-            self.ema.step(self.model.parameters())
+            self.ema.step()
 
     def state(self) -> list[torch.Tensor]:
-        shadow = [] if self.ema is None else self.ema.shadow_params
+        shadow = [] if self.ema is None else self.ema.weights
         moments = [state["exp_avg"] for state in self.optimizer.state.values()]
         return [tensor.detach().clone() for tensor in [*self.model.parameters(), *shadow, *moments]]
 
@@ -77,38 +84,44 @@ def names(folder: Path) -> list[str]:
 def test_resuming_restores_model_average_and_optimizer(tmp_path):
     run = Run(tmp_path)
     run.step()
-    run.checkpoints.save(state(1))
+    run.save(1)
     expected = run.state()
     other = Run(tmp_path, seed=1)
-    assert other.checkpoints.resume("latest", SETTINGS).global_step == 1
+    assert other.resume() == 1
     assert_same(other.state(), expected)
     run.step()
     other.step()
     assert_same(other.state(), run.state())
-    assert other.ema.optimization_step == 2
+    assert other.ema.num_steps == 2
 
 
 def test_weights_are_saved_once_and_as_safetensors_of_the_model(tmp_path):
     run = Run(tmp_path)
-    path = run.checkpoints.save(state(1))
-    assert [file.name for file in path.rglob("*.safetensors")] == ["diffusion_pytorch_model.safetensors"] * 2
+    path = run.save(1)
+    files = sorted(str(file.relative_to(path)) for file in path.rglob("*.safetensors"))
+    assert files == [
+        "optimizer/shard-00001-model-00001-of-00001.safetensors",
+        "transformer/diffusion_pytorch_model.safetensors",
+        "transformer_ema/diffusion_pytorch_model.safetensors",
+    ]
     saved = DTRTransformer2DModel.from_pretrained(path / "transformer")
     assert_same(list(saved.parameters()), list(run.model.parameters()))
 
 
 def test_nothing_is_loaded_unless_asked_or_there(tmp_path):
     run = Run(tmp_path)
+    run.step()
     before = run.state()
-    assert run.checkpoints.resume("latest", SETTINGS).global_step == 0
-    run.checkpoints.save(state(1))
-    assert run.checkpoints.resume(None, SETTINGS).global_step == 0
+    assert run.resume() == 0
+    run.save(1)
+    assert run.resume(None) == 0
     assert_same(run.state(), before)
 
 
 def test_oldest_checkpoints_go_beyond_the_limit_by_their_steps_rather_than_their_names(tmp_path):
     run = Run(tmp_path, limit=2)
     for step in (8, 9, 10, 11):
-        run.checkpoints.save(state(step))
+        run.save(step)
     assert names(tmp_path) == ["checkpoint-10", "checkpoint-11"]
     assert run.checkpoints.latest() == tmp_path / "checkpoint-11"
 
@@ -121,17 +134,17 @@ def test_whenever_the_process_dies_the_latest_checkpoint_is_whole(tmp_path):
         run.step()
         states[step] = run.state()
         if step == 1:
-            run.checkpoints.save(state(1))
+            run.save(1)
     untouched = tmp_path.with_name("untouched")
     shutil.copytree(tmp_path, untouched)
     found = []
 
     def save():
-        run.checkpoints.save(state(2))
+        run.save(2)
 
     def check():
         other = Run(tmp_path, seed=1)
-        step = other.checkpoints.resume("latest", SETTINGS).global_step
+        step = other.resume()
         assert_same(other.state(), states[step])
         found.append(step)
         shutil.rmtree(tmp_path)
@@ -146,12 +159,12 @@ def test_whenever_the_process_dies_the_latest_checkpoint_is_whole(tmp_path):
 def test_incomplete_checkpoint_is_refused_and_complete_ones_named(tmp_path):
     run = Run(tmp_path)
     for step in (1, 2):
-        run.checkpoints.save(state(step))
+        run.save(step)
     (tmp_path / "checkpoint-2" / "training_state.json").unlink()
     for name in ("checkpoint-2", "checkpoint-3"):
         with pytest.raises(ValueError, match=rf"complete checkpoint or `latest`, got '{name}'.*: checkpoint-1\."):
-            run.checkpoints.resume(name, SETTINGS)
-    assert run.checkpoints.resume("latest", SETTINGS).global_step == 1
+            run.resume(name)
+    assert run.resume() == 1
 
 
 @pytest.mark.parametrize(
@@ -164,38 +177,38 @@ def test_incomplete_checkpoint_is_refused_and_complete_ones_named(tmp_path):
 )
 def test_what_a_run_needs_to_go_on_must_be_there(saved, resumed, message, tmp_path):
     without = {"use_ema": False}
-    Run(tmp_path, **{**without, **saved}).checkpoints.save(state(1))
+    Run(tmp_path, **{**without, **saved}).save(1)
     with pytest.raises(ValueError, match=message):
-        Run(tmp_path, **{**without, **resumed}).checkpoints.resume("latest", SETTINGS)
+        Run(tmp_path, **{**without, **resumed}).resume()
 
 
 def test_run_does_not_go_back_behind_checkpoints_of_later_steps(tmp_path):
     run = Run(tmp_path)
     for step in (1, 2):
-        run.checkpoints.save(state(step))
+        run.save(step)
     with pytest.raises(ValueError, match=r"'checkpoint-1' is of step 1, but .* holds checkpoint-2\. Remove"):
-        run.checkpoints.resume("checkpoint-1", SETTINGS)
+        run.resume("checkpoint-1")
     shutil.rmtree(tmp_path / "checkpoint-2")
-    assert run.checkpoints.resume("checkpoint-1", SETTINGS).global_step == 1
+    assert run.resume("checkpoint-1") == 1
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_not_saved(value, tmp_path):
     run = Run(tmp_path)
-    run.checkpoints.save(state(1))
+    run.save(1)
     with torch.no_grad():
         next(run.model.parameters()).view(-1)[-1] = value
     with pytest.raises(FloatingPointError, match=r"weights were not finite at step 2\. .* is .*/checkpoint-1;"):
-        run.checkpoints.save(state(2))
+        run.save(2)
     assert names(tmp_path) == ["checkpoint-1"]
 
 
 def test_weights_of_another_model_or_damaged_ones_are_refused(tmp_path):
-    folder = Run(tmp_path).checkpoints.save(state(1))
+    folder = Run(tmp_path).save(1)
 
     def refused(name: str, message: str) -> None:
         with pytest.raises(ValueError, match=f"{name} must hold {message}"):
-            Run(tmp_path).checkpoints.resume("latest", SETTINGS)
+            Run(tmp_path).resume()
 
     for name in ("transformer_ema", "transformer"):
         file = folder / name / "diffusion_pytorch_model.safetensors"
@@ -203,32 +216,20 @@ def test_weights_of_another_model_or_damaged_ones_are_refused(tmp_path):
         save_file({"other": torch.zeros(1)}, file)
         refused(name, "the weights of this model, got others")
         file.write_bytes(b"cut off")
-        refused(name, "whole safetensors files, got a damaged one")
+        refused(name, "whole safetensors files")
         file.unlink()
         refused(name, r"\*\.safetensors, but has none")
         file.write_bytes(whole)
 
 
-def test_forward_calls_are_counted_anew_after_resuming(tmp_path):
-    """With another number of them in a step, the first step would otherwise be cut short."""
-    run = Run(tmp_path)
-    run.accelerator.step = 3
-    run.checkpoints.save(state(3))
-    other = Run(tmp_path)
-    other.accelerator.gradient_accumulation_steps = 2
-    other.checkpoints.resume("latest", SETTINGS)
-    with other.accelerator.accumulate(other.prepared):
-        assert not other.accelerator.sync_gradients
-
-
 def test_adapters_alone_are_saved_and_restored(tmp_path):
     run, other = (Run(tmp_path, seed=seed, use_ema=False, rank=2) for seed in (0, 1))
     run.step()
-    path = run.checkpoints.save(state(1))
+    path = run.save(1)
     weights = {name for file in path.rglob("*.safetensors") for name in load_file(file)}
     assert weights
     assert all("lora_" in name for name in weights)
-    other.checkpoints.resume("latest", SETTINGS)
+    other.resume()
     assert_same(other.state(), run.state())
     run.step()
     other.step()
@@ -257,6 +258,8 @@ class Gadget:
 # What accelerate, diffusers and torch would look for, beside what such a checkpoint has.
 PLANTED = [
     *(
+        "optimizer.bin",
+        "random_states_0.pkl",
         "custom_checkpoint_0.pkl",
         "scheduler.bin",
         "sampler.bin",
@@ -274,9 +277,9 @@ def test_no_file_of_a_checkpoint_runs_code(as_torch, tmp_path):
     torch.save(Gadget(marker), gadget) if as_torch else gadget.write_bytes(pickle.dumps(Gadget(marker)))
     torch.load(gadget, weights_only=False) if as_torch else pickle.loads(gadget.read_bytes())
     marker.rmdir()
-    whole = StatefulRun(tmp_path / "whole").checkpoints.save(state(1))
+    whole = StatefulRun(tmp_path / "whole").save(1)
     files = [str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file()]
-    assert {"optimizer.bin", "random_states_0.pkl", "objective.safetensors"} < set(files)
+    assert {"objective.safetensors", "training_state.json"} < set(files)
     for number, name in enumerate([*files, *PLANTED]):
         hostile = tmp_path / str(number) / "checkpoint-1"
         shutil.copytree(whole, hostile)
@@ -286,5 +289,5 @@ def test_no_file_of_a_checkpoint_runs_code(as_torch, tmp_path):
         shutil.copyfile(gadget, hostile / name)
         run = StatefulRun(tmp_path / "run")
         with suppress(ValueError, RuntimeError, EOFError, pickle.UnpicklingError):
-            run.checkpoints.resume(str(hostile), SETTINGS)
+            run.resume(str(hostile))
         assert not marker.exists(), name

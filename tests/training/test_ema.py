@@ -1,10 +1,14 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
-from diffusers import ModelMixin
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
 from run_config import run_config
 from tiny_dit import routed_dit
 
-from diffusers_dtr.training.ema import averaged_weights, build_ema, step_average
+from diffusers_dtr.training.ema import WeightAverage
+from diffusers_dtr.training.engine import Engine
 
 
 def copies(tensors) -> list[torch.Tensor]:
@@ -15,26 +19,45 @@ def assert_same(left, right) -> None:
     assert all(torch.equal(one, other) for one, other in zip(left, right, strict=True))
 
 
-@torch.no_grad()
-def train(model: ModelMixin, ema) -> None:
-    for parameter in model.parameters():
-        parameter.add_(1)
-    step_average(ema, model)
+@pytest.fixture
+def trained() -> SimpleNamespace:
+    """A model, and how its weights are changed as by an optimizer."""
+    model, generator = routed_dit(), torch.Generator().manual_seed(0)
+
+    @torch.no_grad()
+    def step() -> None:
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator))
+
+    return SimpleNamespace(model=model, engine=Engine(Accelerator(cpu=True), model), step=step)
 
 
-def test_model_has_its_average_for_a_while_and_its_own_weights_again_after_an_error():
-    model, seen = routed_dit(), []
-    ema = build_ema(run_config(use_ema=True).ema, model, model.device)
-    train(model, ema)
-    train(model, ema)
-    own = copies(model.parameters())
+@pytest.mark.parametrize("offload", [False, True])
+def test_average_is_that_of_diffusers_to_the_bit(trained, offload):
+    flags = {"ema_max_decay": 0.6, "ema_inv_gamma": 2.0, "ema_power": 0.8}
+    average = WeightAverage(run_config(use_ema=True, offload_ema=offload, **flags).ema, trained.engine)
+    options = {"decay": 0.6, "inv_gamma": 2.0, "power": 0.8, "use_ema_warmup": True, "foreach": True}
+    theirs = EMAModel(trained.model.parameters(), **options)
+    for _ in range(6):
+        trained.step()
+        average.step()
+        theirs.step(trained.model.parameters())
+        assert_same(average.weights, theirs.shadow_params)
+
+
+def test_model_has_its_average_for_a_while_and_its_own_weights_again_after_an_error(trained):
+    average, seen = WeightAverage(run_config(use_ema=True).ema, trained.engine), []
+    for _ in range(2):
+        trained.step()
+        average.step()
+    own = copies(trained.model.parameters())
 
     def sample():
-        seen.extend(copies(model.parameters()))
+        seen.extend(copies(trained.model.parameters()))
         raise RuntimeError("sampling failed")
 
-    with pytest.raises(RuntimeError, match="sampling failed"), averaged_weights(ema, model):
+    with pytest.raises(RuntimeError, match="sampling failed"), trained.engine.computing_with(average.weights):
         sample()
-    assert_same(seen, ema.shadow_params)
+    assert_same(seen, average.weights)
     assert not torch.equal(seen[0], own[0])
-    assert_same(model.parameters(), own)
+    assert_same(trained.model.parameters(), own)

@@ -35,7 +35,9 @@ class Setup:
         self.model = DTRTransformer2DModel(**size, in_channels=1, out_channels=1, num_embeds_ada_norm=2)
         scheduler = scheduler or DDPMScheduler()
         self.objective = build_objective(config, scheduler, self.model, self.accelerator)
-        self.optimizer = build_optimizer(config.optimizer, self.model, self.objective.loss_fn)
+        self.optimizer = build_optimizer(config.optimizer, [{"params": list(self.model.parameters())}])
+        if learned := self.objective.loss_fn.parameter_groups():
+            self.objective.optimizer = build_optimizer(config.optimizer, learned)
 
     def sample(self, step: int, part: int, num_parts: int, batch_size: int = BATCH) -> torch.Tensor:
         return self.objective.sample_timesteps(batch_size, 0, step, part, num_parts, torch.device("cpu"))
@@ -50,6 +52,7 @@ class Setup:
         out = self.objective.loss_fn(output, clean, noise, timesteps, self.objective.sample_weights(timesteps))
         self.objective.observe(self.accelerator, timesteps, out)
         out.loss.backward()
+        self.objective.step(self.accelerator.scaler)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return out

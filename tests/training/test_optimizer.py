@@ -8,7 +8,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from diffusers_dtr import cluster_timesteps
 from diffusers_dtr.objective.clustered_loss import ClusteredLoss
 from diffusers_dtr.training.config import OptimizerConfig
-from diffusers_dtr.training.optimizer import build_lr_scheduler, build_optimizer
+from diffusers_dtr.training.optimizer import build_lr_scheduler, build_optimizer, load_named_state, named_state
 
 
 def optimizer_config(**changes) -> OptimizerConfig:
@@ -17,10 +17,9 @@ def optimizer_config(**changes) -> OptimizerConfig:
     return OptimizerConfig(**values | ({"lr_warmup_steps": 0} if values["lr_scheduler"] == "constant" else {}))
 
 
-def make_optimizer(config: OptimizerConfig, balancing: str = "uniform", scale: float = 1.0) -> torch.optim.AdamW:
-    scheduler = DDPMScheduler()
-    loss_fn = ClusteredLoss(scheduler, cluster_timesteps(scheduler, 2, "uniform"), balancing=balancing)
-    return build_optimizer(config, torch.nn.Linear(2, 2), loss_fn, scale)
+def make_optimizer(config: OptimizerConfig, scale: float = 1.0, module: torch.nn.Module | None = None, **group):
+    module = module or torch.nn.Linear(2, 2)
+    return build_optimizer(config, [{"params": list(module.parameters()), **group}], scale)
 
 
 def rates(optimizer: torch.optim.Optimizer, scheduler: LambdaLR, steps: int) -> list[float]:
@@ -43,15 +42,14 @@ SCHEDULES = [
 ]
 
 
-@pytest.mark.parametrize("balancing", ["uniform", "uncertainty"])
 @pytest.mark.parametrize("learning_rate", [0.1, 2e-7])
 @pytest.mark.parametrize(("name", "options"), SCHEDULES)
-def test_every_schedule_is_that_of_diffusers_over_the_whole_run(name, options, learning_rate, balancing):
+def test_every_schedule_is_that_of_diffusers_over_the_whole_run(name, options, learning_rate):
     given = {f"lr_{option}": value for option, value in options.items()}
     config = optimizer_config(lr_scheduler=name, learning_rate=learning_rate, **given)
     plain = torch.optim.AdamW(torch.nn.Linear(2, 2).parameters(), lr=learning_rate)
     theirs = get_scheduler(name, plain, num_warmup_steps=3, num_training_steps=40, **options)
-    assert run(config, make_optimizer(config, balancing), range(41), 40) == rates(plain, theirs, 41)
+    assert run(config, make_optimizer(config), range(41), 40) == rates(plain, theirs, 41)
 
 
 def test_learning_rate_is_scaled_as_a_whole():
@@ -91,19 +89,31 @@ def test_hyperparameters_are_the_flags():
 
 def test_loaded_state_keeps_moments_and_steps_but_not_old_hyperparameters():
     config = optimizer_config()
-    old = make_optimizer(config)
-    for parameter in old.param_groups[0]["params"]:
+    module = torch.nn.Linear(2, 2)
+    old = make_optimizer(config, module=module)
+    for parameter in module.parameters():
         parameter.grad = torch.ones_like(parameter)
     run(config, old, range(2))
-    new = make_optimizer(optimizer_config(learning_rate=0.02, adam_beta1=0.5))
-    new.load_state_dict(old.state_dict())
+    old.zero_grad()
+    saved = {name: tensor.clone() for name, tensor in named_state(module, old).items()}
+    assert sorted(saved)[:3] == ["state.bias.exp_avg", "state.bias.exp_avg_sq", "state.bias.step"]
+    new = make_optimizer(optimizer_config(learning_rate=0.02, adam_beta1=0.5), module=module)
+    load_named_state(module, new, lambda tensors: [tensor.copy_(saved[name]) for name, tensor in tensors.items()])
     assert [state["step"] for state in new.state.values()] == [2, 2]
+    assert all(map(torch.equal, named_state(module, new).values(), saved.values()))
     assert new.param_groups[0]["betas"] == (0.5, 0.9)
     assert run(optimizer_config(learning_rate=0.02), new, range(5, 6))[0] == pytest.approx(
         0.2 * run(config, make_optimizer(config), range(5, 6))[0]
     )
 
 
-def test_balancing_learns_at_a_rate_of_its_own():
-    own, balancing = make_optimizer(optimizer_config(), "uncertainty").param_groups
-    assert own["initial_lr"] == 0.1 != balancing["initial_lr"]
+def test_balancing_learns_at_a_rate_of_its_own_on_the_same_schedule():
+    config, scheduler = optimizer_config(), DDPMScheduler()
+    loss_fn = ClusteredLoss(scheduler, cluster_timesteps(scheduler, 2, "uniform"), balancing="uncertainty")
+    balancing = build_optimizer(config, loss_fn.parameter_groups())
+    assert balancing.param_groups[0]["initial_lr"] == 0.025
+    factors = [
+        [rate / rates[3] for rate in rates]
+        for rates in (run(config, each, range(10)) for each in (balancing, make_optimizer(config)))
+    ]
+    assert factors[0] == pytest.approx(factors[1])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType
 from run_config import run_config
 
 from diffusers_dtr.training.run.start import agree_with_accelerate
@@ -85,8 +86,8 @@ def test_a_flag_and_a_deepspeed_file_that_disagree_are_both_named(name, message)
 
 
 def test_half_precision_that_needs_a_gpu_is_refused_on_a_cpu():
-    state = SimpleNamespace(fsdp_plugin=None)
-    accelerator = SimpleNamespace(mixed_precision="fp16", device=torch.device("cpu"), state=state)
+    options = {"mixed_precision": "fp16", "device": torch.device("cpu"), "distributed_type": DistributedType.NO}
+    accelerator = SimpleNamespace(**options, state=SimpleNamespace(fsdp_plugin=None))
     with pytest.raises(ValueError, match="`--mixed_precision fp16` needs a GPU"):
         agree_with_accelerate(run_config(), accelerator)
 

@@ -83,7 +83,7 @@ class Checkpoints:
             # Of this step or any other: what a process left that died here.
             for abandoned in self.output_dir.glob(f"{CHECKPOINT_PREFIX}*{PARTIAL_SUFFIX}"):
                 shutil.rmtree(abandoned)
-            partial.mkdir()
+            partial.mkdir(parents=True)
         accelerator.wait_for_everyone()
         try:
             self._write(partial, average)
