@@ -147,7 +147,7 @@ class Engine:
             elif self._deepspeed and name in trained:
                 yield name, zero.master(tensor)
             else:
-                yield name, tensor.detach()
+                yield name, tensor
 
     def _optimizer_state(self) -> dict[str, Tensor]:
         if self._deepspeed:
@@ -159,7 +159,7 @@ class Engine:
             folder.mkdir()
         self.accelerator.wait_for_everyone()
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         with _one_process_is_fine():
             dcp.save(tensors, storage_writer=writer)
 
@@ -214,5 +214,5 @@ def _spread(parameter: nn.Parameter, part: Tensor) -> Tensor:
 
 def _whole(tensor: Tensor) -> Tensor:
     if isinstance(tensor, DTensor):
-        return tensor.full_tensor()
-    return zero.whole(tensor) if zero.is_partitioned(tensor) else tensor
+        return tensor.detach().full_tensor()
+    return zero.whole(tensor) if zero.is_partitioned(tensor) else tensor.detach()
