@@ -110,7 +110,8 @@ def assert_same_run(one: Path, other: Path, tolerance: float = 1e-5) -> None:
 @pytest.mark.parametrize("cell", FLAGS)
 def test_two_processes_are_one_that_accumulates(cell, engine, images, alone, tmp_path):
     finish(start(engine, SCRIPT, argv(images, tmp_path / "run", *FLAGS[cell])))
-    assert_same_run(tmp_path / "run", alone(cell), 0 if engine == "ddp" else 1e-5)
+    exact = engine == "ddp" and cell != "accumulation"  # the order of whose sum is another
+    assert_same_run(tmp_path / "run", alone(cell), 0 if exact else 1e-5)
 
 
 @pytest.fixture(scope="module")
