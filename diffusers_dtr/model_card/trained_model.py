@@ -103,6 +103,9 @@ class TrainedModel:
         # Arguments of the images that the run itself sampled at its end, or an example.
         example = {"class_labels": [0]} if self.num_classes else {}
         self.sampling = self.record.get("sampling", {"prompt": "a prompt"} if self.is_text_to_image else example)
+        drawn_for = self.sampling.get("class_labels", self.sampling.get("prompt"))
+        # Each image of the run's grid has the seed of its place.
+        self.num_samples = len(drawn_for) if isinstance(drawn_for, list) else self.sampling.get("num_images", 1)
         for name in self.sampling:
             if not name.isidentifier() or keyword.iskeyword(name):
                 raise ValueError(f"`sampling` of {RECORD_FILE} must hold arguments of the pipeline, got {name!r:.60}.")

@@ -261,7 +261,7 @@ class Trainer:
         if self.config.run.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         if self.config.run.compile:
-            self.model.compile(fullgraph=True)
+            self.engine.compile()
         options = self.config.optimizer
         scale = self.images_per_step if options.scale_lr else 1
         learned = self.objective.loss_fn.parameter_groups()

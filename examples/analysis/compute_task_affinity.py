@@ -147,8 +147,8 @@ class Pipelines:
     def __init__(self, args):
         self.args = args
         self.family = self._common_family()
-        if self.family is None and args.max_sequence_length is not None:
-            raise ValueError("`--max_sequence_length` must be left out: these pipelines take no prompts.")
+        if args.max_sequence_length is not None and not getattr(self.family, "max_sequence_length", False):
+            raise ValueError("`--max_sequence_length` must be left out: these pipelines take none.")
         self.first = self._load(args.pretrained_model_name_or_path[0])
         if self.family is not None:
             self.prompt_options = self.family.prompt_options(self.first, args.max_sequence_length)

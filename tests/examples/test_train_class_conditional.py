@@ -107,6 +107,8 @@ def test_second_process_gets_what_a_second_forward_call_would(images, tmp_path, 
     train(images, tmp_path / "one_process", "--max_train_steps", 1, "--gradient_accumulation_steps", 2)
     monkeypatch.setattr(Accelerator, "num_processes", 2)
     monkeypatch.setattr(Accelerator, "process_index", 1)
+    monkeypatch.setattr(training.Trainer, "validate", lambda trainer: {})  # of which the first has a share
+    monkeypatch.setattr(training.trainer.Validation, "rehearse", lambda validation: None)
     train(images, tmp_path / "second_of_two", "--max_train_steps", 1)
     assert len(calls) == 3
     assert not any(torch.equal(one, other) for one, other in zip(calls[0][:2], calls[1][:2], strict=True))

@@ -42,7 +42,7 @@ class CachedRows:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._layouts = json.loads((folder / _INDEX).read_text())
+        self._layouts = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
         self._files = {name: np.memmap(folder / name, mode="r") for name in self._layouts}
         self._ends = {name: np.cumsum(layout["bytes"]) for name, layout in self._layouts.items()}
 
@@ -78,7 +78,7 @@ def _write(folder: Path, batches: Iterable[Rows]) -> None:
             with open(folder / name, "ab") as file:
                 for row in rows:
                     layout["bytes"].append(file.write(row.cpu().contiguous().view(-1).view(torch.uint8).numpy().data))
-    (folder / _INDEX).write_text(json.dumps(layouts))
+    (folder / _INDEX).write_text(json.dumps(layouts), encoding="utf-8")
 
 
 @dataclass(eq=False)
