@@ -118,13 +118,13 @@ def test_two_processes_are_one_that_accumulates(cell, engine, images, alone, tmp
 def balanced(images, tmp_path_factory) -> Path:
     """A run that balances gradients, which are those of all processes, in two processes of DDP."""
     run = tmp_path_factory.mktemp("balanced") / "run"
-    finish(start("ddp", SCRIPT, argv(images, run, "--balancing", "pcgrad", "--num_clusters", 3)))
+    finish(start("ddp", SCRIPT, argv(images, run, "--balancing", "aligned_mtl", "--num_clusters", 3)))
     return run
 
 
 @pytest.mark.parametrize("engine", ["fsdp2"])
 def test_gradients_of_clusters_are_balanced_in_shards(engine, images, balanced, tmp_path):
-    finish(start(engine, SCRIPT, argv(images, tmp_path / "run", "--balancing", "pcgrad", "--num_clusters", 3)))
+    finish(start(engine, SCRIPT, argv(images, tmp_path / "run", "--balancing", "aligned_mtl", "--num_clusters", 3)))
     assert_same_run(tmp_path / "run", balanced)
     assert any(entry["weights"] != [1, 1, 1] for entry in history(balanced))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, DynamoBackend, ProjectConfiguration, parse_choice_from_env
+from transformers.integrations import unset_hf_deepspeed_config
 
 from ...hub import create_run_repo
 from ...objective.balancing import BALANCINGS
@@ -94,6 +95,8 @@ def _check_engine(config: TrainingConfig, accelerator: Accelerator) -> None:
         accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return
+    # Frozen models are whole in every process; transformers would partition them.
+    unset_hf_deepspeed_config()
     stage = accelerator.deepspeed_plugin.zero_stage
     if stage not in (1, 2, 3):
         raise ValueError(f"`zero_stage` of accelerate's configuration must be 1, 2 or 3, got {stage}.")
