@@ -18,7 +18,10 @@ class WeightAverage:
 
     def __init__(self, config: EMAConfig, engine: Engine):
         self.config, self.engine, self.num_steps = config, engine, 0
-        copies = [weight.clone() for weight in engine.weights()]
+        # In bfloat16, most of its small steps would be rounded away.
+        copies = [
+            weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True) for weight in engine.weights()
+        ]
         self.weights = [copy.to("cpu") for copy in copies] if config.offload_ema else copies
 
     @torch.no_grad()
@@ -29,6 +32,7 @@ class WeightAverage:
         self.num_steps += 1
         current = self.engine.weights()
         average = [weight.to(new.device) for weight, new in zip(self.weights, current, strict=True)]
+        current = [new.to(mean.dtype) for new, mean in zip(current, average, strict=True)]
         torch._foreach_sub_(average, torch._foreach_sub(average, current), alpha=1 - decay)
         if self.config.offload_ema:
             # Not `non_blocking`: a checkpoint may read it next.

@@ -61,3 +61,11 @@ def test_model_has_its_average_for_a_while_and_its_own_weights_again_after_an_er
     assert_same(seen, average.weights)
     assert not torch.equal(seen[0], own[0])
     assert_same(trained.model.parameters(), own)
+
+
+def test_average_of_half_precision_is_in_full(trained):
+    trained.model.to(torch.bfloat16)
+    average = WeightAverage(run_config(use_ema=True, ema_max_decay=0.999).ema, trained.engine)
+    trained.step()
+    average.step()
+    assert {weight.dtype for weight in average.weights} == {torch.float32}
