@@ -16,12 +16,14 @@ def pair():
     pair.close()
 
 
-# The balancing, and how often it is updated, in how many micro-batches, and whether the loss is wrapped in DDP.
+# The balancing, and how often it is updated, in how many micro-batches, whether the loss is
+# wrapped in DDP, and the denoiser by FSDP2 instead of DDP.
 @pytest.mark.parametrize(
     "settings",
     [
         *(("uniform",), ("uncertainty", 1, 2), ("uncertainty", 1, 1, True), ("continuous_uncertainty",)),
         *(("own",), ("nash_mtl",), ("pcgrad", 2, 2)),
+        *(("nash_mtl", 1, 1, False, True), ("pcgrad", 2, 2, False, True), ("uncertainty", 1, 1, False, True)),
     ],
     ids=str,
 )
@@ -34,6 +36,6 @@ def test_two_processes_train_what_one_does_and_stay_alike_to_the_bit(pair, setti
     torch.testing.assert_close(mean_losses, torch.tensor(alone["losses"]), rtol=1e-5, atol=1e-5)
 
 
-def test_sharded_denoisers_are_refused(pair):
+def test_other_shards_than_those_of_fsdp2_are_refused(pair):
     for message in pair.run(balance_sharded_denoiser):
         assert "`module` must hold its parameters whole" in message

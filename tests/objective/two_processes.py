@@ -9,6 +9,9 @@ import torch
 import torch.distributed as dist
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_module
 from torch.nn.parallel import DistributedDataParallel
 
 from diffusers_dtr.objective import Balancing, ClusteredLoss, GradientBalancer, cluster_timesteps
@@ -25,7 +28,9 @@ class LearnedScale(Balancing):
         return (-self.log_scale).exp() * losses.contributions.sum() + self.log_scale
 
 
-def train(balancing: str, update_every: int = 1, micro_batches: int = 1, prepare_loss: bool = False) -> dict[str, Any]:
+def train(
+    balancing: str, update_every: int = 1, micro_batches: int = 1, prepare_loss: bool = False, sharded: bool = False
+) -> dict[str, Any]:
     """Three SGD steps on a fixed sequence of global batches, of which each process takes an equal part.
 
     Timesteps are drawn without strata, so that processes have unequal numbers of samples in the clusters. The global
@@ -35,7 +40,10 @@ def train(balancing: str, update_every: int = 1, micro_batches: int = 1, prepare
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(100 + rank)
     denoiser = small_denoiser(generator)
-    wrapped = DistributedDataParallel(denoiser) if world > 1 else denoiser
+    wrapped = denoiser
+    if world > 1:
+        mesh = init_device_mesh("cpu", (world,))
+        wrapped = fully_shard(denoiser, mesh=mesh) if sharded else DistributedDataParallel(denoiser)
     scheduler = DDPMScheduler()
     clusters = cluster_timesteps(scheduler, num_clusters=4)
     if balancing == "own":
@@ -51,17 +59,21 @@ def train(balancing: str, update_every: int = 1, micro_batches: int = 1, prepare
         for micro_batch in range(micro_batches):
             batch = [part.chunk(world)[rank] for part in global_batch(generator)]
             last = micro_batch == micro_batches - 1
-            with contextlib.nullcontext() if last or world == 1 else wrapped.no_sync():
+            with contextlib.nullcontext() if last or world == 1 or sharded else wrapped.no_sync():
                 loss = loss_module(wrapped(loss_fn.levels.add_noise(*batch)), *batch).loss
                 (loss / micro_batches).backward()
             losses.append(loss.item())
         optimizer.step()
         optimizer.zero_grad()
     return {
-        "denoiser": {name: value.clone() for name, value in denoiser.state_dict().items()},
+        "denoiser": {name: whole(value).clone() for name, value in denoiser.state_dict().items()},
         "loss_fn": {name: value.clone() for name, value in loss_fn.state_dict().items()},
         "losses": losses,
     }
+
+
+def whole(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def small_denoiser(generator: torch.Generator) -> nn.Module:
@@ -85,10 +97,7 @@ def global_batch(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def balance_sharded_denoiser() -> str:
-    """The message with which a denoiser sharded by FSDP is refused."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import distribute_module
-
+    """The message with which a denoiser is refused whose parameters are DTensors, but not FSDP2's."""
     denoiser = distribute_module(small_denoiser(torch.Generator().manual_seed(0)), init_device_mesh("cpu", (2,)))
     scheduler = DDPMScheduler()
     clusters = cluster_timesteps(scheduler, num_clusters=4)
