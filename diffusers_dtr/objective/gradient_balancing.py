@@ -48,6 +48,7 @@ class GradientBalancer(Balancing):
 
     * **Several processes**: $g_i$ are the gradients of the global batch, so one step on N processes equals the step
       on one. Each process adds up an N-th of every gradient. All of them have to call the loss in the same steps.
+      FSDP2 shards gradients itself: `module` is then the whole denoiser, and accumulation reduces every micro-batch.
     * **Gradient accumulation**: weights are of the current micro-batch. With `update_every` a multiple of the
       micro-batches in an optimizer step, all of them are weighed alike.
     * **Mixed precision**: with `scaler`, gradients are of scaled losses, as in training, and the Gramian of unscaled
