@@ -25,7 +25,7 @@ from .engine import Engine
 from .interruption import Interruption
 from .noise_schedule import load_noise_scheduler
 from .objective import build_objective, draw_noise
-from .optimizer import build_lr_scheduler, build_optimizer
+from .optimizer import build_lr_scheduler, build_model_optimizer, build_optimizer
 from .pipelines import ClassPipeline, TextPipeline
 from .randomness import Draw, generator_for, seed_model
 from .run.checkpoints import Checkpoints
@@ -266,8 +266,7 @@ class Trainer:
         scale = self.images_per_step if options.scale_lr else 1
         learned = self.objective.loss_fn.parameter_groups()
         self.objective.optimizer = build_optimizer(options, learned, scale) if learned else None
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        return self.engine.prepare(build_optimizer(options, [{"params": trained}], scale))
+        return self.engine.prepare(build_model_optimizer(options, self.model, scale))
 
     def _resume(self) -> RunState:
         run, others = self.config.run, {**data_settings(self.data.images), **self.pipeline.settings}

@@ -16,10 +16,13 @@ from .options import BelowOne, Count, Finite, NonNegative, Options, Positive, Sh
 
 @dataclass(frozen=True)
 class OptimizerConfig(Options):
-    """AdamW and the learning rate."""
+    """The optimizer and the learning rate."""
 
     _argument_group_name = "optimizer"
 
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor", "prodigy", "muon"] = option(
+        "adamw", "What trains the denoiser. muon: AdamW for all but matrices; prodigy: for a --learning_rate of 1."
+    )
     learning_rate: NonNegative = option(1e-4, "Peak learning rate.")
     scale_lr: bool = option(
         False, "Multiply the learning rate by the images of a step: processes, accumulation and batch size."
@@ -43,6 +46,15 @@ class OptimizerConfig(Options):
             raise ValueError("`--lr_warmup_steps` has no effect on --lr_scheduler constant: use constant_with_warmup.")
         for name, schedule in (("lr_num_cycles", "cosine_with_restarts"), ("lr_power", "polynomial")):
             self.effect_only(self.lr_scheduler == schedule, f"on --lr_scheduler {schedule}", name)
+        adam = ("adam_beta1", "adam_beta2", "adam_epsilon")
+        self.effect_only(self.optimizer != "adafactor", "on another --optimizer than adafactor", *adam)
+        package = {"adamw_8bit": "bitsandbytes", "prodigy": "prodigyopt"}.get(self.optimizer)
+        if package is not None and find_spec(package) is None:
+            raise ValueError(
+                f'`--optimizer {self.optimizer}` needs {package}: pip install "diffusers-dtr[optimizers]".'
+            )
+        if self.optimizer == "prodigy" and self.learning_rate == 0:
+            raise ValueError("`--learning_rate` must be a number > 0 for --optimizer prodigy, got 0.")
 
 
 @dataclass(frozen=True)

@@ -54,9 +54,10 @@ _MODEL_FLAGS = {"model_preset", "model_config", "transformer_config", "unet_conf
 _NOISE_FLAGS = {"beta_schedule": "noise_schedule"}
 
 IMAGES_PER_STEP = "images per step"
-_ADJUSTABLE = {f"--{name}" for name in _ADJUSTABLE_FLAGS} | {IMAGES_PER_STEP, "processes"}
-# What balancing and sampling have learned is of these.
-_FIXED = {"--num_clusters", "--cluster_cost", "--balancing", "--timestep_sampling", "cluster boundaries"}
+# What the optimizer, balancing and sampling have learned is of these.
+_FIXED_FLAGS = _flags("optimizer num_clusters cluster_cost balancing timestep_sampling")
+_FIXED = {f"--{name}" for name in _FIXED_FLAGS} | {"cluster boundaries"}
+_ADJUSTABLE = {f"--{name}" for name in _ADJUSTABLE_FLAGS} - _FIXED | {IMAGES_PER_STEP, "processes"}
 # The weights know classes by their numbers: another name would be learned into the same embedding.
 _CLASS = re.compile(r"class \d+")
 # Where a model was loaded from, and by which version

@@ -15,6 +15,8 @@ from ..config import TrainingConfig
 from .folder import check_output_dir, lock_run_folder
 
 
+# Which optimizers the engines know that shard them
+_OPTIMIZERS = {DistributedType.FSDP: ("adamw", "muon"), DistributedType.DEEPSPEED: ("adamw",)}
 _FLAGS_OF_DEEPSPEED = {"train_micro_batch_size_per_gpu": "train_batch_size", "gradient_clipping": "max_grad_norm"}
 
 
@@ -92,6 +94,10 @@ def _check_engine(config: TrainingConfig, accelerator: Accelerator) -> None:
         if not accelerator.is_fsdp2:
             raise ValueError("`fsdp_version` of accelerate's configuration must be 2, got 1.")
         accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+    optimizers, name = _OPTIMIZERS.get(accelerator.distributed_type), config.optimizer.optimizer
+    if optimizers is not None and name not in optimizers:
+        engine = accelerator.distributed_type.value
+        raise ValueError(f"`--optimizer` must be {' or '.join(optimizers)} under {engine}, got {name}.")
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return
     stage = accelerator.deepspeed_plugin.zero_stage
