@@ -50,6 +50,7 @@ VALUES = {
     "ema_inv_gamma": "1e-3 1 1e3",
     "ema_max_decay": "0 0.5 1",
     "ema_power": "0.1 0.75 3",
+    "ema_sigma_rel": "0.01 0.1 0.28",
     "gradient_accumulation_steps": "1 2",
     "guidance_scale": "0 3.5",
     "image_column": "image picture",
@@ -102,7 +103,8 @@ COMPANIONS = {
     for companions, flags in {
         "--balancing pcgrad --num_clusters 2": "balancing_update_every",
         "--center_crop": "cache_latents",
-        "--use_ema": "ema_inv_gamma ema_max_decay ema_power offload_ema",
+        "--use_ema": "ema_inv_gamma ema_max_decay ema_power ema_type offload_ema",
+        "--use_ema --ema_type power": "ema_sigma_rel",
         "--timestep_sampling logit_normal": "logit_mean logit_std",
         "--rank 2": "lora_alpha lora_layers route_lora",
         "--lr_scheduler cosine_with_restarts": "lr_num_cycles",

@@ -10,6 +10,7 @@ from ...objective.balancing import BALANCINGS
 from ...objective.clustering import COSTS
 from ...objective.gradient_balancing import GRADIENT_BALANCINGS
 from ...objective.weighting import WEIGHTINGS
+from ...ranges import Range
 from ...routing import ALPHA_RANGE, BETA_RANGE, ROUTING_TYPES, SEED_RANGE
 from .options import BelowOne, Count, Finite, NonNegative, Options, Positive, Share, Whole, option
 
@@ -64,6 +65,12 @@ class EMAConfig(Options):
     _argument_group_name = "average of the weights"
 
     use_ema: bool = option(False, "Average the weights, and save and sample the average.")
+    ema_type: Literal["warmup", "power"] = option(
+        "warmup", "How the decay grows: up to a largest one, or by the power function of EDM2 (arXiv 2312.02696)."
+    )
+    ema_sigma_rel: Annotated[float, Range("(0, 0.28]")] | None = option(
+        None, "Relative standard deviation of the power function's window over the steps, in (0, 0.28]. Default 0.1."
+    )
     ema_max_decay: Share = option(0.9999, "Largest decay of the average.")
     ema_inv_gamma: Positive = option(1.0, "Inverse gamma of the decay's warm-up.")
     ema_power: Positive = option(0.75, "Power of the decay's warm-up.")
@@ -72,6 +79,9 @@ class EMAConfig(Options):
     def __post_init__(self):
         super().__post_init__()
         self.effect_only(self.use_ema, "with --use_ema", *(name for name in self.names() if name != "use_ema"))
+        self.effect_only(self.ema_type == "power", "on --ema_type power", "ema_sigma_rel")
+        warmup = ("ema_max_decay", "ema_inv_gamma", "ema_power")
+        self.effect_only(self.ema_type == "warmup", "on --ema_type warmup", *warmup)
 
 
 @dataclass(frozen=True)
