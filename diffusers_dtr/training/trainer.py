@@ -18,6 +18,7 @@ from ..model_card.card import save_model_card
 from ..routing import warmed_up_beta
 from ..run_record import RUN_CONFIG
 from .agreement import check_agreement
+from .computation import set_up_computation
 from .config import TrainingConfig
 from .data.loading import TrainingData, build_loader, clean_samples
 from .ema import WeightAverage
@@ -258,6 +259,7 @@ class Trainer:
         raise SystemExit(128 + signum)
 
     def _prepare(self) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        set_up_computation(self.model, self.config.run)
         if self.config.run.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         if self.config.run.compile:

@@ -106,7 +106,7 @@ COMPANIONS = {
         "--use_ema": "ema_inv_gamma ema_max_decay ema_power ema_type offload_ema",
         "--use_ema --ema_type power": "ema_sigma_rel",
         "--timestep_sampling logit_normal": "logit_mean logit_std",
-        "--rank 2": "lora_alpha lora_layers route_lora",
+        "--rank 2": "lora_alpha lora_layers quantize route_lora",
         "--lr_scheduler cosine_with_restarts": "lr_num_cycles",
         "--lr_scheduler polynomial": "lr_power",
         "--lr_scheduler cosine": "lr_warmup_steps",

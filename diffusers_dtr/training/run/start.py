@@ -11,7 +11,9 @@ from accelerate.utils import DistributedType, DynamoBackend, ProjectConfiguratio
 
 from ...hub import create_run_repo
 from ...objective.balancing import BALANCINGS
+from ..computation import check_attention_backend
 from ..config import TrainingConfig
+from ..families.parts import frozen_dtype
 from .folder import check_output_dir, lock_run_folder
 
 
@@ -37,6 +39,8 @@ def start_run(config: TrainingConfig) -> Accelerator:
         project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir / config.run.logging_dir),
     )
     agree_with_accelerate(config, accelerator)
+    if config.run.attention_backend is not None:
+        check_attention_backend(config.run.attention_backend, accelerator.device, frozen_dtype(accelerator))
     with accelerator.main_process_first():
         if accelerator.is_main_process:
             lock_run_folder(output_dir)
@@ -94,6 +98,12 @@ def _check_engine(config: TrainingConfig, accelerator: Accelerator) -> None:
         if not accelerator.is_fsdp2:
             raise ValueError("`fsdp_version` of accelerate's configuration must be 2, got 1.")
         accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+    if config.lora.quantize in ("bnb_4bit", "bnb_8bit") and accelerator.device.type == "cpu":
+        raise ValueError(f"`--quantize {config.lora.quantize}` needs a GPU, got a CPU: use torchao_int8.")
+    if accelerator.distributed_type in _OPTIMIZERS:
+        for flag in ("channels_last", "quantize"):
+            if config.options[flag]:
+                raise ValueError(f"`--{flag}` does not go with FSDP and DeepSpeed, which lay weights out themselves.")
     optimizers, name = _OPTIMIZERS.get(accelerator.distributed_type), config.optimizer.optimizer
     if optimizers is not None and name not in optimizers:
         engine = accelerator.distributed_type.value
