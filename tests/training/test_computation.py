@@ -79,6 +79,7 @@ def test_channels_last_is_refused_without_convolutions():
     [
         ({"channels_last": True}, "cuda", "FSDP", "`--channels_last` does not go with FSDP and DeepSpeed"),
         ({"rank": 2, "quantize": "bnb_4bit"}, "cuda", "DEEPSPEED", "`--quantize` does not go with FSDP and DeepSpeed"),
+        ({"rank": 2, "quantize": "torchao_int8"}, "cuda", "MULTI_GPU", "`--quantize torchao_int8` is for one process"),
         ({"rank": 2, "quantize": "bnb_8bit"}, "cpu", "NO", "`--quantize bnb_8bit` needs a GPU, got a CPU"),
     ],
 )

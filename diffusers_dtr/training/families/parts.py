@@ -75,6 +75,9 @@ def load_family_denoiser(
         **({"routing_type": "none"} if config.lora.route_lora else routing),
     )
     check_pretrained_denoiser(config, model, vae, family.packing)
+    if config.lora.quantize is not None:
+        # In the form that diffusers saves and reads, and that a checkpoint's settings take
+        model.register_to_config(quantization_config=model.config.quantization_config.to_dict())
     if config.lora.rank is not None:
         add_lora(model, config.lora, config.routing, family.lora_layers)
     return config, model

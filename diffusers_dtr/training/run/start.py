@@ -98,16 +98,7 @@ def _check_engine(config: TrainingConfig, accelerator: Accelerator) -> None:
         if not accelerator.is_fsdp2:
             raise ValueError("`fsdp_version` of accelerate's configuration must be 2, got 1.")
         accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
-    if config.lora.quantize in ("bnb_4bit", "bnb_8bit") and accelerator.device.type == "cpu":
-        raise ValueError(f"`--quantize {config.lora.quantize}` needs a GPU, got a CPU: use torchao_int8.")
-    if accelerator.distributed_type in _OPTIMIZERS:
-        for flag in ("channels_last", "quantize"):
-            if config.options[flag]:
-                raise ValueError(f"`--{flag}` does not go with FSDP and DeepSpeed, which lay weights out themselves.")
-    optimizers, name = _OPTIMIZERS.get(accelerator.distributed_type), config.optimizer.optimizer
-    if optimizers is not None and name not in optimizers:
-        engine = accelerator.distributed_type.value
-        raise ValueError(f"`--optimizer` must be {' or '.join(optimizers)} under {engine}, got {name}.")
+    _check_sharing(config, accelerator)
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return
     stage = accelerator.deepspeed_plugin.zero_stage
@@ -122,6 +113,24 @@ def _check_engine(config: TrainingConfig, accelerator: Accelerator) -> None:
         raise ValueError(
             f"`--balancing {balancing}` learns from losses that DeepSpeed's fp16 scales: use `--mixed_precision bf16`."
         )
+
+
+def _check_sharing(config: TrainingConfig, accelerator: Accelerator) -> None:
+    """Refuse optimizers, layouts and quantised weights that the processes cannot share out among them."""
+    quantize, engine = config.lora.quantize, accelerator.distributed_type
+    if quantize in ("bnb_4bit", "bnb_8bit") and accelerator.device.type == "cpu":
+        raise ValueError(f"`--quantize {quantize}` needs a GPU, got a CPU: use torchao_int8.")
+    if quantize == "torchao_int8" and engine != DistributedType.NO:
+        # DistributedDataParallel sends all weights to the other processes, which torchao's cannot be.
+        raise ValueError(f"`--quantize {quantize}` is for one process, got several: use bnb_4bit or bnb_8bit.")
+    if engine not in _OPTIMIZERS:
+        return
+    for flag in ("channels_last", "quantize"):
+        if config.options[flag]:
+            raise ValueError(f"`--{flag}` does not go with FSDP and DeepSpeed, which lay weights out themselves.")
+    if config.optimizer.optimizer not in _OPTIMIZERS[engine]:
+        allowed = " or ".join(_OPTIMIZERS[engine])
+        raise ValueError(f"`--optimizer` must be {allowed} under {engine.value}, got {config.optimizer.optimizer}.")
 
 
 def _check_agreement(flag: str, config: TrainingConfig, decided: object, source: str = "") -> None:
