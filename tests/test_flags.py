@@ -27,6 +27,7 @@ TRAINING_SCRIPTS = sorted(
 # The range of every number by name; where a flag of the same name has several, by script.
 RANGES = {
     FINITE: "guidance_interval logit_mean routing_timestep_range timesteps",
+    Range("(0, 0.28]"): "ema_sigma_rel",
     Range("(0, 1)"): "test_share",
     Range("(0, 1]"): "routing_beta",
     POSITIVE: "adam_epsilon ema_inv_gamma ema_power frame_rate logit_std lr_power routing_alpha snr_gamma timeout",
@@ -148,7 +149,7 @@ def test_a_configuration_refuses_what_is_not_in_the_range_of_an_option_and_takes
     for where, (part, name) in numeric_options().items():
         numbers = FLAGS[entry(where)]
         message = f"`--{name}` must be {numbers}, got "
-        allowed = {"int": 8, "float": 0.5}[numbers.kind.__name__]
+        allowed = {"int": 8, "float": 0.25}[numbers.kind.__name__]
         assert not refusal(part, name, allowed).startswith(message), where
         for value in (float("nan"), float("-inf"), "many", "", True):
             assert refusal(part, name, value).startswith(message), (where, value)

@@ -105,6 +105,11 @@ class Engine:
         if self.accelerator.is_main_process:
             self._blank.save_config(folder)
 
+    def save_trained(self, folder: Path, weights: list[Tensor]) -> None:
+        """Save tensors like [`weights`] by the names of their parameters; collective."""
+        trained = self._trained()
+        self._write(folder, dict(zip(trained, map(_spread, trained.values(), weights), strict=True)))
+
     def read(self, folder: Path, weights: list[Tensor]) -> None:
         """Fill tensors like [`weights`] from the safetensors files of a folder, sharded or not; collective."""
         trained = self._trained()

@@ -18,6 +18,7 @@ from ..model_card.card import save_model_card
 from ..routing import warmed_up_beta
 from ..run_record import RUN_CONFIG
 from .agreement import check_agreement
+from .computation import set_up_computation
 from .config import TrainingConfig
 from .data.loading import TrainingData, build_loader, clean_samples
 from .ema import WeightAverage
@@ -25,7 +26,7 @@ from .engine import Engine
 from .interruption import Interruption
 from .noise_schedule import load_noise_scheduler
 from .objective import build_objective, draw_noise
-from .optimizer import build_lr_scheduler, build_optimizer
+from .optimizer import build_lr_scheduler, build_model_optimizer, build_optimizer
 from .pipelines import ClassPipeline, TextPipeline
 from .randomness import Draw, generator_for, seed_model
 from .run.checkpoints import Checkpoints
@@ -258,6 +259,7 @@ class Trainer:
         raise SystemExit(128 + signum)
 
     def _prepare(self) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        set_up_computation(self.model, self.config.run)
         if self.config.run.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         if self.config.run.compile:
@@ -266,8 +268,7 @@ class Trainer:
         scale = self.images_per_step if options.scale_lr else 1
         learned = self.objective.loss_fn.parameter_groups()
         self.objective.optimizer = build_optimizer(options, learned, scale) if learned else None
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        return self.engine.prepare(build_optimizer(options, [{"params": trained}], scale))
+        return self.engine.prepare(build_model_optimizer(options, self.model, scale))
 
     def _resume(self) -> RunState:
         run, others = self.config.run, {**data_settings(self.data.images), **self.pipeline.settings}

@@ -96,6 +96,28 @@ def test_adapters_alone_are_saved_and_load_on_the_routed_base(name, plain, image
     assert all(torch.equal(loaded[key.replace(".weight", f".{adapter}.weight")], trained[key]) for key in trained)
 
 
+def test_denoiser_under_adapters_is_quantised_if_asked_for(plain, images, tmp_path):
+    pytest.importorskip("torchao")
+    flags = ["--rank", 2, "--validation_data_dir", images]
+    runs = [
+        train("sd", images, tmp_path / name, plain["sd"], *flags, *more)
+        for name, more in {"whole": (), "int8": ("--quantize", "torchao_int8")}.items()
+    ]
+    whole, quantised = (record(run)["results"]["validation_loss"] for run in runs)
+    assert whole != quantised == pytest.approx(whole, rel=0.1)
+
+
+def test_saved_adapters_are_averaged_if_asked_for(plain, images, tmp_path):
+    run = train("sd", images, tmp_path / "run", plain["sd"], "--rank", 2, "--use_ema")
+    (file,) = (run / "checkpoint-3" / "unet_ema").glob("*.safetensors")
+    average = {f"unet.{name.replace('.default', '')}": value for name, value in load_file(file).items()}
+    saved = load_file(run / "pytorch_lora_weights.safetensors")
+    last = load_file(run / "checkpoint-3" / "unet_lora" / "pytorch_lora_weights.safetensors")
+    assert saved.keys() == average.keys()
+    assert all(torch.equal(value, average[name]) for name, value in saved.items())
+    assert not all(torch.equal(value, last[name.removeprefix("unet.")]) for name, value in saved.items())
+
+
 @pytest.mark.parametrize(("name", "rank"), [("sd", ("--rank", 2)), ("pixart", ())])
 def test_warm_up_starts_exactly_at_the_pretrained_model(name, rank, plain, images, tmp_path, monkeypatch):
     flags = [*rank, "--routing_warmup_steps", 2]

@@ -21,9 +21,12 @@ AS_IN_README = dict.fromkeys(FAMILIES, ("--use_ema", *CACHES))
 AS_IN_README["sd3"] += ("--timestep_sampling", "logit_normal")
 
 
+LORA = ["--rank", 2, "--use_ema", "--ema_type", "power", "--optimizer", "muon"]
+
+
 @pytest.mark.parametrize(("name", "way"), [("sd", "lora"), ("pixart", "full"), ("sd3", "full")])
 def test_resumed_run_ends_with_the_uninterrupted_weights(name, way, tmp_path):
-    way = AS_IN_README[name] if way == "full" else ("--rank", 2)
+    way = AS_IN_README[name] if way == "full" else LORA
     images = make_captioned_images(tmp_path / "images")
     pipeline = FAMILIES[name].save_plain(tmp_path / "base")
     whole = train(name, images, tmp_path / "whole", pipeline, *EVERYTHING, *way)

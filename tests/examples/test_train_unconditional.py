@@ -40,7 +40,8 @@ SOURCES = {"unet": ("--unet_config", UNET), "transformer": ("--transformer_confi
 # Everything that has a state, or draws at random.
 EVERYTHING = [
     *("--max_train_steps", 6, "--checkpointing_steps", 2, "--gradient_accumulation_steps", 2, "--learn_sigma"),
-    *("--use_ema", "--random_flip", "--routing_warmup_steps", 5, "--num_clusters", 2, "--balancing", "uncertainty"),
+    "--random_flip",
+    *("--use_ema", "--channels_last", "--routing_warmup_steps", 5, "--num_clusters", 2, "--balancing", "uncertainty"),
 ]
 
 

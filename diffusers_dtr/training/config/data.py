@@ -167,8 +167,17 @@ class LoraConfig(Options):
         None, "Names of the layers to adapt, or their ends. Default all of attention."
     )
 
+    quantize: Literal["bnb_4bit", "bnb_8bit", "torchao_int8"] | None = option(
+        None, "Quantise the frozen denoiser: by bitsandbytes, on a GPU, or by torchao."
+    )
+
     def __post_init__(self):
         super().__post_init__()
-        self.effect_only(self.rank is not None, "with --rank", "lora_alpha", "lora_layers", "route_lora")
+        self.effect_only(self.rank is not None, "with --rank", "lora_alpha", "lora_layers", "route_lora", "quantize")
+        package = None if self.quantize is None else {"bnb": "bitsandbytes"}.get(self.quantize[:3], "torchao")
+        if package is not None and find_spec(package) is None:
+            raise ValueError(
+                f'`--quantize {self.quantize}` needs {package}: pip install "diffusers-dtr[quantization]".'
+            )
         if self.rank is not None and find_spec("peft") is None:
             raise ValueError('`--rank` needs peft: pip install "diffusers-dtr[training]".')

@@ -10,16 +10,20 @@ from ...objective.balancing import BALANCINGS
 from ...objective.clustering import COSTS
 from ...objective.gradient_balancing import GRADIENT_BALANCINGS
 from ...objective.weighting import WEIGHTINGS
+from ...ranges import Range
 from ...routing import ALPHA_RANGE, BETA_RANGE, ROUTING_TYPES, SEED_RANGE
 from .options import BelowOne, Count, Finite, NonNegative, Options, Positive, Share, Whole, option
 
 
 @dataclass(frozen=True)
 class OptimizerConfig(Options):
-    """AdamW and the learning rate."""
+    """The optimizer and the learning rate."""
 
     _argument_group_name = "optimizer"
 
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor", "prodigy", "muon"] = option(
+        "adamw", "What trains the denoiser. muon: AdamW for all but matrices; prodigy: for a --learning_rate of 1."
+    )
     learning_rate: NonNegative = option(1e-4, "Peak learning rate.")
     scale_lr: bool = option(
         False, "Multiply the learning rate by the images of a step: processes, accumulation and batch size."
@@ -43,6 +47,15 @@ class OptimizerConfig(Options):
             raise ValueError("`--lr_warmup_steps` has no effect on --lr_scheduler constant: use constant_with_warmup.")
         for name, schedule in (("lr_num_cycles", "cosine_with_restarts"), ("lr_power", "polynomial")):
             self.effect_only(self.lr_scheduler == schedule, f"on --lr_scheduler {schedule}", name)
+        adam = ("adam_beta1", "adam_beta2", "adam_epsilon")
+        self.effect_only(self.optimizer != "adafactor", "on another --optimizer than adafactor", *adam)
+        package = {"adamw_8bit": "bitsandbytes", "prodigy": "prodigyopt"}.get(self.optimizer)
+        if package is not None and find_spec(package) is None:
+            raise ValueError(
+                f'`--optimizer {self.optimizer}` needs {package}: pip install "diffusers-dtr[optimizers]".'
+            )
+        if self.optimizer == "prodigy" and self.learning_rate == 0:
+            raise ValueError("`--learning_rate` must be a number > 0 for --optimizer prodigy, got 0.")
 
 
 @dataclass(frozen=True)
@@ -52,6 +65,12 @@ class EMAConfig(Options):
     _argument_group_name = "average of the weights"
 
     use_ema: bool = option(False, "Average the weights, and save and sample the average.")
+    ema_type: Literal["warmup", "power"] = option(
+        "warmup", "How the decay grows: up to a largest one, or by the power function of EDM2 (arXiv 2312.02696)."
+    )
+    ema_sigma_rel: Annotated[float, Range("(0, 0.28]")] | None = option(
+        None, "Relative standard deviation of the power function's window over the steps, in (0, 0.28]. Default 0.1."
+    )
     ema_max_decay: Share = option(0.9999, "Largest decay of the average.")
     ema_inv_gamma: Positive = option(1.0, "Inverse gamma of the decay's warm-up.")
     ema_power: Positive = option(0.75, "Power of the decay's warm-up.")
@@ -60,6 +79,9 @@ class EMAConfig(Options):
     def __post_init__(self):
         super().__post_init__()
         self.effect_only(self.use_ema, "with --use_ema", *(name for name in self.names() if name != "use_ema"))
+        self.effect_only(self.ema_type == "power", "on --ema_type power", "ema_sigma_rel")
+        warmup = ("ema_max_decay", "ema_inv_gamma", "ema_power")
+        self.effect_only(self.ema_type == "warmup", "on --ema_type warmup", *warmup)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from diffusers.models.attention_dispatch import AttentionBackendName
+
 from .options import Count, NonNegative, Options, Seed, option
 
 
@@ -33,6 +35,10 @@ class RunConfig(Options):
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "Default accelerate's configuration.")
     allow_tf32: bool = option(False, "Let Ampere and newer GPUs multiply matrices in TF32.")
     compile: bool = option(False, "Compile the model with torch.compile.")
+    channels_last: bool = option(False, "Keep convolutions' weights in the layout that GPUs compute them fastest in.")
+    attention_backend: Literal[tuple(backend.value for backend in AttentionBackendName)] | None = option(
+        None, "Kernel of the denoiser's attention, one of diffusers'. Default torch's choice."
+    )
     checkpointing_steps: Count = option(500, "Steps between checkpoints.")
     checkpoints_total_limit: Count | None = option(None, "How many checkpoints to keep.")
     resume_from_checkpoint: str | None = option(None, "A checkpoint's folder, or `latest`.")

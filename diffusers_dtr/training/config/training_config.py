@@ -91,8 +91,6 @@ class TrainingConfig:
             return
         if self.lora.route_lora and self.routing.routing_warmup_steps:
             raise ValueError("`--routing_warmup_steps` is of the denoiser, which --route_lora leaves unrouted.")
-        if self.ema.use_ema:
-            raise ValueError("`--rank` does not go with --use_ema, which averages all weights, not adapters.")
         if getattr(self.model, "denoiser_config", None) is not None:
             raise ValueError("`--rank` does not go with --denoiser_config: adapters need a trained denoiser.")
 

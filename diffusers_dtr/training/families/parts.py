@@ -16,6 +16,7 @@ from ..components import (
     resolve_resolution,
     sample_size,
 )
+from ..computation import quantization
 from ..config import TrainingConfig
 from ..lora import add_lora
 from ..pretrained import pretrained_config, pretrained_options, pretrained_pipeline_class
@@ -51,8 +52,8 @@ def load_family_denoiser(
 ) -> tuple[TrainingConfig, ModelMixin]:
     """The configuration with a resolution, which `family` learns, and the pretrained denoiser or one of a config.
 
-    The pretrained one has adapters if they are asked for, and is then frozen in the precision `dtype`. A `ValueError`
-    says which size, routing or autoencoder it cannot have.
+    The pretrained one has adapters if they are asked for, and is then frozen in the precision `dtype`, or quantised. A
+    `ValueError` says which size, routing or autoencoder it cannot have.
     """
     new = getattr(config.model, "denoiser_config", None)
     model_class = family.routed_class
@@ -70,9 +71,13 @@ def load_family_denoiser(
         # What is trained is in full precision.
         dtype=torch.float32 if config.lora.rank is None else dtype,
         **pretrained_options(config.model),
+        **quantization(config.lora.quantize, dtype),
         **({"routing_type": "none"} if config.lora.route_lora else routing),
     )
     check_pretrained_denoiser(config, model, vae, family.packing)
+    if config.lora.quantize is not None:
+        # In the form that diffusers saves and reads, and that a checkpoint's settings take
+        model.register_to_config(quantization_config=model.config.quantization_config.to_dict())
     if config.lora.rank is not None:
         add_lora(model, config.lora, config.routing, family.lora_layers)
     return config, model

@@ -108,7 +108,9 @@ class Checkpoints:
 
     def _write(self, folder: Path, average: WeightAverage | None) -> None:
         self._save_model(folder / self._model_folder)
-        if average is not None:
+        if average is not None and self._lora:
+            self.engine.save_trained(folder / self._ema_folder, average.weights)
+        elif average is not None:
             self._save_model(folder / self._ema_folder, average.weights)
         self.engine.save_optimizer(folder / _OPTIMIZER_FOLDER)
         if self.objective is not None and self.engine.accelerator.is_main_process:

@@ -43,9 +43,10 @@ _OUTPUT_FLAGS = _flags(
 # Flags that a resumed run may change; the change is recorded. Of an affinity, the clusters are compared.
 _ADJUSTABLE_FLAGS = _flags(
     """
-    ema_max_decay ema_inv_gamma ema_power max_train_steps num_train_epochs seed train_batch_size
-    gradient_accumulation_steps mixed_precision allow_tf32 compile gradient_checkpointing cache_latents
-    cache_text_embeddings train_data_dir routing_warmup_steps balancing_update_every affinity_path
+    ema_type ema_sigma_rel ema_max_decay ema_inv_gamma ema_power max_train_steps num_train_epochs seed train_batch_size
+    gradient_accumulation_steps mixed_precision allow_tf32 compile channels_last attention_backend
+    gradient_checkpointing cache_latents cache_text_embeddings train_data_dir routing_warmup_steps
+    balancing_update_every affinity_path
     """,
     OptimizerConfig,
 )
@@ -54,9 +55,10 @@ _MODEL_FLAGS = {"model_preset", "model_config", "transformer_config", "unet_conf
 _NOISE_FLAGS = {"beta_schedule": "noise_schedule"}
 
 IMAGES_PER_STEP = "images per step"
-_ADJUSTABLE = {f"--{name}" for name in _ADJUSTABLE_FLAGS} | {IMAGES_PER_STEP, "processes"}
-# What balancing and sampling have learned is of these.
-_FIXED = {"--num_clusters", "--cluster_cost", "--balancing", "--timestep_sampling", "cluster boundaries"}
+# What the optimizer, balancing and sampling have learned is of these.
+_FIXED_FLAGS = _flags("optimizer num_clusters cluster_cost balancing timestep_sampling")
+_FIXED = {f"--{name}" for name in _FIXED_FLAGS} | {"cluster boundaries"}
+_ADJUSTABLE = {f"--{name}" for name in _ADJUSTABLE_FLAGS} - _FIXED | {IMAGES_PER_STEP, "processes"}
 # The weights know classes by their numbers: another name would be learned into the same embedding.
 _CLASS = re.compile(r"class \d+")
 # Where a model was loaded from, and by which version

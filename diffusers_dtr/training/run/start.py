@@ -12,10 +12,14 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from ...hub import create_run_repo
 from ...objective.balancing import BALANCINGS
+from ..computation import check_attention_backend
 from ..config import TrainingConfig
+from ..families.parts import frozen_dtype
 from .folder import check_output_dir, lock_run_folder
 
 
+# Which optimizers the engines know that shard them
+_OPTIMIZERS = {DistributedType.FSDP: ("adamw", "muon"), DistributedType.DEEPSPEED: ("adamw",)}
 _FLAGS_OF_DEEPSPEED = {"train_micro_batch_size_per_gpu": "train_batch_size", "gradient_clipping": "max_grad_norm"}
 
 
@@ -36,6 +40,8 @@ def start_run(config: TrainingConfig) -> Accelerator:
         project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir / config.run.logging_dir),
     )
     agree_with_accelerate(config, accelerator)
+    if config.run.attention_backend is not None:
+        check_attention_backend(config.run.attention_backend, accelerator.device, frozen_dtype(accelerator))
     with accelerator.main_process_first():
         if accelerator.is_main_process:
             lock_run_folder(output_dir)
@@ -93,6 +99,7 @@ def _check_engine(config: TrainingConfig, accelerator: Accelerator) -> None:
         if not accelerator.is_fsdp2:
             raise ValueError("`fsdp_version` of accelerate's configuration must be 2, got 1.")
         accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+    _check_sharing(config, accelerator)
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return
     # Frozen models are whole in every process; transformers would partition them.
@@ -109,6 +116,24 @@ def _check_engine(config: TrainingConfig, accelerator: Accelerator) -> None:
         raise ValueError(
             f"`--balancing {balancing}` learns from losses that DeepSpeed's fp16 scales: use `--mixed_precision bf16`."
         )
+
+
+def _check_sharing(config: TrainingConfig, accelerator: Accelerator) -> None:
+    """Refuse optimizers, layouts and quantised weights that the processes cannot share out among them."""
+    quantize, engine = config.lora.quantize, accelerator.distributed_type
+    if quantize in ("bnb_4bit", "bnb_8bit") and accelerator.device.type == "cpu":
+        raise ValueError(f"`--quantize {quantize}` needs a GPU, got a CPU: use torchao_int8.")
+    if quantize == "torchao_int8" and engine != DistributedType.NO:
+        # DistributedDataParallel sends all weights to the other processes, which torchao's cannot be.
+        raise ValueError(f"`--quantize {quantize}` is for one process, got several: use bnb_4bit or bnb_8bit.")
+    if engine not in _OPTIMIZERS:
+        return
+    for flag in ("channels_last", "quantize"):
+        if config.options[flag]:
+            raise ValueError(f"`--{flag}` does not go with FSDP and DeepSpeed, which lay weights out themselves.")
+    if config.optimizer.optimizer not in _OPTIMIZERS[engine]:
+        allowed = " or ".join(_OPTIMIZERS[engine])
+        raise ValueError(f"`--optimizer` must be {allowed} under {engine.value}, got {config.optimizer.optimizer}.")
 
 
 def _check_agreement(flag: str, config: TrainingConfig, decided: object, source: str = "") -> None:
