@@ -16,5 +16,6 @@ def test_two_hundred_compiled_steps_are_one_graph(tmp_path, monkeypatch):
     counters.clear()
     flags = ["--compile", "--max_train_steps", 200, "--routing_warmup_steps", 100, "--validation_steps", 50]
     train(make_images(tmp_path / "images"), tmp_path / "run", *flags)
-    assert counters["stats"]["unique_graphs"] == 2  # of steps with gradients, and of samples without
+    # Of steps; of samples, without gradients; and of the result's samples, whose share of channels is the config's.
+    assert counters["stats"]["unique_graphs"] == 3
     assert not counters["graph_break"]

@@ -3,10 +3,10 @@
 import diffusers
 import pytest
 import torch
+from tiny_dit import routed_dit
 from torch._dynamo.utils import counters
 
 from diffusers_dtr import DTRPipeline
-from tiny_dit import routed_dit
 
 
 SCHEDULERS = (
