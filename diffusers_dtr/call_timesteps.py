@@ -20,6 +20,7 @@ def timestep_batch(
     sample: torch.Tensor | Sequence[torch.Tensor],
     *,
     per_token: bool = False,
+    one_for_all: bool = False,
 ) -> torch.Tensor:
     """The timesteps of a forward call, `(batch,)` or one per frame or token `(batch, n)`, on the sample's device.
 
@@ -27,6 +28,7 @@ def timestep_batch(
         timestep: Scalar, `(batch,)`, or `(batch, ...)` with n per sample; a ValueError for another shape, or None.
         sample: `(batch, ...)`, or a list with a tensor for each sample.
         per_token: Whether `(batch, n)` is allowed.
+        one_for_all: Whether a single one for all samples stays `(1,)`.
     """
     if timestep is None:  # as it is by default in some of diffusers' models
         raise ValueError("`timestep` must be given: the conditioning and the routing depend on it.")
@@ -42,7 +44,7 @@ def timestep_batch(
             f"`timestep` must be a scalar or of shape (batch,){' or (batch, n)' if per_token else ''} with batch = "
             f"{batch}, got {tuple(timestep.shape)}."
         )
-    return timestep.reshape(-1).expand(batch)
+    return timestep.reshape(-1) if one_for_all else timestep.reshape(-1).expand(batch)
 
 
 def _device(sample: torch.Tensor | Sequence) -> torch.device:

@@ -153,8 +153,10 @@ def sample_posterior(
     """
     if std is None:
         return mean
-    generator = list(generator) if isinstance(generator, Sequence) else generator
-    return mean + std * randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+    generators = [generator] if isinstance(generator, torch.Generator) else list(generator or ())
+    device = generators[0].device if generators else mean.device
+    noise = randn_tensor(mean.shape, generator=generators or None, device=device, dtype=mean.dtype)
+    return mean + std * noise.to(mean.device, non_blocking=True)
 
 
 def encode_images(

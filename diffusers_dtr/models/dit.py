@@ -159,7 +159,7 @@ class DTRTransformer2DModel(RoutedModelMixin, DiTTransformer2DModel, AttentionMi
             raise ValueError(f"Height and width of `hidden_states` must be {allowed}, got {height}x{width}.")
         if class_labels is not None and self.config.num_embeds_ada_norm is None:
             raise ValueError("`class_labels` must be None: the model is unconditional.")
-        timestep = timestep_batch(timestep, hidden_states)
+        timestep = timestep_batch(timestep, hidden_states, one_for_all=True)
         mask = self.routing.mask(timestep, self.inner_dim)
         mask = None if mask is None else mask[:, None, :]
 

@@ -252,24 +252,25 @@ class DTRPipeline(HubMixin, DiffusionPipeline):
         labels = None if labels is None else torch.tensor(labels, device=device)
         # First, because `init_noise_sigma` depends on the timesteps.
         scheduler = scheduler_of_chosen_channels(self.scheduler)
-        scheduler.set_timesteps(num_inference_steps, device=device)
+        # On the CPU, where a scheduler looks at the timestep: every look at one on the device waits for it.
+        scheduler.set_timesteps(num_inference_steps, device="cpu")
         timesteps = scheduler.timesteps
         latents = randn_tensor(shape, generator, device, self.denoiser.dtype) if latents is None else latents
         latents = latents.to(device, self.denoiser.dtype) * getattr(scheduler, "init_noise_sigma", 1.0)
         low, high = (-float("inf"), float("inf")) if guidance_interval is None else guidance_interval
-        # Asked once, because every look at a timestep on the device waits for it.
         scales = [guidance_scale if low <= t <= high else 1.0 for t in timesteps.tolist()]
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         step_kwargs = {"generator": generator} if takes_generator else {}
         max_batch_size = max_batch_size or batch_size
         models = [self.denoiser] if self.vae is None else [self.denoiser, self.vae]
 
+        on_device = timesteps.to(device)
         with evaluating(*models), self.progress_bar(total=len(timesteps)) as progress_bar:
             for step, (timestep, scale) in enumerate(zip(timesteps, scales, strict=True)):
                 model_input = latents
                 if hasattr(scheduler, "scale_model_input"):
                     model_input = scheduler.scale_model_input(latents, timestep)
-                prediction = self.predict(model_input, timestep, labels, scale, max_batch_size)
+                prediction = self.predict(model_input, on_device[step], labels, scale, max_batch_size)
                 latents = scheduler.step(prediction, timestep, latents, **step_kwargs, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents} if callback_on_step_end_tensor_inputs else {}
@@ -316,8 +317,9 @@ class DTRPipeline(HubMixin, DiffusionPipeline):
         channels, is_guided = inputs.shape[1], guidance_scale > 1
         if is_guided:
             inputs, labels = torch.cat([inputs, inputs]), torch.cat([labels, torch.full_like(labels, self.null_class)])
-        timesteps = timestep.to(inputs.device).expand(len(inputs))
-        output = self.denoiser(inputs, timesteps, class_labels=labels, return_dict=False)[0]
+        # One for the whole batch, of which the denoiser computes what depends on it once.
+        timestep = timestep.to(inputs.device).reshape(1)
+        output = self.denoiser(inputs, timestep, class_labels=labels, return_dict=False)[0]
         if not is_guided:
             return output
         labelled, unlabelled = output.chunk(2)

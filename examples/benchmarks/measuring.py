@@ -8,6 +8,8 @@ import time
 import diffusers
 import torch
 
+import diffusers_dtr
+
 
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 
@@ -17,8 +19,10 @@ def environment(device="cpu"):
     cpu = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     return {
         "machine": torch.cuda.get_device_name(device) if _is_cuda(device) else cpu,
+        "python": platform.python_version(),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
+        "diffusers_dtr": diffusers_dtr.__version__,
     }
 
 
@@ -44,19 +48,16 @@ def seconds_by_turns(runs, repeats, warmup, device="cpu", clock=time.perf_counte
 
 
 def compare(seconds):
-    """Medians of two runs that took turns, and ratios of the first to the second."""
-    first, second = seconds.values()
-    ratios = [a / b for a, b in zip(first, second, strict=True)]
-    return {
-        "median_seconds": {name: round(statistics.median(values), 5) for name, values in seconds.items()},
-        "ratio_of_medians": round(statistics.median(first) / statistics.median(second), 4),
-        "ratio_of_minima": round(min(first) / min(second), 4),
-        "ratio_pair_by_pair": {
-            "min": round(min(ratios), 4),
-            "median": round(statistics.median(ratios), 4),
-            "max": round(max(ratios), 4),
-        },
-    }
+    """Medians of runs that took turns, and the ratios of each to the last: of medians, and turn by turn."""
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    *others, base = seconds
+    ratios = {}
+    for name in others:
+        turns = [a / b for a, b in zip(seconds[name], seconds[base], strict=True)]
+        found = {"of_medians": medians[name] / medians[base], "min": min(turns), "max": max(turns)}
+        ratios[name] = {key: round(value, 4) for key, value in found.items()}
+    rounded = {name: round(value, 6) for name, value in medians.items()}
+    return {"median_seconds": rounded, "base": base, "ratios": ratios, "turns": len(seconds[base])}
 
 
 def synchronise(device):

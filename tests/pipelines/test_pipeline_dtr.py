@@ -102,7 +102,7 @@ def documented_loop(scheduler, model, class_labels, steps, generator):
     for t in scheduler.timesteps:
         has_scaling = not isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
         model_input = scheduler.scale_model_input(latents, t) if has_scaling else latents
-        output = model(model_input, t.expand(len(labels)), class_labels=labels).sample
+        output = model(model_input, t, class_labels=labels).sample
         if not (isinstance(scheduler, DDPMScheduler) and scheduler.config.variance_type == "learned_range"):
             output = output[:, : shape[1]]
         latents = scheduler.step(output, t, latents, **({"generator": generator} if is_stochastic else {})).prev_sample

@@ -53,7 +53,7 @@ class StableDiffusionXL(StableDiffusion):
         told = super().conditions(pipeline, rows, batch)
         pooled = told.pop("text_embeds")
         sizes = torch.cat([batch["original_size"], batch["crop_top_left"], self.last_of_sizes(batch)], dim=1)
-        return {**told, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes.to(pooled)}}
+        return {**told, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes.to(pooled, non_blocking=True)}}
 
     def last_of_sizes(self, batch):
         """What comes after size and crop, `(batch, ...)`."""
@@ -160,8 +160,8 @@ class Flux2(TokenFamily):
     def places(self, pipeline, noisy, conditions):
         text_places = pipeline._prepare_text_ids(conditions["encoder_hidden_states"])
         return {
-            "img_ids": pipeline._prepare_latent_ids(noisy).to(noisy.device),
-            "txt_ids": text_places.to(noisy.device),
+            "img_ids": pipeline._prepare_latent_ids(noisy).to(noisy.device, non_blocking=True),
+            "txt_ids": text_places.to(noisy.device, non_blocking=True),
         }
 
     def pack(self, pipeline, noisy):
@@ -204,7 +204,8 @@ class QwenImage(TokenFamily):
     def batch(self, rows):
         rows = rows["prompt_embeds"]
         mask = pad_sequence([row.new_ones(len(row), dtype=torch.long) for row in rows], True)
-        return {"prompt_embeds": pad_sequence(rows, True), "prompt_embeds_mask": None if mask.all() else mask}
+        alike = len({len(row) for row in rows}) == 1
+        return {"prompt_embeds": pad_sequence(rows, True), "prompt_embeds_mask": None if alike else mask}
 
     def places(self, pipeline, noisy, conditions):
         return {"img_shapes": [[(1, noisy.shape[2] // 2, noisy.shape[3] // 2)]] * len(noisy)}
