@@ -60,7 +60,7 @@ class OptimizerConfig(Options):
 
 @dataclass(frozen=True)
 class EMAConfig(Options):
-    """The exponential moving average of the weights."""
+    """The moving average of the weights."""
 
     _argument_group_name = "average of the weights"
 

@@ -52,7 +52,8 @@ class Checkpoints:
     A checkpoint is written under another name and renamed when complete, and renamed before it is deleted: a process
     that dies at any moment leaves no half of one. Loading one runs no code that is in it: it is safetensors and JSON.
     An engine that saves what each process holds writes sharded files; whatever wrote one, every engine with any number
-    of processes goes on from it. Of a model with LoRA adapters these alone are saved, as `<model_name>_lora`.
+    of processes goes on from it. Of a model with LoRA adapters these alone are saved, as `<model_name>_lora`, with
+    their average.
     """
 
     def __init__(
