@@ -89,7 +89,7 @@ def sampling(args):
         pipeline.set_progress_bar_config(disable=True)
         pipeline.to(args.device, **({} if args.dtype == "float32" else {"dtype": getattr(torch, args.dtype)}))
         if args.compile is not None:
-            pipeline.transformer.compile()
+            pipeline.transformer.compile(dynamic=False)
     options = {"guidance_scale": 4.0, "num_inference_steps": args.num_inference_steps, "output_type": "np"}
     for count in args.num_images:
         labels = list(range(count))
