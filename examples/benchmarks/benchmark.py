@@ -246,8 +246,8 @@ def main():
             del runs
             gc.collect()
     report["peak_bytes"] = peak_bytes(args.device)
-    Path(f"{args.output}.json").write_text(json.dumps(report, indent=1) + "\n")
-    Path(f"{args.output}.md").write_text(table(report))
+    Path(f"{args.output}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    Path(f"{args.output}.md").write_text(table(report), encoding="utf-8")
     print(table(report))
 
 
