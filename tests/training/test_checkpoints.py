@@ -182,6 +182,13 @@ def test_what_a_run_needs_to_go_on_must_be_there(saved, resumed, message, tmp_pa
         Run(tmp_path, **{**without, **resumed}).resume()
 
 
+def test_checkpoint_of_a_version_that_saved_optimizers_otherwise_is_refused(tmp_path):
+    path = Run(tmp_path).save(1)
+    (path / "optimizer").rename(path / "optimizer.bin")
+    with pytest.raises(ValueError, match="of another version of this library: the checkpoint .* has no optimizer to"):
+        Run(tmp_path).resume()
+
+
 def test_run_does_not_go_back_behind_checkpoints_of_later_steps(tmp_path):
     run = Run(tmp_path)
     for step in (1, 2):
