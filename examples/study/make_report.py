@@ -9,7 +9,7 @@ from pathlib import Path
 
 from study_figures import METRICS, draw_differences, draw_quality, draw_samples
 from study_grid import cells, read_study
-from study_statistics import MIN_SEEDS, Difference, difference, read_results, share_of_steps
+from study_statistics import MIN_SEEDS, Difference, difference, final, read_results, share_of_steps
 
 from diffusers_dtr.user_errors import run_script
 
@@ -53,8 +53,9 @@ class Report:
     def recommendation(self):
         """Of each task the arm with the lowest Fréchet distance among those that beat what they are compared with."""
         lines = [
-            "> **What to choose, as far as this goes** (lowest Fréchet distance of the arms that have beaten theirs)"
+            "> **What to choose, as far as this goes**: the arm with the lowest Fréchet distance of those that beat"
         ]
+        lines += ["> what they are compared with."]
         for task in self.tasks:
             found = {pair: difference(self.results, task, *pair, "frechet_distance") for pair in self._pairs(task)}
             better = {pair: each for pair, each in found.items() if each.verdict("lower") == "holds"}
@@ -69,9 +70,8 @@ class Report:
         """A paragraph with its table."""
         lines = [f"### {claim}\n", f"Reported. {reported}\n", f"Measured. {elsewhere}\n" if elsewhere else ""]
         if comparisons:
-            lines += _header(
-                "task", "arm", "against", "metric", "arm", "reference", "difference, 95 % interval", "verdict"
-            )
+            found = "its value", "the other's", "difference, 95 % interval"
+            lines += _header("task", "arm", "against", "metric", *found, "verdict")
             lines += [self._row(pair, expected, *place) for pair in comparisons for place in self._places(pair)]
         if convergence:
             shares = "share of the steps, by seed", "difference to all of them, 95 % interval"
@@ -99,7 +99,11 @@ class Report:
         draw_samples(self.results, task, shown, seed, self.figures / f"{task}_samples.png")
         lines += [f"![Samples of all arms from the same noise, {task}](figures/{task}_samples.png)\n"]
         lines += _header("arm", "seeds", "parameters", *METRICS.values())
-        return "\n".join([*lines, *(self._arm_row(task, arm) for arm in arms), ""])
+        lines += [*(self._arm_row(task, arm) for arm in arms), ""]
+        if ("dtr", "unrouted") in pairs:
+            lines += _header("held-out loss", *(f"eighth {number} of the timesteps" for number in range(1, 9)))
+            lines += self._eighths(task)
+        return "\n".join([*lines, ""])
 
     def missing(self):
         """What the grid has and nobody has run yet."""
@@ -130,16 +134,20 @@ class Report:
             return f"| | {names} | | | | not run yet |"
         shares = share_of_steps(self.results, task, *pair, metric)
         by_seed = ", ".join("never" if share is None else f"{share:.2f}" for share in shares)
-        if None in shares:
-            return f"| {task} | {names} | {METRICS[metric]} | {by_seed} | | does not hold for every seed |"
         found = Difference(shares, [1.0] * len(shares))
-        verdict = found.verdict("lower")
-        return f"| {task} | {names} | {METRICS[metric]} | {by_seed} | {_interval(found)} | {verdict} |"
+        interval = "" if None in shares else _interval(found)
+        return f"| {task} | {names} | {METRICS[metric]} | {by_seed} | {interval} | {found.verdict('lower')} |"
 
     def _arm_row(self, task, arm):
         runs = list(self.results[task, arm].values())
-        columns = [_spread([run["points"][-1][metric] for run in runs]) for metric in METRICS]
+        columns = [_spread([final(run, metric) for run in runs]) for metric in METRICS]
         return f"| {arm} | {len(runs)} | {runs[0]['num_parameters']:,} | {' | '.join(columns)} |"
+
+    def _eighths(self, task):
+        found = [difference(self.results, task, "dtr", "unrouted", number) for number in range(8)]
+        rows = {"unrouted": [_spread(each.reference) for each in found], "dtr": [_spread(each.arm) for each in found]}
+        rows["difference"] = [_interval(each) for each in found]
+        return [f"| {name} | {' | '.join(row)} |" for name, row in rows.items()]
 
     def _pairs(self, task):
         """Arms of a task with what they are compared with, where both have been run with a seed."""

@@ -128,7 +128,8 @@ class Measurement:
         self.options, self.denoiser, self.seed = settings["measure"], settings["denoiser"], seed
         self.num_classes, self.extract = data.num_classes, extract
         cpu = torch.device("cpu")
-        clean, batch = held_out_samples(data.held_out, None, len(data.held_out), BATCH_SIZE, cpu)
+        num_held_out = self.options.get("num_held_out_images", len(data.held_out))
+        clean, batch = held_out_samples(data.held_out, None, num_held_out, BATCH_SIZE, cpu)
         levels, eighths = NoiseLevels(noise_scheduler), cluster_timesteps(noise_scheduler, 8, cost="uniform")
         times = self.options["evaluations_per_image"]
         self.held_out_loss = training.HeldOutLoss(levels, eighths, clean, batch, times, BATCH_SIZE)

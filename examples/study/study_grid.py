@@ -22,6 +22,10 @@ class Cell:
 def read_study(path):
     """Settings: `tasks` and `arms` by name, the `order` of the grid, and the `claims` that it is about."""
     study = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    for name, task in study["tasks"].items():
+        steps, points = task["training"]["max_train_steps"], task["measure"]["points"]
+        if steps % points:
+            raise ValueError(f"`max_train_steps` of {name} must be a multiple of its {points} points, got {steps}.")
     for entry in study["order"]:
         unknown = sorted({entry["task"]} - study["tasks"].keys() | {*entry["arms"]} - study["arms"].keys())
         if unknown:

@@ -27,9 +27,12 @@ def read_results(study, folder):
 
 @dataclass(frozen=True)
 class Difference:
-    """Of a metric that is the better the lower, at the end of runs, between an arm and what it is compared with."""
+    """Of a metric that is the better the lower, at the end of runs, between an arm and what it is compared with.
 
-    arm: list[float]
+    A run of the arm that never gets there has None.
+    """
+
+    arm: list[float | None]
     reference: list[float]
 
     @property
@@ -47,15 +50,23 @@ class Difference:
         """Whether the arm's values are `lower` or `higher`, as is expected."""
         if len(self.arm) < MIN_SEEDS:
             return f"not told by {len(self.arm)} seeds" if self.arm else "not run yet"
+        if None in self.arm:
+            return "does not hold" if set(self.arm) == {None} else "cannot be told at this scale"
         _, low, high = self.interval()
         if low <= 0 <= high:
             return "cannot be told at this scale"
         return "holds" if (high < 0) == (expected == "lower") else "does not hold"
 
 
+def final(run, metric):
+    """A metric at the end of a run: one of a point's by name, or the loss of an eighth of the timesteps by number."""
+    point = run["points"][-1]
+    return point["loss_per_eighth"][metric] if isinstance(metric, int) else point[metric]
+
+
 def difference(results, task, arm, reference, metric):
     """Between two arms of a task, over the seeds that both have."""
-    return Difference(*([run["points"][-1][metric] for run in runs] for runs in _pairs(results, task, arm, reference)))
+    return Difference(*([final(run, metric) for run in runs] for runs in _pairs(results, task, arm, reference)))
 
 
 def share_of_steps(results, task, arm, reference, metric):

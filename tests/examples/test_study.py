@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -84,6 +86,17 @@ def test_cells_are_run_once_differ_in_routing_alone_and_are_reported(study, sett
     assert "2 of 2 cells" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_cells_side_by_side_are_those_one_after_the_other(study, settings, digits, tmp_path):
+    one_by_one = run(study, settings, tmp_path / "one", "--digits", digits)
+    command = [sys.executable, FOLDER / "run_study.py", "--settings", settings, "--output_dir", tmp_path / "two"]
+    subprocess.run([*command, "--digits", digits, "--jobs", "2"], check=True)
+    both = [json.loads(path.read_text()) for path in sorted((tmp_path / "two").rglob("*.json"))]
+    for result, other in zip(both, one_by_one.values(), strict=True):
+        assert result["points"] == other["points"]
+        assert result["samples"] == other["samples"]
+
+
 def test_results_of_other_settings_are_refused_and_cells_without_data_left_out(study, settings, tmp_path, capsys):
     output = tmp_path / "results"
     assert run(study, settings, output) == {}
@@ -124,6 +137,8 @@ def test_paired_difference_and_its_interval_are_those_of_a_hand_computation(pair
     certain = paired.Difference([1.0, 1.0, 1.1], [2.0, 2.0, 2.0])
     assert (certain.verdict("lower"), certain.verdict("higher")) == ("holds", "does not hold")
     assert paired.Difference([1.0], [2.0]).verdict("lower") == "not told by 1 seeds"
+    assert paired.Difference([None] * 3, [1.0] * 3).verdict("lower") == "does not hold"
+    assert paired.Difference([None, 0.5, 0.5], [1.0] * 3).verdict("lower") == "cannot be told at this scale"
 
 
 def test_share_of_the_steps_is_where_the_reference_is_reached(paired):
@@ -152,6 +167,7 @@ def test_grid_is_complete_and_every_claim_is_about_it():
         assert {len(those) for (of, _), those in seeds.items() if of == task} == {3, 5}
     pairs = [pair for claim in study["claims"] for pair in claim.get("comparisons", claim.get("convergence", []))]
     assert all(("digits", arm) in seeds for pair in pairs for arm in pair)
+    assert [cell.seed for cell in grid.cells(grid.read_study(FOLDER / "pilot.yaml"))] == [0] * 4
     for arm, options in study["arms"].items():
         reference = study["arms"][options.get("against", arm)]
         assert reference.get("model") == options.get("model")
