@@ -9,12 +9,13 @@ from pathlib import Path
 
 from study_figures import METRICS, draw_differences, draw_quality, draw_samples
 from study_grid import cells, read_study
-from study_statistics import MIN_SEEDS, Difference, difference, final, read_results, share_of_steps
+from study_statistics import MIN_SEEDS, Difference, difference, read_results, share_of_steps, value_of
 
 from diffusers_dtr.user_errors import run_script
 
 
 HERE = Path(__file__).resolve().parent
+MAIN_PAIR = "dtr", "unrouted"
 INTRODUCTION = """# What routing and balancing did
 
 Written by `python make_report.py` from the JSON files in [results](results), which `run_study.py` makes
@@ -100,9 +101,8 @@ class Report:
         lines += [f"![Samples of all arms from the same noise, {task}](figures/{task}_samples.png)\n"]
         lines += _header("arm", "seeds", "parameters", *METRICS.values())
         lines += [*(self._arm_row(task, arm) for arm in arms), ""]
-        if ("dtr", "unrouted") in pairs:
-            lines += _header("held-out loss", *(f"eighth {number} of the timesteps" for number in range(1, 9)))
-            lines += self._eighths(task)
+        if MAIN_PAIR in pairs:
+            lines += self._course(task, [point["step"] for point in runs[0]["points"]])
         return "\n".join([*lines, ""])
 
     def missing(self):
@@ -140,14 +140,19 @@ class Report:
 
     def _arm_row(self, task, arm):
         runs = list(self.results[task, arm].values())
-        columns = [_spread([final(run, metric) for run in runs]) for metric in METRICS]
+        columns = [_spread([value_of(run, metric) for run in runs]) for metric in METRICS]
         return f"| {arm} | {len(runs)} | {runs[0]['num_parameters']:,} | {' | '.join(columns)} |"
 
-    def _eighths(self, task):
-        found = [difference(self.results, task, "dtr", "unrouted", number) for number in range(8)]
-        rows = {"unrouted": [_spread(each.reference) for each in found], "dtr": [_spread(each.arm) for each in found]}
-        rows["difference"] = [_interval(each) for each in found]
-        return [f"| {name} | {' | '.join(row)} |" for name, row in rows.items()]
+    def _course(self, task, steps):
+        """The main pair's paired differences at every point, and those of every eighth of the timesteps at the end."""
+        lines = _header("dtr less unrouted", *(f"{step} steps" for step in steps))
+        for metric, label in METRICS.items():
+            found = [difference(self.results, task, *MAIN_PAIR, metric, point) for point in range(len(steps))]
+            lines += [f"| {label} | {' | '.join(map(_interval, found))} |"]
+        eighths = [difference(self.results, task, *MAIN_PAIR, number) for number in range(8)]
+        lines += ["", *_header("held-out loss at the end", *(f"eighth {number}" for number in range(1, 9)))]
+        lines += [f"| unrouted | {' | '.join(_spread(each.reference) for each in eighths)} |"]
+        return [*lines, f"| dtr less unrouted | {' | '.join(map(_interval, eighths))} |"]
 
     def _pairs(self, task):
         """Arms of a task with what they are compared with, where both have been run with a seed."""

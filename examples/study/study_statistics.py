@@ -27,7 +27,7 @@ def read_results(study, folder):
 
 @dataclass(frozen=True)
 class Difference:
-    """Of a metric that is the better the lower, at the end of runs, between an arm and what it is compared with.
+    """Of a metric that is the better the lower, between an arm and what it is compared with.
 
     A run of the arm that never gets there has None.
     """
@@ -58,15 +58,16 @@ class Difference:
         return "holds" if (high < 0) == (expected == "lower") else "does not hold"
 
 
-def final(run, metric):
-    """A metric at the end of a run: one of a point's by name, or the loss of an eighth of the timesteps by number."""
-    point = run["points"][-1]
-    return point["loss_per_eighth"][metric] if isinstance(metric, int) else point[metric]
+def value_of(run, metric, point=-1):
+    """A metric of a run, by default at its end: by name, or by number the loss of an eighth of the timesteps."""
+    values = run["points"][point]
+    return values["loss_per_eighth"][metric] if isinstance(metric, int) else values[metric]
 
 
-def difference(results, task, arm, reference, metric):
+def difference(results, task, arm, reference, metric, point=-1):
     """Between two arms of a task, over the seeds that both have."""
-    return Difference(*([final(run, metric) for run in runs] for runs in _pairs(results, task, arm, reference)))
+    runs = _pairs(results, task, arm, reference)
+    return Difference(*([value_of(run, metric, point) for run in each] for each in runs))
 
 
 def share_of_steps(results, task, arm, reference, metric):
