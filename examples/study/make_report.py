@@ -1,0 +1,192 @@
+"""Write what a study has found so far, from the JSON files of its finished cells alone: claims, tables and pictures.
+
+python make_report.py
+"""
+
+import argparse
+import statistics
+from pathlib import Path
+
+from study_figures import METRICS, draw_differences, draw_quality, draw_samples
+from study_grid import cells, read_study
+from study_statistics import MIN_SEEDS, Difference, difference, read_results, share_of_steps, value_of
+
+from diffusers_dtr.user_errors import run_script
+
+
+HERE = Path(__file__).resolve().parent
+MAIN_PAIR = "dtr", "unrouted"
+INTRODUCTION = """# What routing and balancing did
+
+Written by `python make_report.py` from the JSON files in [results](results), which `run_study.py` makes
+([README](README.md)); what is compared is said in [study.yaml](study.yaml). Both metrics are of the averaged weights,
+and the better the lower: the held-out loss is the mean squared error of the prediction over all timesteps, the Fréchet
+distance is that of samples to training images in the features of a small classifier. Differences are paired: arms of
+one seed have the same number of parameters, initial weights, data order and noise. Their 95 % intervals are Student's
+t over seeds; a verdict takes at least {min_seeds} seeds, and an interval without zero. Of many such intervals one in
+twenty misses the truth. These are small models on small images: what does not show here may show at the papers' sizes,
+and the other way round.
+"""
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--settings", default=HERE / "study.yaml", help="YAML file of the study. Default %(default)s.")
+    parser.add_argument("--results", default=HERE / "results", help="What run_study.py wrote. Default %(default)s.")
+    parser.add_argument("--output", default=HERE / "RESULTS.md", help="File to write; pictures go into figures/.")
+    return parser.parse_args(argv)
+
+
+class Report:
+    """The sections of a report; a comparison that no task has is a line, not a section."""
+
+    def __init__(self, study, results, figures):
+        self.study, self.results, self.figures = study, results, figures
+        self.tasks = list(dict.fromkeys(task for task, _ in results))
+
+    def text(self):
+        """All of it, as Markdown."""
+        sections = [INTRODUCTION.format(min_seeds=MIN_SEEDS), self.recommendation(), "## Claims\n"]
+        sections += [self.claim(**claim) for claim in self.study["claims"]]
+        sections += [self.task(task) for task in self.tasks]
+        return "\n".join([*sections, self.missing()])
+
+    def recommendation(self):
+        """Of each task the arm with the lowest Fréchet distance among those that beat what they are compared with."""
+        lines = [
+            "> **What to choose, as far as this goes**: the arm with the lowest Fréchet distance of those that beat"
+        ]
+        lines += ["> what they are compared with."]
+        for task in self.tasks:
+            found = {pair: difference(self.results, task, *pair, "frechet_distance") for pair in self._pairs(task)}
+            better = {pair: each for pair, each in found.items() if each.verdict("lower") == "holds"}
+            text = "no arm yet"
+            if better:
+                arm, reference = min(better, key=lambda pair: statistics.mean(better[pair].arm))
+                text = f"`{arm}`, {_interval(better[arm, reference])} against `{reference}`"
+            lines += [">", f"> {task}: {text}."]
+        return "\n".join([*lines, ""])
+
+    def claim(self, claim, reported, expected=None, comparisons=(), convergence=(), elsewhere=None):
+        """A paragraph with its table."""
+        lines = [f"### {claim}\n", f"Reported. {reported}\n", f"Measured. {elsewhere}\n" if elsewhere else ""]
+        if comparisons:
+            found = "its value", "the other's", "difference, 95 % interval"
+            lines += _header("task", "arm", "against", "metric", *found, "verdict")
+            lines += [self._row(pair, expected, *place) for pair in comparisons for place in self._places(pair)]
+        if convergence:
+            shares = "share of the steps, by seed", "difference to all of them, 95 % interval"
+            lines += _header("task", "arm", "against", "metric", *shares, "verdict")
+            lines += [self._convergence_row(pair, *place) for pair in convergence for place in self._places(pair)]
+        return "\n".join([*filter(None, lines), ""])
+
+    def task(self, task):
+        """Pictures of a task, and a table of all its arms."""
+        arms = [arm for of, arm in self.results if of == task]
+        main = [arm for arm in ("unrouted", "dtr", "random") if arm in arms]
+        runs = [run for arm in arms for run in self.results[task, arm].values()]
+        seconds = statistics.median(run["processor_seconds"] for run in runs)
+        hardware = ", ".join(sorted({str(run["hardware"]) for run in runs}))
+        lines = [f"## {task}\n", f"{runs[0]['points'][-1]['step']} steps; {seconds:.0f} s of a processor for a run."]
+        lines += [f"Hardware: {hardware}.\n"]
+        draw_quality(self.results, task, main, self.figures / f"{task}_quality.png")
+        lines += [f"![Quality against training steps, {task}](figures/{task}_quality.png)\n"]
+        pairs = [pair for pair in self._pairs(task) if self._seeds(task, pair) >= MIN_SEEDS]
+        if pairs:
+            draw_differences(self.results, task, pairs, self.figures / f"{task}_differences.png")
+            lines += [f"![Paired differences at the end, {task}](figures/{task}_differences.png)\n"]
+        seed = min(self.results[task, arms[0]])
+        shown = [arm for arm in arms if seed in self.results[task, arm]]
+        draw_samples(self.results, task, shown, seed, self.figures / f"{task}_samples.png")
+        lines += [f"![Samples of all arms from the same noise, {task}](figures/{task}_samples.png)\n"]
+        lines += _header("arm", "seeds", "parameters", *METRICS.values())
+        lines += [*(self._arm_row(task, arm) for arm in arms), ""]
+        if MAIN_PAIR in pairs:
+            lines += self._course(task, [point["step"] for point in runs[0]["points"]])
+        return "\n".join([*lines, ""])
+
+    def missing(self):
+        """What the grid has and nobody has run yet."""
+        planned, lines = {}, []
+        for cell in cells(self.study):
+            if cell.seed not in self.results.get((cell.task, cell.arm), {}):
+                planned.setdefault(cell.task, {}).setdefault(cell.arm, []).append(str(cell.seed))
+        for task, arms in planned.items():
+            lines += [f"- {task}: " + "; ".join(f"{arm} (seeds {', '.join(seeds)})" for arm, seeds in arms.items())]
+        return "\n".join(["## Not run yet\n", *(lines or ["Nothing: the grid is complete."]), ""])
+
+    def _places(self, pair):
+        """Tasks and metrics that a comparison has values of, or one without any."""
+        tasks = [task for task in self.tasks if self._seeds(task, pair)]
+        return [(task, metric) for task in tasks for metric in METRICS] or [(None, None)]
+
+    def _row(self, pair, expected, task, metric):
+        names = f"{pair[0]} | {pair[1]}"
+        if task is None:
+            return f"| | {names} | | | | | not run yet |"
+        found = difference(self.results, task, *pair, metric)
+        means = " | ".join(f"{statistics.mean(values):.4g}" for values in (found.arm, found.reference))
+        return f"| {task} | {names} | {METRICS[metric]} | {means} | {_interval(found)} | {found.verdict(expected)} |"
+
+    def _convergence_row(self, pair, task, metric):
+        names = f"{pair[0]} | {pair[1]}"
+        if task is None:
+            return f"| | {names} | | | | not run yet |"
+        shares = share_of_steps(self.results, task, *pair, metric)
+        by_seed = ", ".join("never" if share is None else f"{share:.2f}" for share in shares)
+        found = Difference(shares, [1.0] * len(shares))
+        interval = "" if None in shares else _interval(found)
+        return f"| {task} | {names} | {METRICS[metric]} | {by_seed} | {interval} | {found.verdict('lower')} |"
+
+    def _arm_row(self, task, arm):
+        runs = list(self.results[task, arm].values())
+        columns = [_spread([value_of(run, metric) for run in runs]) for metric in METRICS]
+        return f"| {arm} | {len(runs)} | {runs[0]['num_parameters']:,} | {' | '.join(columns)} |"
+
+    def _course(self, task, steps):
+        """The main pair's paired differences at every point, and those of every eighth of the timesteps at the end."""
+        lines = _header("dtr less unrouted", *(f"{step} steps" for step in steps))
+        for metric, label in METRICS.items():
+            found = [difference(self.results, task, *MAIN_PAIR, metric, point) for point in range(len(steps))]
+            lines += [f"| {label} | {' | '.join(map(_interval, found))} |"]
+        eighths = [difference(self.results, task, *MAIN_PAIR, number) for number in range(8)]
+        lines += ["", *_header("held-out loss at the end", *(f"eighth {number}" for number in range(1, 9)))]
+        lines += [f"| unrouted | {' | '.join(_spread(each.reference) for each in eighths)} |"]
+        return [*lines, f"| dtr less unrouted | {' | '.join(map(_interval, eighths))} |"]
+
+    def _pairs(self, task):
+        """Arms of a task with what they are compared with, where both have been run with a seed."""
+        arms = self.study["arms"]
+        pairs = [(arm, arms[arm]["against"]) for of, arm in self.results if of == task and "against" in arms[arm]]
+        return [pair for pair in pairs if self._seeds(task, pair)]
+
+    def _seeds(self, task, pair):
+        arm, reference = (self.results.get((task, name), {}).keys() for name in pair)
+        return len(arm & reference)
+
+
+def _header(*columns):
+    return [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
+
+
+def _interval(found):
+    interval = found.interval()
+    return "" if interval is None else "{:+.4g} [{:+.4g}, {:+.4g}]".format(*interval)
+
+
+def _spread(values):
+    spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4g}{spread}"
+
+
+def main(args):
+    study, output = read_study(args.settings), Path(args.output)
+    results = read_results(study, args.results)
+    if not results:
+        raise ValueError(f"`--results` must have finished cells of {args.settings}, got {args.results} without any.")
+    output.write_text(Report(study, results, output.parent / "figures").text(), encoding="utf-8")
+    print(f"{sum(map(len, results.values()))} of {len(cells(study))} cells are in {output}")
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args())

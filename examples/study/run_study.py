@@ -1,0 +1,113 @@
+"""Run the cells of a study that are not finished yet, in order: each trains a model and measures it along the way.
+
+A finished cell is a JSON file; repeat the command to go on after an interruption. Cells of data that no flag names are
+left out. `make_report.py` makes tables and figures of whatever is there.
+
+    python ../digits/prepare_digits.py --output_dir digits
+    python run_study.py --digits digits --jobs 2
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+from study_cell import run_cell
+from study_grid import cell_settings, cells, read_study
+
+from diffusers_dtr.ranges import COUNT, SEED
+from diffusers_dtr.user_errors import run_script
+
+
+HERE = Path(__file__).resolve().parent
+DATA = {
+    "digits": "Folder of prepare_digits.py.",
+    "cifar10": "CIFAR-10: a name or folder for load_dataset with the columns image and label.",
+    "cifar10_features": "TorchScript file that ../evaluation/train_feature_extractor.py made.",
+}
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--settings", default=HERE / "study.yaml", help="YAML file of the study. Default %(default)s.")
+    parser.add_argument("--output_dir", default=HERE / "results", help="Folder of the results. Default %(default)s.")
+    for name, text in DATA.items():
+        parser.add_argument(f"--{name}", help=text)
+    parser.add_argument("--tasks", nargs="+", help="Only cells of these tasks.")
+    parser.add_argument("--arms", nargs="+", help="Only cells of these arms.")
+    parser.add_argument("--seeds", type=SEED, nargs="+", help="Only cells of these seeds.")
+    parser.add_argument("--jobs", type=COUNT, default=1, help="Cells at a time, of one thread each.")
+    return parser.parse_args(argv)
+
+
+def chosen_cells(args, study):
+    """Cells that the flags ask for, and how to name them."""
+    chosen = cells(study)
+    for name in ("task", "arm", "seed"):
+        wanted, there = getattr(args, f"{name}s"), {getattr(cell, name) for cell in cells(study)}
+        if wanted is not None:
+            if not there.issuperset(wanted):
+                raise ValueError(f"`--{name}s` must be of {sorted(there)}, got {wanted}.")
+            chosen = [cell for cell in chosen if getattr(cell, name) in wanted]
+    return chosen
+
+
+def missing_flags(args, study, cell):
+    text = json.dumps(cell_settings(study, cell))
+    return [f"--{name}" for name in DATA if f"{{{name}}}" in text and getattr(args, name) is None]
+
+
+def is_finished(path, settings):
+    if not path.exists():
+        return False
+    if json.loads(path.read_text(encoding="utf-8"))["settings"] != settings:
+        raise ValueError(f"`--output_dir` must be another folder: {path} has a result of other settings.")
+    return True
+
+
+def run(path, settings, seed, folders):
+    torch.set_num_threads(1)
+    result = run_cell(settings, seed, folders)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)  # an interruption leaves no half of a file
+    return result
+
+
+def main(args):
+    study = read_study(args.settings)
+    folders = {name: getattr(args, name) for name in DATA}
+    jobs, left_out = {}, {}
+    chosen = chosen_cells(args, study)
+    for cell in chosen:
+        path, settings = cell.path(args.output_dir), cell_settings(study, cell)
+        if is_finished(path, settings):
+            continue
+        if flags := missing_flags(args, study, cell):
+            left_out.setdefault(f"{cell.task} for want of {' and '.join(flags)}", []).append(cell)
+        else:
+            jobs[cell] = path, settings, cell.seed, folders
+    print(f"{len(chosen)} cells, of which {len(jobs)} are to be run", flush=True)
+    for reason, those in left_out.items():
+        print(f"{len(those)} are left out: {reason}", flush=True)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    # A process for each cell: accelerate keeps state for the whole process.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, context, max_tasks_per_child=1) as pool:
+        runs = {cell: pool.submit(run, *job) for cell, job in jobs.items()}
+        for number, (cell, future) in enumerate(runs.items(), start=1):
+            result = future.result()
+            last, seconds = result["points"][-1], result["processor_seconds"]
+            print(
+                f"{number} of {len(runs)}: {cell.task}, {cell.arm}, seed {cell.seed}: held-out loss "
+                f"{last['loss']:.5f}, Fréchet distance {last['frechet_distance']:.3f}, {seconds} s of a processor",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args())

@@ -1,0 +1,192 @@
+"""One cell of the study: a run, measured at several points with the same noise for every arm."""
+
+import base64
+import hashlib
+import io
+import runpy
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler
+from PIL import Image
+from torch.utils.data import Dataset
+
+from diffusers_dtr import DTRPipeline, DTRTransformer2DModel, DTRUNet2DModel, NoiseLevels, cluster_timesteps, training
+from diffusers_dtr.analysis import frechet_distance
+from diffusers_dtr.training.config import LabelledDataConfig, RunConfig
+from diffusers_dtr.training.data import held_out_samples
+
+
+HERE = Path(__file__).resolve().parent
+MODELS = {"transformer": DTRTransformer2DModel, "unet": DTRUNet2DModel}
+# Nobody looks at the run's own grids and logs.
+QUIET = {"report_to": "none", "num_validation_images": 1, "validation_num_inference_steps": 1}
+BATCH_SIZE = 250
+
+
+def run_cell(settings, seed, folders):
+    """Train and measure.
+
+    Args:
+        settings: Of `cell_settings`.
+        seed: Of weights, data order, noise and samples.
+        folders: What stands for the names in braces.
+
+    Returns:
+        A JSON object: `points` of the run and what it was. Two of one seed are compared with each other only if they
+        agree in `num_parameters`, `first_batch` and the like, which `make_report.py` checks.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        config = _config(settings, seed, folders, folder)
+        images = training.load_images(config)
+        noise_scheduler = training.load_noise_scheduler(config)
+        torch.manual_seed(seed)
+        labels = {} if images.num_classes is None else {"num_embeds_ada_norm": images.num_classes}
+        new = settings["denoiser"], settings["model"]
+        config, model = training.load_denoiser(config, MODELS, new, noise_scheduler, None, **labels)
+        initial_weights = _digest(model.parameters())
+        data = training.load_data(config, images, model=model)
+        if config.data.center_crop and not config.data.random_flip:
+            data = replace(data, dataset=Decoded(data.dataset))
+        extract = load_extractor(settings["measure"]["feature_extractor"].format(**folders))
+        measurement = Measurement(settings, seed, data, noise_scheduler, extract)
+        trainer = MeasuredTrainer(measurement, model, replace(data, held_out=None), config)
+        first_batch = _digest([next(iter(trainer.loader))["pixel_values"]])
+        start = time.process_time()
+        trainer.train()
+        record = trainer.finish()
+        seconds = time.process_time() - start
+    return {
+        "settings": settings,
+        "seed": seed,
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "initial_weights": initial_weights,
+        "first_batch": first_batch,
+        "points": trainer.points,
+        "samples": measurement.picture,
+        "processor_seconds": round(seconds, 1),
+        "versions": record["versions"],
+        "hardware": record["hardware"],
+    }
+
+
+def _config(settings, seed, folders, folder):
+    options = {**QUIET, **settings["training"], "seed": seed}
+    options = {name: value.format(**folders) if isinstance(value, str) else value for name, value in options.items()}
+    options["validation_steps"] = options["max_train_steps"] // settings["measure"]["points"]
+    options["checkpointing_steps"] = options["max_train_steps"]
+    data = LabelledDataConfig(**{name: options.pop(name) for name in LabelledDataConfig.names() if name in options})
+    return training.TrainingConfig(run=RunConfig(output_dir=f"{folder}/run"), data=data).replace(**options)
+
+
+def _digest(tensors):
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class Decoded(Dataset):
+    """Images that are decoded once, because those of all epochs are the same: a third less time for the smallest."""
+
+    def __init__(self, dataset):
+        self.dataset, self.samples = dataset, {}
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, item):
+        epoch, index = item
+        if index not in self.samples:
+            self.samples[index] = self.dataset[item]
+        return {**self.samples[index], "epoch": epoch}
+
+
+class MeasuredTrainer(training.Trainer):
+    """Trains as any other, and measures the averaged weights wherever a run is validated."""
+
+    def __init__(self, measurement, *arguments):
+        super().__init__(*arguments)
+        self.measurement, self.points = measurement, []
+
+    def validate(self):
+        """A point of the run."""
+        self.model.eval()
+        point = {"step": self.global_step, **self.measurement(self.model, self.accelerator)}
+        self.model.train()
+        self.points.append(point)
+        return {name: value for name, value in point.items() if isinstance(value, float)}
+
+
+class Measurement:
+    """Held-out loss and Fréchet distance of a denoiser, on the same images and noise for all arms."""
+
+    def __init__(self, settings, seed, data, noise_scheduler, extract):
+        self.options, self.denoiser, self.seed = settings["measure"], settings["denoiser"], seed
+        self.num_classes, self.extract = data.num_classes, extract
+        cpu = torch.device("cpu")
+        num_held_out = self.options.get("num_held_out_images", len(data.held_out))
+        clean, batch = held_out_samples(data.held_out, None, num_held_out, BATCH_SIZE, cpu)
+        levels, eighths = NoiseLevels(noise_scheduler), cluster_timesteps(noise_scheduler, 8, cost="uniform")
+        times = self.options["evaluations_per_image"]
+        self.held_out_loss = training.HeldOutLoss(levels, eighths, clean, batch, times, BATCH_SIZE)
+        self.scheduler = DDIMScheduler.from_config(noise_scheduler.config, timestep_spacing="trailing")
+        real, _ = held_out_samples(data.dataset, None, self.options["num_reference_images"], BATCH_SIZE, cpu)
+        self.real_features = self._features(real / 2 + 0.5)
+
+    def __call__(self, model, accelerator):
+        """The point's figures; `picture` is of the latest point."""
+        losses = self.held_out_loss(self._denoise(model), accelerator)
+        samples = self._sample(model).cpu()
+        self.picture = _png(samples[: self.options["sample_images"]])
+        return {
+            "loss": losses.mean,
+            "loss_per_eighth": list(losses.per_cluster),
+            "frechet_distance": frechet_distance(self._features(samples), self.real_features),
+        }
+
+    def _denoise(self, model):
+        def denoise(noisy, timesteps, batch):
+            labels = {} if self.num_classes is None else {"class_labels": batch["labels"].to(noisy.device)}
+            return model(noisy, timestep=timesteps, **labels, return_dict=False)[0]
+
+        return denoise
+
+    def _sample(self, model):
+        pipeline = DTRPipeline(self.scheduler, **{self.denoiser: model})
+        pipeline.set_progress_bar_config(disable=True)
+        number = self.options["num_samples"]
+        what = {"num_images": number}
+        if self.num_classes is not None:
+            what = {"class_labels": [index % self.num_classes for index in range(number)]}
+        return pipeline(
+            **what,
+            num_inference_steps=self.options["num_inference_steps"],
+            generator=torch.Generator().manual_seed(self.seed),
+            output_type="pt",
+            max_batch_size=BATCH_SIZE,
+        ).images
+
+    @torch.no_grad()
+    def _features(self, images):
+        return torch.cat([self.extract(part) for part in images.split(BATCH_SIZE)])
+
+
+def load_extractor(name):
+    """A function of a file, `file.py:function`, or TorchScript as `train_feature_extractor.py` saves it."""
+    file, python, function = name.partition(".py:")
+    if python:
+        return runpy.run_path(str(HERE / f"{file}.py"))[function]
+    network = torch.jit.load(name, map_location="cpu").eval()
+    return lambda images: network((images * 255).round().to(torch.uint8))[0]
+
+
+def _png(images):
+    """A row of images `(n, channels, height, width)` in [0, 1], as the text of a PNG."""
+    row = torch.cat(list((images * 255).round().to(torch.uint8)), dim=-1).permute(1, 2, 0)
+    stream = io.BytesIO()
+    Image.fromarray(row.squeeze(-1).numpy()).save(stream, "PNG", optimize=True)
+    return base64.b64encode(stream.getvalue()).decode()

@@ -1,0 +1,173 @@
+"""The study: cells of four steps from its settings to the report, and the statistics beside a hand computation."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import yaml
+from training_runs import EXAMPLES, MODEL, load_script, make_images, reset_accelerate
+
+
+FOLDER = EXAMPLES / "study"
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    """Two arms with one seed, of four steps: after fewer, blocks begun with zeros show no routing yet."""
+    study = yaml.safe_load((FOLDER / "study.yaml").read_text())
+    digits = study["tasks"]["digits"]
+    digits["model"] = MODEL
+    digits["training"] |= {"max_train_steps": 4, "lr_warmup_steps": 1, "train_batch_size": 8}
+    digits["measure"] |= {"points": 2, "num_samples": 60, "num_reference_images": 60, "num_inference_steps": 2}
+    study["tasks"] = {"digits": digits}
+    study["order"] = [{"task": "digits", "seeds": [0], "arms": ["unrouted", "dtr"]}]
+    path = tmp_path_factory.mktemp("study") / "study.yaml"
+    path.write_text(yaml.safe_dump(study))
+    return path
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    make_images(folder / "train", count=80)
+    make_images(folder / "test", count=12)
+    return folder
+
+
+@pytest.fixture
+def study(monkeypatch):
+    """The script, which runs cells in this process."""
+    study, started = load_script(FOLDER / "run_study.py"), []
+
+    class Pool:
+        def __init__(self, *_, **__): ...
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_): ...
+        def submit(self, function, path, *job):
+            started.append(path)
+            result = function(path, *job)
+            reset_accelerate()
+            return type("Future", (), {"result": staticmethod(lambda: result)})
+
+    monkeypatch.setattr(study, "ProcessPoolExecutor", Pool)
+    study.started = started
+    return study
+
+
+def run(study, settings, output, *flags):
+    study.main(study.parse_args([str(value) for value in ("--settings", settings, "--output_dir", output, *flags)]))
+    return {path: json.loads(path.read_text()) for path in sorted(output.rglob("*.json"))}
+
+
+def test_cells_are_run_once_differ_in_routing_alone_and_are_reported(study, settings, digits, tmp_path, capsys):
+    output = tmp_path / "results"
+    first = run(study, settings, output, "--digits", digits, "--arms", "dtr")
+    assert len(first) == len(study.started) == 1
+    results = run(study, settings, output, "--digits", digits)
+    assert [path.parent.name for path in study.started] == ["dtr", "unrouted"]
+    dtr, unrouted = results.values()
+    assert [dtr] == list(first.values())
+    assert [point["step"] for point in dtr["points"]] == [2, 4]
+    same = ("num_parameters", "initial_weights", "first_batch", "seed")
+    assert all(dtr[name] == unrouted[name] for name in same)
+    assert dtr["points"][-1]["loss"] != unrouted["points"][-1]["loss"]
+    assert str(digits) not in json.dumps(dtr)
+
+    report = load_script(FOLDER / "make_report.py")
+    report.main(report.parse_args(["--settings", str(settings), "--results", str(output), "--output", f"{output}.md"]))
+    text = (tmp_path / "results.md").read_text()
+    assert f"| digits | dtr | unrouted | held-out loss | {dtr['points'][-1]['loss']:.4g} |" in text
+    assert "not told by 1 seeds" in text
+    assert len(list((tmp_path / "figures").glob("digits_*.png"))) == 2
+    assert "2 of 2 cells" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_cells_side_by_side_are_those_one_after_the_other(study, settings, digits, tmp_path):
+    one_by_one = run(study, settings, tmp_path / "one", "--digits", digits)
+    command = [sys.executable, FOLDER / "run_study.py", "--settings", settings, "--output_dir", tmp_path / "two"]
+    subprocess.run([*command, "--digits", digits, "--jobs", "2"], check=True)
+    both = [json.loads(path.read_text()) for path in sorted((tmp_path / "two").rglob("*.json"))]
+    for result, other in zip(both, one_by_one.values(), strict=True):
+        assert result["points"] == other["points"]
+        assert result["samples"] == other["samples"]
+
+
+def test_results_of_other_settings_are_refused_and_cells_without_data_left_out(study, settings, tmp_path, capsys):
+    output = tmp_path / "results"
+    assert run(study, settings, output) == {}
+    assert "2 are left out: digits for want of --digits" in capsys.readouterr().out
+    other = output / "digits" / "dtr" / "seed-0.json"
+    other.parent.mkdir(parents=True)
+    other.write_text('{"settings": {}}')
+    with pytest.raises(ValueError, match=r"`--output_dir` must be another folder: .*seed-0.json"):
+        run(study, settings, output)
+    with pytest.raises(ValueError, match=r"`--arms` must be of .*'dtr'"):
+        run(study, settings, output, "--arms", "dtx")
+
+
+def points(*losses):
+    return [{"step": 100 * number, "loss": loss} for number, loss in enumerate(losses, start=1)]
+
+
+def made_up(arm, *runs, **changes):
+    base = {"num_parameters": 7, "first_batch": "a", "initial_weights": "b"}
+    return {("digits", arm): {seed: {**base, "seed": seed, "points": run, **changes} for seed, run in enumerate(runs)}}
+
+
+@pytest.fixture
+def paired():
+    return load_script(FOLDER / "study_statistics.py")
+
+
+def test_paired_difference_and_its_interval_are_those_of_a_hand_computation(paired):
+    results = made_up("dtr", points(1.0), points(2.0), points(4.0)) | made_up(
+        "unrouted", points(2.0), points(4.0), points(7.0)
+    )
+    found = paired.difference(results, "digits", "dtr", "unrouted", "loss")
+    assert found.values == [-1.0, -2.0, -3.0]
+    # Their standard deviation is 1, and 4.302653 the 97.5 % quantile of Student's t with 2 degrees of freedom.
+    half = 4.302653 / math.sqrt(3)
+    assert found.interval() == pytest.approx((-2.0, -2.0 - half, -2.0 + half), abs=1e-6)
+    assert found.verdict("lower") == "cannot be told at this scale"
+    certain = paired.Difference([1.0, 1.0, 1.1], [2.0, 2.0, 2.0])
+    assert (certain.verdict("lower"), certain.verdict("higher")) == ("holds", "does not hold")
+    assert paired.Difference([1.0], [2.0]).verdict("lower") == "not told by 1 seeds"
+    assert paired.Difference([None] * 3, [1.0] * 3).verdict("lower") == "does not hold"
+    assert paired.Difference([None, 0.5, 0.5], [1.0] * 3).verdict("lower") == "cannot be told at this scale"
+
+
+def test_share_of_the_steps_is_where_the_reference_is_reached(paired):
+    results = made_up("dtr", points(5.0, 3.0, 1.0), points(9.0, 9.0, 9.0)) | made_up(
+        "unrouted", points(9.0, 6.0, 2.0), points(9.0, 8.0, 7.0)
+    )
+    assert paired.share_of_steps(results, "digits", "dtr", "unrouted", "loss") == [pytest.approx(250 / 300), None]
+
+
+@pytest.mark.parametrize("changes", [{"num_parameters": 8}, {"first_batch": "other"}, {"initial_weights": "other"}])
+def test_runs_of_other_data_order_weights_or_size_are_not_compared(paired, changes):
+    results = made_up("dtr", points(1.0), **changes) | made_up("unrouted", points(2.0))
+    with pytest.raises(ValueError, match=f"dtr and unrouted of digits differ in {next(iter(changes))}"):
+        paired.difference(results, "digits", "dtr", "unrouted", "loss")
+
+
+def test_grid_is_complete_and_every_claim_is_about_it():
+    grid = load_script(FOLDER / "study_grid.py")
+    study = grid.read_study(FOLDER / "study.yaml")
+    seeds = {}
+    for cell in grid.cells(study):
+        seeds.setdefault((cell.task, cell.arm), []).append(cell.seed)
+        grid.cell_settings(study, cell)
+    for task in ("digits", "cifar10"):
+        assert seeds[task, "unrouted"] == seeds[task, "dtr"] == [0, 1, 2, 3, 4]
+        assert {len(those) for (of, _), those in seeds.items() if of == task} == {3, 5}
+    pairs = [pair for claim in study["claims"] for pair in claim.get("comparisons", claim.get("convergence", []))]
+    assert all(("digits", arm) in seeds for pair in pairs for arm in pair)
+    assert [cell.seed for cell in grid.cells(grid.read_study(FOLDER / "pilot.yaml"))] == [0] * 4
+    for arm, options in study["arms"].items():
+        reference = study["arms"][options.get("against", arm)]
+        assert reference.get("model") == options.get("model")
