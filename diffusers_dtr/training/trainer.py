@@ -85,11 +85,12 @@ class Trainer:
             mixed_precision=None if accelerator.mixed_precision == "fp8" else accelerator.mixed_precision,
         ).with_max_train_steps(self.num_images, self.images_per_step)
         self.config, self.max_train_steps = config, config.run.max_train_steps
-        if data.vae is not None:
-            data.vae.to(accelerator.device)
         self.noise_scheduler = noise_scheduler or load_noise_scheduler(config)
         check_agreement(config, model, data, self.noise_scheduler)
         self.pipeline = pipeline or ClassPipeline(config, model, data)
+        if data.vae is not None:
+            # Latents that were made before need its config alone; its weights are loaded where samples are drawn.
+            data.vae.to("meta" if getattr(config.data, "latents_dir", None) else accelerator.device)
         self.objective = build_objective(config, self.noise_scheduler, model, accelerator)
         self.engine = Engine(accelerator, model)
         self.validation = Validation(config, self.engine, data, self.pipeline, self.noise_scheduler)

@@ -121,9 +121,9 @@ LEFT_OUT = frozenset(
         """
         help config pretrained_model_name_or_path
         model_config unet_config transformer_config denoiser_config model_preset
-        revision dataset_name dataset_config_name train_data_dir validation_data_dir cache_dir output_dir
-        max_train_steps resume_from_checkpoint allow_changed_settings affinity_path compile push_to_hub hub_model_id
-        hub_token hub_private_repo hub_revision hub_create_pr hub_strategy vae_name_or_path
+        revision dataset_name dataset_config_name train_data_dir validation_data_dir latents_dir cache_dir
+        output_dir max_train_steps resume_from_checkpoint allow_changed_settings affinity_path compile push_to_hub
+        hub_model_id hub_token hub_private_repo hub_revision hub_create_pr hub_strategy vae_name_or_path
         """,
     )
 )

@@ -15,7 +15,7 @@ from transformers import HfArgumentParser
 
 from ...atomic_files import replace_text
 from ...config_types import shortened
-from .data import DataConfig, LoraConfig, ModelConfig, TextConfig, VideoConfig
+from .data import DataConfig, LoraConfig, ModelConfig, SourceConfig, TextConfig, VideoConfig
 from .learning import EMAConfig, NoiseConfig, ObjectiveConfig, OptimizerConfig, RoutingConfig
 from .options import Options
 from .running import GuidedValidationConfig, HubConfig, RunConfig, ValidationConfig
@@ -35,7 +35,7 @@ class TrainingConfig:
     """
 
     run: RunConfig
-    data: DataConfig | VideoConfig
+    data: SourceConfig | VideoConfig
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
@@ -65,10 +65,11 @@ class TrainingConfig:
         sources = [source for source in (pretrained, self.model.vae_name_or_path) if source]
         if Path(output).resolve() in [Path(source).resolve() for source in sources]:
             raise ValueError(f"`--output_dir` must not be the folder of a pretrained model, got {output}.")
-        if getattr(self.data, "cache_latents", False) and not sources:
-            raise ValueError("`--cache_latents` needs --vae_name_or_path, or a pretrained pipeline that has one.")
+        for flag in ("cache_latents", "latents_dir"):
+            if getattr(self.data, flag, None) and not sources:
+                raise ValueError(f"`--{flag}` needs --vae_name_or_path, or a pretrained pipeline that has one.")
         for flag in ("train_data_dir", "validation_data_dir"):
-            folder = getattr(self.data, flag)
+            folder = getattr(self.data, flag, None)
             if folder is not None and Path(output).resolve().is_relative_to(Path(folder).resolve()):
                 raise ValueError(f"`--output_dir` must not be in --{flag}, as it would add images, got {output}.")
 

@@ -31,7 +31,7 @@ class Captions:
                 "Choose another with `--caption_column`."
             )
         self.column = column
-        self._rows = dataset.select_columns([column]).with_format(None)
+        self.rows = dataset.select_columns([column]).with_format(None)
         for row, captions in enumerate(chain.from_iterable(self._batches())):
             if not captions or None in captions:
                 raise ValueError(
@@ -41,11 +41,11 @@ class Captions:
 
     def select(self, rows: Sequence[int]) -> Captions:
         """Those of some rows, in their order."""
-        return Captions(self._rows.select(rows), self.column)
+        return Captions(self.rows.select(rows), self.column)
 
     def __getitem__(self, row: int) -> list[str]:
         """The captions of a row."""
-        return _as_list(self._rows[row][self.column])
+        return _as_list(self.rows[row][self.column])
 
     def all(self) -> Iterator[str]:
         """The captions of all rows, read a few at a time."""
@@ -59,7 +59,7 @@ class Captions:
         return digest.hexdigest()[:16]
 
     def _batches(self) -> Iterator[list[list[str]]]:
-        for rows in self._rows.iter(_ROWS_AT_ONCE):
+        for rows in self.rows.iter(_ROWS_AT_ONCE):
             yield [*map(_as_list, rows[self.column])]
 
 

@@ -22,6 +22,7 @@ from .captions import CaptionedDataset
 from .classes import match_classes
 from .encoder_cache import cache_latents
 from .images import ImageTransform
+from .latent_shards import load_precomputed_images, load_precomputed_latents
 from .samples import ImageDataset, TrainingBatches
 from .training_images import TrainingImages, load_training_images
 from .videos import TrainingVideos, VideoTransform, load_training_videos
@@ -53,6 +54,8 @@ def load_images(config: TrainingConfig) -> TrainingImages:
     """
     data = config.data
     label, caption = getattr(data, "label_column", None), config.text and config.text.caption_column
+    if getattr(data, "latents_dir", None) is not None:
+        return load_precomputed_images(data.latents_dir, data.image_column, label, caption)
     images = _load_images(config, data.train_data_dir, data.train_split, label_column=label, caption_column=caption)
     return images if data.max_train_samples is None else images.draw(data.max_train_samples, config.run.seed)
 
@@ -80,7 +83,8 @@ def load_data(
         vae: Autoencoder in whose latent space the model works, or None.
 
     Raises:
-        ValueError: For `cache_latents` without an autoencoder, or with one that [`cache_latents`] refuses.
+        ValueError: For `cache_latents` or `latents_dir` without an autoencoder, or with one that [`cache_latents`] or
+            [`load_precomputed_latents`] refuses.
     """
     if isinstance(config.data, VideoConfig):
         dataset = _video_dataset(config, held_out=False)
@@ -105,12 +109,15 @@ def _training_dataset(
     config: TrainingConfig, images: TrainingImages, channels: int, vae: ModelMixin | None
 ) -> ImageDataset:
     data, run = config.data, config.run
-    if data.cache_latents and vae is None:
+    flag = "cache_latents" if data.cache_latents else "latents_dir"
+    if (data.cache_latents or data.latents_dir is not None) and vae is None:
         raise ValueError(
-            "`--cache_latents` needs an autoencoder, and the pretrained pipeline has none: leave it out, or give "
+            f"`--{flag}` needs an autoencoder, and the pretrained pipeline has none: leave it out, or give "
             "`--vae_name_or_path`."
         )
-    transform = _transform(config, channels)
+    transform = image_transform(config, channels)
+    if data.latents_dir is not None:
+        return load_precomputed_latents(data.latents_dir, images, vae, transform, seed=run.seed)
     if not data.cache_latents:
         return ImageDataset(images, transform, seed=run.seed)
     state, folder = PartialState(), Path(run.output_dir) / LATENTS
@@ -124,10 +131,11 @@ def _video_dataset(config: TrainingConfig, *, held_out: bool) -> ImageDataset:
     folder = data.validation_data_dir if held_out else data.train_data_dir
     clip = data.num_frames, data.frame_stride
     videos = load_training_videos(folder, config.text.caption_column, *clip, config.model.cache_dir)
-    return ImageDataset(videos, _transform(config, 3, held_out), seed=0 if held_out else config.run.seed)
+    return ImageDataset(videos, image_transform(config, 3, held_out), seed=0 if held_out else config.run.seed)
 
 
-def _transform(config: TrainingConfig, channels: int, held_out: bool = False) -> ImageTransform:
+def image_transform(config: TrainingConfig, channels: int, held_out: bool = False) -> ImageTransform:
+    """How images or frames become tensors."""
     data = config.data
     crop, flip = held_out or data.center_crop, data.random_flip and not held_out
     frame = data.resolution, channels, crop, flip, data.image_interpolation_mode
@@ -146,7 +154,7 @@ def held_out_dataset(config: TrainingConfig, images: TrainingImages, channels: i
     held_out = _load_images(config, data.validation_data_dir, data.validation_split, **options)
     if images.labels is not None:
         held_out, _ = match_classes(held_out, images.id2label, images.num_classes)
-    return ImageDataset(held_out, _transform(config, channels, held_out=True), seed=0)
+    return ImageDataset(held_out, image_transform(config, channels, held_out=True), seed=0)
 
 
 def build_loader(config: TrainingConfig, dataset: Dataset, accelerator: Accelerator, global_step: int) -> DataLoader:

@@ -45,7 +45,7 @@ _ADJUSTABLE_FLAGS = _flags(
     """
     ema_max_decay ema_inv_gamma ema_power max_train_steps num_train_epochs seed train_batch_size
     gradient_accumulation_steps mixed_precision allow_tf32 compile gradient_checkpointing cache_latents
-    cache_text_embeddings train_data_dir routing_warmup_steps balancing_update_every affinity_path
+    cache_text_embeddings train_data_dir latents_dir routing_warmup_steps balancing_update_every affinity_path
     """,
     OptimizerConfig,
 )
