@@ -102,6 +102,11 @@ class DataConfig(SourceConfig):
         "Folder of precompute_latents.py to train from, in place of --dataset_name or --train_data_dir.",
     )
     cache_latents: bool = option(False, "Encode all images once, before training.")
+    streaming: bool = option(False, "Read --dataset_name as training goes on, and keep nothing of it on disk.")
+    shuffle_buffer_size: Count = option(
+        1000,
+        "Rows that a stream shuffles at a time; resuming may skip or repeat as many. 1: in the order of the files.",
+    )
     validation_split: str | None = option(None, "Split of --dataset_name for the held-out loss.")
     validation_data_dir: str | None = option(
         None, "Folder of images for the held-out loss, laid out as --train_data_dir."
@@ -117,6 +122,12 @@ class DataConfig(SourceConfig):
             raise ValueError("At most one of --validation_split and --validation_data_dir can be given.")
         if self.cache_latents and not self.center_crop:
             raise ValueError("`--cache_latents` needs --center_crop: a random crop would be encoded anew every time.")
+        self.effect_only(self.streaming, "with --streaming", "shuffle_buffer_size")
+        if self.streaming and self.dataset_name is None:
+            raise ValueError(
+                "`--streaming` needs --dataset_name: a dataset on the Hub, or a folder of parquet or tars."
+            )
+        self.effect_only(not self.streaming, "without --streaming", "cache_latents", "max_train_samples")
 
     def _check_source(self) -> None:
         if self.latents_dir is None:
@@ -134,6 +145,11 @@ class LabelledDataConfig(DataConfig):
     """Images with class labels."""
 
     label_column: str | None = option("label", "Column with the class labels.")
+    num_classes: Count | None = option(None, "Number of classes of a stream whose labels are integers without names.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.effect_only(self.streaming, "with --streaming", "num_classes")
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,8 @@ class TrainingConfig:
         self._check_folders()
         self._check_learning()
         self._check_adapters()
+        if getattr(self.data, "streaming", False):
+            self._check_streaming()
         if self.run.report_to == "wandb" and self.hub.hub_token is not None:
             raise ValueError("`--report_to wandb` uploads the command line with --hub_token: use `hf auth login`.")
 
@@ -87,6 +89,16 @@ class TrainingConfig:
                 f"{optimizer.learning_rate:g}."
             )
 
+    def _check_streaming(self) -> None:
+        if self.run.max_train_steps is None:
+            raise ValueError("`--streaming` needs --max_train_steps: a stream does not say how long an epoch is.")
+        if self.validation.validation_epochs is not None:
+            raise ValueError("`--streaming` needs --validation_steps in place of --validation_epochs, for the same.")
+        if self.text is not None and self.text.cache_text_embeddings:
+            raise ValueError("`--cache_text_embeddings` does not go with --streaming: captions come by in training.")
+        if self.text is not None and self.text.validation_prompts is None:
+            raise ValueError("`--streaming` needs --validation_prompts: captions come by in training.")
+
     def _check_adapters(self) -> None:
         if self.lora.rank is None:
             return
@@ -112,8 +124,8 @@ class TrainingConfig:
             raise TypeError(f"A run has no options {', '.join(changes)}.")
         return TrainingConfig(**parts)
 
-    def with_max_train_steps(self, num_images: int, images_per_step: int) -> TrainingConfig:
-        """The same configuration with a number of steps: that of its epochs, unless it has one."""
+    def with_max_train_steps(self, num_images: int | None, images_per_step: int) -> TrainingConfig:
+        """The same configuration with a number of steps: that of its epochs, unless it has one, as streams have."""
         steps = self.run.max_train_steps
         if steps is None:
             steps = math.ceil(self.run.num_train_epochs * num_images / images_per_step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
 from diffusers import ModelMixin
 from torch.utils.data import DataLoader, Dataset
 
@@ -24,6 +26,7 @@ from .encoder_cache import cache_latents
 from .images import ImageTransform
 from .latent_shards import load_precomputed_images, load_precomputed_latents
 from .samples import ImageDataset, TrainingBatches
+from .streaming import StreamedBatches, StreamedImages, load_streamed_images
 from .training_images import TrainingImages, load_training_images
 from .videos import TrainingVideos, VideoTransform, load_training_videos
 
@@ -42,6 +45,11 @@ class TrainingData:
     vae: ModelMixin | None = None
 
     @property
+    def num_images(self) -> int | None:
+        """How many images an epoch is of; None of a stream, which does not say."""
+        return None if isinstance(self.images, StreamedImages) else len(self.dataset)
+
+    @property
     def num_classes(self) -> int | None:
         """Labels are in [0, num_classes); None without labels."""
         return self.images.num_classes
@@ -56,6 +64,8 @@ def load_images(config: TrainingConfig) -> TrainingImages:
     label, caption = getattr(data, "label_column", None), config.text and config.text.caption_column
     if getattr(data, "latents_dir", None) is not None:
         return load_precomputed_images(data.latents_dir, data.image_column, label, caption)
+    if getattr(data, "streaming", False):
+        return load_streamed_images(config, data.train_split, label, caption)
     images = _load_images(config, data.train_data_dir, data.train_split, label_column=label, caption_column=caption)
     return images if data.max_train_samples is None else images.draw(data.max_train_samples, config.run.seed)
 
@@ -151,22 +161,49 @@ def held_out_dataset(config: TrainingConfig, images: TrainingImages, channels: i
         return None
     options = {"label_column": None if images.labels is None else data.label_column, "min_classes": 1}
     options["caption_column"] = None if images.captions is None else images.captions.column
-    held_out = _load_images(config, data.validation_data_dir, data.validation_split, **options)
+    if data.streaming and data.validation_split is not None:
+        columns = options["label_column"], options["caption_column"]
+        stream = load_streamed_images(config, data.validation_split, *columns)
+        held_out = stream.first(config.validation.max_held_out_images)
+    else:
+        held_out = _load_images(config, data.validation_data_dir, data.validation_split, **options)
     if images.labels is not None:
         held_out, _ = match_classes(held_out, images.id2label, images.num_classes)
     return ImageDataset(held_out, image_transform(config, channels, held_out=True), seed=0)
 
 
-def build_loader(config: TrainingConfig, dataset: Dataset, accelerator: Accelerator, global_step: int) -> DataLoader:
-    """Endless batches of this process from an optimizer step on; not to be given to `Accelerator.prepare`."""
-    batches = TrainingBatches(
-        len(dataset),
-        config.run.train_batch_size,
-        seed=config.run.seed,
-        num_processes=accelerator.num_processes,
-        process_index=accelerator.process_index,
-        start_step=global_step * accelerator.gradient_accumulation_steps,
-    )
+def build_loader(
+    config: TrainingConfig,
+    dataset: Dataset,
+    accelerator: Accelerator,
+    global_step: int,
+    stream_states: Sequence[dict[str, Any]] = (),
+) -> DataLoader:
+    """Endless batches of this process from an optimizer step on; not to be given to `Accelerator.prepare`.
+
+    `stream_states` are what [`stream_states`] returned at that step. A `ValueError` if they are of a stream and there
+    is none, or of another number of processes.
+    """
+    images, processes = getattr(dataset, "images", None), accelerator.num_processes
+    streamed = isinstance(images, StreamedImages)
+    if global_step and len(stream_states) != (processes if streamed else 0):
+        were = f"{len(stream_states)} processes that streamed" if stream_states else "a run without --streaming"
+        raise ValueError(
+            f"`--streaming` must go on as it was, on as many processes: the checkpoint is of {were}, and this run has "
+            f"{processes if streamed else 'none'}."
+        )
+    options = {
+        "seed": config.run.seed,
+        "num_processes": processes,
+        "process_index": accelerator.process_index,
+        "start_step": global_step * accelerator.gradient_accumulation_steps,
+    }
+    if streamed:
+        options["state"] = stream_states[accelerator.process_index] if stream_states else None
+        options["buffer_size"] = config.data.shuffle_buffer_size
+        batches = StreamedBatches(images.dataset, config.run.train_batch_size, **options)
+    else:
+        batches = TrainingBatches(len(dataset), config.run.train_batch_size, **options)
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -176,6 +213,14 @@ def build_loader(config: TrainingConfig, dataset: Dataset, accelerator: Accelera
         # Without a generator of its own, making an iterator would advance the global one.
         generator=torch.Generator(),
     )
+
+
+def stream_states(loader: DataLoader, accelerator: Accelerator, global_step: int) -> list[dict[str, Any]]:
+    """Where the streams of all processes were at an optimizer step; empty without; all processes must call this."""
+    batches = loader.batch_sampler
+    if not isinstance(batches, StreamedBatches):
+        return []
+    return gather_object([batches.state_at(global_step * accelerator.gradient_accumulation_steps)])
 
 
 def clean_samples(batch: dict[str, Any], vae: ModelMixin | None, seed: int, device: torch.device) -> torch.Tensor:
