@@ -7,8 +7,9 @@ import argparse
 import logging
 from dataclasses import dataclass
 
+import datasets
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator
 from transformers import HfArgumentParser
 
 from diffusers_dtr import training
@@ -56,7 +57,9 @@ def parse_args(argv=None):
 
 
 def main(args):
-    main_process = PartialState().is_main_process
+    main_process = Accelerator(mixed_precision="no").is_main_process
+    if not main_process:
+        datasets.disable_progress_bars()
     logging.basicConfig(level=logging.INFO if main_process else logging.ERROR, format="%(levelname)s %(message)s")
     vae = training.load_vae(args.config.model, getattr(torch, args.dtype))
     if vae is None:

@@ -210,5 +210,8 @@ def test_two_processes_make_what_one_makes_and_go_on_where_one_was_killed(folder
         (tmp_path / "latents" / f"latents-{number:05d}-of-00003.safetensors").unlink()
     finish(launch(flags(folder, tmp_path / "latents"), num_processes=2, script=SCRIPT))
     assert_equal_shards(latents, tmp_path / "latents")
-    finish(launch(flags(folder, tmp_path / "anew", "--dataloader_num_workers", "1"), num_processes=2, script=SCRIPT))
+    argv = flags(folder, tmp_path / "anew", "--dataloader_num_workers", "1")
+    output = finish(launch(argv, num_processes=2, script=SCRIPT))
+    assert output.count("24 images in 3 shards") == 1  # they are of one group
+    assert "4/4" in output  # batches of the first process, which has two of the shards
     assert_equal_shards(latents, tmp_path / "anew")

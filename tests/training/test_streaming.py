@@ -34,7 +34,7 @@ def config_of(folder: Path, **options):
 
 def batches(folder: Path, buffer_size: int = 1, **options) -> StreamedBatches:
     stream = load_images(config_of(folder)).dataset
-    return StreamedBatches(stream, 4, **{"seed": 0, "buffer_size": buffer_size, **options})
+    return StreamedBatches(stream, 4, **{"seed": 0, "buffer_size": buffer_size, "ahead": 5, **options})
 
 
 def numbers(found: list[list[tuple]]) -> list[int]:

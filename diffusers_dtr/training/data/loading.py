@@ -200,6 +200,7 @@ def build_loader(
     }
     if streamed:
         options["state"] = stream_states[accelerator.process_index] if stream_states else None
+        options["ahead"] = 2 * config.data.dataloader_num_workers  # as many batches as torch prefetches
         options["buffer_size"] = config.data.shuffle_buffer_size
         batches = StreamedBatches(images.dataset, config.run.train_batch_size, **options)
     else:

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from ...atomic_files import PARTIAL_SUFFIX, replace_text, replacing
 from ...caches import build_folder, content_key
 from ...latents import LatentNormalization
+from ..components import image_channels
 from ..config import TrainingConfig
 from .encoder_cache import encoded
 from .images import ImageTransform
@@ -48,7 +49,7 @@ def precompute_latents(config: TrainingConfig, vae: ModelMixin, *, shard_size: i
     LatentNormalization.from_vae(vae)
     with state.main_process_first():
         images = load_images(config)
-    transform = image_transform(config, vae.config.get("input_channels") or vae.config["in_channels"])
+    transform = image_transform(config, image_channels(None, vae))
     settings = {**latent_settings(vae, transform), **_settings_of_images(images), "shard_size": shard_size}
     shards = LatentShards(folder, len(images), shard_size)
     with state.main_process_first():
@@ -81,6 +82,7 @@ def _encode(
         tensors = {name: torch.cat([batch[name] for batch in own]).contiguous() for name in own[0]}
         with replacing(shards.path(number)) as partial:
             save_file(tensors, partial)
+    assert next(batches, None) is None
 
 
 def _begin(folder: Path, settings: dict[str, Any], images: TrainingImages, label_column: str | None) -> None:

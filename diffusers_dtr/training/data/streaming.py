@@ -100,7 +100,8 @@ class StreamedBatches(Sampler[list[tuple[int, int, Row]]]):
     Processes share the files of the stream if their number divides that of the files, else each takes every
     `num_processes`-th row. Files and rows are shuffled with (seed, epoch), rows by a buffer of `buffer_size`; 1 leaves
     both as they lie. The main process reads rows, and workers decode them, so that their number changes nothing.
-    `start_step` is as at [`TrainingBatches`], and `state` what [`state_at`] said then.
+    `start_step` is as at [`TrainingBatches`], and `state` what [`state_at`] said then; a loader may be so many batches
+    `ahead` of training.
     """
 
     rows: datasets.IterableDataset
@@ -111,6 +112,7 @@ class StreamedBatches(Sampler[list[tuple[int, int, Row]]]):
     num_processes: int = 1
     process_index: int = 0
     start_step: int = 0
+    ahead: int = 0
     state: dict[str, Any] | None = None
     _states: dict[int, dict[str, Any]] = field(default_factory=dict, init=False)
 
@@ -131,13 +133,12 @@ class StreamedBatches(Sampler[list[tuple[int, int, Row]]]):
             step += 1
             epoch, index, _ = batch[-1]
             place = index // self.num_processes + 1
-            # Before the stream goes on: workers are ahead of training.
+            self._states.pop(step - self.ahead - 1, None)
             self._states[step] = {"epoch": epoch, "place": place, "rows": self.rows.state_dict()}
             yield batch
 
     def state_at(self, step: int) -> dict[str, Any]:
-        """Where the stream was after the batches before a step, as JSON; earlier steps are forgotten."""
-        self._states = {number: state for number, state in self._states.items() if number >= step}
+        """Where the stream was after the batches before a step of the last `ahead`, as JSON."""
         return self._states[step]
 
     def _samples(self) -> Iterator[tuple[int, int, Row]]:
