@@ -218,7 +218,7 @@ def default_config(model_class: type[ModelMixin]) -> dict[str, Any]:
     return {name: parameter.default for name, parameter in inspect.signature(model_class).parameters.items()}
 
 
-def image_channels(model: ModelMixin, vae: ModelMixin | None) -> int:
+def image_channels(model: ModelMixin | None, vae: ModelMixin | None) -> int:
     """Channels of the images that a denoiser learns, through an autoencoder if there is one."""
     config = (model if vae is None else vae).config
     return config["input_channels" if "input_channels" in config else "in_channels"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from diffusers import DiffusionPipeline, ModelMixin, UNet2DModel
 from diffusers.utils import make_image_grid
 from PIL import Image
@@ -42,6 +42,7 @@ class ClassPipeline:
     """
 
     def __init__(self, config: TrainingConfig, model: ModelMixin, data: TrainingData):
+        self.config = config
         self.settings = {} if data.vae is None else frozen_settings(autoencoder=data.vae)
         images, validation = data.images, config.validation
         names = pretrained_class_names(config.model) if images.labels is None else images.id2label
@@ -93,7 +94,7 @@ class ClassPipeline:
 
     def save(self, folder: Path, model: ModelMixin) -> None:
         """Save the result of a run into its folder, with a denoiser that has all its weights."""
-        with _denoiser_replaced(self, model):
+        with whole_autoencoder(self), _replaced(self.pipeline, **{self.denoiser: model}):
             save_pipeline(self.pipeline, folder)
 
 
@@ -228,7 +229,7 @@ class TextPipeline:
     def save(self, folder: Path, model: ModelMixin) -> None:
         """Save adapters alone, or a pipeline whose frozen parts are as they were loaded, in full precision."""
         if self.config.lora.rank is not None:
-            with _denoiser_replaced(self, model):
+            with _replaced(self.pipeline, **{self.denoiser: model}):
                 save_lora(self.pipeline, self.denoiser, folder)
             return
         save_pipeline(self._load(model, load_vae(self.config.model)), folder)
@@ -240,10 +241,22 @@ def seeded(rows: Sequence[int]) -> list[torch.Generator]:
 
 
 @contextmanager
-def _denoiser_replaced(part: ClassPipeline | TextPipeline, model: ModelMixin) -> Iterator[None]:
-    own = getattr(part.pipeline, part.denoiser)
-    part.pipeline.register_modules(**{part.denoiser: model})
+def whole_autoencoder(part: ClassPipeline | TextPipeline) -> Iterator[ModelMixin | None]:
+    """The pipeline's autoencoder, which is loaded for this long if the run has it without weights, or None."""
+    vae = part.pipeline.vae
+    if vae is None or vae.device.type != "meta":
+        yield vae
+        return
+    loaded = load_vae(part.config.model, vae.dtype).to(PartialState().device)
+    with _replaced(part.pipeline, vae=loaded):
+        yield loaded
+
+
+@contextmanager
+def _replaced(pipeline: DiffusionPipeline, **parts: ModelMixin) -> Iterator[None]:
+    own = {name: getattr(pipeline, name) for name in parts}
+    pipeline.register_modules(**parts)
     try:
         yield
     finally:
-        part.pipeline.register_modules(**{part.denoiser: own})
+        pipeline.register_modules(**own)

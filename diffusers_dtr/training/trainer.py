@@ -20,7 +20,7 @@ from ..run_record import RUN_CONFIG
 from .agreement import check_agreement
 from .computation import set_up_computation
 from .config import TrainingConfig
-from .data.loading import TrainingData, build_loader, clean_samples
+from .data.loading import TrainingData, build_loader, clean_samples, stream_states
 from .ema import WeightAverage
 from .engine import Engine
 from .interruption import Interruption
@@ -79,18 +79,19 @@ class Trainer:
         self.accelerator = accelerator = accelerator or start_run(config)
         self.model, self.data, self.output_dir = model, data, Path(config.run.output_dir)
         self.micro_batches = accelerator.num_processes * accelerator.gradient_accumulation_steps
-        self.num_images, self.images_per_step = len(data.dataset), config.run.train_batch_size * self.micro_batches
+        self.num_images, self.images_per_step = data.num_images, config.run.train_batch_size * self.micro_batches
         # What a run is started again with has what accelerate has decided; fp8 is no option of ours.
         config = config.replace(
             gradient_accumulation_steps=accelerator.gradient_accumulation_steps,
             mixed_precision=None if accelerator.mixed_precision == "fp8" else accelerator.mixed_precision,
         ).with_max_train_steps(self.num_images, self.images_per_step)
         self.config, self.max_train_steps = config, config.run.max_train_steps
-        if data.vae is not None:
-            data.vae.to(accelerator.device)
         self.noise_scheduler = noise_scheduler or load_noise_scheduler(config)
         check_agreement(config, model, data, self.noise_scheduler)
         self.pipeline = pipeline or ClassPipeline(config, model, data)
+        if data.vae is not None:
+            # Latents that were made before need its config alone; its weights are loaded where samples are drawn.
+            data.vae.to("meta" if getattr(config.data, "latents_dir", None) else accelerator.device)
         self.objective = build_objective(config, self.noise_scheduler, model, accelerator)
         self.engine = Engine(accelerator, model)
         self.validation = Validation(config, self.engine, data, self.pipeline, self.noise_scheduler)
@@ -106,7 +107,7 @@ class Trainer:
             for optimizer in (self.optimizer, self.objective.optimizer)
             if optimizer is not None
         ]
-        self.loader = build_loader(config, data.dataset, accelerator, self.global_step)
+        self.loader = build_loader(config, data.dataset, accelerator, self.global_step, self.state.streams)
         self.monitor = LossMonitor(accelerator, len(self.objective.clusters))
         self.history = LossHistory(self.output_dir, self.global_step)
         # Once, in small, all that the end of the run needs: what would fail there fails here.
@@ -194,6 +195,7 @@ class Trainer:
             self._log(progress_bar)
         if checkpoint_due:
             self.state.seconds = self._seconds
+            self.state.streams = stream_states(self.loader, self.accelerator, step)
             checkpoint = self.checkpoints.save(self.state, self.ema)
             if self._background_push is not None:
                 self._background_push.push_checkpoint(checkpoint, step)
@@ -286,7 +288,8 @@ class Trainer:
     def _start_reporting(self, project_name: str) -> BackgroundPush | None:
         config = self.config
         logger.info(
-            f"{self.num_images} images, {self._model_description['num_trained_parameters']:,} trained parameters of "
+            f"{self.num_images or 'A stream of'} images, "
+            f"{self._model_description['num_trained_parameters']:,} trained parameters of "
             f"{self._model_description['num_parameters']:,}, {self.images_per_step} images per step, "
             f"{self.max_train_steps} steps"
         )
@@ -314,7 +317,7 @@ class Trainer:
             self.accelerator,
             self._seconds,
             model=self._model_description,
-            num_images=self.num_images,
+            **({} if self.num_images is None else {"num_images": self.num_images}),
             clusters={"num_clusters": len(self.objective.clusters), **self.objective.clusters.to_dict()},
             held_out=self.validation.describe(),
             changed_settings=self.state.changes,

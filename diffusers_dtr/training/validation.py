@@ -24,7 +24,7 @@ from ..user_errors import USER_ERRORS
 from .config import TrainingConfig
 from .data.loading import TrainingData, held_out_samples
 from .engine import Engine
-from .pipelines import ClassPipeline, TextPipeline
+from .pipelines import ClassPipeline, TextPipeline, whole_autoencoder
 from .randomness import derive_seed
 from .run.losses import MeanLosses
 
@@ -158,7 +158,8 @@ class Validation:
         self.held_out_loss = None
         if data.held_out is not None:
             num_images, batch_size = config.validation.max_held_out_images, config.run.train_batch_size
-            samples = held_out_samples(data.held_out, data.vae, num_images, batch_size, engine.accelerator.device)
+            with whole_autoencoder(pipeline) as vae:
+                samples = held_out_samples(data.held_out, vae, num_images, batch_size, engine.accelerator.device)
             self.held_out_loss = HeldOutLoss.by_eighths(noise_scheduler, *samples)
 
     def __call__(self, step: int) -> dict[str, float]:
@@ -194,7 +195,7 @@ class Validation:
     def _sample(self) -> list[Image.Image]:
         count = self.config.validation.num_validation_images
         rows = _share(count, self.accelerator)
-        with self.engine.autocast():
+        with self.engine.autocast(), whole_autoencoder(self.pipeline):
             images = self.pipeline.sample([row % count for row in rows])
         if self.accelerator.num_processes == 1:
             return images

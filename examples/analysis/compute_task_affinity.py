@@ -128,8 +128,10 @@ def check(parser, args):
         parser.error(f"--num_timesteps and --timesteps must be at least 4 timesteps, got {number}")
     if args.checkpoints is not None and len(args.pretrained_model_name_or_path) > 1:
         parser.error("--checkpoints are those of one --pretrained_model_name_or_path")
-    if args.data.cache_latents or args.data.dataloader_num_workers:
-        parser.error("--cache_latents and --dataloader_num_workers are of no use for the few images that are needed")
+    data = args.data
+    if data.cache_latents or data.latents_dir or data.streaming or data.dataloader_num_workers:
+        unused = "--cache_latents, --latents_dir, --streaming and --dataloader_num_workers"
+        parser.error(f"{unused} are of no use for the few images that are needed")
     if (Path(args.output_dir) / RESULT).exists():
         parser.error(f"--output_dir already holds {RESULT}: choose another folder, or remove it")
 

@@ -96,6 +96,9 @@ def parse_args(argv=None):
         parser.error(f"this script sets --{' and --'.join(sorted(given & {*RESERVED}))} itself")
     if args.training.data.validation_split is None and args.training.data.validation_data_dir is None:
         parser.error("the held-out loss needs --validation_split or --validation_data_dir among the training flags")
+    data = args.training.data
+    if args.feature_extractor is not None and (data.latents_dir is not None or data.streaming):
+        parser.error("--feature_extractor needs images to choose from, not --latents_dir or --streaming")
     if len({*args.seeds}) < 2:
         parser.error("--seeds must be at least two, from whose spread the intervals come")
     args.names = [*args.train_joint, *(name for name, _ in args.joint)]

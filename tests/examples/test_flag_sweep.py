@@ -71,6 +71,7 @@ VALUES = {
     "max_sequence_length": "1 8 64 1000",
     "max_train_samples": "1 3 1000",
     "noise_offset": "0 0.1 3",
+    "num_classes": "3 1",
     "num_clusters": "1 2 5 40",
     "num_train_epochs": "1 3",
     "num_train_timesteps": "1 2 10 40 1000 2000",
@@ -84,6 +85,7 @@ VALUES = {
     "routing_timestep_range": ["0 999", "200 800", "10 10", "900 100", "-5 2000"],
     "routing_warmup_steps": "0 1 2 3",
     "seed": "0 9223372036854775807",
+    "shuffle_buffer_size": "1 8",
     "snr_gamma": "1e-3 5 100",
     "tracker_project_name": "mine",
     "train_batch_size": "1 2 3 8 64",
@@ -123,9 +125,9 @@ LEFT_OUT = frozenset(
         """
         help config pretrained_model_name_or_path
         model_config unet_config transformer_config denoiser_config model_preset
-        revision dataset_name dataset_config_name train_data_dir validation_data_dir cache_dir output_dir
-        max_train_steps resume_from_checkpoint allow_changed_settings affinity_path compile push_to_hub hub_model_id
-        hub_token hub_private_repo hub_revision hub_create_pr hub_strategy vae_name_or_path
+        revision dataset_name dataset_config_name train_data_dir validation_data_dir latents_dir cache_dir
+        output_dir max_train_steps resume_from_checkpoint allow_changed_settings affinity_path compile push_to_hub
+        hub_model_id hub_token hub_private_repo hub_revision hub_create_pr hub_strategy vae_name_or_path
         """,
     )
 )

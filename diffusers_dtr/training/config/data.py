@@ -62,8 +62,8 @@ def check_one_source(model: ModelConfig, *names: str) -> None:
 
 
 @dataclass(frozen=True)
-class DataConfig(Options):
-    """The images of a run and their preparation."""
+class SourceConfig(Options):
+    """Where images come from, and their preparation."""
 
     _argument_group_name = "data"
 
@@ -73,10 +73,6 @@ class DataConfig(Options):
         None, "Folder of images: a folder per class if there are classes, a metadata.jsonl if there are captions."
     )
     train_split: str = option("train", "Split of --dataset_name to train on.")
-    validation_split: str | None = option(None, "Split of --dataset_name for the held-out loss.")
-    validation_data_dir: str | None = option(
-        None, "Folder of images for the held-out loss, laid out as --train_data_dir."
-    )
     image_column: str = option("image", "Column with the images.")
     resolution: Count | None = option(
         None, "Side of the training images in pixels. Default that of the model (its `sample_size`), or 32."
@@ -86,13 +82,38 @@ class DataConfig(Options):
     center_crop: bool = option(False, "Crop the middle rather than a random part.")
     random_flip: bool = option(False, "Mirror half of the images.")
     dataloader_num_workers: Whole = option(0, "Processes that load images.")
-    cache_latents: bool = option(False, "Encode all images once, before training.")
 
     def __post_init__(self):
         super().__post_init__()
+        self._check_source()
+        self.effect_only(self.dataset_name is not None, "with --dataset_name", "dataset_config_name", "train_split")
+
+    def _check_source(self) -> None:
         if (self.dataset_name is None) == (self.train_data_dir is None):
             raise ValueError("Exactly one of --dataset_name and --train_data_dir must be given.")
-        self.effect_only(self.dataset_name is not None, "with --dataset_name", "dataset_config_name", "train_split")
+
+
+@dataclass(frozen=True)
+class DataConfig(SourceConfig):
+    """The images of a run, in training and for the held-out loss."""
+
+    latents_dir: str | None = option(
+        None,
+        "Folder of precompute_latents.py to train from, in place of --dataset_name or --train_data_dir.",
+    )
+    cache_latents: bool = option(False, "Encode all images once, before training.")
+    streaming: bool = option(False, "Read --dataset_name as training goes on, and keep nothing of it on disk.")
+    shuffle_buffer_size: Count = option(
+        1000,
+        "Rows that a stream shuffles at a time; resuming may skip or repeat as many. 1: in the order of the files.",
+    )
+    validation_split: str | None = option(None, "Split of --dataset_name for the held-out loss.")
+    validation_data_dir: str | None = option(
+        None, "Folder of images for the held-out loss, laid out as --train_data_dir."
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
         if self.validation_split is not None and self.dataset_name is None:
             raise ValueError(
                 "`--validation_split` needs --dataset_name: with --train_data_dir use --validation_data_dir."
@@ -101,6 +122,22 @@ class DataConfig(Options):
             raise ValueError("At most one of --validation_split and --validation_data_dir can be given.")
         if self.cache_latents and not self.center_crop:
             raise ValueError("`--cache_latents` needs --center_crop: a random crop would be encoded anew every time.")
+        self.effect_only(self.streaming, "with --streaming", "shuffle_buffer_size")
+        if self.streaming and self.dataset_name is None:
+            raise ValueError(
+                "`--streaming` needs --dataset_name: a dataset on the Hub, or a folder of parquet or tars."
+            )
+        self.effect_only(not self.streaming, "without --streaming", "cache_latents", "max_train_samples")
+
+    def _check_source(self) -> None:
+        if self.latents_dir is None:
+            super()._check_source()
+            return
+        for name in ("dataset_name", "train_data_dir", "max_train_samples", "cache_latents"):
+            if not self.is_default(name):
+                raise ValueError(f"`--{name}` does not go with --latents_dir: it is for precompute_latents.py.")
+        if not self.center_crop:
+            raise ValueError("`--latents_dir` needs --center_crop, as its images were cropped.")
 
 
 @dataclass(frozen=True)
@@ -108,6 +145,11 @@ class LabelledDataConfig(DataConfig):
     """Images with class labels."""
 
     label_column: str | None = option("label", "Column with the class labels.")
+    num_classes: Count | None = option(None, "Number of classes of a stream whose labels are integers without names.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.effect_only(self.streaming, "with --streaming", "num_classes")
 
 
 @dataclass(frozen=True)

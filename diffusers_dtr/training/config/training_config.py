@@ -15,7 +15,7 @@ from transformers import HfArgumentParser
 
 from ...atomic_files import replace_text
 from ...config_types import shortened
-from .data import DataConfig, LoraConfig, ModelConfig, TextConfig, VideoConfig
+from .data import DataConfig, LoraConfig, ModelConfig, SourceConfig, TextConfig, VideoConfig
 from .learning import EMAConfig, NoiseConfig, ObjectiveConfig, OptimizerConfig, RoutingConfig
 from .options import Options
 from .running import GuidedValidationConfig, HubConfig, RunConfig, ValidationConfig
@@ -35,7 +35,7 @@ class TrainingConfig:
     """
 
     run: RunConfig
-    data: DataConfig | VideoConfig
+    data: SourceConfig | VideoConfig
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
@@ -57,6 +57,8 @@ class TrainingConfig:
         self._check_folders()
         self._check_learning()
         self._check_adapters()
+        if getattr(self.data, "streaming", False):
+            self._check_streaming()
         if self.run.report_to == "wandb" and self.hub.hub_token is not None:
             raise ValueError("`--report_to wandb` uploads the command line with --hub_token: use `hf auth login`.")
 
@@ -65,10 +67,11 @@ class TrainingConfig:
         sources = [source for source in (pretrained, self.model.vae_name_or_path) if source]
         if Path(output).resolve() in [Path(source).resolve() for source in sources]:
             raise ValueError(f"`--output_dir` must not be the folder of a pretrained model, got {output}.")
-        if getattr(self.data, "cache_latents", False) and not sources:
-            raise ValueError("`--cache_latents` needs --vae_name_or_path, or a pretrained pipeline that has one.")
+        for flag in ("cache_latents", "latents_dir"):
+            if getattr(self.data, flag, None) and not sources:
+                raise ValueError(f"`--{flag}` needs --vae_name_or_path, or a pretrained pipeline that has one.")
         for flag in ("train_data_dir", "validation_data_dir"):
-            folder = getattr(self.data, flag)
+            folder = getattr(self.data, flag, None)
             if folder is not None and Path(output).resolve().is_relative_to(Path(folder).resolve()):
                 raise ValueError(f"`--output_dir` must not be in --{flag}, as it would add images, got {output}.")
 
@@ -85,6 +88,16 @@ class TrainingConfig:
                 f"`--learning_rate` must be above {lowest:g}, where --lr_scheduler polynomial ends, got "
                 f"{optimizer.learning_rate:g}."
             )
+
+    def _check_streaming(self) -> None:
+        if self.run.max_train_steps is None:
+            raise ValueError("`--streaming` needs --max_train_steps: a stream does not say how long an epoch is.")
+        if self.validation.validation_epochs is not None:
+            raise ValueError("`--streaming` needs --validation_steps in place of --validation_epochs, for the same.")
+        if self.text is not None and self.text.cache_text_embeddings:
+            raise ValueError("`--cache_text_embeddings` does not go with --streaming: captions come by in training.")
+        if self.text is not None and self.text.validation_prompts is None:
+            raise ValueError("`--streaming` needs --validation_prompts: captions come by in training.")
 
     def _check_adapters(self) -> None:
         if self.lora.rank is None:
@@ -109,8 +122,8 @@ class TrainingConfig:
             raise TypeError(f"A run has no options {', '.join(changes)}.")
         return TrainingConfig(**parts)
 
-    def with_max_train_steps(self, num_images: int, images_per_step: int) -> TrainingConfig:
-        """The same configuration with a number of steps: that of its epochs, unless it has one."""
+    def with_max_train_steps(self, num_images: int | None, images_per_step: int) -> TrainingConfig:
+        """The same configuration with a number of steps: that of its epochs, unless it has one, as streams have."""
         steps = self.run.max_train_steps
         if steps is None:
             steps = math.ceil(self.run.num_train_epochs * num_images / images_per_step)

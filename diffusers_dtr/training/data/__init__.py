@@ -3,6 +3,7 @@
 from .captions import CaptionedDataset
 from .classes import match_classes, match_pretrained_classes
 from .loading import TrainingData, build_loader, held_out_samples, load_data, load_images
+from .precompute import precompute_latents
 
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "load_images",
     "match_classes",
     "match_pretrained_classes",
+    "precompute_latents",
 ]

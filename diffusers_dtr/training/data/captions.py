@@ -23,15 +23,9 @@ class Captions:
     """The captions of a dataset, one or several per row, read as they are needed; one may be empty."""
 
     def __init__(self, dataset: datasets.Dataset, column: str):
-        feature = dataset.features[column]
-        value = getattr(feature, "feature", feature)  # what a list is a list of
-        if not isinstance(value, datasets.Value) or "string" not in value.dtype:
-            raise ValueError(
-                f"`caption_column` must hold strings or lists of strings, got {column!r}, which holds {feature}. "
-                "Choose another with `--caption_column`."
-            )
+        check_caption_feature(dataset.features, column)
         self.column = column
-        self._rows = dataset.select_columns([column]).with_format(None)
+        self.rows = dataset.select_columns([column]).with_format(None)
         for row, captions in enumerate(chain.from_iterable(self._batches())):
             if not captions or None in captions:
                 raise ValueError(
@@ -41,11 +35,11 @@ class Captions:
 
     def select(self, rows: Sequence[int]) -> Captions:
         """Those of some rows, in their order."""
-        return Captions(self._rows.select(rows), self.column)
+        return Captions(self.rows.select(rows), self.column)
 
     def __getitem__(self, row: int) -> list[str]:
         """The captions of a row."""
-        return _as_list(self._rows[row][self.column])
+        return as_list(self.rows[row][self.column])
 
     def all(self) -> Iterator[str]:
         """The captions of all rows, read a few at a time."""
@@ -59,11 +53,23 @@ class Captions:
         return digest.hexdigest()[:16]
 
     def _batches(self) -> Iterator[list[list[str]]]:
-        for rows in self._rows.iter(_ROWS_AT_ONCE):
-            yield [*map(_as_list, rows[self.column])]
+        for rows in self.rows.iter(_ROWS_AT_ONCE):
+            yield [*map(as_list, rows[self.column])]
 
 
-def _as_list(captions: str | list[str] | None) -> list[str]:
+def check_caption_feature(features: datasets.Features, column: str) -> None:
+    """Refuse a column that holds no captions."""
+    feature = features[column]
+    value = getattr(feature, "feature", feature)  # what a list is a list of
+    if not isinstance(value, datasets.Value) or "string" not in value.dtype:
+        raise ValueError(
+            f"`caption_column` must hold strings or lists of strings, got {column!r}, which holds {feature}. "
+            "Choose another with `--caption_column`."
+        )
+
+
+def as_list(captions: str | list[str] | None) -> list[str]:
+    """The captions of a row, which may be one."""
     return [captions] if isinstance(captions, str) else captions or []
 
 
@@ -87,12 +93,17 @@ class CaptionedDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
-        """The sample of an (epoch, index) with its `caption`."""
-        captions = self.captions[item[1]]
+    @property
+    def images(self) -> Any:
+        """What the dataset has samples of."""
+        return self.dataset.images
+
+    def __getitem__(self, item: tuple) -> dict[str, Any]:
+        """The sample of an (epoch, index), or of an (epoch, index, row) of a stream, with its `caption`."""
+        captions = self.captions[item[-1]]
         caption = captions[0]
         if self.seed is not None:
-            generator = generator_for(Draw.CAPTION, self.seed, *item)
+            generator = generator_for(Draw.CAPTION, self.seed, *item[:2])
             # In float32 the product could round up to the number of captions.
             drop, choice = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
             caption = "" if drop < self.proportion_empty else captions[int(choice * len(captions))]

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,10 @@ from ..randomness import posterior_generators
 from .images import Augmentation, ImageTransform
 from .samples import ImageDataset
 from .training_images import TrainingImages
+
+
+if TYPE_CHECKING:
+    from .latent_shards import LatentShards
 
 
 # Tensors of as many rows, or lists of rows that differ in length, by name.
@@ -85,7 +89,7 @@ def _write(folder: Path, batches: Iterable[Rows]) -> None:
 class LatentDataset(ImageDataset):
     """Images as normalised `latents`, those that encoding on the fly gives: the same flips, the same samples."""
 
-    rows: CachedRows
+    rows: CachedRows | LatentShards
     normalization: LatentNormalization
 
     def _read(self, epoch: int, index: int, augmentation: Augmentation) -> tuple[dict[str, Any], tuple[int, int]]:
@@ -120,23 +124,28 @@ def cache_latents(
         "dataset": images.dataset._fingerprint,
         "image_column": images.image_column,
         "transform": asdict(transform),
-        "vae": type(vae).__name__,
-        # Names with an underscore tell where it was loaded from and by which version.
-        "vae_config": {name: value for name, value in vae.config.items() if not name.startswith("_")},
+        **describe_autoencoder(vae),
     }
     folder = Path(cache_dir) / f"latents-{content_key(description, [vae])}"
-    rows = CachedRows.made_once(folder, lambda: _encoded(vae, images, transform, batch_size, num_workers))
+    batches = [range(len(images))[start : start + batch_size] for start in range(0, len(images), batch_size)]
+    rows = CachedRows.made_once(folder, lambda: encoded(vae, images, transform, batches, num_workers))
     return LatentDataset(images, transform, seed=seed, rows=rows, normalization=normalization)
 
 
-def _encoded(
-    vae: ModelMixin, images: TrainingImages, transform: ImageTransform, batch_size: int, num_workers: int
+def describe_autoencoder(vae: ModelMixin) -> dict[str, Any]:
+    """What latents depend on of an autoencoder, beside its weights."""
+    # Names with an underscore tell where it was loaded from and by which version.
+    config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
+    return {"vae": type(vae).__name__, "vae_config": config}
+
+
+def encoded(
+    vae: ModelMixin, images: TrainingImages, transform: ImageTransform, batches: Sequence[range], num_workers: int
 ) -> Iterator[Rows]:
     """`moments` `(batch, views, moments, channels, height, width)`: as it is and flipped; mean and deviation."""
     loader = DataLoader(
         ImageDataset(images, replace(transform, random_flip=False), seed=0),
-        batch_size,
-        sampler=[(0, index) for index in range(len(images))],
+        batch_sampler=[[(0, row) for row in rows] for rows in batches],
         num_workers=num_workers,
         # Else the global generator would go on, and a run that finds the cache would differ from this one.
         generator=torch.Generator(),

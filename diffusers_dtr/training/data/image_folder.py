@@ -60,6 +60,7 @@ def scan_folder(folder: str | os.PathLike, cache_dir: str | os.PathLike | None =
     """All files of a folder, of what links in it lead to and of its zip files, in the order of their places."""
     if not os.path.isdir(folder):
         raise ValueError(f"`train_data_dir` must be a folder, got {os.fspath(folder)!r}.")
+    logger.info(f"{os.fspath(folder)}: looking for images, which takes some seconds for 100 000 files.")
     files: list[FoundFile] = []
 
     def visit(path: str, place: str, hidden: bool, above: frozenset[str]) -> None:

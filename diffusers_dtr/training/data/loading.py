@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
 from diffusers import ModelMixin
 from torch.utils.data import DataLoader, Dataset
 
@@ -22,7 +24,9 @@ from .captions import CaptionedDataset
 from .classes import match_classes
 from .encoder_cache import cache_latents
 from .images import ImageTransform
+from .latent_shards import load_precomputed_images, load_precomputed_latents
 from .samples import ImageDataset, TrainingBatches
+from .streaming import StreamedBatches, StreamedImages, load_streamed_images
 from .training_images import TrainingImages, load_training_images
 from .videos import TrainingVideos, VideoTransform, load_training_videos
 
@@ -41,6 +45,11 @@ class TrainingData:
     vae: ModelMixin | None = None
 
     @property
+    def num_images(self) -> int | None:
+        """How many images an epoch is of; None of a stream, which does not say."""
+        return None if isinstance(self.images, StreamedImages) else len(self.dataset)
+
+    @property
     def num_classes(self) -> int | None:
         """Labels are in [0, num_classes); None without labels."""
         return self.images.num_classes
@@ -53,6 +62,10 @@ def load_images(config: TrainingConfig) -> TrainingImages:
     """
     data = config.data
     label, caption = getattr(data, "label_column", None), config.text and config.text.caption_column
+    if getattr(data, "latents_dir", None) is not None:
+        return load_precomputed_images(data.latents_dir, data.image_column, label, caption)
+    if getattr(data, "streaming", False):
+        return load_streamed_images(config, data.train_split, label, caption)
     images = _load_images(config, data.train_data_dir, data.train_split, label_column=label, caption_column=caption)
     return images if data.max_train_samples is None else images.draw(data.max_train_samples, config.run.seed)
 
@@ -80,7 +93,8 @@ def load_data(
         vae: Autoencoder in whose latent space the model works, or None.
 
     Raises:
-        ValueError: For `cache_latents` without an autoencoder, or with one that [`cache_latents`] refuses.
+        ValueError: For `cache_latents` or `latents_dir` without an autoencoder, or with one that [`cache_latents`] or
+            [`load_precomputed_latents`] refuses.
     """
     if isinstance(config.data, VideoConfig):
         dataset = _video_dataset(config, held_out=False)
@@ -105,12 +119,15 @@ def _training_dataset(
     config: TrainingConfig, images: TrainingImages, channels: int, vae: ModelMixin | None
 ) -> ImageDataset:
     data, run = config.data, config.run
-    if data.cache_latents and vae is None:
+    flag = "cache_latents" if data.cache_latents else "latents_dir"
+    if (data.cache_latents or data.latents_dir is not None) and vae is None:
         raise ValueError(
-            "`--cache_latents` needs an autoencoder, and the pretrained pipeline has none: leave it out, or give "
+            f"`--{flag}` needs an autoencoder, and the pretrained pipeline has none: leave it out, or give "
             "`--vae_name_or_path`."
         )
-    transform = _transform(config, channels)
+    transform = image_transform(config, channels)
+    if data.latents_dir is not None:
+        return load_precomputed_latents(data.latents_dir, images, vae, transform, seed=run.seed)
     if not data.cache_latents:
         return ImageDataset(images, transform, seed=run.seed)
     state, folder = PartialState(), Path(run.output_dir) / LATENTS
@@ -124,10 +141,11 @@ def _video_dataset(config: TrainingConfig, *, held_out: bool) -> ImageDataset:
     folder = data.validation_data_dir if held_out else data.train_data_dir
     clip = data.num_frames, data.frame_stride
     videos = load_training_videos(folder, config.text.caption_column, *clip, config.model.cache_dir)
-    return ImageDataset(videos, _transform(config, 3, held_out), seed=0 if held_out else config.run.seed)
+    return ImageDataset(videos, image_transform(config, 3, held_out), seed=0 if held_out else config.run.seed)
 
 
-def _transform(config: TrainingConfig, channels: int, held_out: bool = False) -> ImageTransform:
+def image_transform(config: TrainingConfig, channels: int, held_out: bool = False) -> ImageTransform:
+    """How images or frames become tensors."""
     data = config.data
     crop, flip = held_out or data.center_crop, data.random_flip and not held_out
     frame = data.resolution, channels, crop, flip, data.image_interpolation_mode
@@ -143,22 +161,50 @@ def held_out_dataset(config: TrainingConfig, images: TrainingImages, channels: i
         return None
     options = {"label_column": None if images.labels is None else data.label_column, "min_classes": 1}
     options["caption_column"] = None if images.captions is None else images.captions.column
-    held_out = _load_images(config, data.validation_data_dir, data.validation_split, **options)
+    if data.streaming and data.validation_split is not None:
+        columns = options["label_column"], options["caption_column"]
+        stream = load_streamed_images(config, data.validation_split, *columns)
+        held_out = stream.first(config.validation.max_held_out_images)
+    else:
+        held_out = _load_images(config, data.validation_data_dir, data.validation_split, **options)
     if images.labels is not None:
         held_out, _ = match_classes(held_out, images.id2label, images.num_classes)
-    return ImageDataset(held_out, _transform(config, channels, held_out=True), seed=0)
+    return ImageDataset(held_out, image_transform(config, channels, held_out=True), seed=0)
 
 
-def build_loader(config: TrainingConfig, dataset: Dataset, accelerator: Accelerator, global_step: int) -> DataLoader:
-    """Endless batches of this process from an optimizer step on; not to be given to `Accelerator.prepare`."""
-    batches = TrainingBatches(
-        len(dataset),
-        config.run.train_batch_size,
-        seed=config.run.seed,
-        num_processes=accelerator.num_processes,
-        process_index=accelerator.process_index,
-        start_step=global_step * accelerator.gradient_accumulation_steps,
-    )
+def build_loader(
+    config: TrainingConfig,
+    dataset: Dataset,
+    accelerator: Accelerator,
+    global_step: int,
+    stream_states: Sequence[dict[str, Any]] = (),
+) -> DataLoader:
+    """Endless batches of this process from an optimizer step on; not to be given to `Accelerator.prepare`.
+
+    `stream_states` are what [`stream_states`] returned at that step. A `ValueError` if they are of a stream and there
+    is none, or of another number of processes.
+    """
+    images, processes = getattr(dataset, "images", None), accelerator.num_processes
+    streamed = isinstance(images, StreamedImages)
+    if global_step and len(stream_states) != (processes if streamed else 0):
+        were = f"{len(stream_states)} processes that streamed" if stream_states else "a run without --streaming"
+        raise ValueError(
+            f"`--streaming` must go on as it was, on as many processes: the checkpoint is of {were}, and this run has "
+            f"{processes if streamed else 'none'}."
+        )
+    options = {
+        "seed": config.run.seed,
+        "num_processes": processes,
+        "process_index": accelerator.process_index,
+        "start_step": global_step * accelerator.gradient_accumulation_steps,
+    }
+    if streamed:
+        options["state"] = stream_states[accelerator.process_index] if stream_states else None
+        options["ahead"] = 2 * config.data.dataloader_num_workers  # as many batches as torch prefetches
+        options["buffer_size"] = config.data.shuffle_buffer_size
+        batches = StreamedBatches(images.dataset, config.run.train_batch_size, **options)
+    else:
+        batches = TrainingBatches(len(dataset), config.run.train_batch_size, **options)
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -168,6 +214,14 @@ def build_loader(config: TrainingConfig, dataset: Dataset, accelerator: Accelera
         # Without a generator of its own, making an iterator would advance the global one.
         generator=torch.Generator(),
     )
+
+
+def stream_states(loader: DataLoader, accelerator: Accelerator, global_step: int) -> list[dict[str, Any]]:
+    """Where the streams of all processes were at an optimizer step; empty without; all processes must call this."""
+    batches = loader.batch_sampler
+    if not isinstance(batches, StreamedBatches):
+        return []
+    return gather_object([batches.state_at(global_step * accelerator.gradient_accumulation_steps)])
 
 
 def clean_samples(batch: dict[str, Any], vae: ModelMixin | None, seed: int, device: torch.device) -> torch.Tensor:

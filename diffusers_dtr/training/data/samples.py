@@ -33,21 +33,21 @@ class ImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
-        """The sample of an (epoch, index), as [`TrainingBatches`] yields them.
+    def __getitem__(self, item: tuple) -> dict[str, Any]:
+        """The sample of an (epoch, index), as [`TrainingBatches`] yields them, or an (epoch, index, row) of a stream.
 
         It has `pixel_values` in [-1, 1], `epoch`, `index`, `labels` if there are any, and what
         [`~diffusers_dtr.training.data.images.ImageTransform.micro_conditions`] tells.
         """
-        epoch, index = item
+        (epoch, index), row = item[:2], item[-1]
         augmentation = self.transform.draw(generator_for(Draw.AUGMENTATION, self.seed, epoch, index))
-        values, size = self._read(epoch, index, augmentation)
+        values, size = self._read(epoch, row, augmentation)
         sample = values | {"epoch": epoch, "index": index} | self.transform.micro_conditions(size, augmentation)
-        return sample if self.images.labels is None else sample | {"labels": int(self.images.labels[index])}
+        return sample if self.images.labels is None else sample | {"labels": self.images.label(row)}
 
-    def _read(self, epoch: int, index: int, augmentation: Augmentation) -> tuple[dict[str, Any], tuple[int, int]]:
+    def _read(self, epoch: int, row: Any, augmentation: Augmentation) -> tuple[dict[str, Any], tuple[int, int]]:
         """The values of a sample, and the width and height that its image had."""
-        image = self.images.read(index)
+        image = self.images.read(row)
         return {"pixel_values": self.transform(image, augmentation)}, image.size
 
 

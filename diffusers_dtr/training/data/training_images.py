@@ -62,13 +62,21 @@ class TrainingImages:
 
     def read(self, row: int) -> Image.Image:
         """Decodes a row's image, see [`~diffusers_dtr.training.data.images.decode_image`]."""
-        encoded = self.dataset[row][self.image_column]
-        try:
-            return decode_image(encoded)
-        except UnreadableImageError as error:
-            name = f"{encoded['path']} (row {row})" if encoded and encoded["path"] else f"row {row}"
-            message = f"The image {name} cannot be read: {error}. Replace it, or leave it out."
-            raise UnreadableImageError(message) from error
+        return read_image(self.dataset[row][self.image_column], f"row {row}")
+
+    def label(self, row: int) -> int:
+        """The label of a row."""
+        return int(self.labels[row])
+
+
+def read_image(encoded: dict | None, place: str) -> Image.Image:
+    """Decodes an image; the error names its file, if it has one, and its place."""
+    try:
+        return decode_image(encoded)
+    except UnreadableImageError as error:
+        name = f"{encoded['path']} ({place})" if encoded and encoded["path"] else place
+        message = f"The image {name} cannot be read: {error}. Replace it, or leave it out."
+        raise UnreadableImageError(message) from error
 
 
 def load_training_images(
@@ -123,18 +131,7 @@ def training_images(
     if len(dataset) == 0:
         raise ValueError("`dataset` must have at least one row, got an empty one.")
     columns = {"image_column": image_column, "caption_column": caption_column, "label_column": label_column}
-    for argument, column in columns.items():
-        if column is not None and column not in dataset.column_names:
-            raise ValueError(
-                f"`{argument}` must be one of the dataset's columns, {', '.join(dataset.column_names)}, got "
-                f"{column!r}. Choose another with `--{argument}`."
-            )
-    feature = dataset.features[image_column]
-    if not isinstance(feature, datasets.Image):
-        raise ValueError(
-            f"`image_column` must name a column of images, got {image_column!r}, which holds {feature}. Choose the "
-            "column with `--image_column`, or cast it to `datasets.Image()`."
-        )
+    check_columns(dataset.features, columns)
     # Undecoded, so that a file that cannot be decoded can be named.
     images = dataset.select_columns([image_column]).with_format(None)
     images = images.cast_column(image_column, datasets.Image(decode=False))
@@ -145,19 +142,44 @@ def training_images(
     return TrainingImages(images, image_column, labels, num_classes, id2label, captions)
 
 
-def _read_labels(dataset: datasets.Dataset, column: str) -> tuple[np.ndarray, int, dict[int, str] | None]:
-    """The labels of all rows, the number of classes and their names."""
-    feature = dataset.features[column]
+def check_columns(features: datasets.Features, columns: dict[str, str | None]) -> None:
+    """Refuse columns, by their arguments, that there are not, or an `image_column` of other things."""
+    for argument, column in columns.items():
+        if column is not None and column not in features:
+            raise ValueError(
+                f"`{argument}` must be one of the dataset's columns, {', '.join(features)}, got "
+                f"{column!r}. Choose another with `--{argument}`."
+            )
+    image_column = columns["image_column"]
+    feature = features[image_column]
+    if not isinstance(feature, datasets.Image):
+        raise ValueError(
+            f"`image_column` must name a column of images, got {image_column!r}, which holds {feature}. Choose the "
+            "column with `--image_column`, or cast it to `datasets.Image()`."
+        )
+
+
+def check_label_feature(features: datasets.Features, column: str) -> list[str] | None:
+    """The names of the classes of a column, or None if they have none; refuses one that holds no classes."""
+    feature = features[column]
     if not isinstance(feature, (datasets.ClassLabel, datasets.Value)) or "int" not in feature.dtype:
         raise ValueError(
             f"`label_column` must hold class labels or integers, got {column!r}, which holds {feature}. Choose "
             "another with `--label_column`, or make class labels of it with `dataset.class_encode_column`."
         )
+    names = getattr(feature, "names", None)
+    # Some file systems write an accent as a character of its own.
+    return None if names is None else [normalize("NFC", name) for name in names]
+
+
+def _read_labels(dataset: datasets.Dataset, column: str) -> tuple[np.ndarray, int, dict[int, str] | None]:
+    """The labels of all rows, the number of classes and their names."""
+    names = check_label_feature(dataset.features, column)
     rows = dataset.select_columns([column]).with_format("arrow")[:].column(column)
     if rows.null_count:
         row = int(np.argmax(rows.is_null().to_numpy()))
         raise ValueError(f"`label_column` must have a label in every row, got none in row {row} of {column!r}.")
-    labels, names = rows.to_numpy().astype(np.int64), getattr(feature, "names", None)
+    labels = rows.to_numpy().astype(np.int64)
     num_classes = int(labels.max()) + 1 if names is None else len(names)
     wrong = (labels < 0) | (labels >= num_classes)
     if wrong.any():
@@ -166,8 +188,6 @@ def _read_labels(dataset: datasets.Dataset, column: str) -> tuple[np.ndarray, in
             f"`label_column` must hold labels in [0, {num_classes}), got {labels[row]} in row {row} of {column!r} "
             f"({int(wrong.sum())} such rows). Choose another with `--label_column`."
         )
-    # Some file systems write an accent as a character of its own.
-    names = None if names is None else [normalize("NFC", name) for name in names]
     shown = names or [str(number) for number in range(num_classes)]
     logger.info(f"{num_classes} classes: {first_names(shown)}.")
     without = [shown[number] for number in np.setdiff1d(range(num_classes), labels)]

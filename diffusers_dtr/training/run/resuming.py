@@ -20,6 +20,7 @@ from ...config_types import constructor_types, read_object, shortened
 from ...run_record import publishable
 from ..config import GuidedValidationConfig, HubConfig, OptimizerConfig, TrainingConfig
 from ..config.options import Options
+from ..data.streaming import StreamedImages
 from ..data.training_images import TrainingImages
 from ..data.videos import TrainingVideos
 
@@ -45,7 +46,7 @@ _ADJUSTABLE_FLAGS = _flags(
     """
     ema_type ema_sigma_rel ema_max_decay ema_inv_gamma ema_power max_train_steps num_train_epochs seed train_batch_size
     gradient_accumulation_steps mixed_precision allow_tf32 compile channels_last attention_backend
-    gradient_checkpointing cache_latents cache_text_embeddings train_data_dir routing_warmup_steps
+    gradient_checkpointing cache_latents cache_text_embeddings train_data_dir latents_dir routing_warmup_steps
     balancing_update_every affinity_path
     """,
     OptimizerConfig,
@@ -75,6 +76,7 @@ class RunState:
         changes: What was changed in resuming, each with its `step`, `setting`, `before` and `after`.
         seconds: How long the steps took, validation and checkpoints included, over all resumptions.
         scaler: State of the scaler of float16 training.
+        streams: Where the streams of all processes were, if data are streamed.
     """
 
     global_step: int = 0
@@ -82,6 +84,7 @@ class RunState:
     changes: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     scaler: dict[str, Any] = field(default_factory=dict)
+    streams: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def read(cls, path: Path) -> RunState:
@@ -141,6 +144,8 @@ def data_settings(images: TrainingImages | TrainingVideos) -> dict[str, Any]:
     The order of an epoch is of rows: with others in their places, some would be seen again and some never. Of files
     only the names count, because a folder that has moved or was copied is the same data.
     """
+    if isinstance(images, StreamedImages):  # flags alone tell which
+        return class_settings(images.id2label)
     labels = [0] * len(images) if images.labels is None else images.labels.tolist()
     rows = json.dumps([images.file_names, labels])
     captions = {} if images.captions is None else {"fingerprint of captions": images.captions.fingerprint()}
