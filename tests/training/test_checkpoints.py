@@ -185,7 +185,7 @@ def test_what_a_run_needs_to_go_on_must_be_there(saved, resumed, message, tmp_pa
 def test_checkpoint_of_a_version_that_saved_optimizers_otherwise_is_refused(tmp_path):
     path = Run(tmp_path).save(1)
     (path / "optimizer").rename(path / "optimizer.bin")
-    with pytest.raises(ValueError, match="of another version of this library: the checkpoint .* has no optimizer to"):
+    with pytest.raises(ValueError, match=r"of another version of this library: the checkpoint .* has no optimizer to"):
         Run(tmp_path).resume()
 
 
