@@ -2,7 +2,7 @@
 
 from .components import load_denoiser, load_vae, resolve_resolution
 from .config import TrainingConfig, parse_config
-from .data import TrainingData, load_data, load_images, match_pretrained_classes, precompute_latents
+from .data import TrainingData, load_data, load_images, match_pretrained_classes
 from .noise_schedule import load_noise_scheduler
 from .pipelines import TextPipeline
 from .run.start import start_run
@@ -23,7 +23,6 @@ __all__ = [
     "load_vae",
     "match_pretrained_classes",
     "parse_config",
-    "precompute_latents",
     "resolve_resolution",
     "start_run",
 ]

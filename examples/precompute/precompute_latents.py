@@ -15,6 +15,7 @@ from transformers import HfArgumentParser
 from diffusers_dtr import training
 from diffusers_dtr.ranges import COUNT, SEED
 from diffusers_dtr.training.config import ModelConfig, RunConfig, SourceConfig, TextConfig, TrainingConfig, option
+from diffusers_dtr.training.data import precompute_latents
 from diffusers_dtr.user_errors import run_script
 
 
@@ -64,7 +65,7 @@ def main(args):
     vae = training.load_vae(args.config.model, getattr(torch, args.dtype))
     if vae is None:
         raise ValueError("`--vae_name_or_path` must be given, or a `--pretrained_model_name_or_path` with one.")
-    training.precompute_latents(args.config, vae, shard_size=args.shard_size)
+    precompute_latents(args.config, vae, shard_size=args.shard_size)
 
 
 if __name__ == "__main__":
