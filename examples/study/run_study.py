@@ -98,15 +98,19 @@ def main(args):
     # A process for each cell: accelerate keeps state for the whole process.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, context, max_tasks_per_child=1) as pool:
-        runs = {cell: pool.submit(run, *job) for cell, job in jobs.items()}
-        for number, (cell, future) in enumerate(runs.items(), start=1):
-            result = future.result()
-            last, seconds = result["points"][-1], result["processor_seconds"]
-            print(
-                f"{number} of {len(runs)}: {cell.task}, {cell.arm}, seed {cell.seed}: held-out loss "
-                f"{last['loss']:.5f}, Fréchet distance {last['frechet_distance']:.3f}, {seconds} s of a processor",
-                flush=True,
-            )
+        try:
+            runs = {cell: pool.submit(run, *job) for cell, job in jobs.items()}
+            for number, (cell, future) in enumerate(runs.items(), start=1):
+                print(f"{number} of {len(runs)}: {summary(cell, future.result())}", flush=True)
+        finally:
+            # After an error or Ctrl-C, nothing more is begun.
+            pool.shutdown(cancel_futures=True)
+
+
+def summary(cell, result):
+    last, seconds = result["points"][-1], result["processor_seconds"]
+    metrics = f"held-out loss {last['loss']:.5f}, Fréchet distance {last['frechet_distance']:.3f}"
+    return f"{cell.task}, {cell.arm}, seed {cell.seed}: {metrics}, {seconds} s of a processor"
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ def study(monkeypatch):
             return self
 
         def __exit__(self, *_): ...
+        def shutdown(self, cancel_futures): ...
         def submit(self, function, path, *job):
             started.append(path)
             result = function(path, *job)
