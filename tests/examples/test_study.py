@@ -54,7 +54,8 @@ def study(monkeypatch):
             reset_accelerate()
             return type("Future", (), {"result": staticmethod(lambda: result)})
 
-    monkeypatch.setattr(study, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(study, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(study, "in_own_process", study.run)
     study.started = started
     return study
 
