@@ -11,7 +11,7 @@ import argparse
 import json
 import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -78,6 +78,12 @@ def run(path, settings, seed, folders):
     return result
 
 
+def in_own_process(*job):
+    """As `run`: accelerate keeps state for the whole process."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(run, *job).result()
+
+
 def main(args):
     study = read_study(args.settings)
     folders = {name: getattr(args, name) for name in DATA}
@@ -95,18 +101,20 @@ def main(args):
     for reason, those in left_out.items():
         print(f"{len(those)} are left out: {reason}", flush=True)
     os.environ["OMP_NUM_THREADS"] = "1"
-    # A process for each cell: accelerate keeps state for the whole process.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.jobs, context, max_tasks_per_child=1) as pool:
-        runs = {cell: pool.submit(run, *job) for cell, job in jobs.items()}
-        for number, (cell, future) in enumerate(runs.items(), start=1):
-            result = future.result()
-            last, seconds = result["points"][-1], result["processor_seconds"]
-            print(
-                f"{number} of {len(runs)}: {cell.task}, {cell.arm}, seed {cell.seed}: held-out loss "
-                f"{last['loss']:.5f}, Fréchet distance {last['frechet_distance']:.3f}, {seconds} s of a processor",
-                flush=True,
-            )
+    with ThreadPoolExecutor(args.jobs) as pool:
+        try:
+            runs = {cell: pool.submit(in_own_process, *job) for cell, job in jobs.items()}
+            for number, (cell, future) in enumerate(runs.items(), start=1):
+                print(f"{number} of {len(runs)}: {summary(cell, future.result())}", flush=True)
+        finally:
+            # After an error or Ctrl-C, nothing more is begun.
+            pool.shutdown(cancel_futures=True)
+
+
+def summary(cell, result):
+    last, seconds = result["points"][-1], result["processor_seconds"]
+    metrics = f"held-out loss {last['loss']:.5f}, Fréchet distance {last['frechet_distance']:.3f}"
+    return f"{cell.task}, {cell.arm}, seed {cell.seed}: {metrics}, {seconds} s of a processor"
 
 
 if __name__ == "__main__":

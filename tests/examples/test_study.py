@@ -47,13 +47,15 @@ def study(monkeypatch):
             return self
 
         def __exit__(self, *_): ...
+        def shutdown(self, cancel_futures): ...
         def submit(self, function, path, *job):
             started.append(path)
             result = function(path, *job)
             reset_accelerate()
             return type("Future", (), {"result": staticmethod(lambda: result)})
 
-    monkeypatch.setattr(study, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(study, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(study, "in_own_process", study.run)
     study.started = started
     return study
 
