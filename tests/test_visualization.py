@@ -54,9 +54,9 @@ def close_figures():
     ],
 )
 def test_plots_draw_on_the_axes_given_or_on_new_ones(plot):
-    ax = Figure().add_subplot()
+    ax, before = Figure().add_subplot(), pyplot.get_fignums()
     assert plot(ax=ax) is ax
-    assert not pyplot.get_fignums()
+    assert pyplot.get_fignums() == before
     assert ax.has_data()
     new = plot()
     assert new.has_data()

@@ -1,6 +1,7 @@
 """Streams of images: their order, who sees what of it, and where a run goes on."""
 
 import json
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from diffusers_dtr.training.data import build_loader, load_data, load_images
 from diffusers_dtr.training.data.streaming import StreamedBatches
 
 
-CPU = Accelerator(cpu=True)
+cpu = partial(Accelerator, cpu=True)  # each test its own: others forget the state that all share
 ROWS = 12
 
 
@@ -106,7 +107,7 @@ def test_of_a_buffer_no_more_than_its_size_is_passed_over_or_repeated_and_the_ne
 def test_workers_change_nothing(parquet):
     def samples(workers: int) -> list[dict]:
         config = config_of(parquet, random_flip=True, center_crop=False, dataloader_num_workers=workers)
-        return list(islice(build_loader(config, load_data(config).dataset, CPU, 0), 5))
+        return list(islice(build_loader(config, load_data(config).dataset, cpu(), 0), 5))
 
     for one, other in zip(samples(0), samples(2), strict=True):
         assert one["caption"] == other["caption"]
@@ -119,7 +120,7 @@ def test_a_stream_of_parquet_is_what_is_loaded_whole(parquet):
     assert streamed.num_classes == whole.num_classes == 3
     assert streamed.images.id2label == whole.images.id2label
     assert streamed.images.classes == whole.images.classes
-    batch = next(iter(build_loader(config, streamed.dataset, CPU, 0)))
+    batch = next(iter(build_loader(config, streamed.dataset, cpu(), 0)))
     for place in range(4):
         sample = whole.dataset[0, place]
         assert torch.equal(batch["pixel_values"][place], sample["pixel_values"])
@@ -137,12 +138,12 @@ def test_tars_are_streamed_and_are_told_how_many_classes_there_are(tmp_path):
     with pytest.raises(ValueError, match="`--num_classes` must say it too, got None: 'cls' does not say how many"):
         load_images(config_of(folder, **columns))
     config = config_of(folder, **columns, num_classes=3, shuffle_buffer_size=1)
-    batch = next(iter(build_loader(config, load_data(config).dataset, CPU, 0)))
+    batch = next(iter(build_loader(config, load_data(config).dataset, cpu(), 0)))
     assert batch["labels"].tolist() == [0, 1, 2, 0]
     assert batch["caption"] == captions[:4]
     few = config.replace(num_classes=2)
     with pytest.raises(ValueError, match=r"must hold labels in \[0, 2\), got 2 in 'cls'"):
-        next(iter(build_loader(few, load_data(few).dataset, CPU, 0)))
+        next(iter(build_loader(few, load_data(few).dataset, cpu(), 0)))
 
 
 @pytest.mark.parametrize(
@@ -173,7 +174,7 @@ def test_a_process_without_rows_is_told(tmp_path):
 def test_a_stream_goes_on_with_as_many_processes_as_it_had(states, parquet):
     config = config_of(parquet)
     with pytest.raises(ValueError, match="`--streaming` must go on as it was, on as many processes"):
-        build_loader(config, load_data(config).dataset, CPU, 3, states)
+        build_loader(config, load_data(config).dataset, cpu(), 3, states)
 
 
 @pytest.mark.parametrize(
