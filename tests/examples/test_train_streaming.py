@@ -5,6 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 from PIL import Image
 from text_to_image_runs import FAMILIES, SCRIPT
@@ -33,6 +34,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 FILES = ("--streaming", "--shuffle_buffer_size", 1)
 COUNT = 24
+
+
+@pytest.fixture(autouse=True)
+def short_ends(monkeypatch):
+    """datasets waits five seconds at the end of a stream that it has read by threads."""
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
 
 
 @pytest.fixture(scope="module")

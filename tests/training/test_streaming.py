@@ -5,6 +5,7 @@ from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from accelerate import Accelerator
@@ -18,6 +19,12 @@ from diffusers_dtr.training.data.streaming import StreamedBatches
 
 cpu = partial(Accelerator, cpu=True)  # each test its own: others forget the state that all share
 ROWS = 12
+
+
+@pytest.fixture(autouse=True)
+def short_ends(monkeypatch):
+    """datasets waits five seconds at the end of a stream that it has read by threads."""
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
 
 
 @pytest.fixture(scope="module")
