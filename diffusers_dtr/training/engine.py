@@ -96,8 +96,10 @@ class Engine:
                 state[name] = tensor.cpu()
         if main:
             self._blank.load_state_dict(state, assign=True)
-        yield self._blank if main else None
-        self._blank = _without_weights(self._blank)
+        try:
+            yield self._blank if main else None
+        finally:
+            self._blank = _without_weights(self._blank)
 
     def save_parts(self, folder: Path, weights: list[Tensor] | None = None) -> None:
         """Save all weights, or these, as sharded safetensors files, each process what it holds; collective."""
@@ -107,15 +109,13 @@ class Engine:
 
     def save_trained(self, folder: Path, weights: list[Tensor]) -> None:
         """Save tensors like [`weights`] by the names of their parameters; collective."""
-        trained = self._trained()
-        self._write(folder, dict(zip(trained, map(_spread, trained.values(), weights), strict=True)))
+        self._write(folder, self._named(weights))
 
     def read(self, folder: Path, weights: list[Tensor]) -> None:
         """Fill tensors like [`weights`] from the safetensors files of a folder, sharded or not; collective."""
-        trained = self._trained()
-        tensors = dict(zip(trained, map(_spread, trained.values(), weights), strict=True))
+        tensors = self._named(weights)
         read_tensors(folder, tensors, some=True)
-        for (name, parameter), weight in zip(trained.items(), weights, strict=True):
+        for (name, parameter), weight in zip(self._trained().items(), weights, strict=True):
             if zero.is_partitioned(parameter):
                 zero.scatter(tensors[name], weight)
 
@@ -147,12 +147,16 @@ class Engine:
                     module.reshard()
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
+    def _named(self, weights: list[Tensor]) -> dict[str, Tensor]:
+        trained = self._trained()
+        return dict(zip(trained, map(_spread, trained.values(), weights), strict=True))
+
     def _state(self, weights: list[Tensor] | None) -> Iterator[tuple[str, Tensor]]:
         trained = self._trained()
-        weights = dict(zip(trained, weights, strict=True)) if weights is not None else {}
+        given = {} if weights is None else dict(zip(trained, weights, strict=True))
         for name, tensor in self.model.state_dict(keep_vars=True).items():
-            if name in weights:
-                yield name, _spread(tensor, weights[name])
+            if name in given:
+                yield name, _spread(tensor, given[name])  # one by one: whole, they may not fit
             elif self._deepspeed and name in trained:
                 yield name, zero.master(tensor)
             else:

@@ -38,7 +38,9 @@ def master(parameter: nn.Parameter) -> Tensor:
 def gather(parameter: nn.Parameter, part: Tensor) -> Tensor:
     """Put together what every process holds in the way of [`local_part`]."""
     padded = part.new_empty(part.numel() * dist.get_world_size())
-    dist.all_gather_into_tensor(padded, part.contiguous())
+    # Its name until torch 2.12, which warns of it from 2.13 on.
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    all_gather(padded, part.contiguous())
     return padded[: parameter.ds_numel].view(parameter.ds_shape)
 
 
