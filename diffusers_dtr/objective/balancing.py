@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -32,12 +32,15 @@ class ClusterLosses:
         clusters: int64 `(B,)` in [0, k).
         log_snr: `(B,)` in [−∞, ∞].
         num_clusters: k.
+        outputs: The denoiser's output for each cluster, if it was called once for each; its row 0 alone means nothing
+            where the cluster has no samples.
     """
 
     per_sample: Tensor
     clusters: Tensor
     log_snr: Tensor
     num_clusters: int
+    outputs: Sequence[Tensor] | None = None
 
     @cached_property
     def contributions(self) -> Tensor:
@@ -74,9 +77,12 @@ class Balancing(nn.Module, ABC):
 
     Attributes:
         num_clusters: The number of clusters it is made for; None if any.
+        compares_gradients: Whether the next loss needs the gradients of single clusters, which are cheaper to have
+            of outputs by cluster: see [`ClusteredLoss.denoise`].
     """
 
     num_clusters: int | None = None
+    compares_gradients: bool = False
 
     @abstractmethod
     def forward(self, losses: ClusterLosses) -> Tensor:

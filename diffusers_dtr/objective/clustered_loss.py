@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,9 +118,41 @@ class ClusteredLoss(nn.Module):
         parameters = list(self.parameters())
         return [{"params": parameters, "lr": _LEARNING_RATE, "weight_decay": 0.0}] if parameters else []
 
+    def denoise(
+        self,
+        denoiser: Callable[[Tensor, Tensor, dict[str, Any]], Tensor],
+        model_input: Tensor,
+        timesteps: Tensor,
+        conditions: Mapping[str, Any] | None = None,
+    ) -> Tensor | list[Tensor]:
+        """Call a denoiser in the way that is cheapest for the balancing.
+
+        That is once, or where a [`GradientBalancer`] is about to compare gradients once per cluster, with its samples:
+        the backward passes of all clusters then cost together what one of the batch does.
+
+        Args:
+            denoiser: Called as `denoiser(model_input, timesteps, conditions)`, with some of the rows; returns
+                `(rows, C, ...)`.
+            model_input: `(B, C, ...)`.
+            timesteps: `(B,)`.
+            conditions: What else it is told: tensors, lists and dictionaries of them with B rows, or None.
+
+        Returns:
+            The output `(B, C, ...)`, or a list of one per cluster; the loss takes either.
+        """
+        conditions = dict(conditions or {})
+        if not self.balancing.compares_gradients:
+            return denoiser(model_input, timesteps, conditions)
+        outputs = []
+        for rows in self._rows_by_cluster(timesteps):
+            # Forward calls may be collective: all processes make k, one of row 0 where a cluster has no sample.
+            rows = rows if len(rows) else rows.new_zeros(1)
+            outputs.append(denoiser(model_input[rows], timesteps[rows], _select(conditions, rows)))
+        return outputs
+
     def forward(
         self,
-        model_output: Tensor,
+        model_output: Tensor | list[Tensor],
         clean: Tensor,
         noise: Tensor,
         timesteps: Tensor,
@@ -127,9 +160,14 @@ class ClusteredLoss(nn.Module):
     ) -> ClusteredLossOutput:
         """Loss of a batch; the first four arguments and errors are those of [`DenoisingLoss.__call__`].
 
-        `sample_weights` `(B,)`, which enter `loss` only, are importance weights for timesteps that are not drawn
-        uniformly, such as [`AdaptiveTimestepSampler.weights`].
+        `model_output` may be what [`denoise`] returned. `sample_weights` `(B,)`, which enter `loss` only, are
+        importance weights for timesteps that are not drawn uniformly, such as [`AdaptiveTimestepSampler.weights`].
         """
+        outputs = None
+        if isinstance(model_output, list):
+            outputs, rows = model_output, self._rows_by_cluster(timesteps)
+            ordered = torch.cat([output[: len(own)] for output, own in zip(outputs, rows, strict=True)])
+            model_output = ordered[torch.cat(rows).argsort()]
         losses = self._denoising_loss(model_output, clean, noise, timesteps)
         assignment = self.clusters.assign(timesteps), self.levels.log_snr(timesteps), len(self.clusters)
         observed = ClusterLosses(losses.per_sample.detach(), *assignment)
@@ -139,7 +177,7 @@ class ClusteredLoss(nn.Module):
                 f"got {tuple(sample_weights.shape)}."
             )
         balanced = losses.per_sample if sample_weights is None else losses.per_sample * sample_weights
-        loss = balance(self.balancing, ClusterLosses(balanced, *assignment))
+        loss = balance(self.balancing, ClusterLosses(balanced, *assignment, outputs))
         return ClusteredLossOutput(
             **{**vars(losses), "loss": loss}, per_cluster=observed.means, counts=observed.counts
         )
@@ -150,6 +188,11 @@ class ClusteredLoss(nn.Module):
         log_snr = self.levels.log_snr(self.levels.timesteps[middles]).float()
         device = next((tensor.device for tensor in [*self.parameters(), *self.buffers()]), log_snr.device)
         return self.balancing.cluster_weights(log_snr.to(device))
+
+    def _rows_by_cluster(self, timesteps: Tensor) -> tuple[Tensor, ...]:
+        assignment = self.clusters.assign(timesteps)
+        counts = assignment.bincount(minlength=len(self.clusters)).tolist()
+        return assignment.argsort(stable=True).split(counts)
 
     def get_extra_state(self) -> Tensor:
         """The clusters' boundaries."""
@@ -162,3 +205,12 @@ class ClusteredLoss(nn.Module):
                 f"`state_dict` must be of clusters with the boundaries {list(self.clusters.boundaries)}, "
                 f"got {state.tolist()}."
             )
+
+
+def _select(value: Any, rows: Tensor) -> Any:
+    """Some rows of tensors, lists and dictionaries of them."""
+    if isinstance(value, Mapping):
+        return {name: _select(item, rows) for name, item in value.items()}
+    if isinstance(value, Tensor):
+        return value[rows]
+    return value if value is None else [value[row] for row in rows.tolist()]

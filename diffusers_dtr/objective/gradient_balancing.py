@@ -10,41 +10,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..extras import require
 from ..ranges import COUNT
 from .balancing import Balancing, ClusterLosses, num_processes
+from .gramian_weighting import MEMORY, gramian_weighting, stateful_parts
 
 
 if TYPE_CHECKING:
     from torchjd.aggregation import WeightedAggregator, Weighting
 
 
-# The names by which [`GradientBalancer`] knows aggregators of torchjd, and torchjd's names for them.
-GRADIENT_BALANCINGS = {
-    "aligned_mtl": "AlignedMTL",
-    "imtl_g": "IMTLG",
-    "mgda": "MGDA",
-    "nash_mtl": "NashMTL",
-    "pcgrad": "PCGrad",
-}
-
-# Attributes in which torchjd's stateful weightings remember earlier calls: neither their `state_dict` nor any other
-# public access covers them. The name of NashMTL's weighting is not exported.
-_MEMORY = {
-    "CRMOGMWeighting": ("_lambda",),
-    "GradVacWeighting": ("_phi_t",),
-    "PCDWeighting": ("_sq_norm_ema", "_n_steps"),
-    "_NashMTLWeighting": ("prvs_alpha",),
-}
-
-
 class GradientBalancer(Balancing):
     r"""Balancing by the Gramian of the clusters' gradients: PCGrad, NashMTL and other weightings of torchjd.
 
     Let $c_i = n_i L_i / B$ be the contribution of cluster i to the mean loss. Every `update_every` training steps
-    the gradients $g_i$ of $c_i$ are computed in k backward passes, and the weighting turns their Gramian
+    the gradients $g_i$ of $c_i$ are computed, and the weighting turns their Gramian
     $G_{ij} = \langle g_i, g_j \rangle$ into weights. The loss is $\sum_i w_i c_i$: one backward pass of it gives the
     weighted sum of the gradients, in `.grad`, through hooks and accumulation like any other loss.
+
+    Call the denoiser by [`ClusteredLoss.denoise`]: once per cluster in these steps, so that each of k backward passes
+    has the samples of its cluster only, and all of them cost as much as one. Without it each is of the whole batch.
 
     * **Several processes**: $g_i$ are the gradients of the global batch, so one step on N processes equals the step
       on one. Each process adds up an N-th of every gradient. All of them have to call the loss in the same steps.
@@ -55,10 +39,10 @@ class GradientBalancer(Balancing):
       ones. A Gramian that overflowed leaves the weights as they were; the scaler skips that step.
     * **Clusters without samples** in the global batch have no gradient to balance: that step leaves all weights as
       they were, and warns. `TimestepClusters.sample` draws from every cluster if the global batch has k samples.
-    * **Cost** of an update: k backward passes, one wait for the device, and with P parameters in `module` and N
-      processes 4·k·P/N bytes for the gradients (float32), once P for the current one, and with N > 1 once more for
-      sending it. A part of the denoiser for `module`, such as its last block, makes it cheaper: the Gramian is then
-      of the gradients in this part, while all of the denoiser is trained.
+    * **Cost** of an update: a backward pass in k parts, a few waits for the device, and with P parameters in `module`
+      and N processes 4·k·P/N bytes for the gradients (float32), once P for the current one, and with N > 1 once more
+      for sending it. A part of the denoiser for `module`, such as its last block, makes it cheaper: the Gramian is
+      then of the gradients in this part, while all of the denoiser is trained.
 
     Weights are torchjd's as they are: PCGrad's are 1 where no gradients conflict, MGDA's sum to 1, and NashMTL's are
     scaled down where the update's norm would exceed 1. In evaluation mode, and without gradients, the last weights are
@@ -92,6 +76,11 @@ class GradientBalancer(Balancing):
         >>> clusters = cluster_timesteps(scheduler, num_clusters=4)
         >>> balancer = GradientBalancer(denoiser, "pcgrad", num_clusters=4)
         >>> loss_fn = ClusteredLoss(scheduler, clusters, balancing=balancer)
+        >>> clean, noise = torch.randn(2, 8, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+        >>> timesteps = clusters.sample(8, generator=torch.Generator().manual_seed(0))
+        >>> noisy = loss_fn.levels.add_noise(clean, noise, timesteps)
+        >>> outputs = loss_fn.denoise(lambda noisy, timesteps, conditions: denoiser(noisy), noisy, timesteps)
+        >>> loss_fn(outputs, clean, noise, timesteps).loss.backward()
     """
 
     weights: Tensor
@@ -116,7 +105,7 @@ class GradientBalancer(Balancing):
         self.scaler = scaler
         # In tuples, because modules in attributes become part of the state dict.
         self._module = (module,)
-        self._weighting = (_weighting_of_gramian(weighting, num_clusters),)
+        self._weighting = (gramian_weighting(weighting, num_clusters),)
         self._step = 0
         self.register_buffer("weights", torch.ones(num_clusters))
         self.register_state_dict_post_hook(_save)
@@ -124,18 +113,26 @@ class GradientBalancer(Balancing):
 
     def forward(self, losses: ClusterLosses) -> Tensor:
         """See [`Balancing`]."""
-        if self.training and torch.is_grad_enabled():
-            if self._step % self.update_every == 0:
-                self._update(losses.contributions)
+        if self.compares_gradients:
+            self._update(losses)
+        if self._is_training():
             self._step += 1
         return (self.weights * losses.contributions).sum()
+
+    @property
+    def compares_gradients(self) -> bool:
+        """Whether the next loss updates the weights; see [`Balancing`]."""
+        return self._is_training() and self._step % self.update_every == 0
+
+    def _is_training(self) -> bool:
+        return self.training and torch.is_grad_enabled()
 
     def cluster_weights(self, log_snr: Tensor) -> Tensor:
         """See [`Balancing`]."""
         return self.weights.clone()
 
-    def _update(self, contributions: Tensor) -> None:
-        gramian = self._gramian(contributions)
+    def _update(self, losses: ClusterLosses) -> None:
+        gramian = self._gramian(losses)
         if not gramian.isfinite().all():
             return
         without_gradient = (gramian.diagonal() == 0).nonzero()[:, 0].tolist()
@@ -152,11 +149,12 @@ class GradientBalancer(Balancing):
             dist.broadcast(weights, src=0)
         self.weights = weights
 
-    def _gramian(self, contributions: Tensor) -> Tensor:
+    def _gramian(self, losses: ClusterLosses) -> Tensor:
         """Gramian of the clusters' gradients in the global batch, float64 `(k, k)` on the CPU."""
         # Not torchjd's autogram engine, which avoids keeping gradients: gradients of the global batch have inner
         # products across processes, of which it computes only those within one. It also runs modules a second time
         # under vmap, which routing masks that belong to the call, label dropout and checkpointing do not survive.
+        contributions, outputs = losses.contributions, losses.outputs
         scale = 1 if self.scaler is None else self.scaler.scale(contributions.new_ones(()))
         processes = num_processes()
         sharded = processes > 1 and _is_sharded(self._module[0])
@@ -166,11 +164,18 @@ class GradientBalancer(Balancing):
         dtype = reduce(torch.promote_types, (parameter.dtype for parameter in parameters), torch.float32)
         rows = torch.empty(self.num_clusters, size, dtype=dtype, device=parameters[0].device)
         gramian = torch.zeros(self.num_clusters, self.num_clusters, dtype=dtype, device=rows.device)
-        for i, contribution in enumerate((contributions * scale).unbind()):
+        scaled = contributions * scale
+        if outputs is None:
+            starts = zip(scaled.unbind(), [None] * self.num_clusters, strict=True)
+        else:
+            # A cluster's output enters its own loss only, so that one pass has all clusters' first gradients.
+            kept = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+            starts = zip(outputs, torch.autograd.grad(scaled.sum(), outputs, **kept), strict=True)
+        for i, start in enumerate(starts):
             if sharded:
-                torch.cat(_sharded_gradient(contribution, parameters), out=rows[i])
+                torch.cat(_sharded_gradient(*start, parameters), out=rows[i])
             else:
-                _write_gradient(contribution, parameters, rows[i])
+                _write_gradient(*start, parameters, rows[i])
             with torch.autocast(rows.device.type, enabled=False):
                 gramian[i, : i + 1] = torch.mv(rows[: i + 1], rows[i])  # unlike matrix products, never in TF32
         if processes > 1:
@@ -185,14 +190,14 @@ class GradientBalancer(Balancing):
             return self._weighting[0](gramian)
 
 
-def _write_gradient(loss: Tensor, parameters: list[nn.Parameter], out: Tensor) -> None:
-    """Write this process's part of the gradient, summed over processes, as a flat vector.
+def _write_gradient(start: Tensor, gradient: Tensor | None, parameters: list[nn.Parameter], out: Tensor) -> None:
+    """Write this process's part of what a tensor's gradient leads to, summed over processes, as a flat vector.
 
     `torch.autograd.grad` reaches no parameter's `.grad`, and so none of the hooks with which
     `DistributedDataParallel` counts gradients that are ready.
     """
-    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
-    flat = [gradient.reshape(-1) for gradient in gradients]
+    kept = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    flat = [part.reshape(-1) for part in torch.autograd.grad(start, parameters, gradient, **kept)]
     if num_processes() == 1:
         torch.cat(flat, out=out)
         return
@@ -203,20 +208,20 @@ def _write_gradient(loss: Tensor, parameters: list[nn.Parameter], out: Tensor) -
     reduce_scatter(out, padded)
 
 
-def _sharded_gradient(loss: Tensor, shards: list[nn.Parameter]) -> list[Tensor]:
-    """This process's shards of the gradient, averaged over processes, flat.
+def _sharded_gradient(start: Tensor, gradient: Tensor | None, shards: list[nn.Parameter]) -> list[Tensor]:
+    """This process's shards of what a tensor's gradient leads to, averaged over processes, flat.
 
     FSDP2 puts gradients together in backward passes alone, and leaves them in `.grad`.
     """
     kept = [shard.grad for shard in shards]
     for shard in shards:
         shard.grad = None
-    loss.backward(retain_graph=True)
+    start.backward(gradient, retain_graph=True)
     flat = []
-    for shard, gradient in zip(shards, kept, strict=True):
+    for shard, before in zip(shards, kept, strict=True):
         local = shard.to_local() if shard.grad is None else shard.grad.to_local()
         flat.append(torch.zeros_like(local).flatten() if shard.grad is None else local.flatten())
-        shard.grad = gradient
+        shard.grad = before
     return flat
 
 
@@ -249,55 +254,6 @@ def _is_sharded(module: nn.Module) -> bool:
     return False
 
 
-def _weighting_of_gramian(weighting: str | Weighting | WeightedAggregator, num_clusters: int) -> Weighting:
-    """The torchjd weighting from a `(k, k)` Gramian to `(k,)` weights, by its name or from an instance."""
-    require("torchjd", "balancing", "Gradient balancings")
-    from torchjd import aggregation
-
-    if isinstance(weighting, str):
-        if weighting not in GRADIENT_BALANCINGS:
-            raise ValueError(
-                f"`weighting` must be one of {', '.join(GRADIENT_BALANCINGS)}, or an instance of a torchjd weighting, "
-                f"got {weighting!r}."
-            )
-        arguments = (num_clusters,) if weighting == "nash_mtl" else ()
-        try:
-            weighting = getattr(aggregation, GRADIENT_BALANCINGS[weighting])(*arguments)
-        except ImportError as error:
-            raise ImportError(
-                f'`weighting="{weighting}"` needs an extra of torchjd: pip install "diffusers-dtr[balancing]".'
-            ) from error
-    if isinstance(weighting, aggregation.GramianWeightedAggregator):
-        weighting = weighting.gramian_weighting
-    elif isinstance(weighting, aggregation.WeightedAggregator):
-        # Its weighting wants the gradients, but any matrix with their Gramian leads to the same weights.
-        weighting = weighting.weighting << _square_root
-    if not isinstance(weighting, aggregation.Weighting):
-        raise TypeError(
-            "`weighting` must be a name, or a weighting or weighted aggregator of torchjd.aggregation, "
-            f"got {type(weighting).__name__}."
-        )
-    for part in _stateful_parts(weighting):
-        if type(part).__name__ not in _MEMORY:
-            raise TypeError(
-                "`weighting` must be a function of the Gramian, without state that cannot be saved, got "
-                f"{type(part).__name__}."
-            )
-    return weighting
-
-
-def _square_root(gramian: Tensor) -> Tensor:
-    """A `(k, k)` matrix whose rows have this Gramian."""
-    eigenvalues, eigenvectors = torch.linalg.eigh(gramian)
-    return eigenvectors * eigenvalues.clamp(min=0).sqrt()
-
-
-def _stateful_parts(weighting: nn.Module) -> list[nn.Module]:
-    from torchjd import Stateful
-
-    return [part for part in weighting.modules() if isinstance(part, Stateful)]
-
-
 def _save(balancer: GradientBalancer, state_dict: dict[str, Any], prefix: str, local_metadata: dict) -> None:
     """State dict hook: the step, and what the weighting remembers, as tensors."""
     state_dict[f"{prefix}step"] = torch.tensor(balancer._step, device="cpu")
@@ -317,7 +273,7 @@ def _load(balancer: GradientBalancer, state_dict: dict[str, Any], prefix: str, *
     saved = {
         name: state_dict.pop(f"{prefix}memory.{name}") for name in memory if f"{prefix}memory.{name}" in state_dict
     }
-    for part in _stateful_parts(balancer._weighting[0]):
+    for part in stateful_parts(balancer._weighting[0]):
         part.reset()
     if saved:
         # A weighting prepares its state in its first call, and would do so over whatever was put there before.
@@ -333,5 +289,5 @@ def _memory(balancer: GradientBalancer) -> dict[str, tuple[nn.Module, str]]:
     return {
         f"{path}.{attribute}" if path else attribute: (part, attribute)
         for path, part in balancer._weighting[0].named_modules()
-        for attribute in _MEMORY.get(type(part).__name__, ())
+        for attribute in MEMORY.get(type(part).__name__, ())
     }

@@ -6,6 +6,7 @@ import logging
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -171,7 +172,8 @@ class Trainer:
         noisy = objective.levels.add_noise(clean, added, timesteps)
         model_input = objective.levels.model_input(noisy, timesteps)
         with self.engine.autocast():
-            model_output = self.pipeline.denoise(self.denoiser, model_input, timesteps, conditions)
+            denoise = partial(self.pipeline.denoise, self.denoiser)
+            model_output = objective.loss_fn.denoise(denoise, model_input, timesteps, conditions)
         out = objective.loss_fn(model_output, clean, noise, timesteps, objective.sample_weights(timesteps))
         objective.observe(accelerator, timesteps, out)
         self.monitor.update(out, self.global_step + 1)

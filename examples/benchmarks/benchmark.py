@@ -97,12 +97,17 @@ def sampling(args):
         yield f"{args.preset}, {args.num_inference_steps} steps, guided, batch {count}", count, runs
 
 
+def noise_of(denoiser, noisy, timesteps, conditions):
+    return denoiser(noisy, timestep=timesteps, **conditions).sample[:, : noisy.shape[1]]
+
+
 def balanced_step(denoiser, loss_fn, optimizers, clean, labels, args):
     timesteps = loss_fn.clusters.sample(len(clean), device=clean.device)
     noise = torch.randn_like(clean)
     with autocast(args):
-        output = denoiser(loss_fn.levels.add_noise(clean, noise, timesteps), timesteps, labels).sample
-    loss_fn(output[:, : clean.shape[1]], clean, noise, timesteps).loss.backward()
+        noisy = loss_fn.levels.add_noise(clean, noise, timesteps)
+        output = loss_fn.denoise(partial(noise_of, denoiser), noisy, timesteps, {"class_labels": labels})
+    loss_fn(output, clean, noise, timesteps).loss.backward()
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()

@@ -45,7 +45,8 @@ def clustered_loss(denoiser, seed, **arguments):
     clean, noise, timesteps = global_batch(torch.Generator().manual_seed(seed))
     loss_fn = ClusteredLoss(SCHEDULER, CLUSTERS, **arguments)
     noisy = loss_fn.levels.add_noise(clean, noise, timesteps).to(next(denoiser.parameters()).dtype)
-    return loss_fn(denoiser(noisy), clean, noise, timesteps), CLUSTERS.assign(timesteps)
+    output = loss_fn.denoise(lambda some, *_: denoiser(some), noisy, timesteps)
+    return loss_fn(output, clean, noise, timesteps), CLUSTERS.assign(timesteps)
 
 
 def balanced_loss(balancer, denoiser, seed=0):
@@ -98,6 +99,39 @@ def test_gradient_is_what_torchjd_makes_of_the_jacobian(denoiser, name):
     torch.testing.assert_close(gradient(denoiser), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("name", ["pcgrad", "mgda"])
+def test_a_call_for_the_batch_and_one_per_cluster_give_the_same_gradient(denoiser, name):
+    clean, noise, timesteps = global_batch(torch.Generator().manual_seed(0))
+    told = {"rows": torch.arange(16), "names": [str(row) for row in range(16)], "none": None, "more": {"t": timesteps}}
+    calls = []
+
+    def call(some, timesteps, conditions):
+        assert conditions["names"] == [str(row) for row in conditions["rows"].tolist()]
+        assert conditions["none"] is None
+        assert torch.equal(conditions["more"]["t"], timesteps)
+        calls.append(CLUSTERS.assign(timesteps).unique().tolist())
+        return denoiser(some)
+
+    gradients = []
+    for by_cluster in (True, False):
+        balancer = GradientBalancer(denoiser, name, K, update_every=2)
+        loss_fn = ClusteredLoss(SCHEDULER, CLUSTERS, balancing=balancer)
+        output = loss_fn.denoise(call, clean, timesteps, told) if by_cluster else denoiser(clean)
+        denoiser.zero_grad()
+        loss_fn(output, clean, noise, timesteps).loss.backward()
+        gradients.append(gradient(denoiser))
+    torch.testing.assert_close(*gradients)
+    loss_fn.denoise(call, clean, timesteps, told)  # for a loss with the weights of the step before
+    assert calls == [[0], [1], [2], [3], [0, 1, 2, 3]]
+
+
+def test_backward_passes_of_outputs_by_cluster_see_their_own_samples_only(denoiser):
+    seen = []
+    denoiser.register_full_backward_hook(lambda module, inputs, outputs: seen.append(len(outputs[0])))
+    _, clusters = clustered_loss(denoiser, 0, balancing=GradientBalancer(denoiser, "mgda", K))
+    assert seen == clusters.bincount(minlength=K).tolist()
+
+
 def test_nothing_reaches_grad_before_backward_and_two_losses_may_wait_for_it(denoiser):
     balancer = GradientBalancer(denoiser, "mgda", K)
     losses = [balanced_loss(balancer, denoiser, seed) for seed in range(2)]
@@ -140,7 +174,8 @@ def test_checkpointed_blocks_with_routing_give_the_same_gradient():
             denoiser.enable_gradient_checkpointing()
         loss_fn = ClusteredLoss(SCHEDULER, CLUSTERS, balancing=GradientBalancer(denoiser, "mgda", K))
         denoiser.zero_grad()
-        loss_fn(denoiser(clean, timesteps).sample, clean, noise, timesteps).loss.backward()
+        output = loss_fn.denoise(lambda some, timesteps, _: denoiser(some, timesteps).sample, clean, timesteps)
+        loss_fn(output, clean, noise, timesteps).loss.backward()
         gradients.append(gradient(denoiser))
     torch.testing.assert_close(*gradients)
 

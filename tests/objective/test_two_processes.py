@@ -17,13 +17,14 @@ def pair():
 
 
 # The balancing, and how often it is updated, in how many micro-batches, whether the loss is
-# wrapped in DDP, and the denoiser by FSDP2 instead of DDP.
+# wrapped in DDP, the denoiser by FSDP2 instead of DDP, and whether it is called cluster by cluster.
 @pytest.mark.parametrize(
     "settings",
     [
         *(("uniform",), ("uncertainty", 1, 2), ("uncertainty", 1, 1, True), ("continuous_uncertainty",)),
         *(("own",), ("nash_mtl",), ("pcgrad", 2, 2)),
         *(("nash_mtl", 1, 1, False, True), ("pcgrad", 2, 2, False, True), ("uncertainty", 1, 1, False, True)),
+        *(("pcgrad", 1, 1, False, False, False), ("nash_mtl", 1, 1, False, True, False)),
     ],
     ids=str,
 )

@@ -29,7 +29,12 @@ class LearnedScale(Balancing):
 
 
 def train(
-    balancing: str, update_every: int = 1, micro_batches: int = 1, prepare_loss: bool = False, sharded: bool = False
+    balancing: str,
+    update_every: int = 1,
+    micro_batches: int = 1,
+    prepare_loss: bool = False,
+    sharded: bool = False,
+    apart: bool = True,
 ) -> dict[str, Any]:
     """Three SGD steps on a fixed sequence of global batches, of which each process takes an equal part.
 
@@ -60,7 +65,9 @@ def train(
             batch = [part.chunk(world)[rank] for part in global_batch(generator)]
             last = micro_batch == micro_batches - 1
             with contextlib.nullcontext() if last or world == 1 or sharded else wrapped.no_sync():
-                loss = loss_module(wrapped(loss_fn.levels.add_noise(*batch)), *batch).loss
+                noisy = loss_fn.levels.add_noise(*batch)
+                output = loss_fn.denoise(lambda some, *_: wrapped(some), noisy, batch[2]) if apart else wrapped(noisy)
+                loss = loss_module(output, *batch).loss
                 (loss / micro_batches).backward()
             losses.append(loss.item())
         optimizer.step()

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from ...objective.balancing import BALANCINGS
 from ...objective.clustering import COSTS
-from ...objective.gradient_balancing import GRADIENT_BALANCINGS
+from ...objective.gramian_weighting import GRADIENT_BALANCINGS
 from ...objective.weighting import WEIGHTINGS
 from ...ranges import Range
 from ...routing import ALPHA_RANGE, BETA_RANGE, ROUTING_TYPES, SEED_RANGE
