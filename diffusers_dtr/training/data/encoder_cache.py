@@ -26,6 +26,7 @@ from .training_images import TrainingImages
 
 
 if TYPE_CHECKING:
+    from .buckets import AspectRatioBuckets
     from .latent_shards import LatentShards
 
 
@@ -35,7 +36,7 @@ Rows = dict[str, torch.Tensor | list[torch.Tensor]]
 TextEncoder = Callable[[list[str]], Rows]
 
 # Part of every cache's name: to be changed whenever what the files mean changes.
-_FORMAT = 6
+_FORMAT = 7
 _INDEX = "index.json"
 # What a text encoder's config says of the files that it was loaded from.
 _NOT_THE_MODEL = {"architectures", "dtype", "torch_dtype", "transformers_version"}
@@ -47,8 +48,12 @@ class CachedRows:
     def __init__(self, folder: Path):
         self.folder = folder
         self._layouts = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-        self._files = {name: np.memmap(folder / name, mode="r") for name in self._layouts}
-        self._ends = {name: np.cumsum(layout["bytes"]) for name, layout in self._layouts.items()}
+        self._files, self._ends = {}, {}
+        for name, layout in self._layouts.items():
+            layout["shapes"] = np.array(layout["shapes"], dtype=np.int32)
+            layout["dtype"] = getattr(torch, layout["dtype"])
+            self._files[name] = np.memmap(folder / name, mode="r")
+            self._ends[name] = layout["shapes"].prod(1, dtype=np.int64).cumsum() * layout["dtype"].itemsize
 
     @classmethod
     def made_once(cls, folder: Path, batches: Callable[[], Iterable[Rows]]) -> CachedRows:
@@ -66,22 +71,22 @@ class CachedRows:
         return {name: torch.stack(rows[name]) if self._layouts[name]["stacked"] else rows[name] for name in rows}
 
     def _row(self, name: str, place: int) -> torch.Tensor:
-        layout, end = self._layouts[name], self._ends[name][place]
-        content = torch.from_numpy(np.array(self._files[name][end - layout["bytes"][place] : end]))
-        return content.view(getattr(torch, layout["dtype"])).view(-1, *layout["shape"])
+        layout, ends = self._layouts[name], self._ends[name]
+        content = self._files[name][ends[place - 1] if place else 0 : ends[place]]
+        return torch.from_numpy(np.array(content)).view(layout["dtype"]).view(*layout["shapes"][place])
 
 
 def _write(folder: Path, batches: Iterable[Rows]) -> None:
     layouts = {}
     for batch in batches:
         for name, rows in batch.items():
-            dtype, shape = str(rows[0].dtype).removeprefix("torch."), [*rows[0].shape[1:]]
-            stacked = isinstance(rows, torch.Tensor)
-            layout = layouts.setdefault(name, {"dtype": dtype, "shape": shape, "stacked": stacked, "bytes": []})
+            dtype, stacked = str(rows[0].dtype).removeprefix("torch."), isinstance(rows, torch.Tensor)
+            layout = layouts.setdefault(name, {"dtype": dtype, "stacked": stacked, "shapes": []})
             # Written, not mapped: on a full disk a write raises an error, where a memory map ends the process.
             with open(folder / name, "ab") as file:
                 for row in rows:
-                    layout["bytes"].append(file.write(row.cpu().contiguous().view(-1).view(torch.uint8).numpy().data))
+                    layout["shapes"].append(row.shape)
+                    file.write(row.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     (folder / _INDEX).write_text(json.dumps(layouts), encoding="utf-8")
 
 
@@ -93,7 +98,7 @@ class LatentDataset(ImageDataset):
     normalization: LatentNormalization
 
     def _read(self, epoch: int, index: int, augmentation: Augmentation) -> tuple[dict[str, Any], tuple[int, int]]:
-        row = self.rows.read([index])
+        row = self.rows.read([index if self.buckets is None else self.buckets.place(index)])
         mean, *std = row["moments"][:, int(augmentation.flip)].unbind(1)
         generators = posterior_generators(self.seed, [epoch], [index])
         latents = sample_posterior(mean, std[0] if std else None, generators)
@@ -109,6 +114,7 @@ def cache_latents(
     seed: int,
     batch_size: int = 32,
     num_workers: int = 0,
+    buckets: AspectRatioBuckets | None = None,
 ) -> LatentDataset:
     """Encodes every image once, or finds that this was done before, in this run or another.
 
@@ -124,12 +130,14 @@ def cache_latents(
         "dataset": images.dataset._fingerprint,
         "image_column": images.image_column,
         "transform": asdict(transform),
+        "buckets": None if buckets is None else buckets.sizes,
         **describe_autoencoder(vae),
     }
     folder = Path(cache_dir) / f"latents-{content_key(description, [vae])}"
-    batches = [range(len(images))[start : start + batch_size] for start in range(0, len(images), batch_size)]
-    rows = CachedRows.made_once(folder, lambda: encoded(vae, images, transform, batches, num_workers))
-    return LatentDataset(images, transform, seed=seed, rows=rows, normalization=normalization)
+    alike = [range(len(images))] if buckets is None else buckets.rows
+    batches = [rows[start : start + batch_size] for rows in alike for start in range(0, len(rows), batch_size)]
+    rows = CachedRows.made_once(folder, lambda: encoded(vae, images, transform, batches, num_workers, buckets))
+    return LatentDataset(images, transform, seed=seed, buckets=buckets, rows=rows, normalization=normalization)
 
 
 def describe_autoencoder(vae: ModelMixin) -> dict[str, Any]:
@@ -140,11 +148,16 @@ def describe_autoencoder(vae: ModelMixin) -> dict[str, Any]:
 
 
 def encoded(
-    vae: ModelMixin, images: TrainingImages, transform: ImageTransform, batches: Sequence[range], num_workers: int
+    vae: ModelMixin,
+    images: TrainingImages,
+    transform: ImageTransform,
+    batches: Sequence[Sequence[int]],
+    num_workers: int,
+    buckets: AspectRatioBuckets | None = None,
 ) -> Iterator[Rows]:
     """`moments` `(batch, views, moments, channels, height, width)`: as it is and flipped; mean and deviation."""
     loader = DataLoader(
-        ImageDataset(images, replace(transform, random_flip=False), seed=0),
+        ImageDataset(images, replace(transform, random_flip=False), seed=0, buckets=buckets),
         batch_sampler=[[(0, row) for row in rows] for rows in batches],
         num_workers=num_workers,
         # Else the global generator would go on, and a run that finds the cache would differ from this one.
