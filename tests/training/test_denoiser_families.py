@@ -23,8 +23,9 @@ from tiny_text_encoders import pixart_alpha, stable_diffusion, stable_diffusion_
 from diffusers_dtr import DTRPipeline
 from diffusers_dtr.latents import latent_channels
 from diffusers_dtr.noise_levels import NoiseLevels
-from diffusers_dtr.training import TextPipeline
+from diffusers_dtr.training import TextPipeline, load_text_encoding
 from diffusers_dtr.training.families import TEXT_TO_IMAGE_FAMILIES, TEXT_TO_VIDEO_FAMILIES, denoiser_family
+from diffusers_dtr.training.pipelines import text_encoding
 
 
 def parts_of(build, denoiser: str, **others):
@@ -237,6 +238,20 @@ def test_text_encoders_are_gone_once_their_embeddings_are_cached(config, acceler
     encoders = [part for name, part in trained.pipeline.components.items() if name.startswith("text_encoder")]
     assert encoders == [None] * 3
     assert all(len(embeddings) == 3 for embeddings in trained.encode(PROMPTS).values())
+
+
+@pytest.mark.parametrize("name", OF_IMAGES)
+def test_texts_are_encoded_ahead_of_training_as_in_training(name, config, accelerator):
+    tiny = ALL[name]
+    sizes = {"resolution": tiny.size, "max_sequence_length": tiny.max_sequence_length}
+    config = config.replace(**sizes, validation_guidance_scale=1.0)
+    _, trained = load(name, config, accelerator)
+    ahead = load_text_encoding(config, trained.family)
+    device = torch.device("cpu")
+    in_training = text_encoding(trained.family, trained.pipeline, tiny.max_sequence_length, device)
+    assert ahead.describe(PROMPTS) == in_training.describe(PROMPTS)
+    assert ahead.describe(PROMPTS) != ahead.describe(PROMPTS[:2])
+    torch.testing.assert_close(ahead.encode(PROMPTS), trained.encode(PROMPTS))
 
 
 def test_embeddings_of_another_length_are_not_taken_from_the_cache(config, accelerator):

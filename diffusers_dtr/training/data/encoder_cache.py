@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate.utils import send_to_device
 from datasets.utils import tqdm
 from diffusers import ModelMixin
 from torch.utils.data import DataLoader
-from transformers import ProcessorMixin
 
 from ...caches import build_folder, content_key
 from ...latents import LatentNormalization, encode_moments, sample_posterior
@@ -32,14 +30,10 @@ if TYPE_CHECKING:
 
 # Tensors of as many rows, or lists of rows that differ in length, by name.
 Rows = dict[str, torch.Tensor | list[torch.Tensor]]
-# The names are those of the arguments by which the family's pipeline takes them.
-TextEncoder = Callable[[list[str]], Rows]
 
 # Part of every cache's name: to be changed whenever what the files mean changes.
-_FORMAT = 7
+FORMAT = 7
 _INDEX = "index.json"
-# What a text encoder's config says of the files that it was loaded from.
-_NOT_THE_MODEL = {"architectures", "dtype", "torch_dtype", "transformers_version"}
 
 
 class CachedRows:
@@ -125,7 +119,7 @@ def cache_latents(
     """
     normalization = LatentNormalization.from_vae(vae)
     description = {
-        "format": _FORMAT,
+        "format": FORMAT,
         # `datasets` has no other name for a dataset's content, and documents this one for looking at.
         "dataset": images.dataset._fingerprint,
         "image_column": images.image_column,
@@ -168,62 +162,3 @@ def encoded(
         moments = [[part for part in encode_moments(vae, view) if part is not None] for view in views]
         stacked = torch.stack([torch.stack(parts, dim=1) for parts in moments], dim=1)
         yield {"moments": stacked.cpu(), "original_size": batch["original_size"]}
-
-
-@dataclass(frozen=True)
-class CachedTextEmbeddings:
-    """A [`TextEncoder`] of the texts that [`cache_text_embeddings`] encoded, by their places in its rows."""
-
-    places: dict[str, int]
-    rows: CachedRows
-    device: torch.device
-
-    def __call__(self, texts: list[str]) -> Rows:
-        """The embeddings of texts, on the device; a `ValueError` for a text that was not encoded."""
-        for text in texts:
-            if text not in self.places:
-                raise ValueError(f"`texts` must be those that were encoded before training, got {text!r}.")
-        rows = self.rows.read([self.places[text] for text in texts])
-        return send_to_device(rows, self.device, non_blocking=True)
-
-
-def cache_text_embeddings(
-    encode: TextEncoder,
-    texts: Collection[str],
-    tokenizers: Sequence[Any],
-    models: Sequence[torch.nn.Module],
-    settings: dict[str, Any],
-    cache_dir: str | os.PathLike,
-    *,
-    batch_size: int,
-    device: torch.device,
-) -> CachedTextEmbeddings:
-    """Encodes every text once, or finds that this was done before, in this run or another.
-
-    A cache belongs to its texts and to what encodes them (`settings` is all else that results depend on); anything
-    else makes a new one. With several processes, let the main one go first. A cache takes the bytes of one embedding
-    per text, in the text encoders' precision: 2.7 MB in half precision for Stable Diffusion 3. The result is
-    `encode`'s to within rounding: a text's numbers may depend on those encoded along with it.
-    """
-    texts = sorted(texts)
-    tokenizers = [part.tokenizer if isinstance(part, ProcessorMixin) else part for part in tokenizers]
-    description = {
-        "format": _FORMAT,
-        "texts": texts,
-        # The files of a tokenizer also say where it was loaded from. This is what it does; `encode` truncates.
-        "tokens": [tokenizer(texts, verbose=False)["input_ids"] for tokenizer in tokenizers],
-        "padding": [[part.pad_token_id, part.padding_side, part.model_max_length] for part in tokenizers],
-        "chats": [tokenizer.chat_template for tokenizer in tokenizers],
-        "models": [type(model).__name__ for model in models],
-        "configs": [_describe(model) for model in models],
-        "settings": settings,
-    }
-    folder = Path(cache_dir) / f"text-embeddings-{content_key(description, models)}"
-    batches = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
-    rows = CachedRows.made_once(folder, lambda: map(encode, tqdm(batches, "Caching text embeddings", unit="batch")))
-    return CachedTextEmbeddings({text: place for place, text in enumerate(texts)}, rows, device)
-
-
-def _describe(model: torch.nn.Module) -> dict[str, Any]:
-    config = model.config.to_dict()
-    return {name: config[name] for name in config if not name.startswith("_") and name not in _NOT_THE_MODEL}
