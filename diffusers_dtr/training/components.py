@@ -190,13 +190,18 @@ def resolve_resolution(
             f"`--resolution` must be a multiple of {factor * multiple}, got {resolution}: {model_class.__name__} "
             f"works on whole blocks of {multiple} {blocks}."
         )
-    most = model_config.get("pos_embed_max_size")
-    if most is not None and resolution // factor > most * multiple:
-        raise ValueError(
-            f"`--resolution` must be at most {most * multiple * factor}, got {resolution}: the denoiser knows {most} "
-            "positions along a side (`pos_embed_max_size`)."
-        )
+    check_positions("resolution", resolution, factor * multiple, model_config)
     return config.replace(resolution=resolution)
+
+
+def check_positions(flag: str, side: int, token: int, model_config: Mapping[str, Any]) -> None:
+    """Refuse images with more tokens of so many pixels along a side than a denoiser has positions for."""
+    known = model_config.get("pos_embed_max_size")
+    if known is not None and side > known * token:
+        raise ValueError(
+            f"`--{flag}` must be at most {known * token}, got {side}: the denoiser knows {known} positions along a "
+            "side (`pos_embed_max_size`)."
+        )
 
 
 def sample_size(config: TrainingConfig, vae: ModelMixin | None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,15 @@ from ..pipelines.pipeline_dtr import DTRPipeline
 from ..run_record import TEXT_EMBEDDINGS
 from .components import load_vae
 from .config import TrainingConfig
-from .data.encoder_cache import TextEncoder, cache_text_embeddings
 from .data.loading import TrainingData
-from .families.base import DenoiserFamily, TextRows
+from .data.text_embeddings import (
+    CachedTextEmbeddings,
+    TextEncoder,
+    TextEncoding,
+    cache_text_embeddings,
+    load_text_embeddings,
+)
+from .families.base import DenoiserFamily
 from .families.parts import frozen_dtype
 from .lora import save_lora
 from .noise_schedule import sampling_scheduler
@@ -111,24 +118,38 @@ class TextPipeline:
     ):
         self.config, self.family, self.denoiser = config, family, family.denoiser
         self.pipeline = self._load(model, data.vae, frozen_dtype(accelerator))
-        encoders = self._components("text_encoder")
+        encoders = _components(self.pipeline, "text_encoder")
         self.settings = frozen_settings(
             autoencoder=data.vae, **{name.replace("_", " "): part for name, part in encoders.items()}
         )
         number, captions = config.validation.num_validation_images, data.images.captions
         prompts = config.text.validation_prompts or [captions[row][0] for row in range(min(number, len(data.images)))]
         self.prompts = [prompts[index % len(prompts)] for index in range(number)]
-        self._prompt_options = family.prompt_options(self.pipeline, config.text.max_sequence_length)
-        for encoder in encoders.values():
-            encoder.requires_grad_(False).eval().to(accelerator.device)
-        self._device, self._cached_embeddings = accelerator.device, None
-        if config.text.cache_text_embeddings:
-            sources = [data.dataset] if data.held_out is None else [data.dataset, data.held_out]
-            texts = chain([""], prompts, *(source.captions.all() for source in sources))
-            with accelerator.main_process_first():
-                self._cached_embeddings = self._cache_embeddings(set(texts), encoders)
+        encoding = text_encoding(family, self.pipeline, config.text.max_sequence_length, accelerator.device)
+        self.encode = self._encoder(encoding, prompts, data, accelerator)
+        if isinstance(self.encode, CachedTextEmbeddings):
             for name in encoders:
                 setattr(self.pipeline, name, None)
+
+    def _encoder(
+        self, encoding: TextEncoding, prompts: Sequence[str], data: TrainingData, accelerator: Accelerator
+    ) -> TextEncoder:
+        """Text encoders or, of all texts of the run, what they made ahead of training or make now."""
+        config, device = self.config, accelerator.device
+        latents_dir, captions = getattr(config.data, "latents_dir", None), data.images.captions
+        ahead = None if latents_dir is None else load_text_embeddings(latents_dir, encoding, captions, device)
+        if ahead is None and not config.text.cache_text_embeddings:
+            encoding.to(device)
+            return encoding.encode
+        sources = [source.captions.all() for source in (data.dataset, data.held_out) if source is not None]
+        places = {} if ahead is None else ahead.places
+        rest = {"", *prompts, *chain.from_iterable(sources)} - places.keys()
+        if rest:
+            encoding.to(device)
+            folder, size = Path(config.run.output_dir) / TEXT_EMBEDDINGS, config.run.train_batch_size
+            with accelerator.main_process_first():
+                places |= cache_text_embeddings(encoding, rest, folder, batch_size=size, device=device).places
+        return CachedTextEmbeddings(places, device)
 
     def _load(self, model: ModelMixin, vae: ModelMixin, dtype: torch.dtype | None = None) -> DiffusionPipeline:
         """The pretrained pipeline with this denoiser and autoencoder, and the noise schedule of the flags.
@@ -147,32 +168,6 @@ class TextPipeline:
         self.family.check_pipeline(pipeline)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
-
-    def _components(self, beginning: str) -> dict[str, Any]:
-        """Those whose names begin alike, such as text_encoder, text_encoder_2."""
-        parts = self.pipeline.components.items()
-        return {name: part for name, part in parts if name.startswith(beginning) and part is not None}
-
-    def _cache_embeddings(self, texts: set[str], encoders: dict[str, torch.nn.Module]) -> TextEncoder:
-        config = dict(self.pipeline.config).items()
-        # What else the pipeline's config says of how texts are encoded
-        own = {name: value for name, value in config if name[0] != "_" and isinstance(value, bool | int | str)}
-        return cache_text_embeddings(
-            self.encode,
-            texts,
-            list(self._components("tokenizer").values()),
-            list(encoders.values()),
-            {"pipeline": type(self.pipeline).__name__, **own, **self._prompt_options},
-            Path(self.config.run.output_dir) / TEXT_EMBEDDINGS,
-            batch_size=self.config.run.train_batch_size,
-            device=self._device,
-        )
-
-    def encode(self, texts: list[str]) -> TextRows:
-        """What the pipeline makes of texts, by the frozen text encoders or from a cache."""
-        if self._cached_embeddings is not None:
-            return self._cached_embeddings(texts)
-        return self.family.encode(self.pipeline, texts, self._device, self._prompt_options)
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -233,6 +228,39 @@ class TextPipeline:
                 save_lora(self.pipeline, self.denoiser, folder)
             return
         save_pipeline(self._load(model, load_vae(self.config.model)), folder)
+
+
+def load_text_encoding(
+    config: TrainingConfig, family: DenoiserFamily, dtype: torch.dtype = torch.float32
+) -> TextEncoding:
+    """How the pretrained pipeline encodes texts, by text encoders in a precision, on this process's device."""
+    source, parts = config.model, {family.denoiser: None, "vae": None}
+    pipeline = DiffusionPipeline.from_pretrained(
+        source.pretrained_model_name_or_path, **parts, **pretrained_options(source), dtype=dtype
+    )
+    device = PartialState().device
+    return text_encoding(family, pipeline, config.text.max_sequence_length, device).to(device)
+
+
+def text_encoding(
+    family: DenoiserFamily, pipeline: DiffusionPipeline, max_sequence_length: int | None, device: torch.device
+) -> TextEncoding:
+    """How a family's pipeline encodes texts, with its text encoders frozen."""
+    options = family.prompt_options(pipeline, max_sequence_length)
+    models, tokenizers = (list(_components(pipeline, kind).values()) for kind in ("text_encoder", "tokenizer"))
+    for model in models:
+        model.requires_grad_(False).eval()
+    # What else the pipeline's config says of how texts are encoded
+    config = dict(pipeline.config).items()
+    own = {name: value for name, value in config if name[0] != "_" and isinstance(value, bool | int | str)}
+    settings = {"pipeline": type(pipeline).__name__, **own, **options}
+    return TextEncoding(partial(family.encode, pipeline, device=device, options=options), tokenizers, models, settings)
+
+
+def _components(pipeline: DiffusionPipeline, beginning: str) -> dict[str, Any]:
+    """Those whose names begin alike, such as text_encoder, text_encoder_2."""
+    parts = pipeline.components.items()
+    return {name: part for name, part in parts if name.startswith(beginning) and part is not None}
 
 
 def seeded(rows: Sequence[int]) -> list[torch.Generator]:

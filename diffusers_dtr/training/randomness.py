@@ -19,7 +19,7 @@ class Draw(IntEnum):
     """What is drawn, and at which place. Draws of one seed and place are independent."""
 
     # Spelt out, because small numbers would hash like others: (seed, epoch, index, 0) equals (seed, epoch, index).
-    ORDER = int.from_bytes(b"order", "big")  # epoch, 0
+    ORDER = int.from_bytes(b"order", "big")  # epoch, stream
     SUBSET = int.from_bytes(b"subset", "big")  # 0, 0
     AUGMENTATION = int.from_bytes(b"augmentation", "big")  # epoch, index
     POSTERIOR = int.from_bytes(b"posterior", "big")  # epoch, index

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from diffusers_dtr import training
-from diffusers_dtr.training.config import JSONConfig, LoraConfig, ModelConfig, TextConfig, option
+from diffusers_dtr.training.config import CaptionedDataConfig, JSONConfig, LoraConfig, ModelConfig, TextConfig, option
 from diffusers_dtr.training.families import (
     TEXT_TO_IMAGE_FAMILIES,
     denoiser_family,
@@ -32,7 +32,7 @@ class DenoiserConfig(ModelConfig):
 
 
 def parse_args(argv=None):
-    parts = {"model": DenoiserConfig, "text": TextConfig, "lora": LoraConfig}
+    parts = {"model": DenoiserConfig, "data": CaptionedDataConfig, "text": TextConfig, "lora": LoraConfig}
     return training.parse_config(argv, description=__doc__, **parts)
 
 

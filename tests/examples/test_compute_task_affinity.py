@@ -209,7 +209,7 @@ def test_denoiser_is_told_the_first_captions_of_the_images(name, flags, captione
     family, pipeline = pipelines.family, DiffusionPipeline.from_pretrained(pipeline)
     options = family.prompt_options(pipeline, pipelines.args.max_sequence_length)
     encoded = family.encode(pipeline, captions, torch.device("cpu"), options)
-    torch.testing.assert_close(conditions, family.conditions(pipeline, encoded, {}))
+    torch.testing.assert_close(conditions, family.conditions(pipeline, encoded, batches[0]))
 
 
 def test_unconditional_pipeline_is_measured(inputs, tmp_path):

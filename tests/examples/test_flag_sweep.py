@@ -41,6 +41,7 @@ VALUES = {
     "adam_beta2": "0 0.99",
     "adam_epsilon": "1e-30 1e-8 1",
     "adam_weight_decay": "0 0.1 10",
+    "aspect_ratio_buckets": "auto 8,8;8,16;16,8 8,24 4,4",
     "balancing_update_every": "1 3",
     "caption_column": "text caption",
     "checkpointing_steps": "1 2 3",

@@ -23,8 +23,9 @@ from tiny_text_encoders import pixart_alpha, stable_diffusion, stable_diffusion_
 from diffusers_dtr import DTRPipeline
 from diffusers_dtr.latents import latent_channels
 from diffusers_dtr.noise_levels import NoiseLevels
-from diffusers_dtr.training import TextPipeline
+from diffusers_dtr.training import TextPipeline, load_text_encoding
 from diffusers_dtr.training.families import TEXT_TO_IMAGE_FAMILIES, TEXT_TO_VIDEO_FAMILIES, denoiser_family
+from diffusers_dtr.training.pipelines import text_encoding
 
 
 def parts_of(build, denoiser: str, **others):
@@ -124,9 +125,9 @@ def encode(family, pipeline, tiny, texts):
     return family.encode(pipeline, texts, torch.device("cpu"), options)
 
 
-def batch_of(texts, size):
-    sizes = torch.full((len(texts), 2), size)
-    return {"caption": texts, "original_size": sizes, "crop_top_left": torch.zeros_like(sizes)}
+def batch_of(texts, *size):
+    sizes = torch.tensor([size] * len(texts))
+    return {"caption": texts, "original_size": sizes, "crop_top_left": 0 * sizes, "target_size": sizes}
 
 
 def steps(pipeline, monkeypatch, **call):
@@ -143,16 +144,25 @@ def steps(pipeline, monkeypatch, **call):
     return taken
 
 
-@every_family
-def test_denoiser_answers_in_training_what_its_pipeline_makes_of_it(name, monkeypatch):
-    tiny = ALL[name]
+OF_IMAGES = [name for name, tiny in ALL.items() if tiny.pipeline_class in TEXT_TO_IMAGE_FAMILIES]
+
+
+@pytest.mark.parametrize(
+    ("name", "stretched"), [*((name, 1) for name in ALL), *((name, 2) for name in OF_IMAGES)], ids=str
+)
+def test_denoiser_answers_in_training_what_its_pipeline_makes_of_it(name, stretched, monkeypatch):
+    tiny, call = ALL[name], dict(ALL[name].call)
+    if "image" in call:
+        call["image"] = call["image"].repeat(1, 1, 1, stretched)
+    else:
+        call["width"] = tiny.size * stretched
     pipeline, family = tiny.pipeline(), family_of(tiny, guidance_scale=2.0)
     guidance = {**family.guidance(1.0), **({"guidance_scale": 2.0} if not family.guided else {})}
     model = getattr(pipeline, family.denoiser)
     rows = encode(family, pipeline, tiny, PROMPTS)
-    conditions = family.conditions(pipeline, rows, batch_of(PROMPTS, tiny.size))
-    size = family.latent_size(pipeline.vae)
-    for output, timestep, noisy in steps(pipeline, monkeypatch, prompt=[*PROMPTS], **tiny.call, **guidance):
+    conditions = family.conditions(pipeline, rows, batch_of(PROMPTS, tiny.size, tiny.size * stretched))
+    size = (*family.latent_size(pipeline.vae)[:-1], family.latent_size(pipeline.vae)[-1] * stretched)
+    for output, timestep, noisy in steps(pipeline, monkeypatch, prompt=[*PROMPTS], **call, **guidance):
         noisy, expected = (family.unpack(pipeline, latents, size) for latents in (noisy, output))
         with torch.no_grad():
             answer = family.denoise(pipeline, model, noisy, timestep.expand(len(PROMPTS)).float(), conditions)
@@ -230,6 +240,20 @@ def test_text_encoders_are_gone_once_their_embeddings_are_cached(config, acceler
     assert all(len(embeddings) == 3 for embeddings in trained.encode(PROMPTS).values())
 
 
+@pytest.mark.parametrize("name", OF_IMAGES)
+def test_texts_are_encoded_ahead_of_training_as_in_training(name, config, accelerator):
+    tiny = ALL[name]
+    sizes = {"resolution": tiny.size, "max_sequence_length": tiny.max_sequence_length}
+    config = config.replace(**sizes, validation_guidance_scale=1.0)
+    _, trained = load(name, config, accelerator)
+    ahead = load_text_encoding(config, trained.family)
+    device = torch.device("cpu")
+    in_training = text_encoding(trained.family, trained.pipeline, tiny.max_sequence_length, device)
+    assert ahead.describe(PROMPTS) == in_training.describe(PROMPTS)
+    assert ahead.describe(PROMPTS) != ahead.describe(PROMPTS[:2])
+    torch.testing.assert_close(ahead.encode(PROMPTS), trained.encode(PROMPTS))
+
+
 def test_embeddings_of_another_length_are_not_taken_from_the_cache(config, accelerator):
     for number_of_caches, length in ((1, 12), (2, 7)):
         config = config.replace(cache_text_embeddings=True, max_sequence_length=length)
@@ -269,14 +293,12 @@ def test_pixart_is_told_the_size_of_its_images_where_it_wants_to_know(config, ac
     wants = PIXART.routed(use_additional_conditions=True, attention_head_dim=12, cross_attention_dim=24)
     inputs = {"hidden_states": torch.ones(3, 4, 8, 8), "timestep": torch.tensor([5, 50, 500])}
     _, trained = load("pixart", config, accelerator)
-    told = [trained.conditions({"caption": PROMPTS})]
-    trained.family.resolution = 512
-    told.append(trained.conditions({"caption": PROMPTS}))
+    told = [trained.conditions(batch_of(PROMPTS, *size)) for size in ((8, 8), (512, 256))]
     with torch.no_grad():
         one, other = (wants(**inputs, **conditions).sample for conditions in told)
     assert not torch.equal(one, other)
-    assert told[1]["added_cond_kwargs"]["resolution"].tolist() == [[512, 512]] * 3
-    assert told[1]["added_cond_kwargs"]["aspect_ratio"].tolist() == [[1]] * 3
+    assert told[1]["added_cond_kwargs"]["resolution"].tolist() == [[512, 256]] * 3
+    assert told[1]["added_cond_kwargs"]["aspect_ratio"].tolist() == [[2]] * 3
 
 
 @pytest.mark.parametrize("name", SMALL)

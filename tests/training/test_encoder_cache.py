@@ -20,9 +20,10 @@ from tiny_text_encoders import clip_text_model, clip_tokenizer
 from transformers import CLIPTokenizer
 
 from diffusers_dtr.latents import encode_images
-from diffusers_dtr.training.data.encoder_cache import CachedTextEmbeddings, cache_latents, cache_text_embeddings
+from diffusers_dtr.training.data.encoder_cache import cache_latents
 from diffusers_dtr.training.data.images import ImageTransform, UnreadableImageError
 from diffusers_dtr.training.data.samples import ImageDataset
+from diffusers_dtr.training.data.text_embeddings import CachedTextEmbeddings, TextEncoding, cache_text_embeddings
 from diffusers_dtr.training.data.training_images import TrainingImages, load_training_images
 from diffusers_dtr.training.randomness import posterior_generators
 
@@ -151,8 +152,8 @@ class Encoder:
 
 
 def cache_texts(folder: Path, encoder: Encoder, texts=TEXTS, **settings) -> CachedTextEmbeddings:
-    parts = [encoder.tokenizer], [encoder.model], settings, folder.parent / "cache"
-    return cache_text_embeddings(encoder, texts, *parts, batch_size=2, device=torch.device("cpu"))
+    encoding = TextEncoding(encoder, [encoder.tokenizer], [encoder.model], settings)
+    return cache_text_embeddings(encoding, texts, folder.parent / "cache", batch_size=2, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("dtype", "ragged"), [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)])

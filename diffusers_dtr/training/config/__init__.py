@@ -1,6 +1,7 @@
 """Typed configuration of a run: frozen dataclasses, whose fields are the flags of the training scripts."""
 
 from .data import (
+    CaptionedDataConfig,
     DataConfig,
     JSONConfig,
     LabelledDataConfig,
@@ -19,6 +20,7 @@ from .training_config import TrainingConfig, parse_config
 
 __all__ = [
     "BelowOne",
+    "CaptionedDataConfig",
     "DataConfig",
     "EMAConfig",
     "GuidedValidationConfig",

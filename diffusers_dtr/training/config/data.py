@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 from PIL import Image
 
-from ...config_types import parse_object, read_object
+from ...config_types import parse_object, read_object, shortened
 from .options import Count, NonNegative, Options, Positive, Share, Whole, option
 
 
@@ -150,6 +152,39 @@ class LabelledDataConfig(DataConfig):
     def __post_init__(self):
         super().__post_init__()
         self.effect_only(self.streaming, "with --streaming", "num_classes")
+
+
+@dataclass(frozen=True)
+class CaptionedDataConfig(DataConfig):
+    """Images with captions."""
+
+    aspect_ratio_buckets: str | None = option(
+        None,
+        "Heights and widths, such as '512,512;448,576', or auto: images are resized and cropped to those of the "
+        "nearest ratio, and all images of a step are of one size. Default squares of --resolution.",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("streaming", "latents_dir"):  # both before sizes are known
+            self.effect_only(not getattr(self, name), f"without --{name}", "aspect_ratio_buckets")
+        ratios = [Fraction(*size) for size in self.bucket_sizes or ()]
+        if len(set(ratios)) < len(ratios):
+            raise ValueError(
+                f"`--aspect_ratio_buckets` must have one size of a ratio of sides, got {self.aspect_ratio_buckets}."
+            )
+
+    @property
+    def bucket_sizes(self) -> list[tuple[int, int]] | None:
+        """Height and width of every bucket; None without, or if they are still to be found."""
+        if self.aspect_ratio_buckets in (None, "auto"):
+            return None
+        if not re.fullmatch(r"[1-9]\d{0,5},[1-9]\d{0,5}(;[1-9]\d{0,5},[1-9]\d{0,5})*", self.aspect_ratio_buckets):
+            raise ValueError(
+                "`--aspect_ratio_buckets` must be auto, or heights and widths such as '512,512;448,576', got "
+                f"{shortened(self.aspect_ratio_buckets)}."
+            )
+        return [tuple(map(int, size.split(","))) for size in self.aspect_ratio_buckets.split(";")]
 
 
 @dataclass(frozen=True)

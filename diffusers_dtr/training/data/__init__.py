@@ -3,7 +3,7 @@
 from .captions import CaptionedDataset
 from .classes import match_classes, match_pretrained_classes
 from .loading import TrainingData, build_loader, held_out_samples, load_data, load_images
-from .precompute import precompute_latents
+from .precompute import precompute_latents, precompute_text_embeddings
 
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "match_classes",
     "match_pretrained_classes",
     "precompute_latents",
+    "precompute_text_embeddings",
 ]

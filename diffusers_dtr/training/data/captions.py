@@ -7,13 +7,17 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import torch
 from torch.utils.data import Dataset
 
 from ..randomness import Draw, generator_for
+
+
+if TYPE_CHECKING:
+    from .buckets import AspectRatioBuckets
 
 
 _ROWS_AT_ONCE = 10_000
@@ -97,6 +101,11 @@ class CaptionedDataset(Dataset):
     def images(self) -> Any:
         """What the dataset has samples of."""
         return self.dataset.images
+
+    @property
+    def buckets(self) -> AspectRatioBuckets | None:
+        """The buckets of its images, if any."""
+        return self.dataset.buckets
 
     def __getitem__(self, item: tuple) -> dict[str, Any]:
         """The sample of an (epoch, index), or of an (epoch, index, row) of a stream, with its `caption`."""

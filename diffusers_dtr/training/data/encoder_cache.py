@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate.utils import send_to_device
 from datasets.utils import tqdm
 from diffusers import ModelMixin
 from torch.utils.data import DataLoader
-from transformers import ProcessorMixin
 
 from ...caches import build_folder, content_key
 from ...latents import LatentNormalization, encode_moments, sample_posterior
@@ -26,19 +24,16 @@ from .training_images import TrainingImages
 
 
 if TYPE_CHECKING:
+    from .buckets import AspectRatioBuckets
     from .latent_shards import LatentShards
 
 
 # Tensors of as many rows, or lists of rows that differ in length, by name.
 Rows = dict[str, torch.Tensor | list[torch.Tensor]]
-# The names are those of the arguments by which the family's pipeline takes them.
-TextEncoder = Callable[[list[str]], Rows]
 
 # Part of every cache's name: to be changed whenever what the files mean changes.
-_FORMAT = 6
+FORMAT = 7
 _INDEX = "index.json"
-# What a text encoder's config says of the files that it was loaded from.
-_NOT_THE_MODEL = {"architectures", "dtype", "torch_dtype", "transformers_version"}
 
 
 class CachedRows:
@@ -47,8 +42,12 @@ class CachedRows:
     def __init__(self, folder: Path):
         self.folder = folder
         self._layouts = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-        self._files = {name: np.memmap(folder / name, mode="r") for name in self._layouts}
-        self._ends = {name: np.cumsum(layout["bytes"]) for name, layout in self._layouts.items()}
+        self._files, self._ends = {}, {}
+        for name, layout in self._layouts.items():
+            layout["shapes"] = np.array(layout["shapes"], dtype=np.int32)
+            layout["dtype"] = getattr(torch, layout["dtype"])
+            self._files[name] = np.memmap(folder / name, mode="r")
+            self._ends[name] = layout["shapes"].prod(1, dtype=np.int64).cumsum() * layout["dtype"].itemsize
 
     @classmethod
     def made_once(cls, folder: Path, batches: Callable[[], Iterable[Rows]]) -> CachedRows:
@@ -66,22 +65,22 @@ class CachedRows:
         return {name: torch.stack(rows[name]) if self._layouts[name]["stacked"] else rows[name] for name in rows}
 
     def _row(self, name: str, place: int) -> torch.Tensor:
-        layout, end = self._layouts[name], self._ends[name][place]
-        content = torch.from_numpy(np.array(self._files[name][end - layout["bytes"][place] : end]))
-        return content.view(getattr(torch, layout["dtype"])).view(-1, *layout["shape"])
+        layout, ends = self._layouts[name], self._ends[name]
+        content = self._files[name][ends[place - 1] if place else 0 : ends[place]]
+        return torch.from_numpy(np.array(content)).view(layout["dtype"]).view(*layout["shapes"][place])
 
 
 def _write(folder: Path, batches: Iterable[Rows]) -> None:
     layouts = {}
     for batch in batches:
         for name, rows in batch.items():
-            dtype, shape = str(rows[0].dtype).removeprefix("torch."), [*rows[0].shape[1:]]
-            stacked = isinstance(rows, torch.Tensor)
-            layout = layouts.setdefault(name, {"dtype": dtype, "shape": shape, "stacked": stacked, "bytes": []})
+            dtype, stacked = str(rows[0].dtype).removeprefix("torch."), isinstance(rows, torch.Tensor)
+            layout = layouts.setdefault(name, {"dtype": dtype, "stacked": stacked, "shapes": []})
             # Written, not mapped: on a full disk a write raises an error, where a memory map ends the process.
             with open(folder / name, "ab") as file:
                 for row in rows:
-                    layout["bytes"].append(file.write(row.cpu().contiguous().view(-1).view(torch.uint8).numpy().data))
+                    layout["shapes"].append(row.shape)
+                    file.write(row.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     (folder / _INDEX).write_text(json.dumps(layouts), encoding="utf-8")
 
 
@@ -93,7 +92,7 @@ class LatentDataset(ImageDataset):
     normalization: LatentNormalization
 
     def _read(self, epoch: int, index: int, augmentation: Augmentation) -> tuple[dict[str, Any], tuple[int, int]]:
-        row = self.rows.read([index])
+        row = self.rows.read([index if self.buckets is None else self.buckets.place(index)])
         mean, *std = row["moments"][:, int(augmentation.flip)].unbind(1)
         generators = posterior_generators(self.seed, [epoch], [index])
         latents = sample_posterior(mean, std[0] if std else None, generators)
@@ -109,6 +108,7 @@ def cache_latents(
     seed: int,
     batch_size: int = 32,
     num_workers: int = 0,
+    buckets: AspectRatioBuckets | None = None,
 ) -> LatentDataset:
     """Encodes every image once, or finds that this was done before, in this run or another.
 
@@ -119,17 +119,19 @@ def cache_latents(
     """
     normalization = LatentNormalization.from_vae(vae)
     description = {
-        "format": _FORMAT,
+        "format": FORMAT,
         # `datasets` has no other name for a dataset's content, and documents this one for looking at.
         "dataset": images.dataset._fingerprint,
         "image_column": images.image_column,
         "transform": asdict(transform),
+        "buckets": None if buckets is None else buckets.sizes,
         **describe_autoencoder(vae),
     }
     folder = Path(cache_dir) / f"latents-{content_key(description, [vae])}"
-    batches = [range(len(images))[start : start + batch_size] for start in range(0, len(images), batch_size)]
-    rows = CachedRows.made_once(folder, lambda: encoded(vae, images, transform, batches, num_workers))
-    return LatentDataset(images, transform, seed=seed, rows=rows, normalization=normalization)
+    alike = [range(len(images))] if buckets is None else buckets.rows
+    batches = [rows[start : start + batch_size] for rows in alike for start in range(0, len(rows), batch_size)]
+    rows = CachedRows.made_once(folder, lambda: encoded(vae, images, transform, batches, num_workers, buckets))
+    return LatentDataset(images, transform, seed=seed, buckets=buckets, rows=rows, normalization=normalization)
 
 
 def describe_autoencoder(vae: ModelMixin) -> dict[str, Any]:
@@ -140,11 +142,16 @@ def describe_autoencoder(vae: ModelMixin) -> dict[str, Any]:
 
 
 def encoded(
-    vae: ModelMixin, images: TrainingImages, transform: ImageTransform, batches: Sequence[range], num_workers: int
+    vae: ModelMixin,
+    images: TrainingImages,
+    transform: ImageTransform,
+    batches: Sequence[Sequence[int]],
+    num_workers: int,
+    buckets: AspectRatioBuckets | None = None,
 ) -> Iterator[Rows]:
     """`moments` `(batch, views, moments, channels, height, width)`: as it is and flipped; mean and deviation."""
     loader = DataLoader(
-        ImageDataset(images, replace(transform, random_flip=False), seed=0),
+        ImageDataset(images, replace(transform, random_flip=False), seed=0, buckets=buckets),
         batch_sampler=[[(0, row) for row in rows] for rows in batches],
         num_workers=num_workers,
         # Else the global generator would go on, and a run that finds the cache would differ from this one.
@@ -155,62 +162,3 @@ def encoded(
         moments = [[part for part in encode_moments(vae, view) if part is not None] for view in views]
         stacked = torch.stack([torch.stack(parts, dim=1) for parts in moments], dim=1)
         yield {"moments": stacked.cpu(), "original_size": batch["original_size"]}
-
-
-@dataclass(frozen=True)
-class CachedTextEmbeddings:
-    """A [`TextEncoder`] of the texts that [`cache_text_embeddings`] encoded, by their places in its rows."""
-
-    places: dict[str, int]
-    rows: CachedRows
-    device: torch.device
-
-    def __call__(self, texts: list[str]) -> Rows:
-        """The embeddings of texts, on the device; a `ValueError` for a text that was not encoded."""
-        for text in texts:
-            if text not in self.places:
-                raise ValueError(f"`texts` must be those that were encoded before training, got {text!r}.")
-        rows = self.rows.read([self.places[text] for text in texts])
-        return send_to_device(rows, self.device, non_blocking=True)
-
-
-def cache_text_embeddings(
-    encode: TextEncoder,
-    texts: Collection[str],
-    tokenizers: Sequence[Any],
-    models: Sequence[torch.nn.Module],
-    settings: dict[str, Any],
-    cache_dir: str | os.PathLike,
-    *,
-    batch_size: int,
-    device: torch.device,
-) -> CachedTextEmbeddings:
-    """Encodes every text once, or finds that this was done before, in this run or another.
-
-    A cache belongs to its texts and to what encodes them (`settings` is all else that results depend on); anything
-    else makes a new one. With several processes, let the main one go first. A cache takes the bytes of one embedding
-    per text, in the text encoders' precision: 2.7 MB in half precision for Stable Diffusion 3. The result is
-    `encode`'s to within rounding: a text's numbers may depend on those encoded along with it.
-    """
-    texts = sorted(texts)
-    tokenizers = [part.tokenizer if isinstance(part, ProcessorMixin) else part for part in tokenizers]
-    description = {
-        "format": _FORMAT,
-        "texts": texts,
-        # The files of a tokenizer also say where it was loaded from. This is what it does; `encode` truncates.
-        "tokens": [tokenizer(texts, verbose=False)["input_ids"] for tokenizer in tokenizers],
-        "padding": [[part.pad_token_id, part.padding_side, part.model_max_length] for part in tokenizers],
-        "chats": [tokenizer.chat_template for tokenizer in tokenizers],
-        "models": [type(model).__name__ for model in models],
-        "configs": [_describe(model) for model in models],
-        "settings": settings,
-    }
-    folder = Path(cache_dir) / f"text-embeddings-{content_key(description, models)}"
-    batches = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
-    rows = CachedRows.made_once(folder, lambda: map(encode, tqdm(batches, "Caching text embeddings", unit="batch")))
-    return CachedTextEmbeddings({text: place for place, text in enumerate(texts)}, rows, device)
-
-
-def _describe(model: torch.nn.Module) -> dict[str, Any]:
-    config = model.config.to_dict()
-    return {name: config[name] for name in config if not name.startswith("_") and name not in _NOT_THE_MODEL}

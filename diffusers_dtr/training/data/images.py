@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 
 
 logger = logging.getLogger(__name__)
@@ -37,9 +37,21 @@ def decode_image(encoded: Mapping[str, bytes | str | None] | None) -> Image.Imag
     The result is of mode L, RGB or RGBA, in sRGB: an embedded ICC profile is converted. Grey values of 16 bits are
     scaled to 8; a file in which none is above 4095 holds 12 bits.
     """
+    return decode_frames(_source(encoded), [0])[0]
+
+
+def upright_size(encoded: Mapping[str, bytes | str | None] | None) -> tuple[int, int]:
+    """Width and height of what [`decode_image`] returns, of which no pixel is decoded."""
+    with decoding(), Image.open(_source(encoded)) as image:
+        # PNG's own method decodes the image, in case that what turns it comes after the pixels. TIFF has its size so.
+        turn = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+        return image.size[::-1] if turn in (5, 6, 7, 8) and image.format != "TIFF" else image.size
+
+
+def _source(encoded: Mapping[str, bytes | str | None] | None) -> str | BinaryIO:
     if encoded is None:
         raise UnreadableImageError("the row has none")
-    return decode_frames(encoded["path"] if encoded["bytes"] is None else BytesIO(encoded["bytes"]), [0])[0]
+    return encoded["path"] if encoded["bytes"] is None else BytesIO(encoded["bytes"])
 
 
 def decode_frames(source: str | os.PathLike | BinaryIO, numbers: Sequence[int]) -> list[Image.Image]:
@@ -160,13 +172,21 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """From a decoded image to a tensor of 1 (grey) or 3 (RGB) channels: resize, crop, flip."""
+    """From a decoded image to a tensor of 1 (grey) or 3 (RGB) channels: resize, crop, flip.
 
-    resolution: int
+    The `resolution` is the side of a square, or height and width.
+    """
+
+    resolution: int | tuple[int, int]
     channels: int = 3
     center_crop: bool = False
     random_flip: bool = False
     interpolation: str = "bilinear"
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the result, as Pillow has them."""
+        return (self.resolution,) * 2 if isinstance(self.resolution, int) else self.resolution[::-1]
 
     def draw(self, generator: torch.Generator) -> Augmentation:
         """Draws a sample's augmentation. The flip does not depend on whether the crop is random."""
@@ -177,23 +197,24 @@ class ImageTransform:
         """What Stable Diffusion XL is told of an image's past; `size` is its width and height.
 
         `original_size`, height and width, and `crop_top_left`, how many of the resized image's rows and columns lie
-        before the crop, in the mirrored image if it is mirrored; `(2,)` each.
+        before the crop, in the mirrored image if it is mirrored; `target_size`, that of the crop; `(2,)` each.
         """
         resized = self._resized(size)
         left, top = self._corner(resized, augmentation.crop)
-        left = resized[0] - self.resolution - left if augmentation.flip else left
-        return {"original_size": torch.tensor(size[::-1]), "crop_top_left": torch.tensor((top, left))}
+        left = resized[0] - self.size[0] - left if augmentation.flip else left
+        sizes = {"original_size": size[::-1], "crop_top_left": (top, left), "target_size": self.size[::-1]}
+        return {name: torch.tensor(values) for name, values in sizes.items()}
 
     def __call__(self, image: Image.Image, augmentation: Augmentation) -> torch.Tensor:
-        """Makes a tensor `(channels, resolution, resolution)`, float32 in [-1, 1], of an L, RGB or RGBA image.
+        """Makes a tensor `(channels, height, width)`, float32 in [-1, 1], of an L, RGB or RGBA image.
 
-        The shorter side becomes `resolution`, with antialiasing: what torchvision's `Resize` does to a Pillow image.
-        What is transparent becomes white.
+        Of a square, the shorter side becomes `resolution`, with antialiasing: what torchvision's `Resize` does to a
+        Pillow image; else the image becomes as small as covers height and width. What is transparent becomes white.
         """
         if image.mode == "RGBA":
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
         image = self._resize_and_crop(image.convert(_MODES[self.channels]), augmentation.crop)
-        pixels = torch.from_numpy(np.array(image)).view(self.resolution, self.resolution, self.channels)
+        pixels = torch.from_numpy(np.array(image)).view(*self.size[::-1], self.channels)
         pixels = pixels.flip(1) if augmentation.flip else pixels
         return pixels.permute(2, 0, 1).float().div_(127.5).sub_(1).contiguous()
 
@@ -201,20 +222,22 @@ class ImageTransform:
         size = self._resized(image.size)
         mode = Image.Resampling[self.interpolation.upper()]
         corner = self._corner(size, crop)
-        box = [*corner, *(start + self.resolution for start in corner)]
-        if max(size) <= _MAX_WHOLE_RATIO * self.resolution:
+        box = [*corner, *(start + side for start, side in zip(corner, self.size, strict=True))]
+        if all(long <= _MAX_WHOLE_RATIO * side for long, side in zip(size, self.size, strict=True)):
             return image.resize(size, mode).crop(box)
         # A 1×10 000 image would become one of 512×5 120 000. The part has the same pixels, up to rounding.
         scales = [before / after for before, after in zip(image.size, size, strict=True)] * 2
         part = [min(place * scale, end) for place, scale, end in zip(box, scales, image.size * 2, strict=True)]
-        return image.resize((self.resolution, self.resolution), mode, box=part)
+        return image.resize(self.size, mode, box=part)
 
     def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
-        long = int(self.resolution * max(size) / min(size))
-        return (self.resolution, long) if size[0] <= size[1] else (long, self.resolution)
+        (width, height), (before_width, before_height) = self.size, size
+        if width * before_height >= height * before_width:
+            return width, width * before_height // before_width
+        return height * before_width // before_height, height
 
     def _corner(self, size: tuple[int, int], crop: tuple[float, float] | None) -> list[int]:
-        room = [length - self.resolution for length in size]
+        room = [length - side for length, side in zip(size, self.size, strict=True)]
         if crop is None:
             return [round(pixels / 2) for pixels in room]
         return [int(place * (pixels + 1)) for place, pixels in zip(crop, room, strict=True)]

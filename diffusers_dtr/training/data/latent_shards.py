@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import torch
 from diffusers import ModelMixin
 from safetensors import safe_open
 
+from ...atomic_files import replace_text
 from ...caches import content_key, fingerprint
 from ...config_types import read_object
 from ...latents import LatentNormalization
@@ -22,29 +23,82 @@ from .images import ImageTransform
 from .training_images import TrainingImages, training_images
 
 
-INDEX, IMAGES = "latents.json", "images"
-# To be changed whenever what the files mean changes.
-_FORMAT = 1
+IMAGES = "images"
 
 
 @dataclass(frozen=True)
-class LatentShards:
-    """Rows of `moments` and `original_size` in files of `shard_size` rows each, read as they are needed."""
+class Shards:
+    """Rows in files or folders of `shard_size` rows each, and an index that tells what all of them were made from."""
 
     folder: Path
     num_rows: int
     shard_size: int
 
+    index: ClassVar[str]
+    # To be changed whenever what the files mean changes
+    format: ClassVar[int]
+    pattern: ClassVar[str]
+    of_others: ClassVar[str]
+
+    @classmethod
+    def read_index(cls, folder: Path) -> dict[str, Any]:
+        """The settings that the shards of a folder were made with."""
+        index = read_object(folder / cls.index, str(folder / cls.index))
+        if index.get("format") != cls.format:
+            found = index.get("format")
+            raise ValueError(f"{folder} must have `format` {cls.format} in {cls.index}, got {found}: make it anew.")
+        return index
+
+    @classmethod
+    def check(cls, found: Mapping[str, Any], wanted: Mapping[str, Any], place: str, advice: str) -> None:
+        """Refuse a place whose settings are not what is wanted."""
+        differing = [name for name in wanted if found.get(name) != wanted[name]]
+        if differing:
+            listed = ", ".join(f"`{name}` is {found.get(name)} there and {wanted[name]} here" for name in differing)
+            raise ValueError(f"{place} holds {cls.of_others}: {listed}. {advice}")
+
+    @classmethod
+    def complete(cls, folder: Path, index: Mapping[str, Any]) -> Shards:
+        """The shards of a folder, none of which may be missing."""
+        shards = cls(folder, index["num_rows"], index["shard_size"])
+        if shards.missing:
+            raise ValueError(
+                f"`--latents_dir`={str(folder)!r} lacks {len(shards.missing)} of its {len(shards)} shards: run "
+                "precompute_latents.py again with the same flags, and it goes on."
+            )
+        return shards
+
+    def begin(self, settings: Mapping[str, Any]) -> None:
+        """Write what the shards will be of, or check that those that are there are of the same."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        settings = {"format": self.format, **settings, "num_rows": self.num_rows, "shard_size": self.shard_size}
+        if (self.folder / self.index).exists():
+            place = f"`--output_dir`={str(self.folder)!r}"
+            self.check(self.read_index(self.folder), settings, place, "Choose another folder, or remove it.")
+        replace_text(self.folder / self.index, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+
     def path(self, number: int) -> Path:
-        """The file of a shard."""
-        return self.folder / f"latents-{number:05d}-of-{len(self):05d}.safetensors"
+        """The file or folder of a shard, which is whole or not there."""
+        return self.folder / self.pattern.format(number, len(self))
 
     def rows(self, number: int) -> range:
         """The rows that a shard has."""
         return range(self.num_rows)[number * self.shard_size : (number + 1) * self.shard_size]
 
+    @property
+    def missing(self) -> list[int]:
+        """The shards that are still to be made."""
+        return [number for number in range(len(self)) if not self.path(number).exists()]
+
     def __len__(self) -> int:
         return -(-self.num_rows // self.shard_size)
+
+
+class LatentShards(Shards):
+    """Rows of `moments` and `original_size` in safetensors, read as they are needed."""
+
+    index, format, pattern = "latents.json", 1, "latents-{:05d}-of-{:05d}.safetensors"
+    of_others = "latents of other images, another autoencoder or transform"
 
     def read(self, places: list[int]) -> Rows:
         """Some rows of every tensor."""
@@ -61,21 +115,12 @@ def _opened(path: Path) -> safe_open:
     return safe_open(path, "pt")
 
 
-def read_index(folder: Path) -> dict[str, Any]:
-    """The settings that the latents of a folder were made with."""
-    index = read_object(folder / INDEX, str(folder / INDEX))
-    if index.get("format") != _FORMAT:
-        raise ValueError(f"{folder} must have `format` {_FORMAT} in {INDEX}, got {index.get('format')}: make it anew.")
-    return index
-
-
 def latent_settings(vae: ModelMixin, transform: ImageTransform) -> dict[str, Any]:
     """What latents depend on beside images, by the words of messages."""
     name, config = describe_autoencoder(vae).values()
     return json.loads(
         json.dumps(
             {
-                "format": _FORMAT,
                 **asdict(transform),
                 "autoencoder": f"{name} in {vae.dtype}",
                 "weights of the autoencoder": fingerprint(sorted(vae.state_dict().items()))[:16],
@@ -85,21 +130,11 @@ def latent_settings(vae: ModelMixin, transform: ImageTransform) -> dict[str, Any
     )
 
 
-def check_index(found: Mapping[str, Any], wanted: Mapping[str, Any], place: str, advice: str) -> None:
-    """Refuse a place whose settings are not what is wanted."""
-    differing = [name for name in wanted if found.get(name) != wanted[name]]
-    if differing:
-        listed = ", ".join(f"`{name}` is {found.get(name)} there and {wanted[name]} here" for name in differing)
-        raise ValueError(
-            f"{place} holds latents of other images, another autoencoder or transform: {listed}. {advice}"
-        )
-
-
 def load_precomputed_images(
     folder: str, image_column: str, label_column: str | None, caption_column: str | None
 ) -> TrainingImages:
     """The images of a folder's latents with labels or captions, but without pixels."""
-    if not all((Path(folder) / name).exists() for name in (INDEX, IMAGES)):
+    if not all((Path(folder) / name).exists() for name in (LatentShards.index, IMAGES)):
         raise ValueError(f"`--latents_dir` must be a folder that precompute_latents.py made, got {folder!r}.")
     dataset = datasets.load_from_disk(Path(folder) / IMAGES)
     if image_column in dataset.column_names:  # else the checks say so
@@ -115,15 +150,10 @@ def load_precomputed_latents(
     A `ValueError` for a folder that lacks shards, or is of another autoencoder, another precision of it or another
     transform; one that has flips serves a run without.
     """
-    index, wanted = read_index(Path(folder)), latent_settings(vae, transform)
+    index, wanted = LatentShards.read_index(Path(folder)), latent_settings(vae, transform)
     if index["random_flip"] and not transform.random_flip:
         del wanted["random_flip"]
-    check_index(index, wanted, f"`--latents_dir`={folder!r}", "Train with what it was made with, or make another.")
-    shards = LatentShards(Path(folder), index["num_rows"], index["shard_size"])
-    missing = [number for number in range(len(shards)) if not shards.path(number).is_file()]
-    if missing:
-        raise ValueError(
-            f"`--latents_dir`={folder!r} lacks {len(missing)} of its {len(shards)} shards: run precompute_latents.py "
-            "again with the same flags, and it goes on."
-        )
-    return LatentDataset(images, transform, seed=seed, rows=shards, normalization=LatentNormalization.from_vae(vae))
+    advice = "Train with what it was made with, or make another."
+    LatentShards.check(index, wanted, f"`--latents_dir`={folder!r}", advice)
+    shards, normalization = LatentShards.complete(Path(folder), index), LatentNormalization.from_vae(vae)
+    return LatentDataset(images, transform, seed=seed, rows=shards, normalization=normalization)

@@ -20,6 +20,7 @@ from ..components import image_channels, resolve_resolution
 from ..config import TrainingConfig, VideoConfig
 from ..interruption import ignore_signals
 from ..randomness import posterior_generators
+from .buckets import AspectRatioBuckets, BucketedBatches, read_sizes
 from .captions import CaptionedDataset
 from .classes import match_classes
 from .encoder_cache import cache_latents
@@ -128,12 +129,22 @@ def _training_dataset(
     transform = image_transform(config, channels)
     if data.latents_dir is not None:
         return load_precomputed_latents(data.latents_dir, images, vae, transform, seed=run.seed)
+    buckets = _buckets(config, images)
     if not data.cache_latents:
-        return ImageDataset(images, transform, seed=run.seed)
+        return ImageDataset(images, transform, seed=run.seed, buckets=buckets)
     state, folder = PartialState(), Path(run.output_dir) / LATENTS
-    sizes = {"batch_size": run.train_batch_size, "num_workers": data.dataloader_num_workers}
+    options = {"batch_size": run.train_batch_size, "num_workers": data.dataloader_num_workers, "buckets": buckets}
     with state.main_process_first():
-        return cache_latents(vae.to(state.device), images, transform, folder, seed=run.seed, **sizes)
+        return cache_latents(vae.to(state.device), images, transform, folder, seed=run.seed, **options)
+
+
+def _buckets(config: TrainingConfig, images: TrainingImages) -> AspectRatioBuckets | None:
+    sizes = getattr(config.data, "bucket_sizes", None)
+    if sizes is None:
+        return None
+    with PartialState().main_process_first():
+        found = read_sizes(images, config.model.cache_dir, config.data.dataloader_num_workers)
+    return AspectRatioBuckets.nearest(sizes, found)
 
 
 def _video_dataset(config: TrainingConfig, *, held_out: bool) -> ImageDataset:
@@ -203,6 +214,10 @@ def build_loader(
         options["ahead"] = 2 * config.data.dataloader_num_workers  # as many batches as torch prefetches
         options["buffer_size"] = config.data.shuffle_buffer_size
         batches = StreamedBatches(images.dataset, config.run.train_batch_size, **options)
+    elif getattr(dataset, "buckets", None) is not None:
+        micro_batches = processes * accelerator.gradient_accumulation_steps
+        options |= {"buckets": dataset.buckets, "micro_batches": micro_batches}
+        batches = BucketedBatches(len(dataset), config.run.train_batch_size, **options)
     else:
         batches = TrainingBatches(len(dataset), config.run.train_batch_size, **options)
     return DataLoader(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import shutil
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,21 @@ from typing import Any
 import datasets
 import torch
 from accelerate import PartialState
+from datasets.utils import tqdm
 from diffusers import ModelMixin
 from safetensors.torch import save_file
 
-from ...atomic_files import PARTIAL_SUFFIX, replace_text, replacing
+from ...atomic_files import PARTIAL_SUFFIX, replacing
 from ...caches import build_folder, content_key
 from ...latents import LatentNormalization
+from ...run_record import TEXT_EMBEDDINGS
 from ..components import image_channels
 from ..config import TrainingConfig
-from .encoder_cache import encoded
+from .encoder_cache import CachedRows, encoded
 from .images import ImageTransform
-from .latent_shards import IMAGES, INDEX, LatentShards, check_index, latent_settings, read_index
+from .latent_shards import IMAGES, LatentShards, Shards, latent_settings, load_precomputed_images
 from .loading import image_transform, load_images
+from .text_embeddings import TextEncoding, TextShards, precomputed_texts
 from .training_images import TrainingImages
 
 
@@ -50,20 +54,53 @@ def precompute_latents(config: TrainingConfig, vae: ModelMixin, *, shard_size: i
     with state.main_process_first():
         images = load_images(config)
     transform = image_transform(config, image_channels(None, vae))
-    settings = {**latent_settings(vae, transform), **_settings_of_images(images), "shard_size": shard_size}
+    settings = {**latent_settings(vae, transform), **_settings_of_images(images)}
     shards = LatentShards(folder, len(images), shard_size)
     with state.main_process_first():
         if state.is_main_process:
-            _begin(folder, settings, images, getattr(config.data, "label_column", None))
-    missing = [
-        number
-        for number in range(len(shards))[state.process_index :: state.num_processes]
-        if not shards.path(number).exists()
-    ]
-    _encode(config, vae.to(state.device), images, transform, shards, missing)
+            shards.begin(settings)
+            for abandoned in folder.glob(f"*.safetensors.*{PARTIAL_SUFFIX}"):  # of a run that was killed
+                abandoned.unlink()
+            rows = _rows(images, getattr(config.data, "label_column", None))
+            build_folder(folder / IMAGES, lambda partial: rows.save_to_disk(partial))
+    _encode(config, vae.to(state.device), images, transform, shards, _own(shards))
     state.wait_for_everyone()
     logger.info(f"{len(images)} images in {len(shards)} shards are in {folder}.")
     return folder
+
+
+def precompute_text_embeddings(config: TrainingConfig, encoding: TextEncoding, *, shard_size: int) -> Path:
+    """Encodes the captions of a folder of [`precompute_latents`], and the empty one, as it does images.
+
+    The folder within holds one embedding per text, in the text encoders' precision.
+
+    Raises:
+        ValueError: If it has embeddings of other captions, text encoders or settings or in shards of another size.
+    """
+    state, folder = PartialState(), Path(config.run.output_dir)
+    images = load_precomputed_images(folder, config.data.image_column, None, config.text.caption_column)
+    texts = precomputed_texts(images.captions)
+    shards = TextShards(folder / TEXT_EMBEDDINGS, len(texts), shard_size)
+    settings, size = encoding.describe(texts), config.run.train_batch_size
+    with state.main_process_first():
+        if state.is_main_process:
+            shards.begin(settings)
+            for abandoned in shards.folder.glob(f".*{PARTIAL_SUFFIX}"):
+                shutil.rmtree(abandoned)
+    for number in tqdm(_own(shards), "Encoding captions", unit="shard"):
+        some = [texts[row] for row in shards.rows(number)]
+        batches = [some[first : first + size] for first in range(0, len(some), size)]
+        CachedRows.made_once(shards.path(number), partial(map, encoding.encode, batches))
+    state.wait_for_everyone()
+    logger.info(f"{len(texts)} texts in {len(shards)} shards are in {shards.folder}.")
+    return shards.folder
+
+
+def _own(shards: Shards) -> list[int]:
+    """The shards that this process has to make."""
+    state = PartialState()
+    own = range(state.process_index, len(shards), state.num_processes)
+    return [number for number in shards.missing if number in own]
 
 
 def _encode(
@@ -85,23 +122,10 @@ def _encode(
     assert next(batches, None) is None
 
 
-def _begin(folder: Path, settings: dict[str, Any], images: TrainingImages, label_column: str | None) -> None:
-    """Write what the shards will be of, or check that those that are there are of the same."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / INDEX).exists():
-        place = f"`--output_dir`={str(folder)!r}"
-        check_index(read_index(folder), settings, place, "Choose another folder, or remove it.")
-    replace_text(folder / INDEX, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-    for abandoned in folder.glob(f"*.safetensors.*{PARTIAL_SUFFIX}"):  # of a run that was killed
-        abandoned.unlink()
-    build_folder(folder / IMAGES, lambda partial: _rows(images, label_column).save_to_disk(partial))
-
-
 def _settings_of_images(images: TrainingImages) -> dict[str, Any]:
     labels = None if images.labels is None else images.labels.tolist()
     captions = None if images.captions is None else images.captions.fingerprint()
     return {
-        "num_rows": len(images),
         "images": images.dataset._fingerprint,
         "labels and captions": content_key({"of": [labels, images.id2label, captions]}, [])[:16],
     }

@@ -7,10 +7,10 @@ to the bit, with any number of workers and processes.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import lru_cache
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import Dataset, Sampler
@@ -21,6 +21,10 @@ from .training_images import TrainingImages
 from .videos import TrainingVideos
 
 
+if TYPE_CHECKING:
+    from .buckets import AspectRatioBuckets
+
+
 @dataclass(eq=False)
 class ImageDataset(Dataset):
     """Images or videos as tensors. A sample depends on (seed, epoch, index) alone."""
@@ -29,6 +33,7 @@ class ImageDataset(Dataset):
     transform: ImageTransform
     _: KW_ONLY
     seed: int
+    buckets: AspectRatioBuckets | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -42,13 +47,18 @@ class ImageDataset(Dataset):
         (epoch, index), row = item[:2], item[-1]
         augmentation = self.transform.draw(generator_for(Draw.AUGMENTATION, self.seed, epoch, index))
         values, size = self._read(epoch, row, augmentation)
-        sample = values | {"epoch": epoch, "index": index} | self.transform.micro_conditions(size, augmentation)
+        sample = values | {"epoch": epoch, "index": index} | self._transform(row).micro_conditions(size, augmentation)
         return sample if self.images.labels is None else sample | {"labels": self.images.label(row)}
 
     def _read(self, epoch: int, row: Any, augmentation: Augmentation) -> tuple[dict[str, Any], tuple[int, int]]:
         """The values of a sample, and the width and height that its image had."""
         image = self.images.read(row)
-        return {"pixel_values": self.transform(image, augmentation)}, image.size
+        return {"pixel_values": self._transform(row)(image, augmentation)}, image.size
+
+    def _transform(self, row: Any) -> ImageTransform:
+        if self.buckets is None:
+            return self.transform
+        return replace(self.transform, resolution=self.buckets.size(row))
 
 
 @dataclass(eq=False)
@@ -81,6 +91,9 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
         return [(epoch, int(_order(self.num_samples, self.seed, epoch)[place])) for epoch, place in places]
 
 
-@lru_cache(maxsize=2)
-def _order(num_samples: int, seed: int, epoch: int) -> torch.Tensor:
-    return torch.randperm(num_samples, generator=generator_for(Draw.ORDER, seed, epoch, 0))
+def epoch_order(num_samples: int, seed: int, epoch: int, stream: int = 0) -> torch.Tensor:
+    """The order of samples in an epoch, `(num_samples,)`, of one stream of them or of several."""
+    return torch.randperm(num_samples, generator=generator_for(Draw.ORDER, seed, epoch, stream))
+
+
+_order = lru_cache(maxsize=2)(epoch_order)

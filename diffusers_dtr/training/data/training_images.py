@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 from unicodedata import normalize
 
 import datasets
@@ -16,7 +17,7 @@ from PIL import Image
 from ..randomness import Draw, generator_for
 from .captions import Captions
 from .image_folder import METADATA, image_paths, load_image_folder, report, scan_folder, unzip
-from .images import UnreadableImageError, decode_image
+from .images import UnreadableImageError, decode_image, upright_size
 
 
 logger = logging.getLogger(__name__)
@@ -64,15 +65,19 @@ class TrainingImages:
         """Decodes a row's image, see [`~diffusers_dtr.training.data.images.decode_image`]."""
         return read_image(self.dataset[row][self.image_column], f"row {row}")
 
+    def size(self, row: int) -> tuple[int, int]:
+        """Width and height of a row's image, from its header."""
+        return read_image(self.dataset[row][self.image_column], f"row {row}", upright_size)
+
     def label(self, row: int) -> int:
         """The label of a row."""
         return int(self.labels[row])
 
 
-def read_image(encoded: dict | None, place: str) -> Image.Image:
-    """Decodes an image; the error names its file, if it has one, and its place."""
+def read_image(encoded: dict | None, place: str, read: Callable[[dict | None], Any] = decode_image) -> Any:
+    """What `read` returns of an image, by default decoded; the error names its file, if it has one, and its place."""
     try:
-        return decode_image(encoded)
+        return read(encoded)
     except UnreadableImageError as error:
         name = f"{encoded['path']} ({place})" if encoded and encoded["path"] else place
         message = f"The image {name} cannot be read: {error}. Replace it, or leave it out."

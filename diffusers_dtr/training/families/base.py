@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -78,9 +79,9 @@ class DenoiserFamily:
         """Whether the denoiser is called with a discrete scheduler's timesteps; else its class knows their range."""
         return self.routed_class.family.timestep_range == DEFAULT_TIMESTEP_RANGE
 
-    def token_side(self, model: ModelMixin) -> int:
+    def token_side(self, model_config: Mapping[str, Any]) -> int:
         """How many latents a token of the denoiser spans along each side."""
-        patch = model.config.get("patch_size") or model.config.get("all_patch_size") or 1
+        patch = model_config.get("patch_size") or model_config.get("all_patch_size") or 1
         return max(self.packing, patch if isinstance(patch, int) else patch[-1])
 
     def shape(self, vae: ModelMixin, sample_size: int, learn_sigma: bool) -> dict[str, int]:
@@ -102,9 +103,13 @@ class DenoiserFamily:
         """Height and width in latents, of videos frames first."""
         return (self.resolution // vae_scale_factor(vae),) * 2
 
+    def side_multiple(self, model_config: Mapping[str, Any], vae: ModelMixin) -> int:
+        """What the sides of images that the pipeline can sample are multiples of."""
+        return math.lcm(self.size_multiple, vae_scale_factor(vae) * self.token_side(model_config))
+
     def check_size(self, model: ModelMixin, vae: ModelMixin) -> None:
         """Refuse a size that the pipeline cannot sample."""
-        multiple = math.lcm(self.size_multiple, vae_scale_factor(vae) * self.token_side(model))
+        multiple = self.side_multiple(model.config, vae)
         if self.resolution % multiple:
             raise ValueError(f"`--resolution` must be a multiple of {multiple}, got {self.resolution}.")
 

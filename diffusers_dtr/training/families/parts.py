@@ -12,12 +12,14 @@ from diffusers import ModelMixin, SchedulerMixin
 from ..components import (
     check_new_denoiser,
     check_pretrained_denoiser,
+    default_config,
     denoiser_routing,
     resolve_resolution,
     sample_size,
 )
 from ..computation import quantization
 from ..config import TrainingConfig
+from ..data.buckets import resolve_buckets
 from ..lora import add_lora
 from ..pretrained import pretrained_config, pretrained_options, pretrained_pipeline_class
 from .base import DenoiserFamily
@@ -50,7 +52,7 @@ def load_family_denoiser(
     vae: ModelMixin,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[TrainingConfig, ModelMixin]:
-    """The configuration with a resolution, which `family` learns, and the pretrained denoiser or one of a config.
+    """The configuration with resolution and buckets, and the pretrained denoiser or one of a config.
 
     The pretrained one has adapters if they are asked for, and is then frozen in the precision `dtype`, or quantised. A
     `ValueError` says which size, routing or autoencoder it cannot have.
@@ -60,6 +62,7 @@ def load_family_denoiser(
     own = pretrained_config(config.model, family.denoiser, model_class) if new is None else new
     config = resolve_resolution(config, vae, model_class, own)
     family.resolution = config.data.resolution
+    config = resolve_buckets(config, family, vae, {**default_config(model_class), **own})
     routing = denoiser_routing(config, noise_scheduler if family.counts_timesteps else None, model_class, own)
     if new is not None:
         shape = family.shape(vae, sample_size(config, vae), config.noise.learn_sigma)

@@ -57,7 +57,7 @@ class StableDiffusionXL(StableDiffusion):
 
     def last_of_sizes(self, batch):
         """What comes after size and crop, `(batch, ...)`."""
-        return torch.full_like(batch["original_size"], self.resolution)
+        return batch["target_size"]
 
 
 class StableDiffusionXLRefiner(StableDiffusionXL):
@@ -88,10 +88,8 @@ class PixArt(DenoiserFamily):
 
     def conditions(self, pipeline, rows, batch):
         text = rows["prompt_embeds"]
-        size = {
-            "resolution": text.new_full((len(text), 2), self.resolution),
-            "aspect_ratio": text.new_ones(len(text), 1),
-        }
+        resolution = batch["target_size"].to(text, non_blocking=True)
+        size = {"resolution": resolution, "aspect_ratio": resolution[:, :1] / resolution[:, 1:]}
         return {**super().conditions(pipeline, rows, batch), "added_cond_kwargs": size}
 
 
