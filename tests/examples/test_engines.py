@@ -17,9 +17,24 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from test_train_families import VIDEO_SCRIPT, make_videos
+from test_train_unconditional import SCRIPT as UNCONDITIONAL
+from test_train_unconditional import UNET
 from text_to_image_runs import FAMILIES, make_captioned_images
 from text_to_image_runs import SCRIPT as TEXT_TO_IMAGE
-from training_runs import EXAMPLES, SCRIPT, arguments, finish, kill, load_script, make_images, run_main, wait_for
+from tiny_pipelines import PIPELINES
+from training_runs import (
+    EXAMPLES,
+    SCRIPT,
+    arguments,
+    configs,
+    finish,
+    kill,
+    load_script,
+    make_images,
+    run_main,
+    wait_for,
+)
 
 
 pytestmark = pytest.mark.slow
@@ -99,8 +114,8 @@ def assert_same_run(one: Path, other: Path, tolerance: float = 1e-5) -> None:
         assert before["weights"] == pytest.approx(after["weights"], abs=tolerance)
     files = [next(run.glob("[tu]*/diffusion_pytorch_model.safetensors")) for run in (one, other)]
     torch.testing.assert_close(*map(load_file, files), rtol=0, atol=tolerance)
-    for name in ("model_index.json", "transformer/config.json", "scheduler/scheduler_config.json"):
-        assert (one / name).read_text() == (other / name).read_text()
+    assert (one / "model_index.json").read_text() == (other / "model_index.json").read_text()
+    assert configs(one) == configs(other)
     for part in ("validation_loss", "validation_loss/eighth_0"):
         results = [json.loads((run / "training_config.json").read_text())["results"][part] for run in (one, other)]
         assert results[0] == pytest.approx(results[1], abs=tolerance)
@@ -115,6 +130,34 @@ def test_two_processes_are_one_that_accumulates(cell, engine, images, alone, tmp
     finish(start(engine, SCRIPT, argv(images, tmp_path / "run", *FLAGS[cell])))
     exact = engine == "ddp" and cell != "accumulation"  # the order of whose sum is another
     assert_same_run(tmp_path / "run", alone(cell), 0 if exact else 1e-5)
+
+
+OTHER_SCRIPTS = {
+    UNCONDITIONAL: lambda folder: (make_images(folder / "data"), ("--unet_config", {**UNET, "dropout": 0.0})),
+    TEXT_TO_IMAGE: lambda folder: (make_captioned_images(folder / "data"), pretrained("sdxl", folder)),
+    VIDEO_SCRIPT: lambda folder: (make_videos(folder / "data"), pretrained("wan", folder)),
+}
+
+
+def pretrained(name: str, folder: Path) -> tuple:
+    PIPELINES[name].pipeline().save_pretrained(folder / "base")
+    more = ("--num_frames", 5) if name == "wan" else ()
+    return ("--pretrained_model_name_or_path", folder / "base", "--resolution", PIPELINES[name].size, *more)
+
+
+@every_engine
+@pytest.mark.parametrize("script", OTHER_SCRIPTS, ids=lambda script: script.stem)
+def test_every_script_is_one_process_that_accumulates_and_goes_on(script, engine, tmp_path):
+    data, source = OTHER_SCRIPTS[script](tmp_path)
+
+    def flags(run: str, *more: object) -> list[str]:
+        options = (*STEPS, "--train_batch_size", 2, "--use_ema", "--validation_data_dir", data, *more)
+        return arguments(data, tmp_path / run, *source, *options, source=())
+
+    run_main(load_script(script), flags("alone", "--gradient_accumulation_steps", 2))
+    finish(start(engine, script, flags("run", "--max_train_steps", 2, "--validation_steps", 5)))
+    finish(start(engine, script, flags("run", "--resume_from_checkpoint", "latest")))
+    assert_same_run(tmp_path / "alone", tmp_path / "run")
 
 
 @pytest.fixture(scope="module")

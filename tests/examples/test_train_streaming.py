@@ -5,7 +5,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import datasets
 import pytest
 from PIL import Image
 from text_to_image_runs import FAMILIES, SCRIPT
@@ -30,16 +29,10 @@ sys.path.append(str(Path(__file__).parents[1] / "training"))
 from streams import grey, make_parquet, make_tars
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "short_ends")
 
 FILES = ("--streaming", "--shuffle_buffer_size", 1)
 COUNT = 24
-
-
-@pytest.fixture(autouse=True)
-def short_ends(monkeypatch):
-    """datasets waits five seconds at the end of a stream that it has read by threads."""
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 from accelerate import Accelerator
@@ -17,14 +16,10 @@ from diffusers_dtr.training.data import build_loader, load_data, load_images
 from diffusers_dtr.training.data.streaming import StreamedBatches
 
 
+pytestmark = pytest.mark.usefixtures("short_ends")
+
 cpu = partial(Accelerator, cpu=True)  # each test its own: others forget the state that all share
 ROWS = 12
-
-
-@pytest.fixture(autouse=True)
-def short_ends(monkeypatch):
-    """datasets waits five seconds at the end of a stream that it has read by threads."""
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
 
 
 @pytest.fixture(scope="module")
