@@ -8,165 +8,23 @@ bodies. What the Hub does in every case, down to its wording, was not the aim: w
 from __future__ import annotations
 
 import base64
-import fnmatch
 import hashlib
 import json
 import re
-import secrets
 import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from hub_faults import Fault
+from hub_repositories import GIT_ATTRIBUTES, Commit, HubError, Reply, Repo, Request, content_id, is_lfs
 
-LFS_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.npz", "*.parquet", "*.png", "*.zip")
-GIT_ATTRIBUTES = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LFS_PATTERNS).encode()
 
 _DATE = "2026-01-01T00:00:00.000Z"
-
-
-def is_lfs(path: str, size: int = 0) -> bool:
-    """Whether git holds a pointer to a file instead of the file."""
-    return any(fnmatch.fnmatch(path, pattern) for pattern in LFS_PATTERNS) or size > 10_000_000
-
-
-def content_id(path: str, data: bytes) -> str:
-    """What the client compares its own files with."""
-    if is_lfs(path, len(data)):
-        return hashlib.sha256(data).hexdigest()
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-
-
-@dataclass(frozen=True)
-class Commit:
-    """One immutable snapshot of a repository."""
-
-    files: Mapping[str, bytes]
-    parent: Commit | None
-    title: str
-    description: str = ""
-    sha: str = field(default_factory=lambda: secrets.token_hex(20))
-
-    def history(self) -> list[Commit]:
-        """This commit and its ancestors, newest first."""
-        return [self, *(self.parent.history() if self.parent else [])]
-
-
-@dataclass
-class Repo:
-    """A repository: who may see it, and what its names point at. Pull requests are branches `refs/pr/<n>`."""
-
-    id: str
-    private: bool
-    branches: dict[str, Commit] = field(default_factory=dict)
-    commits: dict[str, Commit] = field(default_factory=dict)
-
-    @property
-    def owner(self) -> str:
-        return self.id.split("/")[0]
-
-    def resolve(self, revision: str) -> Commit:
-        commit = self.branches.get(revision) or self.commits.get(revision)
-        if commit is None:
-            raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        return commit
-
-    def add(self, branch: str, commit: Commit) -> None:
-        self.branches[branch] = self.commits[commit.sha] = commit
-
-
-class HubError(Exception):
-    """An error answer; `code` is what the client's exception classes go by."""
-
-    def __init__(self, status: int, message: str, code: str = "", **body: Any):
-        super().__init__(message)
-        headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
-        self.reply = Reply.json({"error": message, **body}, status, headers)
-
-
-@dataclass(frozen=True)
-class Reply:
-    status: int
-    body: bytes
-    headers: Mapping[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def json(cls, value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Reply:
-        return cls(status, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})})
-
-
-@dataclass(frozen=True)
-class Request:
-    query: dict[str, list[str]]
-    body: bytes
-    user: str | None
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.body)
-
-
-@dataclass(kw_only=True)
-class Fault:
-    """Something that goes wrong for the next `times` requests whose method and path match (regular expressions)."""
-
-    method: str
-    path: str
-    times: int = 1
-
-    def matches(self, method: str, path: str) -> bool:
-        return self.times > 0 and bool(re.fullmatch(self.method, method) and re.search(self.path, path))
-
-    def play(self, exchange: Exchange) -> None:
-        """Do instead of `exchange.send(exchange.answer(exchange.read()))` what this fault is about."""
-        raise NotImplementedError
-
-
-@dataclass(kw_only=True)
-class AnswerStatus(Fault):
-    """The request is not served: `status` comes back, with a `Retry-After` in seconds if one is given."""
-
-    status: int
-    retry_after: int | None = None
-
-    def play(self, exchange: Exchange) -> None:
-        exchange.read()
-        headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
-        exchange.send(Reply.json({"error": f"injected {self.status}"}, self.status, headers))
-
-
-@dataclass(kw_only=True)
-class CutUpload(Fault):
-    """The connection ends once `after` bytes of the request's body have arrived; nothing is stored."""
-
-    after: int
-
-    def play(self, exchange: Exchange) -> None:
-        exchange.read(self.after)
-        exchange.cut()
-
-
-@dataclass(kw_only=True)
-class LoseAnswer(Fault):
-    """The request is served and takes effect, but the connection ends before its answer."""
-
-    def play(self, exchange: Exchange) -> None:
-        exchange.answer(exchange.read())
-        exchange.cut()
-
-
-@dataclass(kw_only=True)
-class NeverAnswer(Fault):
-    """The request is read, and nothing comes back until the client gives up."""
-
-    def play(self, exchange: Exchange) -> None:
-        exchange.read()
-        exchange.rfile.read(1)
-        exchange.cut()
 
 
 class Exchange(BaseHTTPRequestHandler):
