@@ -151,8 +151,9 @@ def test_every_script_is_one_process_that_accumulates_and_goes_on(script, engine
     data, source = OTHER_SCRIPTS[script](tmp_path)
 
     def flags(run: str, *more: object) -> list[str]:
-        options = (*STEPS, "--train_batch_size", 2, "--use_ema", "--validation_data_dir", data, *more)
-        return arguments(data, tmp_path / run, *source, *options, source=())
+        # Some gradients, such as that of a key's bias, are rounding alone, which Adam would scale up.
+        options = (*STEPS, "--train_batch_size", 2, "--use_ema", "--adam_epsilon", 1e-4, "--validation_data_dir", data)
+        return arguments(data, tmp_path / run, *source, *options, *more, source=())
 
     run_main(load_script(script), flags("alone", "--gradient_accumulation_steps", 2))
     finish(start(engine, script, flags("run", "--max_train_steps", 2, "--validation_steps", 5)))
