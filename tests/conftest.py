@@ -65,6 +65,14 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
+def short_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` waits five seconds at the end of a stream that it has read by threads."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
+
+
+@pytest.fixture
 def fresh_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """Runs Python code in a new process with an empty cache; what it prints is JSON and comes back as a value."""
 

@@ -1,6 +1,6 @@
 """A small Hub on loopback: enough of its protocol for the real `huggingface_hub` client, and faults on demand.
 
-Repositories of models live in memory. Content is addressed as on the Hub (git blob SHA-1, LFS SHA-256) and commits are
+Repositories live in memory. Content is addressed as on the Hub (git blob SHA-1, LFS SHA-256) and commits are
 immutable, so `revision=<sha>`, branches and pull requests work. Xet is never offered: files travel as plain HTTP
 bodies. What the Hub does in every case, down to its wording, was not the aim: what its client can tell apart was.
 """
@@ -8,165 +8,23 @@ bodies. What the Hub does in every case, down to its wording, was not the aim: w
 from __future__ import annotations
 
 import base64
-import fnmatch
 import hashlib
 import json
 import re
-import secrets
 import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from hub_faults import Fault
+from hub_repositories import GIT_ATTRIBUTES, Commit, HubError, Reply, Repo, Request, content_id, is_lfs
 
-LFS_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.npz", "*.parquet", "*.png", "*.zip")
-GIT_ATTRIBUTES = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LFS_PATTERNS).encode()
 
 _DATE = "2026-01-01T00:00:00.000Z"
-
-
-def is_lfs(path: str, size: int = 0) -> bool:
-    """Whether git holds a pointer to a file instead of the file."""
-    return any(fnmatch.fnmatch(path, pattern) for pattern in LFS_PATTERNS) or size > 10_000_000
-
-
-def content_id(path: str, data: bytes) -> str:
-    """What the client compares its own files with."""
-    if is_lfs(path, len(data)):
-        return hashlib.sha256(data).hexdigest()
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-
-
-@dataclass(frozen=True)
-class Commit:
-    """One immutable snapshot of a repository."""
-
-    files: Mapping[str, bytes]
-    parent: Commit | None
-    title: str
-    description: str = ""
-    sha: str = field(default_factory=lambda: secrets.token_hex(20))
-
-    def history(self) -> list[Commit]:
-        """This commit and its ancestors, newest first."""
-        return [self, *(self.parent.history() if self.parent else [])]
-
-
-@dataclass
-class Repo:
-    """A repository: who may see it, and what its names point at. Pull requests are branches `refs/pr/<n>`."""
-
-    id: str
-    private: bool
-    branches: dict[str, Commit] = field(default_factory=dict)
-    commits: dict[str, Commit] = field(default_factory=dict)
-
-    @property
-    def owner(self) -> str:
-        return self.id.split("/")[0]
-
-    def resolve(self, revision: str) -> Commit:
-        commit = self.branches.get(revision) or self.commits.get(revision)
-        if commit is None:
-            raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        return commit
-
-    def add(self, branch: str, commit: Commit) -> None:
-        self.branches[branch] = self.commits[commit.sha] = commit
-
-
-class HubError(Exception):
-    """An error answer; `code` is what the client's exception classes go by."""
-
-    def __init__(self, status: int, message: str, code: str = "", **body: Any):
-        super().__init__(message)
-        headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
-        self.reply = Reply.json({"error": message, **body}, status, headers)
-
-
-@dataclass(frozen=True)
-class Reply:
-    status: int
-    body: bytes
-    headers: Mapping[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def json(cls, value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Reply:
-        return cls(status, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})})
-
-
-@dataclass(frozen=True)
-class Request:
-    query: dict[str, list[str]]
-    body: bytes
-    user: str | None
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.body)
-
-
-@dataclass(kw_only=True)
-class Fault:
-    """Something that goes wrong for the next `times` requests whose method and path match (regular expressions)."""
-
-    method: str
-    path: str
-    times: int = 1
-
-    def matches(self, method: str, path: str) -> bool:
-        return self.times > 0 and bool(re.fullmatch(self.method, method) and re.search(self.path, path))
-
-    def play(self, exchange: Exchange) -> None:
-        """Do instead of `exchange.send(exchange.answer(exchange.read()))` what this fault is about."""
-        raise NotImplementedError
-
-
-@dataclass(kw_only=True)
-class AnswerStatus(Fault):
-    """The request is not served: `status` comes back, with a `Retry-After` in seconds if one is given."""
-
-    status: int
-    retry_after: int | None = None
-
-    def play(self, exchange: Exchange) -> None:
-        exchange.read()
-        headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
-        exchange.send(Reply.json({"error": f"injected {self.status}"}, self.status, headers))
-
-
-@dataclass(kw_only=True)
-class CutUpload(Fault):
-    """The connection ends once `after` bytes of the request's body have arrived; nothing is stored."""
-
-    after: int
-
-    def play(self, exchange: Exchange) -> None:
-        exchange.read(self.after)
-        exchange.cut()
-
-
-@dataclass(kw_only=True)
-class LoseAnswer(Fault):
-    """The request is served and takes effect, but the connection ends before its answer."""
-
-    def play(self, exchange: Exchange) -> None:
-        exchange.answer(exchange.read())
-        exchange.cut()
-
-
-@dataclass(kw_only=True)
-class NeverAnswer(Fault):
-    """The request is read, and nothing comes back until the client gives up."""
-
-    def play(self, exchange: Exchange) -> None:
-        exchange.read()
-        exchange.rfile.read(1)
-        exchange.cut()
 
 
 class Exchange(BaseHTTPRequestHandler):
@@ -208,9 +66,14 @@ class Exchange(BaseHTTPRequestHandler):
 
 
 _ROUTES: list[tuple[str, re.Pattern, Callable[..., Reply]]] = []
-_REPO = r"/api/models/(?P<repo_id>[^/]+/[^/]+)"
+_REPO = r"/api/(?:models/|(?=datasets/))(?P<repo_id>(?:datasets/)?[^/]+/[^/]+)"
 _REVISION = r"/(?P<revision>[^/]+)"
-_WEB_REPO = r"/(?P<repo_id>[^/]+/[^/]+)"
+_WEB_REPO = r"/(?P<repo_id>(?:datasets/)?[^/]+/[^/]+)"
+
+
+def repo_key(path: str) -> tuple[str, str]:
+    """The key of a repository by its path in addresses."""
+    return "datasets" if path.startswith("datasets/") else "models", path.removeprefix("datasets/")
 
 
 def route(method: str, pattern: str) -> Callable[[Callable[..., Reply]], Callable[..., Reply]]:
@@ -229,7 +92,7 @@ class HubServer(ThreadingHTTPServer):
     Attributes:
         url: What `HF_ENDPOINT` has to be.
         tokens: User name by access token. A user owns the repositories of their name.
-        repos: Repository by "models" and id.
+        repos: Repository by "models" or "datasets", and id.
         requests: Method and path, as sent, of every request so far.
         faults: What goes wrong next: the first fault that matches a request and is not used up is played.
         errors: What went wrong in the server itself. A test that leaves any has found a gap in this file.
@@ -285,7 +148,9 @@ class HubServer(ThreadingHTTPServer):
                 with self._lock:
                     try:
                         user = self._user(headers.get("Authorization"))
-                        return handler(self, Request(parse_qs(url.query), body, user), **arguments)
+                        return handler(
+                            self, Request(parse_qs(url.query), body, user, headers.get("Range")), **arguments
+                        )
                     except HubError as error:
                         return error.reply
         gap = f"the test Hub has no {method} {target}"
@@ -303,7 +168,7 @@ class HubServer(ThreadingHTTPServer):
         return user
 
     def _visible(self, request: Request, repo_id: str) -> Repo:
-        repo = self.repos.get(("models", repo_id))
+        repo = self.repos.get(repo_key(repo_id))
         if repo is None or (repo.private and request.user != repo.owner):
             # The Hub does not tell a private repository from none, nor either from one that needs a login.
             status, message = (404, "Repository not found") if request.user else (401, "Invalid username or password.")
@@ -344,15 +209,16 @@ class HubServer(ThreadingHTTPServer):
     @route("POST", "/api/repos/create")
     def create_repo(self, request: Request) -> Reply:
         payload = request.json
+        kind = f"{payload.get('type') or 'model'}s"
         repo_id = f"{payload.get('organization') or request.user}/{payload['name']}"
         self._require_owner(request, repo_id.split("/")[0])
         # What releases of the client call it.
         private = payload.get("private", self.private_by_default)
         visibility = payload.get("visibility", "private" if private else "public")
         answer = {"url": f"{self.url}/{repo_id}", "name": repo_id, "id": repo_id}
-        if ("models", repo_id) in self.repos:
+        if (kind, repo_id) in self.repos:
             raise HubError(409, "You already created this model repo", **answer)
-        repo = self.repos["models", repo_id] = Repo(repo_id, visibility == "private")
+        repo = self.repos[kind, repo_id] = Repo(repo_id, visibility == "private")
         repo.add("main", Commit({".gitattributes": GIT_ATTRIBUTES}, None, "initial commit"))
         return Reply.json(answer)
 
@@ -373,10 +239,13 @@ class HubServer(ThreadingHTTPServer):
         said = ({"id": commit.sha, "title": commit.title, "message": commit.description} for commit in history)
         return Reply.json([{**commit, "date": _DATE, "authors": []} for commit in said])
 
-    @route("GET", f"{_REPO}/tree{_REVISION}")
-    def tree(self, request: Request, repo_id: str, revision: str) -> Reply:
+    @route("GET", f"{_REPO}/tree{_REVISION}(?:/(?P<folder>.+))?")
+    def tree(self, request: Request, repo_id: str, revision: str, folder: str | None) -> Reply:
         files = self._visible(request, repo_id).resolve(revision).files
-        described = ({"path": path, "oid": content_id(path, data), "size": len(data)} for path, data in files.items())
+        within = {path: data for path, data in files.items() if not folder or path.startswith(f"{folder}/")}
+        if not within:
+            raise HubError(404, f"{folder} does not exist", "EntryNotFound")
+        described = ({"path": path, "oid": content_id(path, data), "size": len(data)} for path, data in within.items())
         return Reply.json([{"type": "file", **file} for file in described])
 
     @route("GET", f"{_WEB_REPO}/resolve{_REVISION}/(?P<path>.+)")
@@ -390,7 +259,12 @@ class HubServer(ThreadingHTTPServer):
         headers["ETag"] = f'"{content_id(path, data)}"'
         if is_lfs(path, len(data)):
             headers |= {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(len(data))}
-        return Reply(200, data, headers)
+        if request.range is None:
+            return Reply(200, data, headers)
+        first, last = re.fullmatch(r"bytes=(\d+)-(\d*)", request.range).groups()
+        part = data[int(first) : int(last or len(data)) + 1]
+        headers["Content-Range"] = f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}"
+        return Reply(206, part, headers)
 
     # ---- writing
 

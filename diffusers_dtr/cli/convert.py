@@ -110,11 +110,18 @@ def run(args: argparse.Namespace) -> None:
         if is_file:
             _save(_from_file(args), path)
         elif args.to_original:
-            torch.save(original_dit_state_dict(_load_transformer(args)), path)
+            _save_original(original_dit_state_dict(_load_transformer(args)), path)
         else:
             parts = {"transformer": _load_transformer(args), "revision": args.revision, "token": args.token}
             _save(DTRPipeline.from_pretrained(args.source, **parts), path)
     print(args.output)
+
+
+def _save_original(state_dict: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        torch.save(state_dict, path)
+    except RuntimeError as error:  # so torch says that a disk is full
+        raise OSError(f"{path.name} cannot be written whole: is the disk full? {error}") from error
 
 
 def _check_flags(args: argparse.Namespace, is_file: bool) -> None:

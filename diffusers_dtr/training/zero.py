@@ -83,7 +83,11 @@ def load_optimizer_state(
     optimizer: object, parameters: Mapping[str, nn.Parameter], read: Callable[[dict[str, Tensor]], None]
 ) -> None:
     """Give the optimizer the state that `read` fills tensors with, before its first step."""
-    from deepspeed.utils import safe_set_full_optimizer_state
+    from deepspeed.utils import (
+        safe_get_local_optimizer_state,
+        safe_set_full_optimizer_state,
+        safe_set_local_optimizer_state,
+    )
 
     # Before its first step it has no state, and no public way to make one.
     for flat in _flat_groups(optimizer):
@@ -95,7 +99,14 @@ def load_optimizer_state(
     read(state)
     for name, parameter in parameters.items():
         for moment in _MOMENTS:
-            safe_set_full_optimizer_state(parameter, state[f"state.{name}.{moment}"], moment)
+            value = state[f"state.{name}.{moment}"]
+            if is_partitioned(parameter):
+                # Of a whole one, DeepSpeed cannot take parts that are padded.
+                part = safe_get_local_optimizer_state(parameter, moment)
+                scatter(value, part)
+                safe_set_local_optimizer_state(parameter, part, moment)
+            else:
+                safe_set_full_optimizer_state(parameter, value, moment)
     for flat in _flat_groups(optimizer):
         optimizer.optimizer.state[flat]["step"].copy_(state[f"state.{name}.step"][0])
 

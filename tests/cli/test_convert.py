@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 
 import pytest
 import torch
@@ -115,6 +116,22 @@ def test_the_noise_schedule_is_printed_unless_it_is_given(reference, checkpoint,
     torch.testing.assert_close(reference.outputs(unrouted.transformer), expected, **CLOSE)
     assert (unrouted.vae, unrouted.config.id2label, unrouted.scheduler.config.clip_sample) == (None, None, True)
     assert (ant.transformer.config.sample_size, ant.scheduler.config.num_train_timesteps) == (8, 500)
+
+
+def test_nothing_half_written_is_left_where_the_disk_is_full(state_dict, tmp_path, capsys):
+    torch.save(state_dict, tmp_path / "dit.pt")
+    assert convert(tmp_path / "dit.pt", tmp_path / "dit", *PIXELS, *LINEAR) == 0
+    before, most = sorted(tmp_path.rglob("*")), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**12, most[1]))  # as there, writing fails half-way
+    try:
+        assert convert(tmp_path / "dit.pt", tmp_path / "new", *PIXELS, *LINEAR) == 2
+        assert convert(tmp_path / "dit", tmp_path / "back.pt", "--to_original") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+    refused = capsys.readouterr().err.splitlines()
+    assert "File too large" in refused[-2]
+    assert "back.pt cannot be written whole: is the disk full?" in refused[-1]
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_what_a_file_does_not_tell_is_taken_from_flags(tmp_path):

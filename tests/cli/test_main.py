@@ -11,7 +11,7 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
-from hub_server import NeverAnswer
+from hub_faults import NeverAnswer
 from huggingface_hub import HfApi, get_session
 
 import diffusers_dtr

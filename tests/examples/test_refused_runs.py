@@ -27,6 +27,34 @@ def test_scripts_say_errors_of_their_user_in_one_line(path):
     assert not has_main or end.startswith("    run_script(main") or path.stem == "train_minimal"
 
 
+WRONG_VALUES = {
+    **dict.fromkeys(("train_class_conditional", "train_unconditional"), "--train_batch_size many"),
+    **dict.fromkeys(("train_text_to_image", "train_text_to_video", "compute_task_affinity"), "--resolution wide"),
+    **dict.fromkeys(("run_study", "compare_lora"), "--seeds -1"),
+    "measure_negative_transfer": "--script other",
+    "benchmark": "--groups other",
+    "benchmark_task_affinity": "--batch_size 0",
+    "evaluate_digits": "--num_per_digit 0",
+    "prepare_digits": "--test_share 1.5",
+    "prepare_text_to_image": "--family other",
+    "evaluate": "--seed -1",
+    "train_feature_extractor": "--width 0",
+    "precompute_latents": "--shard_size 0",
+}
+
+
+@pytest.mark.parametrize("name", WRONG_VALUES)
+def test_the_parser_of_every_script_names_the_flag_of_a_wrong_value(name, monkeypatch, capsys):
+    (path,) = EXAMPLES.glob(f"*/{name}.py")
+    flag, value = WRONG_VALUES[name].split()
+    monkeypatch.setattr("sys.argv", [path.name, flag, value])
+    with pytest.raises(SystemExit):
+        load_script(path).parse_args()
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert f"argument {flag}" in message
+    assert value in message
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

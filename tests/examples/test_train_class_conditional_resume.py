@@ -79,6 +79,12 @@ def test_a_run_goes_on_from_a_checkpoint_of_another_folder(images, uninterrupted
     assert_equal_weights(tmp_path / "run", uninterrupted)
 
 
+def test_a_folder_of_images_that_was_copied_elsewhere_is_the_same_to_the_bit(images, uninterrupted, tmp_path):
+    run, copied = interrupted(uninterrupted, tmp_path / "run", 4), shutil.copytree(images, tmp_path / "copied")
+    train(copied, run, *EVERYTHING, "--resume_from_checkpoint", "latest")
+    assert_equal_weights(run, uninterrupted)
+
+
 def test_resuming_a_finished_run_saves_the_same_pipeline_again(images, uninterrupted, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(uninterrupted, run)

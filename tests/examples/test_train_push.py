@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import AnswerStatus
+from hub_faults import AnswerStatus
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from training_runs import make_images, same_weights, train, weights

@@ -6,7 +6,7 @@ import json
 import logging
 
 import pytest
-from hub_server import AnswerStatus, CutUpload, LoseAnswer
+from hub_faults import AnswerStatus, CutUpload, LoseAnswer
 from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 

@@ -85,6 +85,25 @@ def test_half_precision_losses_are_summed_in_full():
     assert sampler.shares.tolist() == pytest.approx(one_update([[300.0], [300.0], [600.0]]).shares.tolist())
 
 
+def test_fitted_timesteps_estimate_the_mean_loss_with_less_variance_than_uniform_ones():
+    generator, fitted = seeded(), AdaptiveTimestepSampler(CLUSTERS, statistic="variance", interval=1)
+
+    def losses(timesteps):
+        spread = torch.where(timesteps < 100, 5.0, 0.1)
+        return 1 + spread * torch.randn(timesteps.shape, generator=generator)
+
+    def estimates(sampler):
+        draws = (sampler.sample(16, generator=generator) for _ in range(500))
+        return torch.stack([(sampler.weights(draw) * losses(draw)).mean() for draw in draws])
+
+    for _ in range(100):
+        timesteps = fitted.sample(16, generator=generator)
+        fitted.update(timesteps, losses(timesteps))
+    uniform, fitted = estimates(AdaptiveTimestepSampler(CLUSTERS)), estimates(fitted)
+    torch.testing.assert_close(fitted.mean(), torch.tensor(1.0), rtol=0, atol=0.03)
+    assert fitted.var() < 0.5 * uniform.var()
+
+
 def test_old_losses_fade():
     sampler = AdaptiveTimestepSampler(CLUSTERS, statistic="mean", decay=0.5, floor=1e-9, interval=1)
     sampler.update(STARTS, torch.tensor([8.0, 1.0, 1.0]))

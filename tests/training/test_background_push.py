@@ -8,7 +8,8 @@ import threading
 import time
 
 import pytest
-from hub_server import AnswerStatus, CutUpload, Exchange, Fault, LoseAnswer
+from hub_faults import AnswerStatus, CutUpload, Fault, LoseAnswer
+from hub_server import Exchange
 from huggingface_hub import HfApi
 
 from diffusers_dtr.training.run.sharing import BackgroundPush

@@ -140,6 +140,14 @@ def test_a_flag_that_the_older_run_did_not_know_is_no_change_while_it_is_off():
         go_on(before, settings({"random_flip": True}))
 
 
+def test_another_seed_says_that_draws_are_other_ones_from_here_on(caplog):
+    (change,) = go_on(settings({"seed": 3}), settings({"seed": 4}))
+    assert change == {"step": 10, "setting": "--seed", "before": 3, "after": 4}
+    assert caplog.messages == [
+        "`--seed` was 3 and is 4 now. The order of the images, noise and timesteps are other ones from here on."
+    ]
+
+
 def test_another_batch_size_says_which_images_are_skipped_or_seen_again(caplog):
     with caplog.at_level(logging.WARNING):
         go_on(settings(**{IMAGES_PER_STEP: 16}), settings(**{IMAGES_PER_STEP: 20}))

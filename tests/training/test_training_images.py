@@ -67,3 +67,4 @@ def test_a_local_folder_can_be_named_as_a_dataset_and_what_that_leaves_out_is_co
     images = load_training_images(dataset_name=str(folder), split="train[:2]", cache_dir=tmp_path / "cache")
     assert images.labels.tolist() == [0, 1]
     assert "2 of 4 files used; left out are 2 not in the split 'train[:2]'" in caplog.text
+    assert "For a folder of images `--train_data_dir` takes seconds." in caplog.messages[0]

@@ -98,6 +98,11 @@ def load_training_images(
     """Finds images, and checks their columns, labels and captions without decoding any."""
     columns = {"image_column": image_column, "label_column": label_column, "caption_column": caption_column}
     if train_data_dir is None:
+        if os.path.isdir(dataset_name):  # whose files 🤗 datasets lists some sixty times
+            logger.info(
+                f"{dataset_name}: 🤗 datasets looks for files, which takes minutes for 100 000 images in every run. "
+                "For a folder of images `--train_data_dir` takes seconds."
+            )
         dataset = datasets.load_dataset(dataset_name, dataset_config_name, split=split, cache_dir=cache_dir)
     else:
         dataset = load_image_folder(train_data_dir, **columns, min_classes=min_classes, cache_dir=cache_dir)
