@@ -141,9 +141,9 @@ class TextPipeline:
         if ahead is None and not config.text.cache_text_embeddings:
             encoding.to(device)
             return encoding.encode
-        sources = [source.captions.all() for source in (data.dataset, data.held_out) if source is not None]
-        places = {} if ahead is None else ahead.places
-        rest = {"", *prompts, *chain.from_iterable(sources)} - places.keys()
+        datasets, places = ([data.dataset], {}) if ahead is None else ([], ahead.places)
+        datasets += [] if data.held_out is None else [data.held_out]
+        rest = {"", *prompts, *chain.from_iterable(some.captions.all() for some in datasets)} - places.keys()
         if rest:
             encoding.to(device)
             folder, size = Path(config.run.output_dir) / TEXT_EMBEDDINGS, config.run.train_batch_size

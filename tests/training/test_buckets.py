@@ -1,7 +1,9 @@
 """Images of a few sizes: which size an image has, and steps whose images are of one."""
 
+import sys
 from collections import Counter
 from itertools import chain, islice
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -13,6 +15,11 @@ from PIL import Image
 from run_config import DEFAULT
 from test_images import noise_image
 from tiny_autoencoders import tiny_vae
+
+
+sys.path.append(str(Path(__file__).parents[1] / "models"))
+
+from tiny_models import PIXART, SD3, UNET_CONDITION
 
 from diffusers_dtr.latents import encode_images
 from diffusers_dtr.training.config import CaptionedDataConfig
@@ -224,6 +231,19 @@ def test_sizes_are_those_that_the_family_can_have():
 def test_what_cannot_be_heeded_is_refused(options, message):
     with pytest.raises(ValueError, match=f"`--aspect_ratio_buckets` {message}"):
         config_of(**{"aspect_ratio_buckets": "auto", **options})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "graphs"), [(UNET_CONDITION, 2), (PIXART, 4), (SD3, 4)], ids=repr)
+def test_a_compiled_denoiser_has_graphs_for_all_sizes_after_a_few(family, graphs):
+    torch._dynamo.reset()
+    model, compiled = family.routed().train(), []
+    model.compile(fullgraph=True, backend=lambda module, inputs: compiled.append(module) or module.forward)
+    inputs = family.inputs(torch.tensor([5, 900]))
+    name = next(name for name in ("sample", "hidden_states") if name in inputs)
+    for size in 2 * [(8, 8), (12, 6), (6, 12), (16, 4), (4, 16), (10, 8), (8, 10)]:
+        model(**{**inputs, name: torch.randn(*inputs[name].shape[:2], *size)})
+    assert len(compiled) <= graphs
 
 
 # ---- latents

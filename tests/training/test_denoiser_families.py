@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from datasets import Dataset
 from diffusers.utils import make_image_grid
 from huggingface_hub import HfApi
 from run_config import run_config
@@ -24,6 +25,9 @@ from diffusers_dtr import DTRPipeline
 from diffusers_dtr.latents import latent_channels
 from diffusers_dtr.noise_levels import NoiseLevels
 from diffusers_dtr.training import TextPipeline, load_text_encoding
+from diffusers_dtr.training.data import precompute_text_embeddings
+from diffusers_dtr.training.data.captions import Captions
+from diffusers_dtr.training.data.text_embeddings import load_text_embeddings
 from diffusers_dtr.training.families import TEXT_TO_IMAGE_FAMILIES, TEXT_TO_VIDEO_FAMILIES, denoiser_family
 from diffusers_dtr.training.pipelines import text_encoding
 
@@ -251,7 +255,14 @@ def test_texts_are_encoded_ahead_of_training_as_in_training(name, config, accele
     in_training = text_encoding(trained.family, trained.pipeline, tiny.max_sequence_length, device)
     assert ahead.describe(PROMPTS) == in_training.describe(PROMPTS)
     assert ahead.describe(PROMPTS) != ahead.describe(PROMPTS[:2])
-    torch.testing.assert_close(ahead.encode(PROMPTS), trained.encode(PROMPTS))
+    folder, captions = config.run.output_dir, Dataset.from_dict({"image": PROMPTS, "text": PROMPTS})
+    captions.save_to_disk(f"{folder}/images")
+    Path(folder, "latents.json").touch()  # they have been made
+    precompute_text_embeddings(config, ahead, shard_size=3)
+    read = load_text_embeddings(folder, in_training, Captions(captions, "text"), device)
+    assert len({id(rows) for rows, _ in read.places.values()}) == 2
+    for texts in ([""], PROMPTS, ["two", "", "two"]):
+        torch.testing.assert_close(read(texts), trained.encode(texts))
 
 
 def test_embeddings_of_another_length_are_not_taken_from_the_cache(config, accelerator):

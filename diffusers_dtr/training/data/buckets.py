@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from fractions import Fraction
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from datasets.utils import tqdm
 from diffusers import ModelMixin
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from ...caches import build_folder, content_key
 from ...latents import vae_scale_factor
@@ -104,17 +104,6 @@ class AspectRatioBuckets:
         return np.concatenate(self.rows).argsort()
 
 
-class _Headers(Dataset):
-    def __init__(self, images: TrainingImages):
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, row: int) -> tuple[int, int]:
-        return self.images.size(row)
-
-
 def read_sizes(images: TrainingImages, cache_dir: str | None = None, num_workers: int = 0) -> np.ndarray:
     """Widths and heights of all images, `(rows, 2)`, from their headers, which are read once for a dataset.
 
@@ -123,14 +112,17 @@ def read_sizes(images: TrainingImages, cache_dir: str | None = None, num_workers
     key = content_key({"dataset": images.dataset._fingerprint, "image_column": images.image_column}, [])
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).absolute() / "image_sizes" / key
 
-    def write(partial: Path) -> None:
-        loader = DataLoader(
-            _Headers(images), 256, collate_fn=np.array, num_workers=num_workers, generator=torch.Generator()
-        )
-        np.save(partial / _SIZES, np.concatenate([*tqdm(loader, "Reading the sizes of images", unit="batch")]))
+    def write(place: Path) -> None:
+        options = {"num_workers": num_workers, "generator": torch.Generator()}
+        loader = DataLoader(range(len(images)), 256, collate_fn=partial(_sizes, images), **options)
+        np.save(place / _SIZES, np.concatenate([*tqdm(loader, "Reading the sizes of images", unit="batch")]))
 
     build_folder(folder, write)
     return np.load(folder / _SIZES)
+
+
+def _sizes(images: TrainingImages, rows: list[int]) -> np.ndarray:
+    return np.array([images.size(row) for row in rows])
 
 
 @dataclass(eq=False)

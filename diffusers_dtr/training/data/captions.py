@@ -7,17 +7,13 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import torch
 from torch.utils.data import Dataset
 
 from ..randomness import Draw, generator_for
-
-
-if TYPE_CHECKING:
-    from .buckets import AspectRatioBuckets
 
 
 _ROWS_AT_ONCE = 10_000
@@ -103,7 +99,7 @@ class CaptionedDataset(Dataset):
         return self.dataset.images
 
     @property
-    def buckets(self) -> AspectRatioBuckets | None:
+    def buckets(self) -> Any:
         """The buckets of its images, if any."""
         return self.dataset.buckets
 
