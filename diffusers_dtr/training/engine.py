@@ -133,9 +133,9 @@ class Engine:
     def load_optimizer(self, folder: Path) -> None:
         """Go on with what [`save_optimizer`] saved, under this engine or another; collective."""
         if self._deepspeed:
-            zero.load_optimizer_state(self._optimizer.optimizer, self._trained(), partial(read_tensors, folder))
+            zero.load_optimizer_state(self._optimizer.optimizer, self._trained(), partial(read_state, folder))
         else:
-            load_named_state(self._wrapper, self._optimizer.optimizer, partial(read_tensors, folder))
+            load_named_state(self._wrapper, self._optimizer.optimizer, partial(read_state, folder))
 
     @torch.no_grad()
     def put(self, weights: list[Tensor]) -> None:
@@ -184,6 +184,19 @@ class Engine:
             dcp.save(tensors, storage_writer=writer)
 
 
+def read_state(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill an optimizer's state as [`read_tensors`] does; of parameters that never had a gradient there is none."""
+    saved = {_parameter(name) for name in _saved(folder)}
+    read_tensors(folder, {name: tensor for name, tensor in tensors.items() if _parameter(name) in saved})
+    for name, tensor in tensors.items():
+        if _parameter(name) not in saved and name.endswith(".step"):
+            tensor.zero_()
+
+
+def _parameter(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
 def read_tensors(folder: Path, tensors: dict[str, Tensor], some: bool = False) -> None:
     """Fill tensors, or what this process holds of them, by their names from a folder's safetensors files.
 
@@ -192,17 +205,27 @@ def read_tensors(folder: Path, tensors: dict[str, Tensor], some: bool = False) -
     Raises:
         ValueError: If the folder has none, damaged ones, or not these tensors.
     """
+    saved = _saved(folder)
+    others = tensors.keys() - saved if some else tensors.keys() ^ saved
+    if others:
+        listed = ", ".join(sorted(others)[:3])
+        raise ValueError(f"{folder} must hold the weights of this model, got others: {listed} ...")
+    with _whole_files(folder), _one_process_is_fine():
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
+
+
+def _saved(folder: Path) -> set[str]:
+    """The names of the tensors in a folder."""
     if not any(folder.glob("*.safetensors")):
         raise ValueError(f"{folder} must hold *.safetensors, but has none.")
-    reader = HuggingFaceStorageReader(str(folder))
+    with _whole_files(folder):
+        return {*HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata}
+
+
+@contextmanager
+def _whole_files(folder: Path) -> Iterator[None]:
     try:
-        saved = reader.read_metadata().state_dict_metadata
-        others = tensors.keys() - saved.keys() if some else tensors.keys() ^ saved.keys()
-        if others:
-            listed = ", ".join(sorted(others)[:3])
-            raise ValueError(f"{folder} must hold the weights of this model, got others: {listed} ...")
-        with _one_process_is_fine():
-            dcp.load(tensors, storage_reader=reader)
+        yield
     except (CheckpointException, SafetensorError) as error:
         raise ValueError(f"{folder} must hold whole safetensors files of this model: {error}") from error
 

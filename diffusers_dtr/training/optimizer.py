@@ -117,6 +117,9 @@ def load_named_state(module: nn.Module, optimizer: torch.optim.Optimizer | None,
         read(learned)
         numbers = {name: value.item() for name, value in learned.items() if not torch.is_tensor(state[name])}
         set_optimizer_state_dict(module, optimizer, state | numbers, options=_BY_NAME)
+        for parameter, own in [*optimizer.state.items()]:
+            if "step" in own and not own["step"]:  # it never had a gradient
+                del optimizer.state[parameter]
 
 
 def _state_dict(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -121,7 +121,8 @@ def load_optimizer_state(
             else:
                 safe_set_full_optimizer_state(parameter, value, moment)
     for flat in _flat_groups(optimizer):
-        optimizer.optimizer.state[flat]["step"].copy_(state[f"state.{name}.step"][0])
+        # All that had a gradient have the same.
+        optimizer.optimizer.state[flat]["step"].copy_(max(state[f"state.{name}.step"][0] for name in parameters))
 
 
 def _flat_groups(optimizer: object) -> list[Tensor]:

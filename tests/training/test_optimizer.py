@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from diffusers_dtr import cluster_timesteps
 from diffusers_dtr.objective.clustered_loss import ClusteredLoss
 from diffusers_dtr.training.config import OptimizerConfig, learning
-from diffusers_dtr.training.engine import read_tensors
+from diffusers_dtr.training.engine import read_state
 from diffusers_dtr.training.optimizer import (
     build_lr_scheduler,
     build_model_optimizer,
@@ -146,19 +146,23 @@ def optimizer_config(name: str, **changes) -> OptimizerConfig:
 
 
 class Tiny(nn.Module):
-    """With what optimizers treat differently: an embedding, a convolution, matrices, one of which begins at zero."""
+    """With what optimizers treat differently: an embedding, a convolution, matrices, one of which begins at zero.
+
+    Nothing flows through `late` at first, as through layers of a denoiser whose output nobody uses.
+    """
 
     def __init__(self):
         super().__init__()
         self.embedding = nn.Embedding(5, 64)
         self.first, self.last = nn.Linear(64, 80), nn.Linear(80, 2)
-        self.conv = nn.Conv1d(1, 2, 3)
+        self.conv, self.late = nn.Conv1d(1, 2, 3), nn.Linear(2, 2)
         self.frozen = nn.Linear(2, 2).requires_grad_(False)
         nn.init.zeros_(self.last.weight)
 
-    def forward(self, label):
+    def forward(self, label, is_late):
         hidden = self.first(self.embedding(label))
-        return self.frozen(self.last(hidden)) + self.conv(hidden[:, None]).mean(2)
+        output = self.frozen(self.last(hidden)) + self.conv(hidden[:, None]).mean(2)
+        return self.late(output) if is_late else output
 
 
 class Run:
@@ -172,7 +176,7 @@ class Run:
         losses = []
         for step in steps:
             generator = torch.Generator().manual_seed(step)
-            loss = (self.model(torch.randint(5, (8,), generator=generator)) - 1).square().mean()
+            loss = (self.model(torch.randint(5, (8,), generator=generator), step > 10) - 1).square().mean()
             loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -186,7 +190,7 @@ class Run:
             {name: value.clone() for name, value in named_state(other.model, other.optimizer).items()},
             folder / "a.safetensors",
         )
-        load_named_state(self.model, self.optimizer, partial(read_tensors, folder))
+        load_named_state(self.model, self.optimizer, partial(read_state, folder))
 
 
 @every_optimizer
@@ -235,8 +239,9 @@ def test_engines_refuse_optimizers_that_they_cannot_shard(engine, name, message)
 def test_muon_is_for_matrices_that_are_no_embeddings():
     model = Tiny()
     muon, rest = build_model_optimizer(OptimizerConfig(optimizer="muon"), model).param_groups
-    assert {id(parameter) for parameter in muon["params"]} == {id(model.first.weight), id(model.last.weight)}
-    assert len(rest["params"]) == 5
+    matrices = {id(layer.weight) for layer in (model.first, model.last, model.late)}
+    assert {id(parameter) for parameter in muon["params"]} == matrices
+    assert len(rest["params"]) == 6
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
