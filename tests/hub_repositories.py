@@ -90,6 +90,7 @@ class Request:
     query: dict[str, list[str]]
     body: bytes
     user: str | None
+    range: str | None = None
 
     @property
     def json(self) -> Any:

@@ -1,6 +1,6 @@
 """A small Hub on loopback: enough of its protocol for the real `huggingface_hub` client, and faults on demand.
 
-Repositories of models live in memory. Content is addressed as on the Hub (git blob SHA-1, LFS SHA-256) and commits are
+Repositories live in memory. Content is addressed as on the Hub (git blob SHA-1, LFS SHA-256) and commits are
 immutable, so `revision=<sha>`, branches and pull requests work. Xet is never offered: files travel as plain HTTP
 bodies. What the Hub does in every case, down to its wording, was not the aim: what its client can tell apart was.
 """
@@ -66,9 +66,14 @@ class Exchange(BaseHTTPRequestHandler):
 
 
 _ROUTES: list[tuple[str, re.Pattern, Callable[..., Reply]]] = []
-_REPO = r"/api/models/(?P<repo_id>[^/]+/[^/]+)"
+_REPO = r"/api/(?:models/|(?=datasets/))(?P<repo_id>(?:datasets/)?[^/]+/[^/]+)"
 _REVISION = r"/(?P<revision>[^/]+)"
-_WEB_REPO = r"/(?P<repo_id>[^/]+/[^/]+)"
+_WEB_REPO = r"/(?P<repo_id>(?:datasets/)?[^/]+/[^/]+)"
+
+
+def repo_key(path: str) -> tuple[str, str]:
+    """The key of a repository by its path in addresses."""
+    return "datasets" if path.startswith("datasets/") else "models", path.removeprefix("datasets/")
 
 
 def route(method: str, pattern: str) -> Callable[[Callable[..., Reply]], Callable[..., Reply]]:
@@ -87,7 +92,7 @@ class HubServer(ThreadingHTTPServer):
     Attributes:
         url: What `HF_ENDPOINT` has to be.
         tokens: User name by access token. A user owns the repositories of their name.
-        repos: Repository by "models" and id.
+        repos: Repository by "models" or "datasets", and id.
         requests: Method and path, as sent, of every request so far.
         faults: What goes wrong next: the first fault that matches a request and is not used up is played.
         errors: What went wrong in the server itself. A test that leaves any has found a gap in this file.
@@ -143,7 +148,9 @@ class HubServer(ThreadingHTTPServer):
                 with self._lock:
                     try:
                         user = self._user(headers.get("Authorization"))
-                        return handler(self, Request(parse_qs(url.query), body, user), **arguments)
+                        return handler(
+                            self, Request(parse_qs(url.query), body, user, headers.get("Range")), **arguments
+                        )
                     except HubError as error:
                         return error.reply
         gap = f"the test Hub has no {method} {target}"
@@ -161,7 +168,7 @@ class HubServer(ThreadingHTTPServer):
         return user
 
     def _visible(self, request: Request, repo_id: str) -> Repo:
-        repo = self.repos.get(("models", repo_id))
+        repo = self.repos.get(repo_key(repo_id))
         if repo is None or (repo.private and request.user != repo.owner):
             # The Hub does not tell a private repository from none, nor either from one that needs a login.
             status, message = (404, "Repository not found") if request.user else (401, "Invalid username or password.")
@@ -202,15 +209,16 @@ class HubServer(ThreadingHTTPServer):
     @route("POST", "/api/repos/create")
     def create_repo(self, request: Request) -> Reply:
         payload = request.json
+        kind = f"{payload.get('type') or 'model'}s"
         repo_id = f"{payload.get('organization') or request.user}/{payload['name']}"
         self._require_owner(request, repo_id.split("/")[0])
         # What releases of the client call it.
         private = payload.get("private", self.private_by_default)
         visibility = payload.get("visibility", "private" if private else "public")
         answer = {"url": f"{self.url}/{repo_id}", "name": repo_id, "id": repo_id}
-        if ("models", repo_id) in self.repos:
+        if (kind, repo_id) in self.repos:
             raise HubError(409, "You already created this model repo", **answer)
-        repo = self.repos["models", repo_id] = Repo(repo_id, visibility == "private")
+        repo = self.repos[kind, repo_id] = Repo(repo_id, visibility == "private")
         repo.add("main", Commit({".gitattributes": GIT_ATTRIBUTES}, None, "initial commit"))
         return Reply.json(answer)
 
@@ -231,10 +239,13 @@ class HubServer(ThreadingHTTPServer):
         said = ({"id": commit.sha, "title": commit.title, "message": commit.description} for commit in history)
         return Reply.json([{**commit, "date": _DATE, "authors": []} for commit in said])
 
-    @route("GET", f"{_REPO}/tree{_REVISION}")
-    def tree(self, request: Request, repo_id: str, revision: str) -> Reply:
+    @route("GET", f"{_REPO}/tree{_REVISION}(?:/(?P<folder>.+))?")
+    def tree(self, request: Request, repo_id: str, revision: str, folder: str | None) -> Reply:
         files = self._visible(request, repo_id).resolve(revision).files
-        described = ({"path": path, "oid": content_id(path, data), "size": len(data)} for path, data in files.items())
+        within = {path: data for path, data in files.items() if not folder or path.startswith(f"{folder}/")}
+        if not within:
+            raise HubError(404, f"{folder} does not exist", "EntryNotFound")
+        described = ({"path": path, "oid": content_id(path, data), "size": len(data)} for path, data in within.items())
         return Reply.json([{"type": "file", **file} for file in described])
 
     @route("GET", f"{_WEB_REPO}/resolve{_REVISION}/(?P<path>.+)")
@@ -248,7 +259,12 @@ class HubServer(ThreadingHTTPServer):
         headers["ETag"] = f'"{content_id(path, data)}"'
         if is_lfs(path, len(data)):
             headers |= {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(len(data))}
-        return Reply(200, data, headers)
+        if request.range is None:
+            return Reply(200, data, headers)
+        first, last = re.fullmatch(r"bytes=(\d+)-(\d*)", request.range).groups()
+        part = data[int(first) : int(last or len(data)) + 1]
+        headers["Content-Range"] = f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}"
+        return Reply(206, part, headers)
 
     # ---- writing
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -161,6 +162,17 @@ def test_every_script_is_one_process_that_accumulates_and_goes_on(script, engine
     assert_same_run(tmp_path / "alone", tmp_path / "run")
 
 
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs a C compiler, gcc")
+@pytest.mark.parametrize("engine", ENGINES[1:])
+def test_a_shared_model_is_compiled_and_warmed_up_in_bfloat16(engine, images, tmp_path):
+    flags, bf16 = ("--routing_warmup_steps", 3), ("--mixed_precision", "bf16")
+    one = argv(images, tmp_path / "alone", *flags, *bf16, "--gradient_accumulation_steps", 2)
+    run_main(load_script(SCRIPT), one)
+    finish(start(engine, SCRIPT, argv(images, tmp_path / "run", *flags, "--compile"), *bf16))
+    losses = [[entry["loss"] for entry in history(tmp_path / run)] for run in ("alone", "run")]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
 @pytest.fixture(scope="module")
 def balanced(images, tmp_path_factory) -> Path:
     """A run that balances gradients, which are those of all processes, in two processes of DDP."""
@@ -212,7 +224,7 @@ def test_adapters_are_trained_saved_and_gone_on_with(engine, tmp_path):
     torch.testing.assert_close(other, one, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@every_engine
 def test_a_process_that_is_killed_takes_the_others_down_and_the_run_goes_on(engine, images, alone, tmp_path):
     flags = argv(images, tmp_path / "run")
     process = start(engine, SCRIPT, [*flags, "--max_train_steps", "100000"])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from huggingface_hub import HfApi
 from run_config import run_config
 from streams import grey, make_parquet, make_tars
 
@@ -29,9 +30,9 @@ def parquet(tmp_path_factory) -> Path:
     return make_parquet(tmp_path_factory.mktemp("data") / "parquet", *rows, text=captions)
 
 
-def config_of(folder: Path, **options):
+def config_of(folder: Path | str, **options):
     common = {"resolution": 8, "center_crop": True, "max_train_steps": 9, "train_batch_size": 4, "streaming": True}
-    common |= {"cache_dir": str(folder.parent / "cache"), "validation_prompts": ["one"]}
+    common |= {"cache_dir": str(Path(folder).parent / "cache"), "validation_prompts": ["one"]}
     return run_config(dataset_name=str(folder), **{**common, **options})
 
 
@@ -42,6 +43,10 @@ def batches(folder: Path, buffer_size: int = 1, **options) -> StreamedBatches:
 
 def numbers(found: list[list[tuple]]) -> list[int]:
     return [int(row["text"].split()[1]) for batch in found for _, _, row in batch]
+
+
+def rows(found: list[list[tuple]]) -> list[tuple]:
+    return [(epoch, index, row["text"], row["image"]["bytes"]) for epoch, index, row in chain(*found)]
 
 
 def first(stream: StreamedBatches, count: int) -> list[list[tuple]]:
@@ -104,6 +109,15 @@ def test_of_a_buffer_no_more_than_its_size_is_passed_over_or_repeated_and_the_ne
     count = min(len(second), len(resumed))
     assert count > 0
     assert resumed[:count] == second[:count]
+
+
+def test_a_stream_of_the_hub_is_that_of_its_files_and_goes_on_to_the_bit(hub, parquet):
+    HfApi().create_repo("owner/data", repo_type="dataset", private=True)
+    HfApi().upload_folder(repo_id="owner/data", folder_path=parquet, repo_type="dataset")
+    stream = partial(StreamedBatches, load_images(config_of("owner/data")).dataset, 4, seed=0, buffer_size=1)
+    whole, found = stream(ahead=5), rows(first(batches(parquet), 5))
+    assert rows(first(whole, 5)) == found
+    assert rows(first(stream(start_step=2, state=whole.state_at(2)), 3)) == found[8:]
 
 
 def test_workers_change_nothing(parquet):
