@@ -24,6 +24,7 @@ from training_runs import (
     train,
     weights,
 )
+from training_runs import SCRIPT as TRAIN
 
 from diffusers_dtr.training import Trainer
 from diffusers_dtr.training.data import precompute as making
@@ -76,13 +77,24 @@ def assert_equal_shards(one: Path, other: Path) -> None:
     assert not [*other.glob("*.partial")]
 
 
+def train_flags(latents: Path, output_dir: Path, folder: Path, *others: object) -> list[str]:
+    argv = [
+        *DENOISER,
+        "--vae_name_or_path",
+        folder / "vae",
+        *SIX,
+        "--latents_dir",
+        latents,
+        "--output_dir",
+        output_dir,
+    ]
+    argv += ["--train_batch_size", 4, "--learning_rate", 1e-2, "--num_validation_images", 3]
+    argv += ["--validation_num_inference_steps", 2, "--report_to", "none", *others]
+    return [json.dumps(word) if isinstance(word, dict) else str(word) for word in argv]
+
+
 def train_from(latents: Path, output_dir: Path, folder: Path, *others: object) -> Path:
-    source = (*DENOISER, "--vae_name_or_path", folder / "vae", *SIX)
-    script = load_script(EXAMPLES / "class_conditional" / "train_class_conditional.py")
-    argv = [*source, "--latents_dir", latents, "--output_dir", output_dir, "--train_batch_size", 4]
-    argv += ["--learning_rate", 1e-2, "--num_validation_images", 3, "--validation_num_inference_steps", 2]
-    argv += ["--report_to", "none", *others]
-    return run_main(script, [json.dumps(word) if isinstance(word, dict) else str(word) for word in argv])
+    return run_main(load_script(TRAIN), train_flags(latents, output_dir, folder, *others))
 
 
 @pytest.fixture(scope="module")
@@ -215,3 +227,10 @@ def test_two_processes_make_what_one_makes_and_go_on_where_one_was_killed(folder
     assert output.count("24 images in 3 shards") == 1  # they are of one group
     assert "4/4" in output  # batches of the first process, which has two of the shards
     assert_equal_shards(latents, tmp_path / "anew")
+
+
+@pytest.mark.slow
+def test_two_processes_train_from_latents_what_one_that_accumulates_does(folder, latents, tmp_path):
+    one = train_from(latents, tmp_path / "one", folder, "--gradient_accumulation_steps", 2)
+    finish(launch(train_flags(latents, tmp_path / "two", folder), num_processes=2))
+    assert_equal_weights(tmp_path / "two", one)
