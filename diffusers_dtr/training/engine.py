@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, compile_regions_deepspeed
 from diffusers import ModelMixin
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -56,8 +56,11 @@ class Engine:
         return torch.autocast(self.accelerator.device.type, self.model.dtype) if self._lowered else nullcontext()
 
     def compile(self) -> None:
-        """Compile the denoiser whole; where weights come and go between its blocks, block by block."""
-        self.model.compile_repeated_blocks() if self.sharded else self.model.compile(fullgraph=True)
+        """Compile the denoiser whole; or block by block, where weights or DeepSpeed's hooks come between."""
+        if self.sharded or self._deepspeed:
+            compile_regions_deepspeed(self.model)  # in place, and not of DeepSpeed alone
+        else:
+            self.model.compile(fullgraph=True)
 
     def prepare(self, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Shard the denoiser in place, and wrap it and its optimizer for training."""
