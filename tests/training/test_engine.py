@@ -4,7 +4,6 @@ import sys
 from functools import partialmethod
 from pathlib import Path
 
-import pytest
 import torch
 from accelerate import Accelerator
 
