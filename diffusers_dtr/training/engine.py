@@ -64,7 +64,11 @@ class Engine:
 
     def prepare(self, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Shard the denoiser in place, and wrap it and its optimizer for training."""
+        # As DeepSpeed would make masters of what it has cast to a lower precision
+        masters = {name: each.detach() for name, each in self._trained().items()} if self._lowered else {}
         self._wrapper, self._optimizer = self.accelerator.prepare(self.model, optimizer)
+        for name, parameter in self._trained().items() if self._lowered else ():
+            zero.set_master(parameter, masters[name].float())
         return self._wrapper, self._optimizer
 
     def weights(self) -> list[Tensor]:

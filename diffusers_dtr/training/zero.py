@@ -34,6 +34,18 @@ def master(parameter: nn.Parameter) -> Tensor:
     return safe_get_full_fp32_param(parameter)
 
 
+def set_master(parameter: nn.Parameter, value: Tensor) -> None:
+    """Train a parameter on from a whole value in float32, which the model's own may be too coarse for."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+    if is_partitioned(parameter):
+        part = torch.empty_like(local_part(parameter))
+        scatter(value, part)
+        safe_set_local_fp32_param(parameter, part)
+    else:
+        safe_set_full_fp32_param(parameter, value)
+
+
 @torch.no_grad()
 def gather(parameter: nn.Parameter, part: Tensor) -> Tensor:
     """Put together what every process holds in the way of [`local_part`]."""
@@ -44,6 +56,7 @@ def gather(parameter: nn.Parameter, part: Tensor) -> Tensor:
     return padded[: parameter.ds_numel].view(parameter.ds_shape)
 
 
+@torch.no_grad()
 def scatter(whole: Tensor, part: Tensor) -> None:
     """Fill a part with what is this process's: the inverse of [`gather`]."""
     padded = part.new_zeros(part.numel() * dist.get_world_size())
@@ -102,7 +115,7 @@ def load_optimizer_state(
             value = state[f"state.{name}.{moment}"]
             if is_partitioned(parameter):
                 # Of a whole one, DeepSpeed cannot take parts that are padded.
-                part = safe_get_local_optimizer_state(parameter, moment)
+                part = torch.empty_like(safe_get_local_optimizer_state(parameter, moment))
                 scatter(value, part)
                 safe_set_local_optimizer_state(parameter, part, moment)
             else:

@@ -173,6 +173,15 @@ def test_a_shared_model_is_compiled_and_warmed_up_in_bfloat16(engine, images, tm
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
+@pytest.mark.parametrize("engine", ENGINES[1:])
+def test_a_run_in_bfloat16_goes_on_with_weights_in_float32(engine, images, tmp_path):
+    bf16, flags = ("--mixed_precision", "bf16"), ("--use_ema", "--balancing", "uncertainty")
+    finish(start(engine, SCRIPT, argv(images, tmp_path / "whole", *flags), *bf16))
+    for more in (("--max_train_steps", 2, "--validation_steps", 5), ("--resume_from_checkpoint", "latest")):
+        finish(start(engine, SCRIPT, argv(images, tmp_path / "run", *flags, *more), *bf16))
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
 @pytest.fixture(scope="module")
 def balanced(images, tmp_path_factory) -> Path:
     """A run that balances gradients, which are those of all processes, in two processes of DDP."""
