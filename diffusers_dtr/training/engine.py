@@ -72,7 +72,7 @@ class Engine:
         return self._wrapper, self._optimizer
 
     def weights(self) -> list[Tensor]:
-        """What this process holds of the trained parameters, in the precision of their training."""
+        """What this process holds of the trained parameters, in the precision of their training, but for ZeRO-2's."""
         return [_part(parameter) for parameter in self._trained().values()]
 
     @contextmanager
