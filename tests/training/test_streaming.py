@@ -111,10 +111,11 @@ def test_of_a_buffer_no_more_than_its_size_is_passed_over_or_repeated_and_the_ne
     assert resumed[:count] == second[:count]
 
 
-def test_a_stream_of_the_hub_is_that_of_its_files_and_goes_on_to_the_bit(hub, parquet):
+def test_a_stream_of_the_hub_is_that_of_its_files_and_goes_on_to_the_bit(hub, parquet, tmp_path):
     HfApi().create_repo("owner/data", repo_type="dataset", private=True)
     HfApi().upload_folder(repo_id="owner/data", folder_path=parquet, repo_type="dataset")
-    stream = partial(StreamedBatches, load_images(config_of("owner/data")).dataset, 4, seed=0, buffer_size=1)
+    images = load_images(config_of("owner/data", cache_dir=str(tmp_path)))
+    stream = partial(StreamedBatches, images.dataset, 4, seed=0, buffer_size=1)
     whole, found = stream(ahead=5), rows(first(batches(parquet), 5))
     assert rows(first(whole, 5)) == found
     assert rows(first(stream(start_step=2, state=whole.state_at(2)), 3)) == found[8:]
