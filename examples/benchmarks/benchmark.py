@@ -1,7 +1,7 @@
 """What routing, balancing and training at scale cost beside what a user would take instead, in one run.
 
 Every comparison is between runs that take turns in this process, all the same number of times, so that a drift of the
-machine's speed hits both sides. Writes one JSON and one table in Markdown.
+machine's speed hits both sides, in some rounds, each with models of its own. Writes a JSON file and a table.
 
     python examples/benchmarks/benchmark.py --models DiT-S/4 DiT-L/2:2 SDXL:1:4 --batch_size 2
     python examples/benchmarks/benchmark.py --device cuda --dtype bfloat16 --compile --batch_size 16 --output gpu
@@ -211,8 +211,9 @@ def parse_args():
     add("--num_clusters", type=COUNT, default=8)
     add("--resolution", type=COUNT, default=256, help="Side of the images that are encoded.")
     add("--vae_width", type=COUNT, default=128, help="Of the first block; a multiple of 4.")
-    add("--repeats", type=COUNT, default=9, help="Timed turns of every run; medians are reported.")
-    add("--warmup", type=WHOLE, default=2, help="Untimed turns of every run first.")
+    add("--rounds", type=COUNT, default=3, help="How often everything is made and measured anew.")
+    add("--repeats", type=COUNT, default=3, help="Timed turns of every run in a round; medians are reported.")
+    add("--warmup", type=WHOLE, default=2, help="Untimed turns of every run in a round first.")
     add("--device", default="cpu")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="Autocast type.")
     add("--compile", nargs="*", metavar="MODEL", help="Those of `--models` to measure compiled too; all by default.")
@@ -223,7 +224,7 @@ def parse_args():
 def table(report):
     """Every comparison of a report, in Markdown."""
     lines = [
-        "| compared | with | ratio of times | of single turns | samples per second |",
+        "| compared | with | ratio of times | of single rounds | samples per second |",
         "| --- " * 5 + "|",
     ]
     for cell in report["cells"]:
@@ -242,15 +243,18 @@ def main():
     args = parse_args()
     for model in args.models:
         name_and_cuts(model)
-    report = {"command": vars(args), **environment(args.device), "cells": []}
-    for group in args.groups:
-        for name, items, runs in GROUPS[group](args):
-            seconds = seconds_by_turns(runs, args.repeats, args.warmup, args.device)
-            report["cells"].append({"group": group, "name": name, "items": items, **compare(seconds)})
-            print(f"{name}: {report['cells'][-1]['ratios']}", file=sys.stderr)
-            del runs
-            gc.collect()
-    report["peak_bytes"] = peak_bytes(args.device)
+    measured = {}
+    for number in range(args.rounds):
+        for group in args.groups:
+            for name, items, runs in GROUPS[group](args):
+                seconds = seconds_by_turns(runs, args.repeats, args.warmup, args.device)
+                measured.setdefault((group, name, items), []).append(seconds)
+                print(f"Round {number + 1}, {name}: {compare([seconds])['ratios']}", file=sys.stderr)
+                del runs
+                gc.collect()
+    keys = ("group", "name", "items")
+    cells = [dict(zip(keys, cell, strict=True)) | compare(rounds) for cell, rounds in measured.items()]
+    report = {"command": vars(args), **environment(args.device), "cells": cells, "peak_bytes": peak_bytes(args.device)}
     Path(f"{args.output}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     Path(f"{args.output}.md").write_text(table(report), encoding="utf-8")
     print(table(report))

@@ -89,15 +89,9 @@ def turns(args, batch_size):
     subject = Subject(args, batch_size)
     subject.bare(1)
     return {
-        n: compare(
-            seconds_by_turns(
-                {"affinity": partial(subject.affinity, n), "bare": partial(subject.bare, n)},
-                args.repeats,
-                warmup=0,
-                clock=CLOCKS[args.clock],
-            )
-        )
+        n: compare([seconds_by_turns(runs, args.repeats, warmup=0, clock=CLOCKS[args.clock])])
         for n in args.num_timesteps
+        for runs in [{"affinity": partial(subject.affinity, n), "bare": partial(subject.bare, n)}]
     }
 
 

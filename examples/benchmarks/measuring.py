@@ -47,17 +47,21 @@ def seconds_by_turns(runs, repeats, warmup, device="cpu", clock=time.perf_counte
     return seconds
 
 
-def compare(seconds):
-    """Medians of runs that took turns, and the ratios of each to the last: of medians, and turn by turn."""
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    *others, base = seconds
+def compare(rounds):
+    """Medians of runs over the turns of all rounds, and the ratios of each to the last: of medians, and by round.
+
+    What of a ratio does not go away with more turns is where the models happen to lie in memory: a round has new ones.
+    """
+    *others, base = rounds[0]
+    medians = {name: statistics.median([each for turns in rounds for each in turns[name]]) for name in rounds[0]}
     ratios = {}
     for name in others:
-        turns = [a / b for a, b in zip(seconds[name], seconds[base], strict=True)]
-        found = {"of_medians": medians[name] / medians[base], "min": min(turns), "max": max(turns)}
+        single = [statistics.median(turns[name]) / statistics.median(turns[base]) for turns in rounds]
+        found = {"of_medians": medians[name] / medians[base], "min": min(single), "max": max(single)}
         ratios[name] = {key: round(value, 4) for key, value in found.items()}
     rounded = {name: round(value, 6) for name, value in medians.items()}
-    return {"median_seconds": rounded, "base": base, "ratios": ratios, "turns": len(seconds[base])}
+    turns = sum(len(each[base]) for each in rounds)
+    return {"median_seconds": rounded, "base": base, "ratios": ratios, "rounds": len(rounds), "turns": turns}
 
 
 def synchronise(device):

@@ -7,7 +7,7 @@ import pytest
 from training_runs import EXAMPLES
 
 
-SMALL = "--shrink 8 --batch_size 2 --num_images 1 --num_inference_steps 1 --num_clusters 2 --repeats 1"
+SMALL = "--shrink 8 --batch_size 2 --num_images 1 --num_inference_steps 1 --num_clusters 2 --rounds 1 --repeats 1"
 SMALL += " --warmup 0 --resolution 16 --vae_width 8"
 
 
