@@ -44,7 +44,7 @@ RANGES = {
     "gradient_accumulation_steps height jobs logging_steps lora_alpha lr_num_cycles max_batch_size "
     "max_held_out_images max_sequence_length max_train_samples max_train_steps num_attention_heads num_classes "
     "num_clusters num_frames num_images num_inference_steps num_loss_samples num_per_digit num_timesteps "
-    "num_train_epochs num_train_timesteps num_validation_images rank repeats resolution shard_size shrink "
+    "num_train_epochs num_train_timesteps num_validation_images rank repeats resolution rounds shard_size shrink "
     "shuffle_buffer_size train_batch_size vae_steps vae_width validation_epochs validation_num_inference_steps "
     "validation_steps width",
     Range("[2, inf)", int): "benchmark_task_affinity.num_timesteps num_samples",

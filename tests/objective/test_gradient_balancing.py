@@ -127,7 +127,7 @@ def test_a_call_for_the_batch_and_one_per_cluster_give_the_same_gradient(denoise
 
 def test_backward_passes_of_outputs_by_cluster_see_their_own_samples_only(denoiser):
     seen = []
-    denoiser.register_full_backward_hook(lambda module, inputs, outputs: seen.append(len(outputs[0])))
+    denoiser.register_full_backward_pre_hook(lambda module, outputs: seen.append(len(outputs[0])))
     _, clusters = clustered_loss(denoiser, 0, balancing=GradientBalancer(denoiser, "mgda", K))
     assert seen == clusters.bincount(minlength=K).tolist()
 
