@@ -52,19 +52,20 @@ class Report:
         return "\n".join([*sections, self.missing()])
 
     def recommendation(self):
-        """Of each task the arm with the lowest Fréchet distance among those that beat what they are compared with."""
-        lines = [
-            "> **What to choose, as far as this goes**: the arm with the lowest Fréchet distance of those that beat"
-        ]
-        lines += ["> what they are compared with."]
+        """What a user may do with all this; and of each task the best arm, among those that beat another.
+
+        That is the one with the lowest Fréchet distance of those that have a lower one than what they are compared
+        with, by an interval without zero.
+        """
+        lines = ["> **What to choose, as far as this goes**", ">", *(f"> - {line}" for line in self.study["advice"])]
         for task in self.tasks:
             found = {pair: difference(self.results, task, *pair, "frechet_distance") for pair in self._pairs(task)}
             better = {pair: each for pair, each in found.items() if each.verdict("lower") == "holds"}
-            text = "no arm yet"
+            text = "no arm is better than what it is compared with by more than its interval"
             if better:
                 arm, reference = min(better, key=lambda pair: statistics.mean(better[pair].arm))
                 text = f"`{arm}`, {_interval(better[arm, reference])} against `{reference}`"
-            lines += [">", f"> {task}: {text}."]
+            lines += [f"> - Lowest Fréchet distance, {task}: {text}."]
         return "\n".join([*lines, ""])
 
     def claim(self, claim, reported, expected=None, comparisons=(), convergence=(), elsewhere=None):

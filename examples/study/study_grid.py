@@ -20,7 +20,7 @@ class Cell:
 
 
 def read_study(path):
-    """Settings: `tasks` and `arms` by name, the `order` of the grid, and the `claims` that it is about."""
+    """Settings: `tasks` and `arms` by name, the `order` of the grid, the `claims` that it is about, and `advice`."""
     study = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     for name, task in study["tasks"].items():
         steps, points = task["training"]["max_train_steps"], task["measure"]["points"]
