@@ -47,7 +47,13 @@ def creating(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder: rename it to end in `.partial` first, so that a half-deleted one is never taken for whole."""
+    """Delete a folder: rename it to end in `.partial` first, so that a half-deleted one is never taken for whole.
+
+    Of a link to a folder, the link alone is deleted.
+    """
+    if folder.is_symlink():
+        folder.unlink()
+        return
     doomed = folder.with_name(folder.name + PARTIAL_SUFFIX)
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)

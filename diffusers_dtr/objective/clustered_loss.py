@@ -139,15 +139,22 @@ class ClusteredLoss(nn.Module):
 
         Returns:
             The output `(B, C, ...)`, or a list of one per cluster; the loss takes either.
+
+        Raises:
+            ValueError: If a condition has not B rows.
+            TypeError: If a condition is none of these, or the denoiser returns no tensor with a row for each of its
+                samples.
         """
         conditions = dict(conditions or {})
+        _check_rows(conditions, len(timesteps))
         if not self.balancing.compares_gradients:
-            return denoiser(model_input, timesteps, conditions)
+            return _checked_output(denoiser(model_input, timesteps, conditions), len(timesteps))
         outputs = []
         for rows in self._rows_by_cluster(timesteps):
             # Forward calls may be collective: all processes make k, one of row 0 where a cluster has no sample.
             rows = rows if len(rows) else rows.new_zeros(1)
-            outputs.append(denoiser(model_input[rows], timesteps[rows], _select(conditions, rows)))
+            output = denoiser(model_input[rows], timesteps[rows], _select(conditions, rows))
+            outputs.append(_checked_output(output, len(rows)))
         return outputs
 
     def forward(
@@ -205,6 +212,30 @@ class ClusteredLoss(nn.Module):
                 f"`state_dict` must be of clusters with the boundaries {list(self.clusters.boundaries)}, "
                 f"got {state.tolist()}."
             )
+
+
+def _check_rows(conditions: Mapping[str, Any], num_rows: int) -> None:
+    for name, value in conditions.items():
+        if isinstance(value, Mapping):
+            _check_rows(value, num_rows)
+        elif not (value is None or isinstance(value, (Tensor, list))):
+            raise TypeError(
+                f"`conditions` must be tensors, lists, dictionaries of them or None, got {type(value).__name__} in "
+                f"{name!r}: give what is the same for all samples in `denoiser` itself."
+            )
+        elif value is not None and (len(value) if isinstance(value, list) or value.ndim else None) != num_rows:
+            found = tuple(value.shape) if isinstance(value, Tensor) else f"a list of {len(value)}"
+            raise ValueError(f"`conditions` must have {num_rows} rows, one per sample, got {found} in {name!r}.")
+
+
+def _checked_output(output: Any, num_rows: int) -> Tensor:
+    if not isinstance(output, Tensor) or output.ndim == 0 or len(output) != num_rows:
+        found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise TypeError(
+            f"`denoiser` must return a tensor with {num_rows} rows, got {found}: of a model of diffusers it is "
+            "`.sample`, or the first item with `return_dict=False`."
+        )
+    return output
 
 
 def _select(value: Any, rows: Tensor) -> Any:

@@ -219,7 +219,12 @@ def _saved(folder: Path) -> set[str]:
     if not any(folder.glob("*.safetensors")):
         raise ValueError(f"{folder} must hold *.safetensors, but has none.")
     with _whole_files(folder):
-        return {*HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata}
+        saved = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    for name, tensor in saved.items():
+        # torch takes what no file has for there, and leaves the tensor as it was.
+        if sum(chunk.sizes.numel() for chunk in tensor.chunks) < tensor.size.numel():
+            raise ValueError(f"{folder} must hold all shards of this model, but lacks one, with a part of {name}.")
+    return {*saved}
 
 
 @contextmanager

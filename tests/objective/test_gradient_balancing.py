@@ -125,6 +125,33 @@ def test_a_call_for_the_batch_and_one_per_cluster_give_the_same_gradient(denoise
     assert calls == [[0], [1], [2], [3], [0, 1, 2, 3]]
 
 
+@pytest.mark.parametrize("balancing", ["uniform", "pcgrad"])
+@pytest.mark.parametrize(
+    ("conditions", "returned", "message"),
+    [
+        ({"text": torch.zeros(3, 2)}, 0, r"must have 16 rows, one per sample, got \(3, 2\) in 'text'"),
+        ({"more": {"scale": torch.tensor(1.0)}}, 0, r"must have 16 rows, one per sample, got \(\) in 'scale'"),
+        ({"names": ["a"]}, 0, "must have 16 rows, one per sample, got a list of 1 in 'names'"),
+        ({"return_dict": False}, 0, "must be tensors, lists, dictionaries of them or None, got bool in 'return_dict'"),
+        ({}, slice(None), r"must return a tensor with \d+ rows, got tuple: of a model of diffusers it is `.sample`"),
+        ({}, (0, slice(1, None)), r"must return a tensor with \d+ rows, got \(\d+, 2, 4, 4\)"),
+    ],
+)
+def test_wrong_conditions_and_outputs_are_refused_in_steps_of_either_kind(
+    denoiser, balancing, conditions, returned, message
+):
+    way = balancing if balancing == "uniform" else GradientBalancer(denoiser, balancing, K)
+    loss_fn = ClusteredLoss(SCHEDULER, CLUSTERS, balancing=way)
+    clean, _, timesteps = global_batch(torch.Generator().manual_seed(0))
+
+    def call(some, *_):
+        output = (denoiser(some),)
+        return output[returned[0]][returned[1]] if isinstance(returned, tuple) else output[returned]
+
+    with pytest.raises((TypeError, ValueError), match=message):
+        loss_fn.denoise(call, clean, timesteps, conditions)
+
+
 def test_backward_passes_of_outputs_by_cluster_see_their_own_samples_only(denoiser):
     seen = []
     denoiser.register_full_backward_pre_hook(lambda module, outputs: seen.append(len(outputs[0])))
