@@ -58,7 +58,7 @@ class ScopedRoutingMixin(ScopedMixin, RoutedModelMixin):
     @classmethod
     def _widths(cls, config: Mapping[str, Any]) -> set[int]:
         """What a config tells of the routed widths before a model is built."""
-        raise NotImplementedError
+        raise NotImplementedError  # transformers and U-Nets have it, each in a way of its own
 
     @classmethod
     def _routed_widths_of(cls, model: nn.Module) -> set[int]:
@@ -67,7 +67,7 @@ class ScopedRoutingMixin(ScopedMixin, RoutedModelMixin):
     @classmethod
     def _units(cls, model: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:
         """What is to be routed of a model, and its routed classes; all that can be wrong of it is found here."""
-        raise NotImplementedError
+        raise NotImplementedError  # transformers and U-Nets have it, each in a way of its own
 
     def _unroute_units(self) -> None:
         for module in self.modules():

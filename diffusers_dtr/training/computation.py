@@ -1,14 +1,26 @@
-"""How a denoiser computes: by which kernel of attention, in which layout of memory, of which quantised weights."""
+"""How a denoiser computes: by which processes and kernel of attention, in which layout, of which quantised weights."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from diffusers import BitsAndBytesConfig, ModelMixin, TorchAoConfig, attention_backend
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
 from .config import RunConfig
+
+
+def check_processes() -> None:
+    """Refuse processes that were launched together, but each of which accelerate takes for the only one."""
+    launched, known = int(os.environ.get("WORLD_SIZE", 1)), PartialState().num_processes
+    if "LOCAL_RANK" in os.environ and launched != known:
+        raise ValueError(
+            f"{launched} processes were launched, but accelerate knows of {known}. Without a GPU set "
+            "ACCELERATE_USE_CPU=true."
+        )
 
 
 def check_attention_backend(name: str, device: torch.device, dtype: torch.dtype) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
 from text_to_image_runs import FAMILIES, make_captioned_images
 from text_to_image_runs import train as train_text_to_image
 from tiny_autoencoders import tiny_vae
@@ -213,6 +214,62 @@ def test_training_refuses_latents_of_another_autoencoder_or_transform_or_none(fo
         train_from(folder, tmp_path / "run", folder)
     with pytest.raises(ValueError, match="`label_column` must be one of the dataset's columns, image, label, got"):
         train_from(latents, tmp_path / "run", folder, "--label_column", "kind")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def lessen(path: Path) -> None:
+    save_file({name: rows[:3].clone() for name, rows in load_file(path).items()}, path)
+
+
+def set_index(**values: object):
+    def change(path: Path) -> None:
+        index = path.with_name("latents.json")
+        index.write_text(json.dumps(json.loads(index.read_text()) | values))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut, r"00001-of-00003\.safetensors must be a shard of 8 rows, got a damaged one .*: delete it, and run"),
+        (lambda path: path.write_bytes(b""), "must be a shard of 8 rows, got a damaged one .*: delete it"),
+        (lessen, r"latents-00001-of-00003\.safetensors must be a shard of 8 rows, got 3: delete it, and run"),
+        (set_index(num_rows="24"), "`num_rows` of .*latents.json` must be an integer, got '24'"),
+        (set_index(shard_size=0), "`shard_size` of .*latents.json must be at least 1, got 0: make .* anew"),
+        (lambda path: path.with_name("latents.json").unlink(), "has shards, but no latents.json|must be a folder"),
+    ],
+)
+def test_what_is_damaged_is_named_before_training_and_before_more_is_made(damage, message, folder, latents, tmp_path):
+    shutil.copytree(latents, tmp_path / "latents")
+    damage(tmp_path / "latents" / "latents-00001-of-00003.safetensors")
+    with pytest.raises(ValueError, match=message):
+        train_from(tmp_path / "latents", tmp_path / "run", folder)
+    with pytest.raises(ValueError, match=message):
+        precompute(folder, tmp_path / "latents")
+
+
+def test_training_refuses_latents_of_some_of_the_images(folder, latents, tmp_path):
+    shutil.copytree(latents, tmp_path / "latents")
+    (tmp_path / "latents" / "latents-00002-of-00003.safetensors").unlink()
+    for number in (0, 1):
+        path = tmp_path / "latents" / f"latents-{number:05d}-of-00003.safetensors"
+        path.rename(path.with_name(path.name.replace("00003", "00002")))
+    set_index(num_rows=16)(path)
+    with pytest.raises(ValueError, match="`num_rows` is 16 there and 24 here"):
+        train_from(tmp_path / "latents", tmp_path / "run", folder)
+
+
+def test_one_run_at_a_time_makes_latents_in_a_folder(folder, latents, tmp_path):
+    shutil.copytree(latents, tmp_path / "latents")
+    lock = FileLock(tmp_path / "latents" / ".run.lock")
+    with lock, pytest.raises(ValueError, match="is in use by another run: wait for it"):
+        precompute(folder, tmp_path / "latents")
+    assert_equal_shards(latents, precompute(folder, tmp_path / "latents"))
+    assert not (tmp_path / "latents" / ".run.lock").exists()
 
 
 @pytest.mark.slow

@@ -125,7 +125,7 @@ def test_far_steps_take_no_detour_and_small_buckets_are_named(caplog):
     buckets = buckets_of(1000, 3)
     far = step_of(buckets, 8, 10**12)
     assert far[0][0] == pytest.approx(8 * 10**12 / 1003, rel=1e-9)
-    assert "Bucket 2,1 has 3 images, fewer than the 8 of a step, which repeats them, once in 2.7 ep" in caplog.text
+    assert "Bucket 2,1 has 3 images, fewer than the 8 of a step, which has them 2.7 times, so" in caplog.text
 
 
 # ---- sizes
@@ -211,6 +211,8 @@ def test_sizes_are_those_that_the_family_can_have():
     assert resolved("auto", Sana) == "64,64;96,32;32,96"
     with pytest.raises(ValueError, match="`--aspect_ratio_buckets` must be of multiples of 8, got 60,64"):
         resolved("64,64;60,64", StableDiffusion)
+    with pytest.raises(ValueError, match="at most 4 times the pixels of `--resolution` 64, got 99992,8"):
+        resolved("99992,8", StableDiffusion)
     known = {"patch_size": 2, "pos_embed_max_size": 20}  # of four pixels each
     assert resolved("80,48", StableDiffusion3, known) == "80,48"
     with pytest.raises(ValueError, match="`--aspect_ratio_buckets` must be at most 80, got 88: the denoiser knows 20"):

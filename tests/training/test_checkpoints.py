@@ -126,6 +126,16 @@ def test_oldest_checkpoints_go_beyond_the_limit_by_their_steps_rather_than_their
     assert run.checkpoints.latest() == tmp_path / "checkpoint-11"
 
 
+def test_a_link_to_a_checkpoint_counts_and_what_it_leads_to_stays(tmp_path):
+    run, elsewhere = Run(tmp_path / "run", limit=1), Run(tmp_path / "elsewhere").save(1)
+    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "run" / "checkpoint-1").symlink_to(elsewhere)
+    for step in (2, 3):
+        run.save(step)
+    assert names(tmp_path / "run") == ["checkpoint-3"]
+    assert (elsewhere / "training_state.json").is_file()
+
+
 def test_whenever_the_process_dies_the_latest_checkpoint_is_whole(tmp_path):
     """Step 1 is saved; saving step 2 and deleting step 1 is cut off at every moment."""
     run = Run(tmp_path, limit=1)

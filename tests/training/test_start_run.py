@@ -10,6 +10,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from run_config import run_config
 
+from diffusers_dtr.training.computation import check_processes
 from diffusers_dtr.training.run.start import agree_with_accelerate
 
 
@@ -83,6 +84,16 @@ def test_accumulation_may_come_from_a_deepspeed_file():
 def test_a_flag_and_a_deepspeed_file_that_disagree_are_both_named(name, message):
     with pytest.raises(ValueError, match=message):
         settle(2, deepspeed={name: 8})
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
+    Accelerator(cpu=True)
+    check_processes()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_processes()  # set by something else than a launcher
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ValueError, match=r"2 processes were launched, but accelerate knows of 1\. Without a GPU set"):
+        check_processes()
 
 
 def test_half_precision_that_needs_a_gpu_is_refused_on_a_cpu():

@@ -152,7 +152,7 @@ def test_tars_are_streamed_and_are_told_how_many_classes_there_are(tmp_path):
     rows = [grey(number) for number in range(ROWS)], [number % 3 for number in range(ROWS)]
     folder = make_tars(tmp_path / "tars", *rows, captions)
     columns = {"image_column": "png", "label_column": "cls", "caption_column": "txt"}
-    with pytest.raises(ValueError, match="`--num_classes` must say it too, got None: 'cls' does not say how many"):
+    with pytest.raises(ValueError, match="`--num_classes` must be that of the data, got None: 'cls' does not say"):
         load_images(config_of(folder, **columns))
     config = config_of(folder, **columns, num_classes=3, shuffle_buffer_size=1)
     batch = next(iter(build_loader(config, load_data(config).dataset, cpu(), 0)))
@@ -172,7 +172,7 @@ def test_tars_are_streamed_and_are_told_how_many_classes_there_are(tmp_path):
         ),
         ({"label_column": "text"}, "`label_column` must hold class labels or integers"),
         ({"caption_column": "label"}, "`caption_column` must hold strings"),
-        ({"num_classes": 4}, "`--num_classes` must say it too, got 4: 'label' has 3 classes"),
+        ({"num_classes": 4}, "`--num_classes` must be that of the data, got 4: 'label' has 3 classes"),
     ],
 )
 def test_columns_are_checked_before_training(options, message, parquet):

@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 # Of `auto`, long side to short: those of prints, photographs and screens.
 _RATIOS = (1, 5 / 4, 4 / 3, 3 / 2, 16 / 9, 2)
 _SIZES = "sizes.npy"
+# How many times the pixels of a square of `--resolution` a size may have; typing errors have thousands.
+_MOST_AREA = 4
 
 
 def resolve_buckets(
@@ -48,13 +50,21 @@ def resolve_buckets(
     for height, width in sizes:
         if height % multiple or width % multiple:
             raise ValueError(f"`--{flag}` must be of multiples of {multiple}, got {height},{width}.")
+        if height * width > _MOST_AREA * config.data.resolution**2:
+            raise ValueError(
+                f"`--{flag}` must have at most {_MOST_AREA} times the pixels of `--resolution` "
+                f"{config.data.resolution}, got {height},{width}."
+            )
         token = vae_scale_factor(vae) * family.token_side(model_config)
         check_positions(flag, max(height, width), token, model_config)
     return config.replace(**{flag: ";".join(f"{height},{width}" for height, width in sizes)})
 
 
 def auto_sizes(resolution: int, multiple: int) -> list[tuple[int, int]]:
-    """Heights and widths, multiples of so many pixels, of about as many pixels as a square, up to 2:1 and 1:2."""
+    """Heights and widths, multiples of so many pixels, of about as many pixels as a square, up to 2:1 and 1:2.
+
+    Where a multiple is much of a side, ratios are rounded, up to 3:1, and those that become the same are one.
+    """
     sizes = {}  # by ratio, of which rounding may leave fewer
     for ratio in _RATIOS:
         long = max(1, round(resolution * ratio**0.5 / multiple)) * multiple
@@ -149,7 +159,7 @@ class BucketedBatches(TrainingBatches):
                 height, width = self.buckets.size(rows[0])
                 logger.warning(
                     f"Bucket {height},{width} has {len(rows)} images, fewer than the {self._size} of a step, which "
-                    f"repeats them, once in {self._size / len(rows):.1f} epochs."
+                    f"has them {self._size / len(rows):.1f} times, so that it comes that seldom."
                 )
 
     def batch(self, step: int) -> list[tuple[int, int]]:

@@ -48,6 +48,12 @@ class CachedRows:
             layout["dtype"] = getattr(torch, layout["dtype"])
             self._files[name] = np.memmap(folder / name, mode="r")
             self._ends[name] = layout["shapes"].prod(1, dtype=np.int64).cumsum() * layout["dtype"].itemsize
+            if self._files[name].size != self._ends[name][-1]:
+                expected, found = self._ends[name][-1], self._files[name].size
+                raise ValueError(f"{folder / name} must have {expected} bytes, got {found}: delete {folder}.")
+
+    def __len__(self) -> int:
+        return len(next(iter(self._ends.values())))
 
     @classmethod
     def made_once(cls, folder: Path, batches: Callable[[], Iterable[Rows]]) -> CachedRows:

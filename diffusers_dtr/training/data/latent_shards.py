@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import datasets
 import torch
 from diffusers import ModelMixin
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ...atomic_files import replace_text
 from ...caches import content_key, fingerprint
@@ -43,10 +43,14 @@ class Shards:
     @classmethod
     def read_index(cls, folder: Path) -> dict[str, Any]:
         """The settings that the shards of a folder were made with."""
-        index = read_object(folder / cls.index, str(folder / cls.index))
+        path = folder / cls.index
+        index = read_object(path, str(path), {"format": int, "num_rows": int, "shard_size": int})
         if index.get("format") != cls.format:
             found = index.get("format")
             raise ValueError(f"{folder} must have `format` {cls.format} in {cls.index}, got {found}: make it anew.")
+        for name in ("num_rows", "shard_size"):
+            if index.get(name, 0) < 1:
+                raise ValueError(f"`{name}` of {path} must be at least 1, got {index.get(name)}: make {folder} anew.")
         return index
 
     @classmethod
@@ -59,8 +63,9 @@ class Shards:
 
     @classmethod
     def complete(cls, folder: Path, index: Mapping[str, Any]) -> Shards:
-        """The shards of a folder, none of which may be missing."""
+        """The shards of a folder, none of which may be missing or damaged."""
         shards = cls(folder, index["num_rows"], index["shard_size"])
+        shards.check_whole()
         if shards.missing:
             raise ValueError(
                 f"`--latents_dir`={str(folder)!r} lacks {len(shards.missing)} of its {len(shards)} shards: run "
@@ -75,6 +80,9 @@ class Shards:
         if (self.folder / self.index).exists():
             place = f"`--output_dir`={str(self.folder)!r}"
             self.check(self.read_index(self.folder), settings, place, "Choose another folder, or remove it.")
+            self.check_whole()
+        elif any(self.folder.glob(self.pattern.partition("{")[0] + "*")):
+            raise ValueError(f"`--output_dir`={str(self.folder)!r} has shards, but no {self.index} that says of what.")
         replace_text(self.folder / self.index, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
     def path(self, number: int) -> Path:
@@ -84,6 +92,24 @@ class Shards:
     def rows(self, number: int) -> range:
         """The rows that a shard has."""
         return range(self.num_rows)[number * self.shard_size : (number + 1) * self.shard_size]
+
+    def check_whole(self) -> None:
+        """Refuse a shard that is there but damaged, whose file the error names."""
+        for number in sorted({*range(len(self))} - {*self.missing}):
+            path, expected = self.path(number), len(self.rows(number))
+            try:
+                found, reason = self.count(path), ""
+            except (OSError, ValueError, KeyError, SafetensorError) as error:
+                found, reason = "a damaged one", f" ({error})"
+            if found != expected:
+                raise ValueError(
+                    f"{path} must be a shard of {expected} rows, got {found}{reason}: delete it, and run "
+                    "precompute_latents.py again with the same flags."
+                )
+
+    def count(self, path: Path) -> int:
+        """The number of rows in a shard."""
+        raise NotImplementedError  # latents and texts are in files of different kinds
 
     @property
     def missing(self) -> list[int]:
@@ -99,6 +125,12 @@ class LatentShards(Shards):
 
     index, format, pattern = "latents.json", 1, "latents-{:05d}-of-{:05d}.safetensors"
     of_others = "latents of other images, another autoencoder or transform"
+
+    def count(self, path: Path) -> int:
+        """As [`Shards.count`]; what is not the same for all tensors is 0."""
+        with safe_open(path, "pt") as file:
+            counts = {file.get_slice(name).get_shape()[0] for name in file.keys()}  # noqa: SIM118 - no mapping
+        return counts.pop() if len(counts) == 1 else 0
 
     def read(self, places: list[int]) -> Rows:
         """Some rows of every tensor."""
@@ -136,7 +168,10 @@ def load_precomputed_images(
     """The images of a folder's latents with labels or captions, but without pixels."""
     if not all((Path(folder) / name).exists() for name in (LatentShards.index, IMAGES)):
         raise ValueError(f"`--latents_dir` must be a folder that precompute_latents.py made, got {folder!r}.")
-    dataset = datasets.load_from_disk(Path(folder) / IMAGES)
+    try:
+        dataset = datasets.load_from_disk(Path(folder) / IMAGES)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{Path(folder) / IMAGES} is damaged: make {folder} anew. {error}") from error
     if image_column in dataset.column_names:  # else the checks say so
         dataset = dataset.cast_column(image_column, datasets.Image())
     return training_images(dataset, image_column, label_column, caption_column)
@@ -150,8 +185,9 @@ def load_precomputed_latents(
     A `ValueError` for a folder that lacks shards, or is of another autoencoder, another precision of it or another
     transform; one that has flips serves a run without.
     """
-    index, wanted = LatentShards.read_index(Path(folder)), latent_settings(vae, transform)
-    if index["random_flip"] and not transform.random_flip:
+    index = LatentShards.read_index(Path(folder))
+    wanted = {**latent_settings(vae, transform), "num_rows": len(images)}
+    if index.get("random_flip") is True and not transform.random_flip:
         del wanted["random_flip"]
     advice = "Train with what it was made with, or make another."
     LatentShards.check(index, wanted, f"`--latents_dir`={folder!r}", advice)

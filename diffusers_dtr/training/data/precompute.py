@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -14,13 +16,15 @@ import torch
 from accelerate import PartialState
 from datasets.utils import tqdm
 from diffusers import ModelMixin
+from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 
 from ...atomic_files import PARTIAL_SUFFIX, replacing
 from ...caches import build_folder, content_key
 from ...latents import LatentNormalization
-from ...run_record import TEXT_EMBEDDINGS
+from ...run_record import RUN_LOCK, TEXT_EMBEDDINGS
 from ..components import image_channels
+from ..computation import check_processes
 from ..config import TrainingConfig
 from .encoder_cache import CachedRows, encoded
 from .images import ImageTransform
@@ -43,9 +47,11 @@ def precompute_latents(config: TrainingConfig, vae: ModelMixin, *, shard_size: i
 
     Raises:
         ValueError: If the folder has latents of other images, labels or captions, of another autoencoder or in shards
-            of another size, or the autoencoder does not tell its latents' normalisation.
+            of another size, a damaged shard, or another run in it, or the autoencoder does not tell its latents'
+            normalisation.
     """
     state, folder = PartialState(), Path(config.run.output_dir)
+    check_processes()
     if config.data.resolution is None:
         raise ValueError("`--resolution` must be given, as no model tells it.")
     if not config.data.center_crop:
@@ -56,15 +62,16 @@ def precompute_latents(config: TrainingConfig, vae: ModelMixin, *, shard_size: i
     transform = image_transform(config, image_channels(None, vae))
     settings = {**latent_settings(vae, transform), **_settings_of_images(images)}
     shards = LatentShards(folder, len(images), shard_size)
-    with state.main_process_first():
-        if state.is_main_process:
-            shards.begin(settings)
-            for abandoned in folder.glob(f"*.safetensors.*{PARTIAL_SUFFIX}"):  # of a run that was killed
-                abandoned.unlink()
-            rows = _rows(images, getattr(config.data, "label_column", None))
-            build_folder(folder / IMAGES, lambda partial: rows.save_to_disk(partial))
-    _encode(config, vae.to(state.device), images, transform, shards, _own(shards))
-    state.wait_for_everyone()
+    with _locked(folder):
+        with state.main_process_first():
+            if state.is_main_process:
+                shards.begin(settings)
+                for abandoned in folder.glob(f"*.safetensors.*{PARTIAL_SUFFIX}"):  # of a run that was killed
+                    abandoned.unlink()
+                rows = _rows(images, getattr(config.data, "label_column", None))
+                build_folder(folder / IMAGES, lambda partial: rows.save_to_disk(partial))
+        _encode(config, vae.to(state.device), images, transform, shards, _own(shards))
+        state.wait_for_everyone()
     logger.info(f"{len(images)} images in {len(shards)} shards are in {folder}.")
     return folder
 
@@ -82,18 +89,38 @@ def precompute_text_embeddings(config: TrainingConfig, encoding: TextEncoding, *
     texts = precomputed_texts(images.captions)
     shards = TextShards(folder / TEXT_EMBEDDINGS, len(texts), shard_size)
     settings, size = encoding.describe(texts), config.run.train_batch_size
-    with state.main_process_first():
-        if state.is_main_process:
-            shards.begin(settings)
-            for abandoned in shards.folder.glob(f".*{PARTIAL_SUFFIX}"):
-                shutil.rmtree(abandoned)
-    for number in tqdm(_own(shards), "Encoding captions", unit="shard"):
-        some = [texts[row] for row in shards.rows(number)]
-        batches = [some[first : first + size] for first in range(0, len(some), size)]
-        CachedRows.made_once(shards.path(number), partial(map, encoding.encode, batches))
-    state.wait_for_everyone()
+    with _locked(folder):
+        with state.main_process_first():
+            if state.is_main_process:
+                shards.begin(settings)
+                for abandoned in shards.folder.glob(f".*{PARTIAL_SUFFIX}"):
+                    shutil.rmtree(abandoned)
+        for number in tqdm(_own(shards), "Encoding captions", unit="shard"):
+            some = [texts[row] for row in shards.rows(number)]
+            batches = [some[first : first + size] for first in range(0, len(some), size)]
+            CachedRows.made_once(shards.path(number), partial(map, encoding.encode, batches))
+        state.wait_for_everyone()
     logger.info(f"{len(texts)} texts in {len(shards)} shards are in {shards.folder}.")
     return shards.folder
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other runs from making shards in a folder, by a lock that the main process has for all of this one."""
+    if not PartialState().is_main_process:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / RUN_LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ValueError(f"`--output_dir`={str(folder)!r} is in use by another run: wait for it to end.") from None
+    try:
+        yield
+    finally:
+        (folder / RUN_LOCK).unlink(missing_ok=True)
+        lock.release()
 
 
 def _own(shards: Shards) -> list[int]:

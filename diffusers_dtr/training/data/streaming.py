@@ -87,7 +87,7 @@ def load_streamed_images(
     num_classes = data.num_classes if names is None else len(names)
     if num_classes is None or data.num_classes not in (None, num_classes):
         has = "does not say how many classes there are" if names is None else f"has {num_classes} classes"
-        raise ValueError(f"`--num_classes` must say it too, got {data.num_classes}: {label_column!r} {has}.")
+        raise ValueError(f"`--num_classes` must be that of the data, got {data.num_classes}: {label_column!r} {has}.")
     id2label = None if names is None else dict(enumerate(names))
     labels = np.arange(num_classes)
     return StreamedImages(stream, data.image_column, labels, num_classes, id2label, captions, label_column)

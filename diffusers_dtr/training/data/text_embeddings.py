@@ -129,6 +129,10 @@ class TextShards(Shards):
     index, format, pattern = "text_embeddings.json", FORMAT, "text-embeddings-{:05d}-of-{:05d}"
     of_others = "text embeddings of other captions, text encoders or settings"
 
+    def count(self, path: Path) -> int:
+        """As [`Shards.count`]."""
+        return len(CachedRows(path))
+
 
 def precomputed_texts(captions: Captions) -> list[str]:
     """Those whose embeddings are made ahead of training, in their order: all captions, and the empty one."""
@@ -147,7 +151,8 @@ def load_text_embeddings(
         return None
     index, texts = TextShards.read_index(folder), precomputed_texts(captions)
     advice = "Train with what they were made with, or make others."
-    TextShards.check(index, encoding.describe(texts), f"`--latents_dir`={latents_dir!r}", advice)
+    wanted = {**encoding.describe(texts), "num_rows": len(texts)}
+    TextShards.check(index, wanted, f"`--latents_dir`={latents_dir!r}", advice)
     shards, places = TextShards.complete(folder, index), {}
     for number in range(len(shards)):
         rows = CachedRows(shards.path(number))

@@ -12,7 +12,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from ...hub import create_run_repo
 from ...objective.balancing import BALANCINGS
-from ..computation import check_attention_backend
+from ..computation import check_attention_backend, check_processes
 from ..config import TrainingConfig
 from ..families.parts import frozen_dtype
 from .folder import check_output_dir, lock_run_folder
@@ -39,6 +39,7 @@ def start_run(config: TrainingConfig) -> Accelerator:
         log_with=None if config.run.report_to == "none" else config.run.report_to,
         project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir / config.run.logging_dir),
     )
+    check_processes()
     agree_with_accelerate(config, accelerator)
     if config.run.attention_backend is not None:
         check_attention_backend(config.run.attention_backend, accelerator.device, frozen_dtype(accelerator))
