@@ -44,8 +44,9 @@ def test_only_a_resumed_run_goes_on_in_a_folder_with_results(present, tmp_path):
         (tmp_path / other).mkdir()
     check_output_dir(tmp_path)
     (tmp_path / present).mkdir()
-    with pytest.raises(ValueError, match=f"`output_dir`=.* already holds {present}"):
-        check_output_dir(tmp_path)
+    for resumed in (None, "latest"):
+        with pytest.raises(ValueError, match=f"already holds {present}.* remove it, as no checkpoint in it is complete"):
+            check_output_dir(tmp_path, resumed)
 
 
 def test_pipeline_replaces_an_older_one_and_leaves_nothing_else_behind(tmp_path):

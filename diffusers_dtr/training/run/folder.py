@@ -31,9 +31,10 @@ def check_output_dir(output_dir: str | Path, resume_from_checkpoint: str | None 
     names = [PIPELINE_INDEX] if (output_dir / PIPELINE_INDEX).exists() else []
     names += [path.name for path in present if not path.suffix]
     if names:
+        way = "or go on with `--resume_from_checkpoint latest`" if own else "as no checkpoint in it is complete"
         raise ValueError(
             f"`output_dir`={str(output_dir)!r} already holds {', '.join(names[:4])}. Choose another folder, "
-            "remove it, or go on with `--resume_from_checkpoint latest`."
+            f"remove it, {way}."
         )
 
 
