@@ -40,7 +40,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("latents").add_argument
     add("--output_dir", required=True, help="Folder of the shards, which all processes share.")
     add("--batch_size", type=COUNT, default=32, help="Images that a process encodes at once. Default 32.")
-    add("--shard_size", type=COUNT, default=1024, help="Images of a shard, a file that is whole or not there. Default 1024.")
+    add("--shard_size", type=COUNT, default=1024, help="Images of a file, which is whole or not there. Default 1024.")
     add("--seed", type=SEED, default=0, help="What --max_train_samples draws with.")
     add(
         "--dtype",

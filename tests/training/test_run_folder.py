@@ -45,7 +45,7 @@ def test_only_a_resumed_run_goes_on_in_a_folder_with_results(present, tmp_path):
     check_output_dir(tmp_path)
     (tmp_path / present).mkdir()
     for resumed in (None, "latest"):
-        with pytest.raises(ValueError, match=f"already holds {present}.* remove it, as no checkpoint in it is complete"):
+        with pytest.raises(ValueError, match=f"already holds {present}.* as no checkpoint in it is complete"):
             check_output_dir(tmp_path, resumed)
 
 

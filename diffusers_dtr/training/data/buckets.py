@@ -50,13 +50,13 @@ def resolve_buckets(
     for height, width in sizes:
         if height % multiple or width % multiple:
             raise ValueError(f"`--{flag}` must be of multiples of {multiple}, got {height},{width}.")
+        token = vae_scale_factor(vae) * family.token_side(model_config)
+        check_positions(flag, max(height, width), token, model_config)
         if height * width > _MOST_AREA * config.data.resolution**2:
             raise ValueError(
                 f"`--{flag}` must have at most {_MOST_AREA} times the pixels of `--resolution` "
                 f"{config.data.resolution}, got {height},{width}."
             )
-        token = vae_scale_factor(vae) * family.token_side(model_config)
-        check_positions(flag, max(height, width), token, model_config)
     return config.replace(**{flag: ";".join(f"{height},{width}" for height, width in sizes)})
 
 
