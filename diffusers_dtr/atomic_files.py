@@ -19,8 +19,9 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
     try:
-        yield partial
-        partial.replace(path)
+        with naming(path):
+            yield partial
+            partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
@@ -30,6 +31,17 @@ def replace_text(path: str | os.PathLike, text: str) -> None:
     """Replace a file by a text, in UTF-8 whatever the locale."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Name a file in an error of the operating system that names none, as those of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 @contextmanager

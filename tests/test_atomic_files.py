@@ -1,13 +1,15 @@
 """Files and folders have their names once they are complete, and only then."""
 
+import errno
 import os
 import shutil
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
 from diffusers_dtr import atomic_files
-from diffusers_dtr.atomic_files import creating, move_contents, remove_folder, replace_text, replacing
+from diffusers_dtr.atomic_files import creating, move_contents, naming, remove_folder, replace_text, replacing
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -22,6 +24,15 @@ def test_a_file_is_what_it_was_until_the_new_one_is_complete_and_if_that_fails(f
         assert 1 / (not fails)
     assert path.read_text(encoding="utf-8") == ("old" if fails else "new")
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no file that is always full")
+def test_an_error_that_names_no_file_is_given_its_name():
+    with pytest.raises(OSError, match="/dev/full") as caught, naming("/dev/full"):
+        Path("/dev/full").write_text("text", encoding="utf-8")
+    assert caught.value.errno == errno.ENOSPC
+    with pytest.raises(FileNotFoundError, match="nowhere"), naming("file"):
+        Path("nowhere").read_text(encoding="utf-8")
 
 
 def test_text_is_utf_8_in_every_locale(fresh_process, tmp_path):

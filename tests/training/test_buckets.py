@@ -207,8 +207,8 @@ def resolved(sizes, family, model_config=None, resolution=64):
 
 def test_sizes_are_those_that_the_family_can_have():
     assert resolved(None, Flux) is None
-    assert resolved("64,64;32,128", StableDiffusion) == "64,64;32,128"
-    assert resolved("auto", Sana) == "64,64;96,32;32,96"
+    assert resolved("64,64;32,128", StableDiffusion) == resolved("32,128;64,64", StableDiffusion) == "32,128;64,64"
+    assert resolved("auto", Sana) == "32,96;64,64;96,32"
     with pytest.raises(ValueError, match="`--aspect_ratio_buckets` must be of multiples of 8, got 60,64"):
         resolved("64,64;60,64", StableDiffusion)
     with pytest.raises(ValueError, match="at most 4 times the pixels of `--resolution` 64, got 99992,8"):

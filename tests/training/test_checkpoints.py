@@ -1,3 +1,4 @@
+import errno
 import os
 import pickle
 import shutil
@@ -237,6 +238,33 @@ def test_weights_of_another_model_or_damaged_ones_are_refused(tmp_path):
         file.unlink()
         refused(name, r"\*\.safetensors, but has none")
         file.write_bytes(whole)
+
+
+def test_where_a_file_is_damaged_other_checkpoints_are_named(tmp_path):
+    run = Run(tmp_path)
+    for step in (1, 2):
+        run.step()
+        run.save(step)
+    for file in sorted((tmp_path / "checkpoint-2").rglob("*.safetensors")):
+        whole = file.read_bytes()
+        file.write_bytes(whole[:100])
+        with pytest.raises(ValueError, match=rf"{file.parent.name}.*one can go on with checkpoint-1\."):
+            Run(tmp_path).resume()
+        file.write_bytes(whole)
+    assert Run(tmp_path).resume() == 2
+
+
+def test_a_full_disk_is_told_with_what_to_go_on_from(tmp_path, monkeypatch):
+    run = Run(tmp_path)
+    run.save(1)
+
+    def write(state: RunState, path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(RunState, "write", write)
+    with pytest.raises(OSError, match=r"step 2 cannot be written: .*No space left.* complete one is .*checkpoint-1\."):
+        run.save(2)
+    assert names(tmp_path) == ["checkpoint-1"]
 
 
 def test_adapters_alone_are_saved_and_restored(tmp_path):

@@ -5,6 +5,7 @@ from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import Accelerator
@@ -185,6 +186,14 @@ def test_a_process_without_rows_is_told(tmp_path):
     stream = batches(folder, num_processes=3, process_index=2)
     with pytest.raises(ValueError, match="must have a row for each of 3 processes, and process 2 found none"):
         next(iter(stream))
+
+
+def test_a_file_without_rows_is_told(tmp_path):
+    folder = make_parquet(tmp_path / "two", [grey(0), grey(1)], [0, 1], files=2, text=["a 0", "a 1"])
+    last = sorted(folder.glob("*.parquet"))[-1]
+    pq.write_table(pq.read_table(last).slice(0, 0), last)
+    with pytest.raises(ValueError, match=r"must have readable files: .*Take out what has no rows"):
+        first(batches(folder), 1)
 
 
 @pytest.mark.parametrize("states", [[], [{}, {}]])

@@ -57,7 +57,7 @@ def resolve_buckets(
                 f"`--{flag}` must have at most {_MOST_AREA} times the pixels of `--resolution` "
                 f"{config.data.resolution}, got {height},{width}."
             )
-    return config.replace(**{flag: ";".join(f"{height},{width}" for height, width in sizes)})
+    return config.replace(**{flag: ";".join(f"{height},{width}" for height, width in sorted(sizes))})
 
 
 def auto_sizes(resolution: int, multiple: int) -> list[tuple[int, int]]:

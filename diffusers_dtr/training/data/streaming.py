@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow
 from datasets.distributed import split_dataset_by_node
 from PIL import Image
 from torch.utils.data import Sampler
@@ -145,7 +146,7 @@ class StreamedBatches(Sampler[list[tuple[int, int, Row]]]):
         epoch, place = self.state["epoch"], self.state["place"]
         while True:
             self.rows.set_epoch(epoch)
-            for row in self.rows:
+            for row in _read(self.rows):
                 yield epoch, place * self.num_processes + self.process_index, row
                 place += 1
             if place == 0:
@@ -154,3 +155,12 @@ class StreamedBatches(Sampler[list[tuple[int, int, Row]]]):
                     f"{self.process_index} found none in its part of the stream."
                 )
             epoch, place = epoch + 1, 0
+
+
+def _read(rows: datasets.IterableDataset) -> Iterator[Row]:
+    try:
+        yield from rows
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(
+            f"`--dataset_name` must have readable files: {error}. Take out what has no rows, or is cut off."
+        ) from error

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -88,15 +90,16 @@ class Checkpoints:
         accelerator.wait_for_everyone()
         try:
             self._write(partial, average)
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                state.scaler = {} if accelerator.scaler is None else accelerator.scaler.state_dict()
+                state.write(partial / STATE_FILE)
         except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:  # of a full disk
             shutil.rmtree(partial, ignore_errors=True)
             raise OSError(
                 f"The checkpoint of step {step} cannot be written: {error}. The last complete one is {self.latest()}."
             ) from error
-        accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            state.scaler = {} if accelerator.scaler is None else accelerator.scaler.state_dict()
-            state.write(partial / STATE_FILE)
             if final.exists():
                 remove_folder(final)
             partial.rename(final)
@@ -154,7 +157,8 @@ class Checkpoints:
                 reason = f"`{option}` must be what it was" if option else "It is of another version of this library"
                 raise ValueError(f"{reason}: the checkpoint {path} has no {folder} to go on with.")
         load = load_adapter if self._lora else load_weights
-        load(self.engine.model, path / self._model_folder)
+        with self._naming_others(path):
+            load(self.engine.model, path / self._model_folder)
         self._path = path
         return state
 
@@ -163,17 +167,30 @@ class Checkpoints:
         path, accelerator = self._path, self.engine.accelerator
         if path is None:
             return
-        if average is not None:
-            if not (path / self._ema_folder).is_dir():
-                raise ValueError(f"`use_ema` must be what it was: {path} has no {self._ema_folder} to go on with.")
-            self.engine.read(path / self._ema_folder, average.weights)
-            average.num_steps = state.global_step
-        self.engine.load_optimizer(path / _OPTIMIZER_FOLDER)
-        if self.objective is not None:
-            self.objective.load_state_dict(_load_tensors(path / _OBJECTIVE_FILE))
+        if average is not None and not (path / self._ema_folder).is_dir():
+            raise ValueError(f"`use_ema` must be what it was: {path} has no {self._ema_folder} to go on with.")
+        with self._naming_others(path):
+            if average is not None:
+                self.engine.read(path / self._ema_folder, average.weights)
+                average.num_steps = state.global_step
+            self.engine.load_optimizer(path / _OPTIMIZER_FOLDER)
+            if self.objective is not None:
+                self.objective.load_state_dict(_load_tensors(path / _OBJECTIVE_FILE))
         if accelerator.scaler is not None and state.scaler:
             accelerator.scaler.load_state_dict(state.scaler)
         logger.info("Resumed from %s", path)
+
+    @contextmanager
+    def _naming_others(self, path: Path) -> Iterator[None]:
+        """Where a checkpoint cannot be read, name those that may."""
+        try:
+            yield
+        except ValueError as error:
+            names = [other.name for other in complete_checkpoints(self.output_dir).values()]
+            others = [name for name in names if name != path.name]
+            if not others:
+                raise
+            raise ValueError(f"{error} Without this checkpoint, one can go on with {', '.join(others)}.") from error
 
     def _find(self, resume_from_checkpoint: str | None) -> Path | None:
         if resume_from_checkpoint is None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from ...atomic_files import replace_text
+from ...atomic_files import naming, replace_text
 from ...extras import require
 from ...objective.clustered_loss import ClusteredLossOutput
 from ...run_record import HISTORY_FILE, LOSSES_PICTURE
@@ -88,7 +88,7 @@ class LossHistory:
             replace_text(self.path, "".join(map(_line, self.entries)))
             self._is_new = False
         else:
-            with self.path.open("a", encoding="utf-8") as file:
+            with naming(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(_line(self.entries[-1]))
 
     def save_picture(self) -> Path:

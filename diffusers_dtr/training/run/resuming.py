@@ -9,14 +9,14 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from accelerate import Accelerator
 from diffusers import ModelMixin, SchedulerMixin
 
 from ...caches import fingerprint
-from ...config_types import constructor_types, read_object, shortened
+from ...config_types import read_object, shortened
 from ...run_record import publishable
 from ..config import GuidedValidationConfig, HubConfig, OptimizerConfig, TrainingConfig
 from ..config.options import Options
@@ -89,7 +89,7 @@ class RunState:
     @classmethod
     def read(cls, path: Path) -> RunState:
         """Read what [`write`] wrote."""
-        types = constructor_types(cls)
+        types = get_type_hints(cls)
         values = read_object(path, str(path), types)
         values.pop("unreadable_images", None)  # of versions that passed over images
         unknown = values.keys() - types.keys()
