@@ -39,6 +39,7 @@ def parse_args(argv=None):
     parser.add_argument("--tasks", nargs="+", help="Only cells of these tasks.")
     parser.add_argument("--arms", nargs="+", help="Only cells of these arms.")
     parser.add_argument("--seeds", type=SEED, nargs="+", help="Only cells of these seeds.")
+    parser.add_argument("--pipelines_dir", help="Keep the trained pipelines and their cards in this folder.")
     parser.add_argument("--jobs", type=COUNT, default=1, help="Cells at a time, of one thread each.")
     return parser.parse_args(argv)
 
@@ -68,9 +69,9 @@ def is_finished(path, settings):
     return True
 
 
-def run(path, settings, seed, folders):
+def run(path, *job):
     torch.set_num_threads(1)
-    result = run_cell(settings, seed, folders)
+    result = run_cell(*job)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -96,7 +97,10 @@ def main(args):
         if flags := missing_flags(args, study, cell):
             left_out.setdefault(f"{cell.task} for want of {' and '.join(flags)}", []).append(cell)
         else:
-            jobs[cell] = path, settings, cell.seed, folders
+            kept = None if args.pipelines_dir is None else cell.path(args.pipelines_dir).with_suffix("")
+            if kept is not None and kept.exists():
+                raise ValueError(f"`--pipelines_dir` must not have what is to be run again: remove {kept}.")
+            jobs[cell] = path, settings, cell.seed, folders, kept
     print(f"{len(chosen)} cells, of which {len(jobs)} are to be run", flush=True)
     for reason, those in left_out.items():
         print(f"{len(those)} are left out: {reason}", flush=True)

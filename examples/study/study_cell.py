@@ -4,6 +4,7 @@ import base64
 import hashlib
 import io
 import runpy
+import shutil
 import tempfile
 import time
 from dataclasses import replace
@@ -27,13 +28,14 @@ QUIET = {"report_to": "none", "num_validation_images": 1, "validation_num_infere
 BATCH_SIZE = 250
 
 
-def run_cell(settings, seed, folders):
+def run_cell(settings, seed, folders, pipeline_dir=None):
     """Train and measure.
 
     Args:
         settings: Of `cell_settings`.
         seed: Of weights, data order, noise and samples.
         folders: What stands for the names in braces.
+        pipeline_dir: A new folder for the trained pipeline and its card; they are not kept by default.
 
     Returns:
         A JSON object: `points` of the run and what it was. Two of one seed are compared with each other only if they
@@ -59,6 +61,8 @@ def run_cell(settings, seed, folders):
         trainer.train()
         record = trainer.finish()
         seconds = time.process_time() - start
+        if pipeline_dir is not None:
+            shutil.copytree(config.run.output_dir, pipeline_dir, ignore=shutil.ignore_patterns("checkpoint-*"))
     return {
         "settings": settings,
         "seed": seed,

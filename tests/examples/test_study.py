@@ -4,10 +4,13 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 from training_runs import EXAMPLES, MODEL, load_script, make_images, reset_accelerate
+
+from diffusers_dtr import DTRPipeline
 
 
 FOLDER = EXAMPLES / "study"
@@ -69,7 +72,7 @@ def test_cells_are_run_once_differ_in_routing_alone_and_are_reported(study, sett
     output = tmp_path / "results"
     first = run(study, settings, output, "--digits", digits, "--arms", "dtr")
     assert len(first) == len(study.started) == 1
-    results = run(study, settings, output, "--digits", digits)
+    results = run(study, settings, output, "--digits", digits, "--pipelines_dir", tmp_path / "kept")
     assert [path.parent.name for path in study.started] == ["dtr", "unrouted"]
     dtr, unrouted = results.values()
     assert [dtr] == list(first.values())
@@ -78,6 +81,18 @@ def test_cells_are_run_once_differ_in_routing_alone_and_are_reported(study, sett
     assert all(dtr[name] == unrouted[name] for name in same)
     assert dtr["points"][-1]["loss"] != unrouted["points"][-1]["loss"]
     assert str(digits) not in json.dumps(dtr)
+    (kept,) = (tmp_path / "kept").glob("*/*/*")
+    assert kept.relative_to(tmp_path / "kept") == Path("digits", "unrouted", "seed-0")
+    assert DTRPipeline.from_pretrained(kept).transformer.config.routing_type == "none"
+    assert (
+        "unrouted" in (kept / "README.md").read_text()
+        or "(`DTRTransformer2DModel`)" in (kept / "README.md").read_text()
+    )
+    assert not [*kept.glob("checkpoint-*")]
+    with pytest.raises(
+        ValueError, match=rf"`--pipelines_dir` must not have what is to be run again: remove .*{kept.name}"
+    ):
+        run(study, settings, tmp_path / "others", "--digits", digits, "--pipelines_dir", tmp_path / "kept")
 
     report = load_script(FOLDER / "make_report.py")
     report.main(report.parse_args(["--settings", str(settings), "--results", str(output), "--output", f"{output}.md"]))
@@ -169,7 +184,7 @@ def test_grid_is_complete_and_every_claim_is_about_it():
         assert {len(those) for (of, _), those in seeds.items() if of == task} == {3, 5}
     pairs = [pair for claim in study["claims"] for pair in claim.get("comparisons", claim.get("convergence", []))]
     assert all(("digits", arm) in seeds for pair in pairs for arm in pair)
-    assert [cell.seed for cell in grid.cells(grid.read_study(FOLDER / "pilot.yaml"))] == [0] * 4
+    assert [cell.seed for cell in grid.cells(grid.read_study(FOLDER / "pilot.yaml"))] == [0] * 7
     for arm, options in study["arms"].items():
         reference = study["arms"][options.get("against", arm)]
         assert reference.get("model") == options.get("model")
