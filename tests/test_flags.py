@@ -27,7 +27,7 @@ TRAINING_SCRIPTS = sorted(
 # The range of every number by name; where a flag of the same name has several, by script.
 RANGES = {
     FINITE: "guidance_interval logit_mean routing_timestep_range timesteps",
-    Range("(0, 0.28]"): "ema_sigma_rel",
+    Range("[0.001, 0.28]"): "ema_sigma_rel",
     Range("(0, 1)"): "test_share",
     Range("(0, 1]"): "routing_beta",
     POSITIVE: "adam_epsilon ema_inv_gamma ema_power frame_rate logit_std lr_power routing_alpha snr_gamma timeout",

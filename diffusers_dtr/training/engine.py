@@ -206,16 +206,20 @@ def read_tensors(folder: Path, tensors: dict[str, Tensor], some: bool = False) -
         ValueError: If the folder has none, damaged ones, or not these tensors.
     """
     saved = _saved(folder)
-    others = tensors.keys() - saved if some else tensors.keys() ^ saved
+    others = tensors.keys() - saved if some else tensors.keys() ^ saved.keys()
+    # Without the last of its shards, a tensor looks like a smaller one.
+    others |= {name for name in tensors.keys() & saved if saved[name] != tensors[name].size()}
     if others:
         listed = ", ".join(sorted(others)[:3])
-        raise ValueError(f"{folder} must hold the weights of this model, got others: {listed} ...")
+        raise ValueError(
+            f"{folder} must hold the tensors of this model, and all their shards: {listed} ... are others, or in part."
+        )
     with _whole_files(folder), _one_process_is_fine():
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
 
 
-def _saved(folder: Path) -> set[str]:
-    """The names of the tensors in a folder."""
+def _saved(folder: Path) -> dict[str, torch.Size]:
+    """The tensors in a folder."""
     if not any(folder.glob("*.safetensors")):
         raise ValueError(f"{folder} must hold *.safetensors, but has none.")
     with _whole_files(folder):
@@ -224,7 +228,7 @@ def _saved(folder: Path) -> set[str]:
         # torch takes what no file has for there, and leaves the tensor as it was.
         if sum(chunk.sizes.numel() for chunk in tensor.chunks) < tensor.size.numel():
             raise ValueError(f"{folder} must hold all shards of this model, but lacks one, with a part of {name}.")
-    return {*saved}
+    return {name: tensor.size for name, tensor in saved.items()}
 
 
 @contextmanager
@@ -232,7 +236,9 @@ def _whole_files(folder: Path) -> Iterator[None]:
     try:
         yield
     except (CheckpointException, SafetensorError) as error:
-        raise ValueError(f"{folder} must hold whole safetensors files of this model: {error}") from error
+        # Of several processes' errors, each with its traceback, one is enough.
+        cause = [cause for cause, _ in getattr(error, "failures", {}).values()] or [error]
+        raise ValueError(f"{folder} must hold whole safetensors files of this model: {cause[0]}") from error
 
 
 @contextmanager

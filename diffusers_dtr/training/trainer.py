@@ -293,7 +293,8 @@ class Trainer:
             f"{self.num_images or 'A stream of'} images, "
             f"{self._model_description['num_trained_parameters']:,} trained parameters of "
             f"{self._model_description['num_parameters']:,}, {self.images_per_step} images per step, "
-            f"{self.max_train_steps} steps"
+            f"{self.max_train_steps} steps, {self.accelerator.num_processes} processes "
+            f"({self.accelerator.distributed_type.value})"
         )
         logger.info(f"{self.objective.clusters}")
         if not self.accelerator.is_main_process:

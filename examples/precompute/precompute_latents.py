@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import datasets
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from transformers import HfArgumentParser
 
 from diffusers_dtr import training
@@ -77,10 +77,11 @@ def main(args):
     vae = training.load_vae(args.config.model, dtype)
     if vae is None:
         raise ValueError("`--vae_name_or_path` must be given, or a `--pretrained_model_name_or_path` with one.")
+    encoding = None if family is None else training.load_text_encoding(args.config, family, dtype).to("cpu")
     precompute_latents(args.config, vae, shard_size=args.shard_size)
     del vae
-    if family is not None:
-        encoding = training.load_text_encoding(args.config, family, dtype)
+    if encoding is not None:
+        encoding = encoding.to(PartialState().device)
         precompute_text_embeddings(args.config, encoding, shard_size=args.shard_size)
 
 

@@ -61,7 +61,9 @@ class Report:
         for task in self.tasks:
             found = {pair: difference(self.results, task, *pair, "frechet_distance") for pair in self._pairs(task)}
             better = {pair: each for pair, each in found.items() if each.verdict("lower") == "holds"}
-            text = "no arm is better than what it is compared with by more than its interval"
+            text = (
+                "no arm is better than its reference, without routing or without balancing, by more than the interval"
+            )
             if better:
                 arm, reference = min(better, key=lambda pair: statistics.mean(better[pair].arm))
                 text = f"`{arm}`, {_interval(better[arm, reference])} against `{reference}`"

@@ -81,12 +81,20 @@ def test_channels_last_is_refused_without_convolutions():
         ({"rank": 2, "quantize": "bnb_4bit"}, "cuda", "DEEPSPEED", "`--quantize` does not go with FSDP and DeepSpeed"),
         ({"rank": 2, "quantize": "torchao_int8"}, "cuda", "MULTI_GPU", "`--quantize torchao_int8` is for one process"),
         ({"rank": 2, "quantize": "bnb_8bit"}, "cpu", "NO", "`--quantize bnb_8bit` needs a GPU, got a CPU"),
+        (
+            {"rank": 2, "quantize": "torchao_int8"},
+            "cpu",
+            "NO",
+            "`--quantize torchao_int8` is for `--mixed_precision no",
+        ),
     ],
 )
 def test_engines_and_devices_that_cannot_are_refused(options, device, engine, message, monkeypatch):
     monkeypatch.setattr(data, "find_spec", lambda _: True)
     accelerator = SimpleNamespace(
         distributed_type=DistributedType(engine),
+        num_processes=2,
+        mixed_precision="bf16",
         device=torch.device(device),
         is_fsdp2=True,
         gradient_state=SimpleNamespace(plugin_kwargs={}),

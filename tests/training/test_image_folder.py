@@ -166,7 +166,7 @@ def test_images_that_the_metadata_do_not_list_are_counted(tmp_path, messages):
     images = load(folder, **CAPTIONED)
     assert used(images, folder) == ["3.png", "0.png"]
     assert images.captions[0] == ["caption of 3.png"]
-    assert "3 of 6 files used; left out are 3 not listed in the metadata (1.png, 2.png, 4.png)" in messages.text
+    assert "2 of 5 files used; left out are 3 not listed in the metadata (1.png, 2.png, 4.png)" in messages.text
 
 
 def test_every_folder_may_have_metadata_of_its_own(tmp_path):

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from run_config import run_config
 from tiny_dit import routed_dit
 
@@ -54,14 +55,15 @@ def test_record_tells_versions_machine_and_duration():
     assert record["versions"]["diffusers-dtr"] == __version__
     assert {"python", "torch", "diffusers", "accelerate", "datasets", "transformers"} < record["versions"].keys()
     assert "CPU" in record["hardware"]
-    assert record["num_processes"] == 1
+    assert (record["num_processes"], record["engine"]) == (1, "NO")
     assert record["mixed_precision"] == "no"
     assert record["seconds"] == 1.2
 
 
 def test_the_command_has_what_accelerate_was_configured_with():
     device = Accelerator(cpu=True).device
-    configured = SimpleNamespace(num_processes=2, mixed_precision="bf16", gradient_accumulation_steps=2, device=device)
+    options = {"num_processes": 2, "distributed_type": DistributedType.MULTI_CPU, "mixed_precision": "bf16"}
+    configured = SimpleNamespace(**options, gradient_accumulation_steps=2, device=device)
 
     def command(*flags: str) -> str:
         return run_record(run_config(), ["train.py", *flags], configured, 1.0)["command"]

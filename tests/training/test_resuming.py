@@ -51,7 +51,6 @@ def test_every_flag_that_a_resumed_run_may_change_exists():
         ({"options": {"loss_weighting": "min_snr"}}, "`--loss_weighting` was constant and is min_snr now"),
         ({"options": {"random_flip": True}}, "`--random_flip` was False and is True now"),
         ({"options": {"resolution": 16}}, "`--resolution` was 32 and is 16 now"),
-        ({"options": {"use_ema": True}}, "`--use_ema` was False and is True now"),
         ({"options": {"rank": 4}}, "`--rank` was None and is 4 now"),
         ({"options": {"dataset_name": "mnist", "train_data_dir": None}}, "`--dataset_name` was None and is mnist now"),
         ({"images": 7}, "`images` was None and is 7 now"),
@@ -104,6 +103,14 @@ def test_images_that_are_not_files_are_compared_by_number():
     assert go_on(three, images_of([None] * 3, [0] * 3)) == []
     with pytest.raises(ValueError, match="`number of images` was 3 and is 4"):
         go_on(three, four)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_an_average_cannot_begin_or_end_on_the_way(before):
+    with pytest.raises(
+        ValueError, match=rf"`--use_ema` was {before} and is {not before} now: .* start a run in another"
+    ):
+        go_on(settings({"use_ema": before}), settings({"use_ema": not before}), allow=True)
 
 
 def test_what_balancing_has_learned_cannot_go_on_with_other_clusters():

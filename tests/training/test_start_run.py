@@ -96,8 +96,22 @@ def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
         check_processes()
 
 
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
+def test_an_engine_that_accelerate_does_not_give_is_refused(engine, monkeypatch):
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    given = {"device": torch.device("cpu"), "distributed_type": DistributedType.MULTI_CPU}
+    state = SimpleNamespace(fsdp_plugin=None)
+    with pytest.raises(ValueError, match=f"asks for {engine}, of which accelerate has none on cpu: take .*ddp.yaml"):
+        agree_with_accelerate(run_config(), SimpleNamespace(**given, num_processes=2, state=state))
+
+
 def test_half_precision_that_needs_a_gpu_is_refused_on_a_cpu():
-    options = {"mixed_precision": "fp16", "device": torch.device("cpu"), "distributed_type": DistributedType.NO}
+    options = {
+        "mixed_precision": "fp16",
+        "device": torch.device("cpu"),
+        "distributed_type": DistributedType.NO,
+        "num_processes": 1,
+    }
     accelerator = SimpleNamespace(**options, state=SimpleNamespace(fsdp_plugin=None))
     with pytest.raises(ValueError, match="`--mixed_precision fp16` needs a GPU"):
         agree_with_accelerate(run_config(), accelerator)

@@ -188,11 +188,20 @@ def test_a_process_without_rows_is_told(tmp_path):
         next(iter(stream))
 
 
-def test_a_file_without_rows_is_told(tmp_path):
+def without_rows(file: Path) -> None:
+    pq.write_table(pq.read_table(file).slice(0, 0), file)
+
+
+def with_other_pages(file: Path) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[:4] + bytes(200) + content[204:])
+
+
+@pytest.mark.parametrize("damage", [without_rows, with_other_pages])
+def test_a_file_that_cannot_be_read_is_told(damage, tmp_path):
     folder = make_parquet(tmp_path / "two", [grey(0), grey(1)], [0, 1], files=2, text=["a 0", "a 1"])
-    last = sorted(folder.glob("*.parquet"))[-1]
-    pq.write_table(pq.read_table(last).slice(0, 0), last)
-    with pytest.raises(ValueError, match=r"must have readable files: .*Take out what has no rows"):
+    damage(sorted(folder.glob("*.parquet"))[-1])
+    with pytest.raises(ValueError, match=r"must have readable files: .*[^.]\. Take out one that is damaged or"):
         first(batches(folder), 1)
 
 

@@ -68,8 +68,9 @@ class EMAConfig(Options):
     ema_type: Literal["warmup", "power"] = option(
         "warmup", "How the decay grows: up to a largest one, or by the power function of EDM2 (arXiv 2312.02696)."
     )
-    ema_sigma_rel: Annotated[float, Range("(0, 0.28]")] | None = option(
-        None, "Relative standard deviation of the power function's window over the steps, in (0, 0.28]. Default 0.1."
+    ema_sigma_rel: Annotated[float, Range("[0.001, 0.28]")] | None = option(
+        None,
+        "Relative standard deviation of the power function's window over the steps, in [0.001, 0.28]. Default 0.1.",
     )
     ema_max_decay: Share = option(0.9999, "Largest decay of the average.")
     ema_inv_gamma: Positive = option(1.0, "Inverse gamma of the decay's warm-up.")

@@ -240,8 +240,8 @@ def _with_metadata(folder, files: list[FoundFile], rows: datasets.Dataset, image
             f"{_named(folder)} has metadata that list images which cannot be found ({len(missing)}): "
             f"{_examples(missing)}."
         )
-    read = {file.path for file in files if file.kind == METADATA}
-    report(folder, files, {*listed, *read}, "not listed in the metadata")
+    others = [file for file in files if file.kind != METADATA]
+    report(folder, others, {*listed}, "not listed in the metadata")
     return _fingerprinted(rows, [by_path[path] for path in listed])
 
 

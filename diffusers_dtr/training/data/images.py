@@ -49,7 +49,7 @@ def upright_size(encoded: Mapping[str, bytes | str | None] | None) -> tuple[int,
 
 
 def _source(encoded: Mapping[str, bytes | str | None] | None) -> str | BinaryIO:
-    if encoded is None:
+    if encoded is None or (encoded["path"] is None and encoded["bytes"] is None):
         raise UnreadableImageError("the row has none")
     return encoded["path"] if encoded["bytes"] is None else BytesIO(encoded["bytes"])
 

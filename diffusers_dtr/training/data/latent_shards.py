@@ -44,6 +44,8 @@ class Shards:
     def read_index(cls, folder: Path) -> dict[str, Any]:
         """The settings that the shards of a folder were made with."""
         path = folder / cls.index
+        if not path.is_file():
+            raise ValueError(f"{folder} must have a {cls.index}, which says what its shards are of: make it anew.")
         index = read_object(path, str(path), {"format": int, "num_rows": int, "shard_size": int})
         if index.get("format") != cls.format:
             found = index.get("format")

@@ -160,7 +160,8 @@ class StreamedBatches(Sampler[list[tuple[int, int, Row]]]):
 def _read(rows: datasets.IterableDataset) -> Iterator[Row]:
     try:
         yield from rows
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split()).rstrip(" .")
         raise ValueError(
-            f"`--dataset_name` must have readable files: {error}. Take out what has no rows, or is cut off."
+            f"`--dataset_name` must have readable files: {reason}. Take out one that is damaged or has no rows."
         ) from error

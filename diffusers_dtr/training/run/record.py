@@ -62,6 +62,7 @@ def run_record(
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
         "hardware": _hardware(accelerator.device),
         "num_processes": accelerator.num_processes,
+        "engine": accelerator.distributed_type.value,
         "mixed_precision": accelerator.mixed_precision,
         "seconds": round(seconds, 1),
         **publishable(results),

@@ -56,8 +56,8 @@ _MODEL_FLAGS = {"model_preset", "model_config", "transformer_config", "unet_conf
 _NOISE_FLAGS = {"beta_schedule": "noise_schedule"}
 
 IMAGES_PER_STEP = "images per step"
-# What the optimizer, balancing and sampling have learned is of these.
-_FIXED_FLAGS = _flags("optimizer num_clusters cluster_cost balancing timestep_sampling")
+# What the average, the optimizer, balancing and sampling have learned is of these.
+_FIXED_FLAGS = _flags("use_ema optimizer num_clusters cluster_cost balancing timestep_sampling")
 _FIXED = {f"--{name}" for name in _FIXED_FLAGS} | {"cluster boundaries"}
 _ADJUSTABLE = {f"--{name}" for name in _ADJUSTABLE_FLAGS} - _FIXED | {IMAGES_PER_STEP, "processes"}
 # The weights know classes by their numbers: another name would be learned into the same embedding.

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, DynamoBackend, ProjectConfiguration, parse_choice_from_env
+from accelerate.utils import (
+    DistributedType,
+    DynamoBackend,
+    ProjectConfiguration,
+    parse_choice_from_env,
+    parse_flag_from_env,
+)
 from transformers.integrations import unset_hf_deepspeed_config
 
 from ...hub import create_run_repo
@@ -96,6 +102,13 @@ def agree_with_accelerate(config: TrainingConfig, accelerator: Accelerator) -> N
 def _check_engine(config: TrainingConfig, accelerator: Accelerator) -> None:
     """Refuse what FSDP or DeepSpeed cannot do, and let FSDP2 shard the gradients that it accumulates."""
     balancing = config.objective.balancing
+    for engine in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        asked = parse_flag_from_env(f"ACCELERATE_USE_{engine.value}") and accelerator.num_processes > 1
+        if asked and accelerator.distributed_type != engine:
+            raise ValueError(
+                f"accelerate's configuration asks for {engine.value}, of which accelerate has none on "
+                f"{accelerator.device.type}: take examples/accelerate_configs/ddp.yaml there, or a GPU."
+            )
     if accelerator.distributed_type == DistributedType.FSDP:
         if not accelerator.is_fsdp2:
             raise ValueError("`fsdp_version` of accelerate's configuration must be 2, got 1.")
@@ -124,6 +137,9 @@ def _check_sharing(config: TrainingConfig, accelerator: Accelerator) -> None:
     quantize, engine = config.lora.quantize, accelerator.distributed_type
     if quantize in ("bnb_4bit", "bnb_8bit") and accelerator.device.type == "cpu":
         raise ValueError(f"`--quantize {quantize}` needs a GPU, got a CPU: use torchao_int8.")
+    if quantize == "torchao_int8" and accelerator.device.type == "cpu" and accelerator.mixed_precision != "no":
+        # torchao's layers do not heed autocast, and group norms of a CPU take no inputs of another precision.
+        raise ValueError(f"`--quantize {quantize}` is for `--mixed_precision no` on a CPU.")
     if quantize == "torchao_int8" and engine != DistributedType.NO:
         # DistributedDataParallel sends all weights to the other processes, which torchao's cannot be.
         raise ValueError(f"`--quantize {quantize}` is for one process, got several: use bnb_4bit or bnb_8bit.")
