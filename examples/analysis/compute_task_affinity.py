@@ -46,6 +46,7 @@ PACKAGES = ("diffusers-dtr", "torch", "diffusers")
 def parse_args(argv=None):
     parser = HfArgumentParser(
         LabelledDataConfig,
+        usage="%(prog)s [options; --help lists them]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

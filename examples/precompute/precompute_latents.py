@@ -33,6 +33,7 @@ class LabelledOrCaptionedConfig(SourceConfig):
 def parse_args(argv=None):
     parser = HfArgumentParser(
         [ModelConfig, LabelledOrCaptionedConfig],
+        usage="%(prog)s [options; --help lists them]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
