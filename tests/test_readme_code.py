@@ -260,6 +260,7 @@ def test_commands_of_the_readmes_name_flags_that_there_are(place, text):
 
 ON_THE_HUB = {"facebook/DiT-XL-2-256", "stable-diffusion-v1-5/stable-diffusion-v1-5", "google/ddpm-cifar10-32"}
 ON_THE_HUB |= {"stabilityai/sd-vae-ft-ema", "Qwen/Qwen-Image", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"}
+ON_THE_HUB |= {"PixArt-alpha/PixArt-XL-2-1024-MS"}
 
 
 @pytest.mark.parametrize("path", READMES, ids=lambda path: path.parent.name)

@@ -38,8 +38,10 @@ def read_mask_tables(tables: Iterable[torch.Tensor], given: Mapping[str, Any]) -
             "The masks of the checkpoint differ between blocks, as those of random routing do; "
             "only one sliding window for all blocks can be converted."
         )
-    found = _infer_routing(first)
-    if found is None or not _gives(first, found):
+    # A tie puts the exponent at the very end of its interval, which belongs to it if the half is rounded this way.
+    guesses = (_infer_routing(first, margin) for margin in (_ROUNDING, -_ROUNDING))
+    found = next((guess for guess in guesses if guess is not None and _gives(first, guess)), None)
+    if found is None:
         raise ValueError(
             f"The masks of the checkpoint, of shape {tuple(first.shape)}, are not those of a window that slides over "
             "the timesteps, so they cannot be converted."
@@ -51,7 +53,7 @@ def read_mask_tables(tables: Iterable[torch.Tensor], given: Mapping[str, Any]) -
     return routing
 
 
-def _infer_routing(table: torch.Tensor) -> dict[str, Any] | None:
+def _infer_routing(table: torch.Tensor, margin: float) -> dict[str, Any] | None:
     if table.ndim != 2 or table.shape[0] < 2 or table.shape[1] < 1 or not table[0].any():
         return None
     num_timesteps, num_channels = table.shape
@@ -59,7 +61,7 @@ def _infer_routing(table: torch.Tensor) -> dict[str, Any] | None:
     below_next = math.nextafter((num_active + 1) / num_channels, 0)
     return {
         "routing_type": "dtr",
-        "routing_alpha": _alpha(table.argmax(dim=1), num_channels - num_active),
+        "routing_alpha": _alpha(table.argmax(dim=1), num_channels - num_active, margin),
         "routing_beta": _shortest_decimal(num_active / num_channels, below_next),
         "routing_timestep_range": (0, num_timesteps - 1),
     }
@@ -71,8 +73,8 @@ def _gives(table: torch.Tensor, routing: Mapping[str, Any]) -> bool:
     return torch.equal(table.float(), mask_table(*table.shape, routing["routing_alpha"], routing["routing_beta"]))
 
 
-def _alpha(starts: torch.Tensor, last_start: int) -> float:
-    """The exponent of s = round(L τ^α), from |L τ^α - s| <= 1/2 at every timestep."""
+def _alpha(starts: torch.Tensor, last_start: int, margin: float) -> float:
+    """The exponent of s = round(L τ^α), from |L τ^α - s| <= 1/2 at every timestep, in an interval that much wider."""
     if last_start == 0:
         return _RELEASED_ALPHA
     starts = starts[1:-1].double()
@@ -80,9 +82,8 @@ def _alpha(starts: torch.Tensor, last_start: int) -> float:
     # log τ is negative, so the upper end of s bounds α from below; beyond [0, L] there is no bound.
     at_least = torch.log(((starts + 0.5) / last_start).clamp(max=1)) / log_position
     at_most = torch.log(((starts - 0.5) / last_start).clamp(min=0)) / log_position
-    # A tie puts the exponent at the very end of the interval, where float64's rounding decides.
-    low = max([0.0, *at_least.tolist()]) - _ROUNDING
-    high = min([math.inf, *at_most.tolist()]) + _ROUNDING
+    low = max([0.0, *at_least.tolist()]) - margin
+    high = min([math.inf, *at_most.tolist()]) + margin
     return _RELEASED_ALPHA if low <= _RELEASED_ALPHA <= high or low > high else _shortest_decimal(low, high)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
@@ -13,6 +13,7 @@ from diffusers_dtr import random_routing_mask
 from diffusers_dtr.conversion.masks import mask_table, read_mask_tables
 
 
+@example(num_channels=8, tenths=8, alpha=0.5, num_timesteps=5)  # 1 is at the end of the interval, and rounds otherwise
 @settings(max_examples=20, deadline=None)
 @given(
     num_channels=st.integers(8, 400),
