@@ -183,7 +183,8 @@ def test_processes_stop_after_the_same_step_though_one_alone_is_told(images, tmp
     output, _ = process.communicate(timeout=60)
     assert "Stopped by SIGTERM after step" in output
     assert process.returncode != 0
-    finish(launch(arguments(images, run, "--max_train_steps", 1, "--resume_from_checkpoint", "latest")))
+    step = max(int(path.name.removeprefix("checkpoint-")) for path in run.glob("checkpoint-*"))
+    finish(launch(arguments(images, run, "--max_train_steps", step, "--resume_from_checkpoint", "latest")))
 
 
 @pytest.mark.slow
