@@ -24,6 +24,7 @@ from training_runs import (
 from diffusers_dtr.training import TextPipeline
 from diffusers_dtr.training.data import text_embeddings
 from diffusers_dtr.training.data.encoder_cache import CachedRows
+from diffusers_dtr.user_errors import USER_ERRORS
 
 
 SCRIPT = EXAMPLES / "precompute" / "precompute_latents.py"
@@ -84,6 +85,15 @@ def test_embeddings_train_what_cached_embeddings_train(name, images, bases, tmp_
     assert not (run / "text_embeddings").exists()
     assert_equal_weights(run, cached, FAMILIES[name].denoiser)
     assert (run / "text_encoder").is_dir()
+
+
+def test_a_damaged_text_encoder_is_found_before_images_are_encoded(images, bases, tmp_path):
+    base = shutil.copytree(bases["sd"], tmp_path / "base")
+    (file,) = (base / "text_encoder").glob("*.safetensors")
+    file.write_bytes(b"no")
+    with pytest.raises(USER_ERRORS):
+        precompute("sd", images, base, tmp_path / "latents")
+    assert not (tmp_path / "latents").exists()
 
 
 def test_prompts_that_were_not_made_ahead_are_encoded_before_training(latents, bases, tmp_path, monkeypatch):

@@ -155,6 +155,8 @@ def test_memory_that_does_not_suffice_is_no_damage(monkeypatch):
 def test_missing_images_are_unreadable(tmp_path):
     with pytest.raises(UnreadableImageError, match="none"):
         decode_image(None)
+    with pytest.raises(UnreadableImageError, match="none"):
+        decode_image({"bytes": None, "path": None})
     with pytest.raises(UnreadableImageError, match="FileNotFoundError"):
         decode_image({"bytes": None, "path": str(tmp_path / "gone.png")})
 
