@@ -29,6 +29,7 @@ from training_runs import SCRIPT as TRAIN
 
 from diffusers_dtr.training import Trainer
 from diffusers_dtr.training.data import precompute as making
+from diffusers_dtr.training.data.latent_shards import LatentShards
 
 
 SCRIPT = EXAMPLES / "precompute" / "precompute_latents.py"
@@ -291,3 +292,10 @@ def test_two_processes_train_from_latents_what_one_that_accumulates_does(folder,
     one = train_from(latents, tmp_path / "one", folder, "--gradient_accumulation_steps", 2)
     finish(launch(train_flags(latents, tmp_path / "two", folder), num_processes=2))
     assert_equal_weights(tmp_path / "two", one)
+
+
+def test_a_folder_whose_index_is_lost_is_told(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"must have a latents\.json, which says what its shards are of: make it anew"
+    ):
+        LatentShards.read_index(tmp_path)
