@@ -24,7 +24,7 @@ from diffusers_dtr.training.data import held_out_samples
 HERE = Path(__file__).resolve().parent
 MODELS = {"transformer": DTRTransformer2DModel, "unet": DTRUNet2DModel}
 # Nobody looks at the run's own grids and logs.
-QUIET = {"report_to": "none", "num_validation_images": 1, "validation_num_inference_steps": 1}
+QUIET = {"report_to": "none", "num_validation_images": 1}
 BATCH_SIZE = 250
 
 
@@ -80,6 +80,7 @@ def run_cell(settings, seed, folders, pipeline_dir=None):
 def _config(settings, seed, folders, folder):
     options = {**QUIET, **settings["training"], "seed": seed}
     options = {name: value.format(**folders) if isinstance(value, str) else value for name, value in options.items()}
+    options["validation_num_inference_steps"] = settings["measure"]["num_inference_steps"]  # the card says them
     options["validation_steps"] = options["max_train_steps"] // settings["measure"]["points"]
     options["checkpointing_steps"] = options["max_train_steps"]
     data = LabelledDataConfig(**{name: options.pop(name) for name in LabelledDataConfig.names() if name in options})
