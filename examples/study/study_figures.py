@@ -29,16 +29,22 @@ def draw_quality(results, task, arms, path):
 
 
 def draw_differences(results, task, pairs, path):
-    """Paired differences at the end of the runs, with their intervals; to the left is better."""
+    """Paired differences at the end of the runs, with their intervals; to the left is better.
+
+    The axis is linear for most of them, and logarithmic beyond, where one far away would hide the others.
+    """
     figure, axes = pyplot.subplots(
         1, len(METRICS), figsize=(10, 1 + 0.3 * len(pairs)), sharey=True, layout="constrained"
     )
     for ax, (metric, label) in zip(axes, METRICS.items(), strict=True):
-        for row, (arm, reference) in enumerate(pairs):
-            mean, low, high = difference(results, task, arm, reference, metric).interval()
+        intervals = [difference(results, task, *pair, metric).interval() for pair in pairs]
+        for row, (mean, low, high) in enumerate(intervals):
             ax.plot([low, high], [row, row], color="tab:blue")
             ax.plot(mean, row, "o", color="tab:blue")
         ax.axvline(0, color="grey", linewidth=0.8)
+        furthest = torch.tensor(intervals, dtype=torch.float64).abs().amax(1)
+        if furthest.max() > 10 * furthest.median():
+            ax.set_xscale("symlog", linthresh=furthest.quantile(0.75).item(), linscale=2)
         ax.set(xlabel=f"difference of the {label}", yticks=range(len(pairs)))
         ax.set_yticklabels([f"{arm} against {reference}" for arm, reference in pairs])
     axes[0].invert_yaxis()

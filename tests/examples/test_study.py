@@ -84,7 +84,9 @@ def test_cells_are_run_once_differ_in_routing_alone_and_are_reported(study, sett
     (kept,) = (tmp_path / "kept").glob("*/*/*")
     assert kept.relative_to(tmp_path / "kept") == Path("digits", "unrouted", "seed-0")
     assert DTRPipeline.from_pretrained(kept).transformer.config.routing_type == "none"
-    assert "(`DTRTransformer2DModel`)" in (kept / "README.md").read_text()
+    card = (kept / "README.md").read_text()
+    assert "(`DTRTransformer2DModel`)" in card
+    assert "num_inference_steps=2," in card  # those of the measured samples
     assert not [*kept.glob("checkpoint-*")]
     with pytest.raises(
         ValueError, match=rf"`--pipelines_dir` must not have what is to be run again: remove .*{kept.name}"
@@ -95,7 +97,7 @@ def test_cells_are_run_once_differ_in_routing_alone_and_are_reported(study, sett
     report.main(report.parse_args(["--settings", str(settings), "--results", str(output), "--output", f"{output}.md"]))
     text = (tmp_path / "results.md").read_text()
     assert f"| digits | dtr | unrouted | held-out loss | {dtr['points'][-1]['loss']:.4g} |" in text
-    assert "not told by 1 seeds" in text
+    assert "not told by 1 of 3 seeds" in text
     assert len(list((tmp_path / "figures").glob("digits_*.png"))) == 2
     assert "2 of 2 cells" in capsys.readouterr().out
 
@@ -150,7 +152,7 @@ def test_paired_difference_and_its_interval_are_those_of_a_hand_computation(pair
     assert found.verdict("lower") == "cannot be told at this scale"
     certain = paired.Difference([1.0, 1.0, 1.1], [2.0, 2.0, 2.0])
     assert (certain.verdict("lower"), certain.verdict("higher")) == ("holds", "does not hold")
-    assert paired.Difference([1.0], [2.0]).verdict("lower") == "not told by 1 seeds"
+    assert paired.Difference([1.0], [2.0]).verdict("lower") == "not told by 1 of 3 seeds"
     assert paired.Difference([None] * 3, [1.0] * 3).verdict("lower") == "does not hold"
     assert paired.Difference([None, 0.5, 0.5], [1.0] * 3).verdict("lower") == "cannot be told at this scale"
 
