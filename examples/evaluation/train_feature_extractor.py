@@ -34,7 +34,7 @@ def parse_args(argv=None):
     )
     parser.add_argument("--random_flip", action="store_true", help="Mirror half of the images.")
     parser.add_argument("--width", type=COUNT, default=32, help="Channels of the first layer. Default: %(default)s.")
-    parser.add_argument("--num_train_epochs", type=COUNT, default=12, help="Default: %(default)s.")
+    parser.add_argument("--num_train_epochs", type=COUNT, default=16, help="Default: %(default)s.")
     parser.add_argument("--batch_size", type=COUNT, default=128, help="Default: %(default)s.")
     parser.add_argument("--learning_rate", type=NON_NEGATIVE, default=0.2, help="Peak of SGD. Default: %(default)s.")
     parser.add_argument("--seed", type=SEED, default=0)

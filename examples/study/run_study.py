@@ -26,8 +26,9 @@ HERE = Path(__file__).resolve().parent
 DATA = {
     "digits": "Folder of prepare_digits.py.",
     "cifar10": "CIFAR-10: a name or folder for load_dataset with the columns image and label.",
-    "cifar10_features": "TorchScript file that ../evaluation/train_feature_extractor.py made.",
+    "cifar10_features": "TorchScript file of ../evaluation/train_feature_extractor.py. Default %(default)s.",
 }
+DEFAULTS = {"cifar10_features": HERE / "cifar10-features.pt"}
 
 
 def parse_args(argv=None):
@@ -35,7 +36,7 @@ def parse_args(argv=None):
     parser.add_argument("--settings", default=HERE / "study.yaml", help="YAML file of the study. Default %(default)s.")
     parser.add_argument("--output_dir", default=HERE / "results", help="Folder of the results. Default %(default)s.")
     for name, text in DATA.items():
-        parser.add_argument(f"--{name}", help=text)
+        parser.add_argument(f"--{name}", default=DEFAULTS.get(name), help=text)
     parser.add_argument("--tasks", nargs="+", help="Only cells of these tasks.")
     parser.add_argument("--arms", nargs="+", help="Only cells of these arms.")
     parser.add_argument("--seeds", type=SEED, nargs="+", help="Only cells of these seeds.")

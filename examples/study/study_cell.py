@@ -53,7 +53,7 @@ def run_cell(settings, seed, folders, pipeline_dir=None):
         data = training.load_data(config, images, model=model)
         if config.data.center_crop and not config.data.random_flip:
             data = replace(data, dataset=Decoded(data.dataset))
-        extract = load_extractor(settings["measure"]["feature_extractor"].format(**folders))
+        extract, features_hash = load_extractor(settings["measure"]["feature_extractor"].format(**folders))
         measurement = Measurement(settings, seed, data, noise_scheduler, extract)
         trainer = MeasuredTrainer(measurement, model, replace(data, held_out=None), config)
         first_batch = _digest([next(iter(trainer.loader))["pixel_values"]])
@@ -69,6 +69,7 @@ def run_cell(settings, seed, folders, pipeline_dir=None):
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "initial_weights": initial_weights,
         "first_batch": first_batch,
+        "features": features_hash,
         "points": trainer.points,
         "samples": measurement.picture,
         "processor_seconds": round(seconds, 1),
@@ -181,12 +182,16 @@ class Measurement:
 
 
 def load_extractor(name):
-    """A function of a file, `file.py:function`, or TorchScript as `train_feature_extractor.py` saves it."""
+    """Features of images, by a function of a file, `file.py:function`, or TorchScript of `train_feature_extractor.py`.
+
+    With the latter comes the hash of the file: it is trained anew elsewhere to other weights.
+    """
     file, python, function = name.partition(".py:")
     if python:
-        return runpy.run_path(str(HERE / f"{file}.py"))[function]
+        return runpy.run_path(str(HERE / f"{file}.py"))[function], None
     network = torch.jit.load(name, map_location="cpu").eval()
-    return lambda images: network((images * 255).round().to(torch.uint8))[0]
+    features_hash = hashlib.sha256(Path(name).read_bytes()).hexdigest()[:16]
+    return lambda images: network((images * 255).round().to(torch.uint8))[0], features_hash
 
 
 def _png(images):

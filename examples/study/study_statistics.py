@@ -11,8 +11,8 @@ from diffusers_dtr.analysis import confidence_interval
 
 # From three values on an interval says something.
 MIN_SEEDS = 3
-# In what two runs must agree to be compared, and what of it follows from the size of the model
-AGREE = ("seed", "num_parameters", "first_batch", "initial_weights")
+# In what two runs must agree to be compared. Features that a function makes have no hash.
+AGREE = ("seed", "num_parameters", "first_batch", "initial_weights", "features")
 
 
 def read_results(study, folder):
@@ -98,7 +98,7 @@ def _pairs(results, task, arm, reference):
     seeds = sorted(mine.keys() & others.keys())
     for one, other in ((mine[seed], others[seed]) for seed in seeds):
         steps = [[point["step"] for point in run["points"]] for run in (one, other)]
-        wrong = [name for name in AGREE if one[name] != other[name]]
+        wrong = [name for name in AGREE if one.get(name) != other.get(name)]
         if wrong or steps[0] != steps[1]:
             raise ValueError(f"{arm} and {reference} of {task} differ in {', '.join(wrong) or 'steps'}.")
     return [mine[seed] for seed in seeds], [others[seed] for seed in seeds]
