@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from training_runs import EXAMPLES, MODEL, load_script, make_images, reset_accelerate
 
@@ -124,6 +125,17 @@ def test_results_of_other_settings_are_refused_and_cells_without_data_left_out(s
         run(study, settings, output)
     with pytest.raises(ValueError, match=r"`--arms` must be of .*'dtr'"):
         run(study, settings, output, "--arms", "dtx")
+
+
+def test_results_of_cifar10_are_in_the_features_of_the_classifier_that_is_kept_with_them():
+    cell = load_script(FOLDER / "study_cell.py")
+    extract, features_hash = cell.load_extractor(str(FOLDER / "cifar10-features.pt"))
+    black, noise = torch.zeros(2, 3, 32, 32), torch.rand(2, 3, 32, 32)
+    features = extract(torch.cat([black, noise]))
+    assert features.shape == (4, 128)
+    assert torch.equal(features[0], features[1])
+    assert not torch.equal(features[0], features[2])
+    assert len(features_hash) == 16
 
 
 def points(*losses):
