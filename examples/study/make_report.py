@@ -55,11 +55,14 @@ class Report:
         """What a user may do with all this; and of each task the best arm, among those that beat another.
 
         That is the one with the lowest Fréchet distance of those that have a lower one than what they are compared
-        with, by an interval without zero.
+        with, by an interval without zero. Nothing is said of a task with too few seeds for one.
         """
         lines = ["> **What to choose, as far as this goes**", ">", *(f"> - {line}" for line in self.study["advice"])]
         for task in self.tasks:
-            found = {pair: difference(self.results, task, *pair, "frechet_distance") for pair in self._pairs(task)}
+            pairs = self._told_pairs(task)
+            if not pairs:
+                continue
+            found = {pair: difference(self.results, task, *pair, "frechet_distance") for pair in pairs}
             better = {pair: each for pair, each in found.items() if each.verdict("lower") == "holds"}
             text = (
                 "no arm is better than its reference, without routing or without balancing, by more than the interval"
@@ -94,7 +97,7 @@ class Report:
         lines += [f"Hardware: {hardware}.\n"]
         draw_quality(self.results, task, main, self.figures / f"{task}_quality.png")
         lines += [f"![Quality against training steps, {task}](figures/{task}_quality.png)\n"]
-        pairs = [pair for pair in self._pairs(task) if self._seeds(task, pair) >= MIN_SEEDS]
+        pairs = self._told_pairs(task)
         if pairs:
             draw_differences(self.results, task, pairs, self.figures / f"{task}_differences.png")
             lines += [f"![Paired differences at the end, {task}](figures/{task}_differences.png)\n"]
@@ -157,11 +160,11 @@ class Report:
         lines += [f"| unrouted | {' | '.join(_spread(each.reference) for each in eighths)} |"]
         return [*lines, f"| dtr less unrouted | {' | '.join(map(_interval, eighths))} |"]
 
-    def _pairs(self, task):
-        """Arms of a task with what they are compared with, where both have been run with a seed."""
+    def _told_pairs(self, task):
+        """Arms of a task with what they are compared with, where both have seeds enough for a verdict."""
         arms = self.study["arms"]
         pairs = [(arm, arms[arm]["against"]) for of, arm in self.results if of == task and "against" in arms[arm]]
-        return [pair for pair in pairs if self._seeds(task, pair)]
+        return [pair for pair in pairs if self._seeds(task, pair) >= MIN_SEEDS]
 
     def _seeds(self, task, pair):
         arm, reference = (self.results.get((task, name), {}).keys() for name in pair)

@@ -99,6 +99,7 @@ def test_cells_are_run_once_differ_in_routing_alone_and_are_reported(study, sett
     text = (tmp_path / "results.md").read_text()
     assert f"| digits | dtr | unrouted | held-out loss | {dtr['points'][-1]['loss']:.4g} |" in text
     assert "not told by 1 of 3 seeds" in text
+    assert "Lowest Fréchet distance" not in text
     assert len(list((tmp_path / "figures").glob("digits_*.png"))) == 2
     assert "2 of 2 cells" in capsys.readouterr().out
 
