@@ -184,12 +184,16 @@ class Measurement:
 def load_extractor(name):
     """Features of images, by a function of a file, `file.py:function`, or TorchScript of `train_feature_extractor.py`.
 
-    With the latter comes the hash of the file: it is trained anew elsewhere to other weights.
+    With the latter comes the hash of the file: it is trained anew elsewhere to other weights. A ValueError for a file
+    that is missing or no TorchScript.
     """
     file, python, function = name.partition(".py:")
     if python:
         return runpy.run_path(str(HERE / f"{file}.py"))[function], None
-    network = torch.jit.load(name, map_location="cpu").eval()
+    try:
+        network = torch.jit.load(name, map_location="cpu").eval()
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"`--cifar10_features` must be a file of TorchScript, got {name!r}: {error}") from error
     features_hash = hashlib.sha256(Path(name).read_bytes()).hexdigest()[:16]
     return lambda images: network((images * 255).round().to(torch.uint8))[0], features_hash
 

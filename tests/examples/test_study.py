@@ -129,8 +129,8 @@ def test_results_of_other_settings_are_refused_and_cells_without_data_left_out(s
 
 
 def test_results_of_cifar10_are_in_the_features_of_the_classifier_that_is_kept_with_them():
-    cell = load_script(FOLDER / "study_cell.py")
-    extract, features_hash = cell.load_extractor(str(FOLDER / "cifar10-features.pt"))
+    cell, study = load_script(FOLDER / "study_cell.py"), load_script(FOLDER / "run_study.py")
+    extract, features_hash = cell.load_extractor(str(study.parse_args([]).cifar10_features))
     black, noise = torch.zeros(2, 3, 32, 32), torch.rand(2, 3, 32, 32)
     features = extract(torch.cat([black, noise]))
     assert features.shape == (4, 128)
@@ -138,6 +138,9 @@ def test_results_of_cifar10_are_in_the_features_of_the_classifier_that_is_kept_w
     assert not torch.equal(features[0], features[2])
     results = [json.loads(path.read_text()) for path in (FOLDER / "results" / "cifar10").rglob("*.json")]
     assert {result["features"] for result in results} == {features_hash}
+    for wrong in ("README.md", "absent.pt"):
+        with pytest.raises(ValueError, match=f"`--cifar10_features` must be a file of TorchScript, got .*{wrong}"):
+            cell.load_extractor(str(FOLDER / wrong))
 
 
 def points(*losses):
@@ -183,6 +186,22 @@ def test_runs_of_other_data_order_weights_size_or_features_are_not_compared(pair
     results = made_up("dtr", points(1.0), **{name: "other"}) | made_up("unrouted", points(2.0))
     with pytest.raises(ValueError, match=f"dtr and unrouted of digits differ in {name}"):
         paired.difference(results, "digits", "dtr", "unrouted", "loss")
+
+
+def test_box_names_the_best_arm_of_a_task_with_seeds_enough_for_a_verdict(tmp_path):
+    report, grid = load_script(FOLDER / "make_report.py"), load_script(FOLDER / "study_grid.py")
+    study = grid.read_study(FOLDER / "study.yaml")
+
+    def box(seeds):
+        ends = {"unrouted": [2.0, 2.1, 2.2], "dtr": [1.0, 1.1, 1.3], "random": [3.0, 3.1, 3.3]}
+        runs = {
+            arm: [[{"step": 1, "loss": 1.0, "frechet_distance": end}] for end in ends[arm][:seeds]] for arm in ends
+        }
+        results = {key: value for arm, points_of in runs.items() for key, value in made_up(arm, *points_of).items()}
+        return report.Report(study, results, tmp_path).recommendation()
+
+    assert "Lowest Fréchet distance, digits: `dtr`, -0.9667 [" in box(3)
+    assert "Lowest" not in box(2)
 
 
 def test_grid_is_complete_and_every_claim_is_about_it():
