@@ -52,10 +52,10 @@ class Report:
         return "\n".join([*sections, self.missing()])
 
     def recommendation(self):
-        """What a user may do with all this; and of each task the best arm, among those that beat another.
+        """What a user may do with all this; and of each task the arms that beat what they are compared with.
 
-        That is the one with the lowest Fréchet distance of those that have a lower one than what they are compared
-        with, by an interval without zero. Nothing is said of a task with too few seeds for one.
+        Those have a lower Fréchet distance, by an interval without zero. Nothing is said of a task with too few seeds
+        for one.
         """
         lines = ["> **What to choose, as far as this goes**", ">", *(f"> - {line}" for line in self.study["advice"])]
         for task in self.tasks:
@@ -63,14 +63,13 @@ class Report:
             if not pairs:
                 continue
             found = {pair: difference(self.results, task, *pair, "frechet_distance") for pair in pairs}
-            better = {pair: each for pair, each in found.items() if each.verdict("lower") == "holds"}
-            text = (
-                "no arm is better than its reference, without routing or without balancing, by more than the interval"
-            )
-            if better:
-                arm, reference = min(better, key=lambda pair: statistics.mean(better[pair].arm))
-                text = f"`{arm}`, {_interval(better[arm, reference])} against `{reference}`"
-            lines += [f"> - Lowest Fréchet distance, {task}: {text}."]
+            better = [
+                f"`{arm}`, {_interval(each)} against `{reference}`"
+                for (arm, reference), each in found.items()
+                if each.verdict("lower") == "holds"
+            ]
+            text = "; ".join(better) or "no arm"
+            lines += [f"> - Fréchet distance lower than the reference's by more than the interval, {task}: {text}."]
         return "\n".join([*lines, ""])
 
     def claim(self, claim, reported, expected=None, comparisons=(), convergence=(), elsewhere=None):

@@ -99,7 +99,7 @@ def test_cells_are_run_once_differ_in_routing_alone_and_are_reported(study, sett
     text = (tmp_path / "results.md").read_text()
     assert f"| digits | dtr | unrouted | held-out loss | {dtr['points'][-1]['loss']:.4g} |" in text
     assert "not told by 1 of 3 seeds" in text
-    assert "Lowest Fréchet distance" not in text
+    assert "Fréchet distance lower than" not in text
     assert len(list((tmp_path / "figures").glob("digits_*.png"))) == 2
     assert "2 of 2 cells" in capsys.readouterr().out
 
@@ -188,20 +188,23 @@ def test_runs_of_other_data_order_weights_size_or_features_are_not_compared(pair
         paired.difference(results, "digits", "dtr", "unrouted", "loss")
 
 
-def test_box_names_the_best_arm_of_a_task_with_seeds_enough_for_a_verdict(tmp_path):
+def test_box_names_the_arms_that_beat_their_reference_in_a_task_with_seeds_enough_for_a_verdict(tmp_path):
     report, grid = load_script(FOLDER / "make_report.py"), load_script(FOLDER / "study_grid.py")
     study = grid.read_study(FOLDER / "study.yaml")
 
-    def box(seeds):
-        ends = {"unrouted": [2.0, 2.1, 2.2], "dtr": [1.0, 1.1, 1.3], "random": [3.0, 3.1, 3.3]}
+    def box(seeds, dtr=(1.0, 1.1, 1.3)):
+        ends = {"unrouted": [2.0, 2.1, 2.2], "dtr": dtr, "random": [3.0, 3.1, 3.3]}
         runs = {
             arm: [[{"step": 1, "loss": 1.0, "frechet_distance": end}] for end in ends[arm][:seeds]] for arm in ends
         }
         results = {key: value for arm, points_of in runs.items() for key, value in made_up(arm, *points_of).items()}
         return report.Report(study, results, tmp_path).recommendation()
 
-    assert "Lowest Fréchet distance, digits: `dtr`, -0.9667 [" in box(3)
-    assert "Lowest" not in box(2)
+    better = "lower than the reference's by more than the interval, digits: "
+    assert f"{better}`dtr`, -0.9667 [" in box(3)
+    assert f"{better}no arm." in box(3, dtr=[2.9, 1.1, 1.3])
+    assert "`random`" not in box(3)
+    assert better not in box(2)
 
 
 def test_grid_is_complete_and_every_claim_is_about_it():
