@@ -106,8 +106,12 @@ class Report:
         lines += [f"![Samples of all arms from the same noise, {task}](figures/{task}_samples.png)\n"]
         lines += _header("arm", "seeds", "parameters", *METRICS.values())
         lines += [*(self._arm_row(task, arm) for arm in arms), ""]
+        asked = [tuple(pair) for claim in self.study["claims"] for pair in claim.get("convergence", ())]
+        courses = [pair for pair in asked if pair in pairs]
+        if courses:
+            lines += [*self._course(task, courses, [point["step"] for point in runs[0]["points"]]), ""]
         if MAIN_PAIR in pairs:
-            lines += self._course(task, [point["step"] for point in runs[0]["points"]])
+            lines += self._eighths(task)
         return "\n".join([*lines, ""])
 
     def missing(self):
@@ -148,14 +152,19 @@ class Report:
         columns = [_spread([value_of(run, metric) for run in runs]) for metric in METRICS]
         return f"| {arm} | {len(runs)} | {runs[0]['num_parameters']:,} | {' | '.join(columns)} |"
 
-    def _course(self, task, steps):
-        """The main pair's paired differences at every point, and those of every eighth of the timesteps at the end."""
-        lines = _header("dtr less unrouted", *(f"{step} steps" for step in steps))
-        for metric, label in METRICS.items():
-            found = [difference(self.results, task, *MAIN_PAIR, metric, point) for point in range(len(steps))]
-            lines += [f"| {label} | {' | '.join(map(_interval, found))} |"]
+    def _course(self, task, pairs, steps):
+        """Paired differences at every point."""
+        lines = _header("difference", "metric", *(f"{step} steps" for step in steps))
+        for pair in pairs:
+            for metric, label in METRICS.items():
+                found = [difference(self.results, task, *pair, metric, point) for point in range(len(steps))]
+                lines += [f"| {' less '.join(pair)} | {label} | {' | '.join(map(_interval, found))} |"]
+        return lines
+
+    def _eighths(self, task):
+        """The main pair's losses at the end in every eighth of the timesteps."""
         eighths = [difference(self.results, task, *MAIN_PAIR, number) for number in range(8)]
-        lines += ["", *_header("held-out loss at the end", *(f"eighth {number}" for number in range(1, 9)))]
+        lines = _header("held-out loss at the end", *(f"eighth {number}" for number in range(1, 9)))
         lines += [f"| unrouted | {' | '.join(_spread(each.reference) for each in eighths)} |"]
         return [*lines, f"| dtr less unrouted | {' | '.join(map(_interval, eighths))} |"]
 

@@ -5,6 +5,7 @@ import hashlib
 import io
 import runpy
 import shutil
+import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -17,6 +18,7 @@ from torch.utils.data import Dataset
 
 from diffusers_dtr import DTRPipeline, DTRTransformer2DModel, DTRUNet2DModel, NoiseLevels, cluster_timesteps, training
 from diffusers_dtr.analysis import frechet_distance
+from diffusers_dtr.model_card import save_metrics, save_model_card
 from diffusers_dtr.training.config import LabelledDataConfig, RunConfig
 from diffusers_dtr.training.data import held_out_samples
 
@@ -62,6 +64,7 @@ def run_cell(settings, seed, folders, pipeline_dir=None):
         record = trainer.finish()
         seconds = time.process_time() - start
         if pipeline_dir is not None:
+            _describe(Path(config.run.output_dir), "-".join(pipeline_dir.parts[-3:]), measurement, trainer.points[-1])
             shutil.copytree(config.run.output_dir, pipeline_dir, ignore=shutil.ignore_patterns("checkpoint-*"))
     return {
         "settings": settings,
@@ -86,6 +89,25 @@ def _config(settings, seed, folders, folder):
     options["checkpointing_steps"] = options["max_train_steps"]
     data = LabelledDataConfig(**{name: options.pop(name) for name in LabelledDataConfig.names() if name in options})
     return training.TrainingConfig(run=RunConfig(output_dir=f"{folder}/run"), data=data).replace(**options)
+
+
+def _describe(run, name, measurement, point):
+    """Let a run's pipeline sample as it was measured, and its card show the last point."""
+    DTRPipeline.from_pretrained(run, scheduler=measurement.scheduler).save_pretrained(run)
+    (run / "samples").mkdir()
+    (run / "samples" / "end.png").write_bytes(base64.b64decode(measurement.picture))
+    options = measurement.options
+    loss = {"evaluations_per_image": options["evaluations_per_image"], "weights": "exponential moving average"}
+    distance = {key: options[key] for key in ("num_samples", "num_inference_steps", "num_reference_images")}
+    distance |= {"scheduler": "DDIMScheduler", "features": Path(options["feature_extractor"]).name}
+    metrics = [
+        {"name": "Held-out denoising loss", "type": "mse", "value": round(point["loss"], 5), "settings": loss},
+        {"name": "Fréchet distance", "type": "frechet_distance", "settings": distance}
+        | {"value": round(point["frechet_distance"], 3)},
+    ]
+    save_metrics(run, metrics, sys.argv)
+    (run / "README.md").unlink()  # that of the run, which has neither the name nor the figures
+    save_model_card(run, name=name)
 
 
 def _digest(tensors):

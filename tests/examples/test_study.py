@@ -86,6 +86,13 @@ def test_cells_are_run_once_differ_in_routing_alone_and_are_reported(study, sett
     assert kept.relative_to(tmp_path / "kept") == Path("digits", "unrouted", "seed-0")
     assert DTRPipeline.from_pretrained(kept).transformer.config.routing_type == "none"
     card = (kept / "README.md").read_text()
+    assert "# digits-unrouted-seed-0" in card
+    end = unrouted["points"][-1]
+    assert f"| Held-out denoising loss | {end['loss']:.4g} | evaluations per image: 4," in card
+    assert f"| Fréchet distance | {end['frechet_distance']:.4g} | num samples: 60," in card
+    assert "![Samples](figures/samples.png)" in card
+    scheduler = DTRPipeline.from_pretrained(kept).scheduler
+    assert (type(scheduler).__name__, scheduler.config.timestep_spacing) == ("DDIMScheduler", "trailing")
     assert "(`DTRTransformer2DModel`)" in card
     assert "num_inference_steps=2," in card  # those of the measured samples
     assert not [*kept.glob("checkpoint-*")]
@@ -207,6 +214,14 @@ def test_box_names_the_arms_that_beat_their_reference_in_a_task_with_seeds_enoug
     assert better not in box(2)
 
 
+def test_report_of_the_kept_results_is_the_kept_report(tmp_path, monkeypatch):
+    report = load_script(FOLDER / "make_report.py")
+    for name in ("draw_quality", "draw_differences", "draw_samples"):
+        monkeypatch.setattr(report, name, lambda *_: None)
+    report.main(report.parse_args(["--output", str(tmp_path / "RESULTS.md")]))
+    assert (tmp_path / "RESULTS.md").read_text() == (FOLDER / "RESULTS.md").read_text()
+
+
 def test_grid_is_complete_and_every_claim_is_about_it():
     grid = load_script(FOLDER / "study_grid.py")
     study = grid.read_study(FOLDER / "study.yaml")
@@ -222,4 +237,5 @@ def test_grid_is_complete_and_every_claim_is_about_it():
     assert [cell.seed for cell in grid.cells(grid.read_study(FOLDER / "pilot.yaml"))] == [0] * 7
     for arm, options in study["arms"].items():
         reference = study["arms"][options.get("against", arm)]
-        assert reference.get("model") == options.get("model")
+        for name in ("model", "learning_rate"):
+            assert reference.get(name) == options.get(name)
