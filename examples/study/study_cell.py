@@ -55,7 +55,8 @@ def run_cell(settings, seed, folders, pipeline_dir=None):
         data = training.load_data(config, images, model=model)
         if config.data.center_crop and not config.data.random_flip:
             data = replace(data, dataset=Decoded(data.dataset))
-        extract, features_hash = load_extractor(settings["measure"]["feature_extractor"].format(**folders))
+        extractor = settings["measure"]["feature_extractor"].format(**folders)
+        extract, features_hash = load_extractor(extractor)
         measurement = Measurement(settings, seed, data, noise_scheduler, extract)
         trainer = MeasuredTrainer(measurement, model, replace(data, held_out=None), config)
         first_batch = _digest([next(iter(trainer.loader))["pixel_values"]])
@@ -64,7 +65,8 @@ def run_cell(settings, seed, folders, pipeline_dir=None):
         record = trainer.finish()
         seconds = time.process_time() - start
         if pipeline_dir is not None:
-            _describe(Path(config.run.output_dir), "-".join(pipeline_dir.parts[-3:]), measurement, trainer.points[-1])
+            features = " ".join(filter(None, (Path(extractor).name, features_hash)))
+            _describe(Path(config.run.output_dir), pipeline_dir.parts[-3:], measurement, trainer.points[-1], features)
             shutil.copytree(config.run.output_dir, pipeline_dir, ignore=shutil.ignore_patterns("checkpoint-*"))
     return {
         "settings": settings,
@@ -91,7 +93,7 @@ def _config(settings, seed, folders, folder):
     return training.TrainingConfig(run=RunConfig(output_dir=f"{folder}/run"), data=data).replace(**options)
 
 
-def _describe(run, name, measurement, point):
+def _describe(run, cell, measurement, point, features):
     """Let a run's pipeline sample as it was measured, and its card show the last point."""
     DTRPipeline.from_pretrained(run, scheduler=measurement.scheduler).save_pretrained(run)
     (run / "samples").mkdir()
@@ -99,15 +101,15 @@ def _describe(run, name, measurement, point):
     options = measurement.options
     loss = {"evaluations_per_image": options["evaluations_per_image"], "weights": "exponential moving average"}
     distance = {key: options[key] for key in ("num_samples", "num_inference_steps", "num_reference_images")}
-    distance |= {"scheduler": "DDIMScheduler", "features": Path(options["feature_extractor"]).name}
-    metrics = [
-        {"name": "Held-out denoising loss", "type": "mse", "value": round(point["loss"], 5), "settings": loss},
-        {"name": "Fréchet distance", "type": "frechet_distance", "settings": distance}
-        | {"value": round(point["frechet_distance"], 3)},
-    ]
-    save_metrics(run, metrics, sys.argv)
+    distance |= {"scheduler": type(measurement.scheduler).__name__, "features": features}
+    measured = (
+        ("Held-out denoising loss", "mse", round(point["loss"], 5), loss),
+        ("Fréchet distance", "frechet_distance", round(point["frechet_distance"], 3), distance),
+    )
+    names = ("name", "type", "value", "settings")
+    save_metrics(run, [{**dict(zip(names, each, strict=True)), "dataset": cell[0]} for each in measured], sys.argv)
     (run / "README.md").unlink()  # that of the run, which has neither the name nor the figures
-    save_model_card(run, name=name)
+    save_model_card(run, name="-".join(cell))
 
 
 def _digest(tensors):

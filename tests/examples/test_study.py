@@ -90,6 +90,7 @@ def test_cells_are_run_once_differ_in_routing_alone_and_are_reported(study, sett
     end = unrouted["points"][-1]
     assert f"| Held-out denoising loss | {end['loss']:.4g} | evaluations per image: 4," in card
     assert f"| Fréchet distance | {end['frechet_distance']:.4g} | num samples: 60," in card
+    assert "scheduler: DDIMScheduler, features: digit_features.py:digit_margins |" in card.replace("\\", "")
     assert "![Samples](figures/samples.png)" in card
     scheduler = DTRPipeline.from_pretrained(kept).scheduler
     assert (type(scheduler).__name__, scheduler.config.timestep_spacing) == ("DDIMScheduler", "trailing")
