@@ -102,12 +102,12 @@ def _describe(run, cell, measurement, point, features):
     loss = {"evaluations_per_image": options["evaluations_per_image"], "weights": "exponential moving average"}
     distance = {key: options[key] for key in ("num_samples", "num_inference_steps", "num_reference_images")}
     distance |= {"scheduler": type(measurement.scheduler).__name__, "features": features}
-    measured = (
-        ("Held-out denoising loss", "mse", round(point["loss"], 5), loss),
-        ("Fréchet distance", "frechet_distance", round(point["frechet_distance"], 3), distance),
-    )
-    names = ("name", "type", "value", "settings")
-    save_metrics(run, [{**dict(zip(names, each, strict=True)), "dataset": cell[0]} for each in measured], sys.argv)
+    metrics = [
+        {"name": "Held-out denoising loss", "type": "mse", "value": round(point["loss"], 5), "settings": loss},
+        {"name": "Fréchet distance", "type": "frechet_distance", "settings": distance}
+        | {"value": round(point["frechet_distance"], 3)},
+    ]
+    save_metrics(run, [{**metric, "dataset": cell[0]} for metric in metrics], sys.argv)
     (run / "README.md").unlink()  # that of the run, which has neither the name nor the figures
     save_model_card(run, name="-".join(cell))
 

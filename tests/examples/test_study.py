@@ -200,8 +200,8 @@ def test_box_names_the_arms_that_beat_their_reference_in_a_task_with_seeds_enoug
     report, grid = load_script(FOLDER / "make_report.py"), load_script(FOLDER / "study_grid.py")
     study = grid.read_study(FOLDER / "study.yaml")
 
-    def box(seeds, dtr=(1.0, 1.1, 1.3)):
-        ends = {"unrouted": [2.0, 2.1, 2.2], "dtr": dtr, "random": [3.0, 3.1, 3.3]}
+    def box(seeds, dtr=(1.0, 1.1, 1.3), random=(3.0, 3.1, 3.3)):
+        ends = {"unrouted": [2.0, 2.1, 2.2], "dtr": dtr, "random": random}
         runs = {
             arm: [[{"step": 1, "loss": 1.0, "frechet_distance": end}] for end in ends[arm][:seeds]] for arm in ends
         }
@@ -212,6 +212,7 @@ def test_box_names_the_arms_that_beat_their_reference_in_a_task_with_seeds_enoug
     assert f"{better}`dtr`, -0.9667 [" in box(3)
     assert f"{better}no arm." in box(3, dtr=[2.9, 1.1, 1.3])
     assert "`random`" not in box(3)
+    assert "against `unrouted`; `random`, -0.8667 [" in box(3, random=(1.1, 1.2, 1.4))
     assert better not in box(2)
 
 
