@@ -15,7 +15,6 @@ from diffusers_dtr.user_errors import run_script
 
 
 HERE = Path(__file__).resolve().parent
-MAIN_PAIR = "dtr", "unrouted"
 INTRODUCTION = """# What routing and balancing did
 
 Written by `python make_report.py` from the JSON files in [results](results), which `run_study.py` makes
@@ -88,7 +87,7 @@ class Report:
     def task(self, task):
         """Pictures of a task, and a table of all its arms."""
         arms = [arm for of, arm in self.results if of == task]
-        main = [arm for arm in ("unrouted", "dtr", "random") if arm in arms]
+        main = [arm for arm in ("unrouted", "dtr", "random", "unrouted-nash_mtl") if arm in arms]
         runs = [run for arm in arms for run in self.results[task, arm].values()]
         seconds = statistics.median(run["processor_seconds"] for run in runs)
         hardware = ", ".join(sorted({str(run["hardware"]) for run in runs}))
@@ -110,8 +109,7 @@ class Report:
         courses = [pair for pair in asked if pair in pairs]
         if courses:
             lines += [*self._course(task, courses, [point["step"] for point in runs[0]["points"]]), ""]
-        if MAIN_PAIR in pairs:
-            lines += self._eighths(task)
+            lines += self._eighths(task, courses)
         return "\n".join([*lines, ""])
 
     def missing(self):
@@ -161,12 +159,14 @@ class Report:
                 lines += [f"| {' less '.join(pair)} | {label} | {' | '.join(map(_interval, found))} |"]
         return lines
 
-    def _eighths(self, task):
-        """The main pair's losses at the end in every eighth of the timesteps."""
-        eighths = [difference(self.results, task, *MAIN_PAIR, number) for number in range(8)]
+    def _eighths(self, task, pairs):
+        """Losses at the end in every eighth of the timesteps, from the cleanest to the noisiest."""
         lines = _header("held-out loss at the end", *(f"eighth {number}" for number in range(1, 9)))
-        lines += [f"| unrouted | {' | '.join(_spread(each.reference) for each in eighths)} |"]
-        return [*lines, f"| dtr less unrouted | {' | '.join(map(_interval, eighths))} |"]
+        for pair in pairs:
+            eighths = [difference(self.results, task, *pair, number) for number in range(8)]
+            lines += [f"| {pair[1]} | {' | '.join(_spread(each.reference) for each in eighths)} |"]
+            lines += [f"| {' less '.join(pair)} | {' | '.join(map(_interval, eighths))} |"]
+        return [*dict.fromkeys(lines)]  # a reference of several once
 
     def _told_pairs(self, task):
         """Arms of a task with what they are compared with, where both have seeds enough for a verdict."""
