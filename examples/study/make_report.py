@@ -87,13 +87,13 @@ class Report:
     def task(self, task):
         """Pictures of a task, and a table of all its arms."""
         arms = [arm for of, arm in self.results if of == task]
-        main = [arm for arm in ("unrouted", "dtr", "random", "unrouted-nash_mtl") if arm in arms]
+        drawn = [arm for arm in ("unrouted", "dtr", "random", "unrouted-nash_mtl") if arm in arms]
         runs = [run for arm in arms for run in self.results[task, arm].values()]
         seconds = statistics.median(run["processor_seconds"] for run in runs)
         hardware = ", ".join(sorted({str(run["hardware"]) for run in runs}))
         lines = [f"## {task}\n", f"{runs[0]['points'][-1]['step']} steps; {seconds:.0f} s of a processor for a run."]
         lines += [f"Hardware: {hardware}.\n"]
-        draw_quality(self.results, task, main, self.figures / f"{task}_quality.png")
+        draw_quality(self.results, task, drawn, self.figures / f"{task}_quality.png")
         lines += [f"![Quality against training steps, {task}](figures/{task}_quality.png)\n"]
         pairs = self._told_pairs(task)
         if pairs:
@@ -103,7 +103,7 @@ class Report:
         shown = [arm for arm in arms if seed in self.results[task, arm]]
         draw_samples(self.results, task, shown, seed, self.figures / f"{task}_samples.png")
         lines += [f"![Samples of all arms from the same noise, {task}](figures/{task}_samples.png)\n"]
-        lines += _header("arm", "seeds", "parameters", *METRICS.values())
+        lines += _header("arm", "seeds", "parameters", "median time, s", *METRICS.values())
         lines += [*(self._arm_row(task, arm) for arm in arms), ""]
         asked = [tuple(pair) for claim in self.study["claims"] for pair in claim.get("convergence", ())]
         courses = [pair for pair in asked if pair in pairs]
@@ -148,7 +148,8 @@ class Report:
     def _arm_row(self, task, arm):
         runs = list(self.results[task, arm].values())
         columns = [_spread([value_of(run, metric) for run in runs]) for metric in METRICS]
-        return f"| {arm} | {len(runs)} | {runs[0]['num_parameters']:,} | {' | '.join(columns)} |"
+        seconds = statistics.median(run["processor_seconds"] for run in runs)
+        return f"| {arm} | {len(runs)} | {runs[0]['num_parameters']:,} | {seconds:.0f} | {' | '.join(columns)} |"
 
     def _course(self, task, pairs, steps):
         """Paired differences at every point."""
