@@ -23,8 +23,9 @@ and the better the lower: the held-out loss is the mean squared error of the pre
 distance is that of samples to training images in the features of a small classifier. Differences are paired: arms of
 one seed have the same number of parameters, initial weights, data order and noise. Their 95 % intervals are Student's
 t over seeds; a verdict takes at least {min_seeds} seeds, and an interval without zero. Of many such intervals one in
-twenty misses the truth. These are small models on small images: what does not show here may show at the papers' sizes,
-and the other way round.
+twenty misses the truth. Times compare only runs of one day: the same work took up to 1.6 times as long on another
+machine of the same description. These are small models on small images: what does not show here may show at the
+papers' sizes, and the other way round.
 """
 
 
@@ -87,7 +88,7 @@ class Report:
     def task(self, task):
         """Pictures of a task, and a table of all its arms."""
         arms = [arm for of, arm in self.results if of == task]
-        drawn = [arm for arm in ("unrouted", "dtr", "random", "unrouted-nash_mtl") if arm in arms]
+        drawn = [arm for arm in ("unrouted", "dtr", "random", "unrouted-min_snr", "unrouted-nash_mtl") if arm in arms]
         runs = [run for arm in arms for run in self.results[task, arm].values()]
         seconds = statistics.median(run["processor_seconds"] for run in runs)
         hardware = ", ".join(sorted({str(run["hardware"]) for run in runs}))
