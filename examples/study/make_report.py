@@ -23,9 +23,8 @@ and the better the lower: the held-out loss is the mean squared error of the pre
 distance is that of samples to training images in the features of a small classifier. Differences are paired: arms of
 one seed have the same number of parameters, initial weights, data order and noise. Their 95 % intervals are Student's
 t over seeds; a verdict takes at least {min_seeds} seeds, and an interval without zero. Of many such intervals one in
-twenty misses the truth. Times compare only runs of one day: the same work took up to 1.6 times as long on another
-machine of the same description. These are small models on small images: what does not show here may show at the
-papers' sizes, and the other way round.
+twenty misses the truth. Times compare only runs of one machine on one day. These are small models on small images:
+what does not show here may show at the papers' sizes, and the other way round.
 """
 
 

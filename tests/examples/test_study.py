@@ -218,9 +218,13 @@ def test_box_names_the_arms_that_beat_their_reference_in_a_task_with_seeds_enoug
 
 def test_report_of_the_kept_results_is_the_kept_report(tmp_path, monkeypatch):
     report = load_script(FOLDER / "make_report.py")
-    for name in ("draw_quality", "draw_differences", "draw_samples"):
+    drawn = {}
+    monkeypatch.setattr(report, "draw_quality", lambda _, task, arms, path: drawn.update({task: arms}))
+    for name in ("draw_differences", "draw_samples"):
         monkeypatch.setattr(report, name, lambda *_: None)
     report.main(report.parse_args(["--output", str(tmp_path / "RESULTS.md")]))
+    assert drawn["digits"] == ["unrouted", "dtr", "random", "unrouted-min_snr", "unrouted-nash_mtl"]  # see README.md
+    assert drawn["digits_unet"] == ["unrouted", "dtr"]
     assert (tmp_path / "RESULTS.md").read_text() == (FOLDER / "RESULTS.md").read_text()
 
 
