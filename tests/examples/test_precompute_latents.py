@@ -14,6 +14,7 @@ from tiny_autoencoders import tiny_vae
 from training_runs import (
     EXAMPLES,
     MODEL,
+    assert_close_weights,
     assert_equal_weights,
     finish,
     launch,
@@ -112,8 +113,7 @@ def test_latents_train_what_their_images_and_cached_latents_train(folder, latent
     held_out = ("--validation_data_dir", folder / "images", "--cache_dir", folder / "cache")
     run = train_from(latents, tmp_path / "run", folder, *held_out, "--dataloader_num_workers", 1)
     assert_equal_weights(run, cached)
-    for name, weight in weights(run).items():
-        torch.testing.assert_close(weight, weights(from_images)[name], rtol=0, atol=1e-5)
+    assert_close_weights(weights(run), weights(from_images), 1e-6)
     assert_equal_weights(run, from_images, "vae")
     results = [json.loads((path / "training_config.json").read_text())["results"] for path in (run, from_images)]
     assert results[0] == pytest.approx(results[1], rel=1e-4)
@@ -138,8 +138,7 @@ def test_a_run_of_images_goes_on_with_their_latents(folder, latents, from_images
     run = tmp_path / "run"
     shutil.copytree(from_images / "checkpoint-4", run / "checkpoint-4")
     train_from(latents, run, folder, "--resume_from_checkpoint", "latest")
-    for name, weight in weights(run).items():
-        torch.testing.assert_close(weight, weights(from_images)[name], rtol=0, atol=1e-5)
+    assert_close_weights(weights(run), weights(from_images), 1e-6)
 
 
 def test_captions_are_kept_and_text_to_image_trains_the_same(tmp_path):

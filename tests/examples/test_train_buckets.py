@@ -6,10 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from text_to_image_runs import FAMILIES, SCRIPT, make_captioned_images, saved_weights, train
-from training_runs import arguments, assert_equal_weights, finish, launch, weights
+from training_runs import arguments, assert_close_weights, assert_equal_weights, finish, launch, weights
 
 
 BUCKETS = ("--aspect_ratio_buckets", "8,8;8,16;16,8", "--random_flip")
@@ -83,7 +82,7 @@ def test_cached_latents_train_what_images_train(images, base, tmp_path):
         for flags in ((), ("--cache_latents",))
     ]
     # Latents are rounded by the batch that they are encoded in, and Adam divides by small gradients.
-    torch.testing.assert_close(weights(runs[0], "unet"), weights(runs[1], "unet"), rtol=0, atol=1e-4)
+    assert_close_weights(*(weights(run, "unet") for run in runs), 1e-4)
 
 
 def test_squares_alone_are_trained_as_without_buckets(base, tmp_path):
@@ -108,4 +107,4 @@ def test_two_processes_learn_what_one_learns_that_accumulates(images, base, tmp_
     argv = arguments(images, tmp_path / "two", *flags, source=source)
     finish(launch(argv, num_processes=2, script=SCRIPT))
     one = train("sd", images, tmp_path / "one", base, *flags, "--gradient_accumulation_steps", 2)
-    torch.testing.assert_close(weights(tmp_path / "two", "unet"), weights(one, "unet"), rtol=0, atol=1e-5)
+    assert_close_weights(weights(tmp_path / "two", "unet"), weights(one, "unet"))

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 from training_runs import (
     arguments,
+    assert_close_weights,
     assert_equal_weights,
     finish,
     kill,
@@ -224,5 +224,4 @@ def test_two_processes_learn_what_one_learns_from_two_forward_calls_and_one_goes
     finish(launch(arguments(images, two, *flags), num_processes=2))
     run = train(images, interrupted(two, tmp_path / "run", 2), *EVERYTHING, "--resume_from_checkpoint", "latest")
     for found in (two, run):
-        for name, weight in weights(found).items():
-            torch.testing.assert_close(weight, weights(uninterrupted)[name], rtol=0, atol=1e-5)
+        assert_close_weights(weights(found), weights(uninterrupted))

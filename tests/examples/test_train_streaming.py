@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 from test_engines import start
 from text_to_image_runs import FAMILIES, SCRIPT
 from training_runs import SCRIPT as CLASS_CONDITIONAL
 from training_runs import (
     arguments,
+    assert_close_weights,
     assert_equal_weights,
     finish,
     load_script,
@@ -141,6 +141,4 @@ def test_two_processes_share_a_stream_and_go_on_to_the_bit_but_not_as_one(engine
     with pytest.raises(ValueError, match="the checkpoint is of 2 processes that streamed, and this run has 1"):
         stream(folder, tmp_path / "alone", *resumed)
     finish(start(engine, CLASS_CONDITIONAL, streamed_arguments(folder, run, *resumed)))
-    for name, weight in weights(run).items():
-        tolerance = 0 if engine == "ddp" else 1e-5
-        torch.testing.assert_close(weight, weights(unbroken_of_two)[name], rtol=0, atol=tolerance)
+    assert_close_weights(weights(run), weights(unbroken_of_two), 0 if engine == "ddp" else 1e-5)
