@@ -249,6 +249,7 @@ def settings_of(args, sampler):
     ignored = ["output_dir", "statistics", "save_png", "save_npz", "batch_size", "dataloader_num_workers", "cache_dir"]
     ignored += ["validation_split", "validation_data_dir", "max_held_out_images", "num_clusters", "cluster_cost"]
     ignored += ["feature_extractor", "feature_weights"]  # features of several networks lie apart
+    ignored += ["label_column"] if args.labels == "balanced" else []
     flags = {name: value for name, value in vars(args).items() if name not in ignored and value is not None}
     return flags | ({} if sampler is None else sampler.settings)
 

@@ -4,6 +4,8 @@ python make_report.py
 """
 
 import argparse
+import os
+import re
 import statistics
 from pathlib import Path
 
@@ -15,16 +17,18 @@ from diffusers_dtr.user_errors import run_script
 
 
 HERE = Path(__file__).resolve().parent
+LINK = re.compile(r"\]\((?!https?:)([^)]+)\)")  # of Markdown, to a file
 INTRODUCTION = """# What routing and balancing did
 
-Written by `python make_report.py` from the JSON files in [results](results), which `run_study.py` makes
+Written by `python make_report.py` from the JSON files in [results]({results}), which `run_study.py` makes
 ([README](README.md)); what is compared is said in [study.yaml](study.yaml). Both metrics are of the averaged weights,
 and the better the lower: the held-out loss is the mean squared error of the prediction over all timesteps, the Fréchet
 distance is that of samples to training images in the features of a small classifier. Differences are paired: arms of
-one seed have the same number of parameters, initial weights, data order and noise. Their 95 % intervals are Student's
-t over seeds; a verdict takes at least {min_seeds} seeds, and an interval without zero. Of many such intervals one in
-twenty misses the truth. Times compare only runs of one machine on one day. These are small models on small images:
-what does not show here may show at the papers' sizes, and the other way round.
+one seed have the same number of parameters, initial weights, data order and noise. A value beside a difference, and a
+line in a picture, is a mean over the seeds that both arms, or all drawn ones, have; in the tables of arms it is one
+over all seeds of the arm. The 95 % intervals of differences are Student's t over seeds; a verdict takes at least
+{min_seeds} seeds, and an interval without zero. Of many such intervals one in twenty misses the truth. These are small
+models on small images: what does not show here may show at the papers' sizes, and the other way round.
 """
 
 
@@ -37,52 +41,48 @@ def parse_args(argv=None):
 
 
 class Report:
-    """The sections of a report; a comparison that no task has is a line, not a section."""
+    """The sections of a report; what nobody has run yet is listed at its end alone."""
 
-    def __init__(self, study, results, figures):
-        self.study, self.results, self.figures = study, results, figures
+    def __init__(self, study, results, folder, kept_in):
+        self.study, self.results, self.folder, self.figures = study, results, folder, folder / "figures"
+        self.kept_in = Path(kept_in).resolve()
         self.tasks = list(dict.fromkeys(task for task, _ in results))
 
     def text(self):
         """All of it, as Markdown."""
-        sections = [INTRODUCTION.format(min_seeds=MIN_SEEDS), self.recommendation(), "## Claims\n"]
-        sections += [self.claim(**claim) for claim in self.study["claims"]]
-        sections += [self.task(task) for task in self.tasks]
-        return "\n".join([*sections, self.missing()])
+        sections = [INTRODUCTION.format(min_seeds=MIN_SEEDS, results=self.kept_in), self.recommendation()]
+        sections += ["## Claims\n", *(self.claim(**claim) for claim in self.study["claims"]), self.better_arms()]
+        sections = [LINK.sub(self._from_here, section) for section in sections]
+        return "\n".join(filter(None, [*sections, *map(self.task, self.tasks), self.missing()]))
 
     def recommendation(self):
-        """What a user may do with all this; and of each task the arms that beat what they are compared with.
+        """What a user may do with all this."""
+        advice = [f"> - {line}" for line in self.study.get("advice", ())]
+        return "\n".join(["> **What to choose, as far as this goes**", ">", *advice, ""]) if advice else ""
 
-        Those have a lower Fréchet distance, by an interval without zero. Nothing is said of a task with too few seeds
-        for one.
-        """
-        lines = ["> **What to choose, as far as this goes**", ">", *(f"> - {line}" for line in self.study["advice"])]
+    def better_arms(self):
+        """The arms with a lower Fréchet distance than what they are compared with, and what that costs in loss."""
+        lines = _header("task", "arm", "against", *(f"difference of the {label}" for label in METRICS.values()))
         for task in self.tasks:
-            pairs = self._told_pairs(task)
-            if not pairs:
-                continue
-            found = {pair: difference(self.results, task, *pair, "frechet_distance") for pair in pairs}
-            better = [
-                f"`{arm}`, {_interval(each)} against `{reference}`"
-                for (arm, reference), each in found.items()
-                if each.verdict("lower") == "holds"
-            ]
-            text = "; ".join(better) or "no arm"
-            lines += [f"> - Fréchet distance lower than the reference's by more than the interval, {task}: {text}."]
-        return "\n".join([*lines, ""])
+            for pair in self._told_pairs(task):
+                found = [difference(self.results, task, *pair, metric) for metric in METRICS]
+                if found[0].verdict("lower") == "holds":
+                    lines.append(f"| {task} | {' | '.join(pair)} | {' | '.join(map(_interval, found))} |")
+        title = "## Arms with samples closer to the data than those of what they are compared with\n"
+        return "\n".join([title, *(lines if len(lines) > 2 else ["None that can be told."]), ""])
 
     def claim(self, claim, reported, expected=None, comparisons=(), convergence=(), elsewhere=None):
-        """A paragraph with its table."""
-        lines = [f"### {claim}\n", f"Reported. {reported}\n", f"Measured. {elsewhere}\n" if elsewhere else ""]
-        if comparisons:
-            found = "its value", "the other's", "difference, 95 % interval"
-            lines += _header("task", "arm", "against", "metric", *found, "verdict")
-            lines += [self._row(pair, expected, *place) for pair in comparisons for place in self._places(pair)]
-        if convergence:
-            shares = "share of the steps, by seed", "difference to all of them, 95 % interval"
-            lines += _header("task", "arm", "against", "metric", *shares, "verdict")
-            lines += [self._convergence_row(pair, *place) for pair in convergence for place in self._places(pair)]
-        return "\n".join([*filter(None, lines), ""])
+        """A paragraph with its table, or nothing where none of it is measured."""
+        rows = [self._row(pair, expected, *place) for pair in comparisons for place in self._places(pair)]
+        if rows:
+            columns = "its value", "the other's", "difference, 95 % interval", "verdict"
+            rows = [*_header("task", "arm", "against", "metric", *columns), *rows]
+        shares = [self._convergence_row(pair, *place) for pair in convergence for place in self._places(pair)]
+        if shares:
+            columns = "share of the steps, by seed", "difference to all of them, 95 % interval", "verdict"
+            shares = [*_header("task", "arm", "against", "metric", *columns), *shares]
+        measured = [*([f"Measured. {elsewhere}"] if elsewhere else []), *rows, *shares]
+        return "\n".join([f"### {claim}\n", f"Reported. {reported}\n", *measured, ""]) if measured else ""
 
     def task(self, task):
         """Pictures of a task, and a table of all its arms."""
@@ -103,7 +103,7 @@ class Report:
         shown = [arm for arm in arms if seed in self.results[task, arm]]
         draw_samples(self.results, task, shown, seed, self.figures / f"{task}_samples.png")
         lines += [f"![Samples of all arms from the same noise, {task}](figures/{task}_samples.png)\n"]
-        lines += _header("arm", "seeds", "parameters", "median time, s", *METRICS.values())
+        lines += _header("arm", "seeds", "parameters", *METRICS.values())
         lines += [*(self._arm_row(task, arm) for arm in arms), ""]
         asked = [tuple(pair) for claim in self.study["claims"] for pair in claim.get("convergence", ())]
         courses = [pair for pair in asked if pair in pairs]
@@ -122,23 +122,24 @@ class Report:
             lines += [f"- {task}: " + "; ".join(f"{arm} (seeds {', '.join(seeds)})" for arm, seeds in arms.items())]
         return "\n".join(["## Not run yet\n", *(lines or ["Nothing: the grid is complete."]), ""])
 
+    def _from_here(self, link):
+        """A link that was relative to this script."""
+        path, *anchor = link[1].split("#")
+        path = os.path.relpath(HERE / path, self.folder.resolve()).replace(os.sep, "/")
+        return f"]({'#'.join([path, *anchor])})"
+
     def _places(self, pair):
-        """Tasks and metrics that a comparison has values of, or one without any."""
-        tasks = [task for task in self.tasks if self._seeds(task, pair)]
-        return [(task, metric) for task in tasks for metric in METRICS] or [(None, None)]
+        """Tasks and metrics that a comparison has values of."""
+        return [(task, metric) for task in self.tasks if self._seeds(task, pair) for metric in METRICS]
 
     def _row(self, pair, expected, task, metric):
-        names = f"{pair[0]} | {pair[1]}"
-        if task is None:
-            return f"| | {names} | | | | | not run yet |"
+        names = " | ".join(pair)
         found = difference(self.results, task, *pair, metric)
         means = " | ".join(f"{statistics.mean(values):.4g}" for values in (found.arm, found.reference))
         return f"| {task} | {names} | {METRICS[metric]} | {means} | {_interval(found)} | {found.verdict(expected)} |"
 
     def _convergence_row(self, pair, task, metric):
-        names = f"{pair[0]} | {pair[1]}"
-        if task is None:
-            return f"| | {names} | | | | not run yet |"
+        names = " | ".join(pair)
         shares = share_of_steps(self.results, task, *pair, metric)
         by_seed = ", ".join("never" if share is None else f"{share:.2f}" for share in shares)
         found = Difference(shares, [1.0] * len(shares))
@@ -148,8 +149,7 @@ class Report:
     def _arm_row(self, task, arm):
         runs = list(self.results[task, arm].values())
         columns = [_spread([value_of(run, metric) for run in runs]) for metric in METRICS]
-        seconds = statistics.median(run["processor_seconds"] for run in runs)
-        return f"| {arm} | {len(runs)} | {runs[0]['num_parameters']:,} | {seconds:.0f} | {' | '.join(columns)} |"
+        return f"| {arm} | {len(runs)} | {runs[0]['num_parameters']:,} | {' | '.join(columns)} |"
 
     def _course(self, task, pairs, steps):
         """Paired differences at every point."""
@@ -199,7 +199,9 @@ def main(args):
     results = read_results(study, args.results)
     if not results:
         raise ValueError(f"`--results` must have finished cells of {args.settings}, got {args.results} without any.")
-    output.write_text(Report(study, results, output.parent / "figures").text(), encoding="utf-8")
+    if Path(args.results).resolve() != HERE / "results":
+        study.pop("advice", None)  # which is about the results that are kept here
+    output.write_text(Report(study, results, output.parent, args.results).text(), encoding="utf-8")
     print(f"{sum(map(len, results.values()))} of {len(cells(study))} cells are in {output}")
 
 

@@ -13,18 +13,19 @@ METRICS = {"frechet_distance": "Fréchet distance", "loss": "held-out loss"}
 
 
 def draw_quality(results, task, arms, path):
-    """Metrics against training steps, in bands of one standard deviation over seeds."""
+    """Metrics against training steps, in bands of one standard deviation over the seeds that all arms have."""
+    seeds = sorted(set.intersection(*(set(results[task, arm]) for arm in arms)))
     figure, axes = pyplot.subplots(1, len(METRICS), figsize=(10, 3.6), layout="constrained")
     for ax, (metric, label) in zip(axes, METRICS.items(), strict=True):
         for arm in arms:
-            runs = list(results[task, arm].values())
+            runs = [results[task, arm][seed] for seed in seeds]
             steps = [point["step"] for point in runs[0]["points"]]
             values = torch.tensor([[point[metric] for point in run["points"]] for run in runs])
             mean, spread = values.mean(0), values.std(0, correction=min(1, len(runs) - 1))
-            (line,) = ax.plot(steps, mean, marker=".", label=f"{arm} ({len(runs)} seeds)")
+            (line,) = ax.plot(steps, mean, marker=".", label=arm)
             ax.fill_between(steps, mean - spread, mean + spread, color=line.get_color(), alpha=0.2, linewidth=0)
         ax.set(xlabel="training steps", ylabel=label, yscale="log")
-    axes[0].legend()
+    axes[0].legend(title=f"seeds {', '.join(map(str, seeds))}")
     _save(figure, path)
 
 
@@ -48,6 +49,7 @@ def draw_differences(results, task, pairs, path):
         ax.set(xlabel=f"difference of the {label}", yticks=range(len(pairs)))
         ax.set_yticklabels([f"{arm} against {reference}" for arm, reference in pairs])
     axes[0].invert_yaxis()
+    figure.suptitle("Left of 0: better than what it is compared with", fontsize="medium")
     _save(figure, path)
 
 

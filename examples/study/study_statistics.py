@@ -49,7 +49,7 @@ class Difference:
     def verdict(self, expected):
         """Whether the arm's values are `lower` or `higher`, as is expected."""
         if len(self.arm) < MIN_SEEDS:
-            return f"not told by {len(self.arm)} of {MIN_SEEDS} seeds" if self.arm else "not run yet"
+            return f"{len(self.arm)} of the {MIN_SEEDS} seeds of a verdict"
         if None in self.arm:
             return "does not hold" if set(self.arm) == {None} else "cannot be told at this scale"
         _, low, high = self.interval()

@@ -150,6 +150,14 @@ def test_folder_of_other_settings_or_weights_is_refused(folder, tmp_path):
         evaluate(flags(folder, tmp_path / "out", pipeline="unconditional"))
 
 
+def test_a_finished_evaluation_gets_its_held_out_loss_later(folder, tmp_path):
+    first = evaluate(flags(folder, tmp_path / "out"))
+    held_out = ("--validation_data_dir", folder / "held out", "--max_held_out_images", 4)
+    second = evaluate(flags(folder, tmp_path / "out", *held_out))
+    assert second["held_out_loss"]["mean"] > 0
+    assert second["metrics"] == first["metrics"]
+
+
 def test_labels_are_balanced_or_in_the_proportions_of_the_data(folder, tmp_path):
     make_images(tmp_path / "images", count=10)
     for labels in ("balanced", "data"):

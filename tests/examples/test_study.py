@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -106,8 +107,13 @@ def test_cells_are_run_once_differ_in_routing_alone_and_are_reported(study, sett
     report.main(report.parse_args(["--settings", str(settings), "--results", str(output), "--output", f"{output}.md"]))
     text = (tmp_path / "results.md").read_text()
     assert f"| digits | dtr | unrouted | held-out loss | {dtr['points'][-1]['loss']:.4g} |" in text
-    assert "not told by 1 of 3 seeds" in text
-    assert "Fréchet distance lower than" not in text
+    assert "1 of the 3 seeds of a verdict" in text
+    assert "None that can be told." in text
+    assert "What to choose" not in text  # which is about the kept results
+    assert "random" not in text.partition("## Not run yet")[0]
+    links = [link for link in re.findall(r"\]\((.+?)\)", text) if not link.startswith("http")]
+    assert len(links) == 8
+    assert [link for link in links if not (tmp_path / link.partition("#")[0]).exists()] == []
     assert len(list((tmp_path / "figures").glob("digits_*.png"))) == 2
     assert "2 of 2 cells" in capsys.readouterr().out
 
@@ -177,7 +183,7 @@ def test_paired_difference_and_its_interval_are_those_of_a_hand_computation(pair
     assert found.verdict("lower") == "cannot be told at this scale"
     certain = paired.Difference([1.0, 1.0, 1.1], [2.0, 2.0, 2.0])
     assert (certain.verdict("lower"), certain.verdict("higher")) == ("holds", "does not hold")
-    assert paired.Difference([1.0], [2.0]).verdict("lower") == "not told by 1 of 3 seeds"
+    assert paired.Difference([1.0], [2.0]).verdict("lower") == "1 of the 3 seeds of a verdict"
     assert paired.Difference([None] * 3, [1.0] * 3).verdict("lower") == "does not hold"
     assert paired.Difference([None, 0.5, 0.5], [1.0] * 3).verdict("lower") == "cannot be told at this scale"
 
@@ -196,36 +202,52 @@ def test_runs_of_other_data_order_weights_size_or_features_are_not_compared(pair
         paired.difference(results, "digits", "dtr", "unrouted", "loss")
 
 
-def test_box_names_the_arms_that_beat_their_reference_in_a_task_with_seeds_enough_for_a_verdict(tmp_path):
+def test_report_names_the_arms_that_beat_their_reference_where_seeds_are_enough_for_a_verdict(tmp_path):
     report, grid = load_script(FOLDER / "make_report.py"), load_script(FOLDER / "study_grid.py")
     study = grid.read_study(FOLDER / "study.yaml")
 
-    def box(seeds, dtr=(1.0, 1.1, 1.3), random=(3.0, 3.1, 3.3)):
+    def better(seeds, dtr=(1.0, 1.1, 1.3), random=(3.0, 3.1, 3.3)):
         ends = {"unrouted": [2.0, 2.1, 2.2], "dtr": dtr, "random": random}
         runs = {
-            arm: [[{"step": 1, "loss": 1.0, "frechet_distance": end}] for end in ends[arm][:seeds]] for arm in ends
+            arm: [[{"step": 1, "loss": end / 2, "frechet_distance": end}] for end in ends[arm][:seeds]] for arm in ends
         }
         results = {key: value for arm, points_of in runs.items() for key, value in made_up(arm, *points_of).items()}
-        return report.Report(study, results, tmp_path).recommendation()
+        return report.Report(study, results, tmp_path, tmp_path).better_arms()
 
-    better = "lower than the reference's by more than the interval, digits: "
-    assert f"{better}`dtr`, -0.9667 [" in box(3)
-    assert f"{better}no arm." in box(3, dtr=[2.9, 1.1, 1.3])
-    assert "`random`" not in box(3)
-    assert "against `unrouted`; `random`, -0.8667 [" in box(3, random=(1.1, 1.2, 1.4))
-    assert better not in box(2)
+    row = "| digits | dtr | unrouted | -0.9667 [-1.11, -0.8232] | -0.4833 [-0.555, -0.4116] |"
+    assert row in better(3)
+    assert "random" not in better(3)
+    assert "| digits | random | unrouted | -0.8667 [" in better(3, random=(1.1, 1.2, 1.4))
+    for nothing in (better(2), better(3, dtr=[2.9, 1.1, 1.3])):
+        assert nothing.endswith("\n\nNone that can be told.\n")
 
 
-def test_report_of_the_kept_results_is_the_kept_report(tmp_path, monkeypatch):
+def test_drawn_lines_are_of_the_seeds_that_all_have(tmp_path, monkeypatch):
+    figures = load_script(FOLDER / "study_figures.py")
+    run = [{"step": step, "loss": 1.0, "frechet_distance": 2.0} for step in (1, 2)]
+    far = [{"step": step, "loss": 9.0, "frechet_distance": 9.0} for step in (1, 2)]
+    results = made_up("unrouted", run, run, far) | made_up("dtr", run, run)
+    drawn = []
+    monkeypatch.setattr(figures, "_save", lambda figure, _: drawn.append(figure))
+    figures.draw_quality(results, "digits", ["unrouted", "dtr"], tmp_path / "quality.png")
+    distances, losses = drawn[0].axes
+    assert [line.get_ydata().tolist() for line in distances.lines] == [[2.0, 2.0]] * 2
+    assert [line.get_ydata().tolist() for line in losses.lines] == [[1.0, 1.0]] * 2
+    assert distances.get_legend().get_title().get_text() == "seeds 0, 1"
+
+
+def test_report_of_the_kept_results_is_the_kept_report(monkeypatch):
     report = load_script(FOLDER / "make_report.py")
+    study = report.read_study(FOLDER / "study.yaml")
     drawn = {}
     monkeypatch.setattr(report, "draw_quality", lambda _, task, arms, path: drawn.update({task: arms}))
     for name in ("draw_differences", "draw_samples"):
         monkeypatch.setattr(report, name, lambda *_: None)
-    report.main(report.parse_args(["--output", str(tmp_path / "RESULTS.md")]))
+    results = report.read_results(study, FOLDER / "results")
+    text = report.Report(study, results, FOLDER, FOLDER / "results").text()
     assert drawn["digits"] == ["unrouted", "dtr", "random", "unrouted-min_snr", "unrouted-nash_mtl"]  # see README.md
     assert drawn["digits_unet"] == ["unrouted", "dtr"]
-    assert (tmp_path / "RESULTS.md").read_text() == (FOLDER / "RESULTS.md").read_text()
+    assert text == (FOLDER / "RESULTS.md").read_text()
 
 
 def test_grid_is_complete_and_every_claim_is_about_it():
