@@ -9,11 +9,14 @@ interrupted goes on with the same command. README.md beside this file says more.
 """
 
 import argparse
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
@@ -29,6 +32,7 @@ from evaluation_samples import (
     claim_folder,
     draw_samples,
     export_samples,
+    generator_of,
     read_npz_images,
     read_samples,
     scheduler_class,
@@ -37,9 +41,10 @@ from evaluation_samples import (
 from feature_networks import INCEPTION, extract_features, load_network, load_statistics, save_statistics
 from held_out import held_out_losses
 from PIL import Image
-from set_metrics import set_metrics
+from set_metrics import NEIGHBOURS, set_metrics
 
 from diffusers_dtr import training
+from diffusers_dtr.caches import content_key
 from diffusers_dtr.model_card import save_metrics
 from diffusers_dtr.ranges import COUNT, NON_NEGATIVE, SEED, Range
 from diffusers_dtr.run_record import public_command, publishable
@@ -48,6 +53,9 @@ from diffusers_dtr.user_errors import run_script
 
 
 GRID_COLUMNS, GRID_ROWS = 10, 8
+SAMPLES = "samples"
+# How samples are drawn: flags without a meaning for samples that are there
+DRAWING = {"scheduler", "num_inference_steps", "guidance_scale", "revision", "save_png", "save_npz"}
 
 
 def parse_args(argv=None):
@@ -99,6 +107,9 @@ def check(args):
     data = [name for name in ("dataset_name", "train_data_dir") if getattr(args, name) is not None]
     if (args.pipeline is None) == (args.samples is None):
         raise ValueError("Exactly one of --pipeline and --samples must be given.")
+    unused = [f"--{name}" for name in sorted(DRAWING) if args.samples is not None and getattr(args, name)]
+    if unused:
+        raise ValueError(f"{', '.join(unused)} say how samples are drawn, and --samples are there: leave them out.")
     if len(data) > 1:
         raise ValueError("At most one of --dataset_name and --train_data_dir can be given.")
     if not data and args.reference is None and not (args.statistics and os.path.exists(args.statistics)):
@@ -128,29 +139,64 @@ def load_data_images(args, sampler):
     return images
 
 
-def samples_of(sampler, images, args, accelerator):
-    """What gives uint8 images `(n, 3, height, width)` for a range of numbers, how many there are, and drawn shards."""
-    if sampler is not None:
-        conditions = choose_conditions(
-            sampler.condition, args.labels, args.num_samples, sampler.num_classes, images, args.seed
-        )
-        paths = draw_samples(sampler, conditions, args, Path(args.output_dir, "samples"), accelerator)
-        return partial(read_samples, paths), len(conditions), paths
-    if os.path.isdir(args.samples):
-        return *folder_images(args), None
-    loaded, _ = read_npz_images(args.samples)
-    return partial(rows_of, loaded), len(loaded), None
+@dataclass(frozen=True)
+class ImageSet:
+    """Images that are there: uint8 `(n, 3, height, width)` for a range of numbers, how many, and a hash of them."""
+
+    images_of: Callable[[range], torch.Tensor]
+    count: int
+    key: str
+
+    def __post_init__(self):
+        if self.count <= NEIGHBOURS:
+            raise ValueError(f"At least {NEIGHBOURS + 1} samples and images are needed, got {self.count}.")
+
+    @property
+    def side(self):
+        """In pixels; a ValueError for images that are no squares."""
+        return side_of(self.images_of(range(1)))
 
 
-def folder_images(args):
+def side_of(images):
+    height, width = images.shape[2:]
+    if height != width:
+        raise ValueError(f"Samples must be square, got {height} x {width}: data are cut to squares.")
+    return height
+
+
+def npz_images(path):
+    loaded, _ = read_npz_images(path)
+    return ImageSet(partial(rows_of, loaded), len(loaded), hashlib.sha256(loaded.numpy().tobytes()).hexdigest())
+
+
+def given_samples(args):
+    """Those of `--samples`."""
+    if not os.path.isdir(args.samples):
+        return npz_images(args.samples)
     if args.resolution is None:
         raise ValueError("`--resolution` must be given for a folder of --samples.")
     folder = argparse.Namespace(**{**vars(args), **dict.fromkeys(("dataset_name", "dataset_config_name"))})
     for name in ("validation_split", "validation_data_dir", "label_column", "caption_column", "max_train_samples"):
         setattr(folder, name, None)
     folder.train_data_dir, folder.train_split = args.samples, "train"
-    dataset = training.load_data(data_config(folder, args.output_dir, args.resolution)).dataset
-    return partial(images_of_rows, dataset, args.dataloader_num_workers), len(dataset)
+    images = training.load_images(data_config(folder, args.output_dir, args.resolution))
+    return data_images(images, args.resolution, folder)
+
+
+def data_images(images, side, args):
+    """The data at a resolution."""
+    dataset = training.load_data(data_config(args, args.output_dir, side), images).dataset
+    key = content_key({"images": images.dataset._fingerprint, "column": args.image_column, "side": side}, [])
+    return ImageSet(partial(images_of_rows, dataset, args.dataloader_num_workers), len(dataset), key)
+
+
+def first_sample(sampler, conditions, args):
+    """The first of a pipeline, so that what cannot be drawn is told before anything is written."""
+    drawn = Path(args.output_dir, SAMPLES, "00000.npz")
+    if drawn.exists():
+        return read_samples([drawn], range(1))
+    image = sampler(conditions[:1], [generator_of(args.seed, 0)])
+    return torch.from_numpy(image).permute(0, 3, 1, 2)
 
 
 def images_of_rows(dataset, num_workers, rows):
@@ -161,50 +207,56 @@ def rows_of(images, rows):
     return images[rows.start : rows.stop]
 
 
-def find_reference(network, images, args):
-    """What the samples are compared with: saved features or None, images of an `.npz` or None, and what they are."""
-    loaded, source = None, {}
+def find_reference(network, images, side, args):
+    """What the samples are compared with: saved features or None, images or None, and what they are."""
+    found, source = None, {}
     if args.reference is not None:
-        loaded, _ = read_npz_images(args.reference)
-        source = {"dataset": args.reference, "images": len(loaded), "resolution": loaded.shape[2]}
-    elif args.dataset_name is not None:
-        source = {"dataset": args.dataset_name, "split": args.train_split, "images": len(images)}
-    elif args.train_data_dir is not None:
-        source = {"dataset": args.train_data_dir, "images": len(images)}
-    source = publishable(source)
-    if args.statistics is None or not os.path.exists(args.statistics):
-        return None, loaded, source
-    features, saved = load_statistics(args.statistics, network)
-    if source.items() - saved.items():
-        raise ValueError(f"`--statistics` {args.statistics!r} are of {saved}, not of {source}.")
-    return features, loaded, saved
-
-
-def reference_features(network, images, reference, side, args, accelerator):
-    """Features of a reference, and what it is."""
-    features, loaded, source = reference
-    if source.get("resolution", side) != side:
+        found = npz_images(args.reference)
+        source = {"dataset": args.reference, "images": found.count, "resolution": found.side}
+    elif images is not None:
+        found = data_images(images, side, args)
+        split = {} if args.dataset_name is None else {"split": args.train_split}
+        source = {"dataset": args.dataset_name or args.train_data_dir, **split, "images": found.count}
+        source["resolution"] = side
+    if found is not None:
+        source["some_sha256"] = some_hash(found)
+    source, features = publishable(source), None
+    if args.statistics is not None and os.path.exists(args.statistics):
+        features, saved = load_statistics(args.statistics, network)
+        if source.items() - saved.items():
+            raise ValueError(
+                f"`--statistics` {args.statistics!r} are of {saved}, not of {source}: give another file, or neither "
+                "data nor --reference."
+            )
+        source = saved
+    if source["resolution"] != side:
         raise ValueError(f"The reference has images of {source['resolution']} pixels a side, the samples of {side}.")
-    if features is not None:
-        return features, source
-    if loaded is None:
-        dataset = training.load_data(data_config(args, args.output_dir, side), images).dataset
-        images_of = partial(images_of_rows, dataset, args.dataloader_num_workers)
-    else:
-        images_of = partial(rows_of, loaded)
-    folder = Path(args.output_dir, "reference")
-    features, _ = extract_features(network, images_of, source["images"], folder, accelerator)
-    source["resolution"] = side
-    if args.statistics is not None and accelerator.is_main_process:
-        save_statistics(args.statistics, network, features, source)
+    return features, found, source
+
+
+def some_hash(images):
+    """Of some of the images, which tells other ones also where names and numbers are the same."""
+    places = torch.linspace(0, images.count - 1, 16).round().long().unique().tolist()
+    some = torch.cat([images.images_of(range(place, place + 1)) for place in places])
+    return hashlib.sha256(some.contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+def reference_features(network, reference, args, accelerator):
+    """Features of a reference, and what it is."""
+    features, found, source = reference
+    if features is None:
+        folder = Path(args.output_dir, "reference", found.key[:16])
+        features, _ = extract_features(network, found.images_of, found.count, folder, accelerator)
+        if args.statistics is not None and accelerator.is_main_process:
+            save_statistics(args.statistics, network, features, source)
     return features, source
 
 
-def save_grid(images_of, count, args, num_classes):
+def save_grid(samples, args, num_classes):
     columns = num_classes if args.labels == "balanced" and num_classes in range(2, 17) else GRID_COLUMNS
-    columns = min(columns, count)
-    rows = min(GRID_ROWS, count // columns)
-    images = images_of(range(rows * columns)).permute(0, 2, 3, 1).numpy()
+    columns = min(columns, samples.count)
+    rows = min(GRID_ROWS, samples.count // columns)
+    images = samples.images_of(range(rows * columns)).permute(0, 2, 3, 1).numpy()
     make_image_grid([*map(Image.fromarray, images)], rows, columns).save(Path(args.output_dir, "samples.png"))
 
 
@@ -244,14 +296,17 @@ def card_metrics(report):
     return entries
 
 
-def settings_of(args, sampler):
-    """What decides on the samples and features, which an output folder is of."""
-    ignored = ["output_dir", "statistics", "save_png", "save_npz", "batch_size", "dataloader_num_workers", "cache_dir"]
-    ignored += ["validation_split", "validation_data_dir", "max_held_out_images", "num_clusters", "cluster_cost"]
-    ignored += ["feature_extractor", "feature_weights"]  # features of several networks lie apart
-    ignored += ["label_column"] if args.labels == "balanced" else []
-    flags = {name: value for name, value in vars(args).items() if name not in ignored and value is not None}
-    return flags | ({} if sampler is None else sampler.settings)
+def settings_of(args, sampler, samples, images):
+    """What decides on the samples, which an output folder is of."""
+    if samples is not None:
+        return {"samples": args.samples, "samples_key": samples.key, "seed": args.seed}
+    names = ["pipeline", "revision", "num_samples", "seed", "resolution", "labels"]
+    names += [] if sampler.condition != "class_labels" else ["label_column"] if args.labels == "data" else []
+    names += ["caption_column"] if sampler.condition == "prompt" else []
+    flags = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    told_by_data = sampler.condition == "prompt" or (sampler.condition is not None and args.labels == "data")
+    data = {"data": images.dataset._fingerprint} if told_by_data else {}
+    return flags | data | sampler.settings
 
 
 def main(args):
@@ -261,17 +316,27 @@ def main(args):
         network = load_network(args.feature_extractor, args.feature_weights, accelerator.device)
         sampler = None if args.pipeline is None else Sampler(args, accelerator.device)
         images = load_data_images(args, sampler)
-        reference = find_reference(network, images, args)
-    settings = settings_of(args, sampler)
+        samples = None if args.samples is None else given_samples(args)
+    if samples is None:
+        conditions = choose_conditions(
+            sampler.condition, args.labels, args.num_samples, sampler.num_classes, images, args.seed
+        )
+        side = side_of(first_sample(sampler, conditions, args))
+    else:
+        side = samples.side
+    reference = find_reference(network, images, side, args)
+    losses_of = held_out_losses(sampler, images, side, args, accelerator) if wants_held_out(args) else None
+    settings = settings_of(args, sampler, samples, images)
     claim_folder(args.output_dir, settings, accelerator)
 
-    images_of, count, paths = samples_of(sampler, images, args, accelerator)
-    height, width = images_of(range(1)).shape[2:]
-    if height != width:
-        raise ValueError(f"Samples must be square, got {height} x {width}: data are cut to squares.")
-    features, logits = extract_features(network, images_of, count, Path(args.output_dir, "features"), accelerator)
-    reference, source = reference_features(network, images, reference, height, args, accelerator)
-    losses = held_out_losses(sampler, images, height, args, accelerator) if wants_held_out(args) else None
+    paths = None
+    if samples is None:
+        paths = draw_samples(sampler, conditions, args, Path(args.output_dir, SAMPLES), accelerator)
+        samples = ImageSet(partial(read_samples, paths), len(conditions), "")
+    features_dir = Path(args.output_dir, "features")
+    features, logits = extract_features(network, samples.images_of, samples.count, features_dir, accelerator)
+    reference, source = reference_features(network, reference, args, accelerator)
+    losses = None if losses_of is None else losses_of()
     if not accelerator.is_main_process:
         return
 
@@ -285,7 +350,7 @@ def main(args):
         "versions": versions(),
         "hardware": hardware(accelerator),
     }
-    save_grid(images_of, count, args, None if sampler is None else sampler.num_classes)
+    save_grid(samples, args, None if sampler is None else sampler.num_classes)
     if paths is not None:
         export_samples(paths, args, args.output_dir)
     write_json(Path(args.output_dir, "evaluation.json"), report)

@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 
 from diffusers_dtr import training
 from diffusers_dtr.ranges import COUNT, WHOLE
-from diffusers_dtr.training.config import LabelledDataConfig, RunConfig, TextConfig
+from diffusers_dtr.training.config import LabelledDataConfig, ModelConfig, RunConfig, TextConfig
 
 
 def add_data_arguments(parser, *, captions=False):
@@ -28,7 +28,7 @@ def add_data_arguments(parser, *, captions=False):
     group.add_argument("--dataloader_num_workers", type=WHOLE, default=0, help="Processes that load images.")
 
 
-def data_config(args, output_dir, resolution, batch_size=64, **parts):
+def data_config(args, output_dir, resolution, batch_size=64, pretrained=None):
     """The configuration of a run on these data, without crops or flips at random."""
     caption_column = getattr(args, "caption_column", None)
     names = ("dataset_name", "dataset_config_name", "train_data_dir", "train_split", "validation_split")
@@ -39,7 +39,7 @@ def data_config(args, output_dir, resolution, batch_size=64, **parts):
             resolution=resolution, center_crop=True, **{name: getattr(args, name) for name in names}
         ),
         text=None if caption_column is None else TextConfig(caption_column=caption_column),
-        **parts,
+        model=ModelConfig(cache_dir=args.cache_dir, **(pretrained or {})),
     )
 
 

@@ -6,7 +6,9 @@ import hashlib
 import inspect
 import json
 import os
+from contextlib import contextmanager
 from pathlib import Path
+from zipfile import BadZipFile
 
 import diffusers
 import numpy as np
@@ -15,6 +17,7 @@ from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline, DiTPipeline
 from PIL import Image
 
 from diffusers_dtr import DTRPipeline
+from diffusers_dtr.caches import content_key
 
 
 SHARD = 256
@@ -36,18 +39,35 @@ def write_json(path, value):
     """Write a file of JSON likewise."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     partial.replace(path)
 
 
 def read_npz_images(path):
     """Images and labels (or None) of an ADM file: `arr_0` uint8 `(n, height, width, 3)`, `arr_1` integers `(n,)`."""
-    with np.load(path, allow_pickle=False) as file:
+    with open_npz(path) as file:
         images = file.get("arr_0")
         if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
             found = "none" if images is None else f"{images.dtype} {images.shape}"
             raise ValueError(f"{os.fspath(path)!r} must hold `arr_0`, uint8 (n, height, width, 3), got {found}.")
         return torch.from_numpy(images).permute(0, 3, 1, 2), file.get("arr_1")
+
+
+@contextmanager
+def open_npz(path):
+    """The arrays of an `.npz`; a ValueError for a file that is none, or not whole."""
+    wanted = f"{os.fspath(path)!r} must be a whole .npz: remove it, or give another."
+    try:
+        file = np.load(path, allow_pickle=False)
+    except (EOFError, BadZipFile, ValueError) as error:
+        raise ValueError(wanted) from error
+    if not isinstance(file, np.lib.npyio.NpzFile):
+        raise ValueError(wanted)
+    with file:
+        try:
+            yield file
+        except (EOFError, BadZipFile) as error:
+            raise ValueError(wanted) from error
 
 
 class Sampler:
@@ -70,6 +90,7 @@ class Sampler:
         pipeline = DiffusionPipeline.from_pretrained(
             args.pipeline, revision=args.revision, dtype=getattr(torch, args.dtype)
         )
+        own = inspect.signature(pipeline.__call__).parameters
         if type(pipeline) in SIMPLE_PIPELINES:
             pipeline = DTRPipeline.from_pipe(pipeline)
         if args.scheduler is not None:
@@ -83,17 +104,20 @@ class Sampler:
         sides = dict.fromkeys(("height", "width"), args.resolution)
         wanted = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale, **sides}
         self.options = {name: value for name, value in wanted.items() if value is not None}
-        unknown = [f"--{name}" for name in self.options if name not in self.parameters]
+        flags = dict.fromkeys(sides, "resolution")
+        unknown = {f"--{flags.get(name, name)}": name for name in self.options if name not in self.parameters}
         if unknown:
             raise ValueError(f"A {type(pipeline).__name__} takes no {', '.join(unknown)}: leave it out.")
-        defaults = {name: self.parameters[name].default for name in wanted if name in self.parameters}
+        # Of the pipeline as it was loaded, though a simple one is drawn from by another class
+        defaults = {name: own[name].default for name in wanted if name in own and name in self.parameters}
+        self.options = {name: value for name, value in defaults.items() if value is not None} | self.options
         self.settings = {
             "pipeline_class": type(pipeline).__name__,
-            "weights_sha256": tensors_hash(self.denoiser.state_dict()),
+            "models_hash": models_hash(pipeline),
             "scheduler": type(pipeline.scheduler).__name__,
             "scheduler_config": {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")},
             "dtype": args.dtype,
-            **{name: self.options.get(name, default) for name, default in defaults.items()},
+            **{name: self.options.get(name) for name in defaults},
         }
 
     @property
@@ -127,6 +151,11 @@ class Sampler:
         # What a pipeline draws beside its generators: of its samples alone, whatever was drawn before
         torch.manual_seed(generators[0].initial_seed())
         images = np.asarray(self.pipeline(**call).images)
+        if not np.isfinite(images).all():
+            raise FloatingPointError(
+                f"{type(self.pipeline).__name__} draws images that are not finite: its weights are, or what "
+                f"{type(self.pipeline.scheduler).__name__} or --dtype makes of them is. Nothing can be measured."
+            )
         images = images if images.ndim == 4 else images[..., None]
         images = (images.clip(0, 1) * 255).round().astype(np.uint8)
         return images.repeat(3, axis=3) if images.shape[3] == 1 else images[..., :3]
@@ -137,6 +166,19 @@ def scheduler_class(name):
     if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
         raise ValueError(f"`--scheduler` must be a scheduler of diffusers, such as DDIMScheduler, got {name!r}.")
     return found
+
+
+def models_hash(pipeline):
+    """A hash of the classes, settings and weights of all models of a pipeline."""
+    modules = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    configs = {name: [type(part).__name__, _settings_of(part.config)] for name, part in modules.items()}
+    return content_key(configs, modules.values())
+
+
+def _settings_of(config):
+    """Those that are not of where a model was loaded from, and by which version."""
+    config = config if isinstance(config, dict) else config.to_dict()
+    return {name: value for name, value in config.items() if not name.startswith("_") and "version" not in name}
 
 
 def tensors_hash(tensors):
@@ -246,7 +288,7 @@ def draw_samples(sampler, conditions, args, folder, accelerator):
 
 
 def read_shard(path, name):
-    with np.load(path, allow_pickle=False) as file:
+    with open_npz(path) as file:
         return file.get(name)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from evaluation_samples import fill_shards, read_shard, tensors_hash, write_npz
+from evaluation_samples import fill_shards, open_npz, read_shard, tensors_hash, write_npz
 from torch import Tensor
 
 
@@ -44,6 +44,11 @@ class FeatureNetwork:
         """Features and logits of images of any number, as float32 arrays; without logits an empty array."""
         outputs = [self.run(part.contiguous()) for part in images.split(batch_size)]
         features = torch.cat([part.float().cpu() for part, _ in outputs])
+        if features.ndim != 2 or not features.isfinite().all():
+            raise ValueError(
+                f"The network {self.name} must give finite features (n, d), got {tuple(features.shape)}, of which "
+                f"{features.isfinite().logical_not().sum()} are not finite."
+            )
         logits = [part.float().cpu() for _, part in outputs if part is not None]
         return {"features": features.numpy(), "logits": torch.cat(logits).numpy() if logits else np.zeros((0, 0))}
 
@@ -135,7 +140,7 @@ def extract_features(network, images_of, count, folder, accelerator):
         network: The network.
         images_of: From a range of numbers to uint8 images.
         count: Number of images.
-        folder: Where shards are kept.
+        folder: Where shards are kept, of these images alone.
         accelerator: Its processes share the work.
     """
     folder = Path(folder, network.sha256[:16])
@@ -166,7 +171,7 @@ def load_statistics(path, network):
     Raises:
         ValueError: If they are of another network, or do not say of which.
     """
-    with np.load(path, allow_pickle=False) as file:
+    with open_npz(path) as file:
         if "about" not in file or "features" not in file:
             raise ValueError(
                 f"The statistics {os.fspath(path)!r} do not say of which network they are: compute them from the "

@@ -8,13 +8,12 @@ import torch
 from evaluation_data import data_config
 
 from diffusers_dtr import DTRPipeline, NoiseLevels, TimestepClusters, cluster_timesteps, training
-from diffusers_dtr.training.config import ModelConfig
 from diffusers_dtr.training.data import held_out_samples
 from diffusers_dtr.training.families import TEXT_TO_IMAGE_FAMILIES, denoiser_family
 
 
 def held_out_losses(sampler, images, side, args, accelerator):
-    """Mean squared errors of the prediction, unweighted.
+    """What measures mean squared errors of the prediction, unweighted, when it is called; all is checked by then.
 
     Args:
         sampler: Of the pipeline.
@@ -24,11 +23,12 @@ def held_out_losses(sampler, images, side, args, accelerator):
         accelerator: Its processes share the work.
 
     Returns:
-        `mean`, `per_cluster` and `per_log_snr_bin` (each with its timesteps and log SNR), and what was drawn.
+        A function without arguments, whose result has `mean`, `per_cluster` and `per_log_snr_bin` (each with its
+        timesteps and log SNR), and what was drawn.
     """
     pipeline, denoiser = sampler.pipeline, sampler.denoiser
-    pretrained = ModelConfig(pretrained_model_name_or_path=args.pipeline, revision=args.revision)
-    config = data_config(args, args.output_dir, side, args.batch_size, model=pretrained)
+    pretrained = {"pretrained_model_name_or_path": args.pipeline, "revision": args.revision}
+    config = data_config(args, args.output_dir, side, args.batch_size, pretrained)
     vae = pipeline.components.get("vae")
     data = training.load_data(config, images, model=denoiser, vae=vae)
     denoiser.eval()
@@ -38,8 +38,12 @@ def held_out_losses(sampler, images, side, args, accelerator):
         denoise = _text_denoise(config, denoiser, data, accelerator)
     clean, batch = held_out_samples(data.held_out, vae, args.max_held_out_images, args.batch_size, accelerator.device)
     measure = _Measure(training.load_noise_scheduler(config), clean, batch, args)
-    with torch.autocast(accelerator.device.type, denoiser.dtype, enabled=denoiser.dtype != torch.float32):
-        return measure(denoise, accelerator)
+
+    def losses():
+        with torch.autocast(accelerator.device.type, denoiser.dtype, enabled=denoiser.dtype != torch.float32):
+            return measure(denoise, accelerator)
+
+    return losses
 
 
 def _class_denoise(denoiser):
@@ -74,7 +78,9 @@ class _Measure:
     def __call__(self, denoise, accelerator):
         losses = self.measure(denoise, accelerator)
         # A piece may be so narrow that no sample falls into it
-        sums = torch.tensor(losses.per_cluster, dtype=torch.float64).nan_to_num() * self.counts
+        sums = torch.tensor(losses.per_cluster, dtype=torch.float64).where(self.counts > 0, 0) * self.counts
+        if not sums.isfinite().all():
+            raise FloatingPointError("The held-out loss is not finite: the pipeline's predictions are not.")
         starts = torch.tensor(self.measure.clusters.boundaries[:-1])
         report = {"mean": losses.mean, **self.measure.describe()}
         for name, axis in self.axes.items():

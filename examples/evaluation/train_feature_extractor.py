@@ -88,13 +88,14 @@ def augment(images, flip, generator):
 
 def train(model, images, labels, args, device):
     generator = torch.Generator().manual_seed(args.seed)
-    batches_per_epoch = -(-len(images) // args.batch_size)
+    batches = range(0, len(images) - 1, args.batch_size)  # a last image alone has no variance to normalise by
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    steps = args.num_train_epochs * batches_per_epoch
+    steps = args.num_train_epochs * len(batches)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, steps, cycle_momentum=False)
     for epoch in range(args.num_train_epochs):
         model.train()
-        for rows in torch.randperm(len(images), generator=generator).split(args.batch_size):
+        order = torch.randperm(len(images), generator=generator)
+        for rows in (order[start : start + args.batch_size] for start in batches):
             batch = augment(images[rows], args.random_flip, generator)
             batch = batch.to(device, memory_format=torch.channels_last)
             with torch.autocast(device.type, torch.bfloat16):
@@ -104,6 +105,8 @@ def train(model, images, labels, args, device):
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
+        if not loss.isfinite():
+            raise FloatingPointError(f"The loss is {loss.item()} in epoch {epoch + 1}: lower `--learning_rate`.")
         print(f"epoch {epoch + 1} of {args.num_train_epochs}: loss {loss.item():.3f}", flush=True)
 
 
@@ -117,6 +120,8 @@ def accuracy(model, images, labels, device):
 def main(args):
     if args.validation_split is None and args.validation_data_dir is None:
         raise ValueError("`--validation_split` or `--validation_data_dir` must be given, to say how good it is.")
+    if Path(args.output).exists():
+        raise ValueError(f"`--output` must be a new file, got {args.output}: statistics may be by it.")
     args.label_column = args.label_column or "label"
     data = training.load_data(data_config(args, Path(args.output).parent, args.resolution))
     (images, labels), (held_out, held_out_labels) = (

@@ -51,7 +51,11 @@ class Report:
     def text(self):
         """All of it, as Markdown."""
         sections = [INTRODUCTION.format(min_seeds=MIN_SEEDS, results=self.kept_in), self.recommendation()]
-        sections += ["## Claims\n", *(self.claim(**claim) for claim in self.study["claims"]), self.better_arms()]
+        sections += [
+            "## Claims\n",
+            *(self.claim(**claim) for claim in self.study.get("claims", ())),
+            self.better_arms(),
+        ]
         sections = [LINK.sub(self._from_here, section) for section in sections]
         return "\n".join(filter(None, [*sections, *map(self.task, self.tasks), self.missing()]))
 
@@ -105,7 +109,7 @@ class Report:
         lines += [f"![Samples of all arms from the same noise, {task}](figures/{task}_samples.png)\n"]
         lines += _header("arm", "seeds", "parameters", *METRICS.values())
         lines += [*(self._arm_row(task, arm) for arm in arms), ""]
-        asked = [tuple(pair) for claim in self.study["claims"] for pair in claim.get("convergence", ())]
+        asked = [tuple(pair) for claim in self.study.get("claims", ()) for pair in claim.get("convergence", ())]
         courses = [pair for pair in asked if pair in pairs]
         if courses:
             lines += [*self._course(task, courses, [point["step"] for point in runs[0]["points"]]), ""]

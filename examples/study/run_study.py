@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 from study_cell import run_cell
-from study_grid import cell_settings, cells, read_study
+from study_grid import cell_settings, cells, read_result, read_study
 
 from diffusers_dtr.ranges import COUNT, SEED
-from diffusers_dtr.user_errors import run_script
+from diffusers_dtr.user_errors import USER_ERRORS, run_script
 
 
 HERE = Path(__file__).resolve().parent
@@ -62,14 +62,6 @@ def missing_flags(args, study, cell):
     return [f"--{name}" for name in DATA if f"{{{name}}}" in text and getattr(args, name) is None]
 
 
-def is_finished(path, settings):
-    if not path.exists():
-        return False
-    if json.loads(path.read_text(encoding="utf-8"))["settings"] != settings:
-        raise ValueError(f"`--output_dir` must be another folder: {path} has a result of other settings.")
-    return True
-
-
 def run(path, *job):
     torch.set_num_threads(1)
     result = run_cell(*job)
@@ -93,7 +85,7 @@ def main(args):
     chosen = chosen_cells(args, study)
     for cell in chosen:
         path, settings = cell.path(args.output_dir), cell_settings(study, cell)
-        if is_finished(path, settings):
+        if read_result(study, cell, args.output_dir) is not None:
             continue
         if flags := missing_flags(args, study, cell):
             left_out.setdefault(f"{cell.task} for want of {' and '.join(flags)}", []).append(cell)
@@ -106,14 +98,23 @@ def main(args):
     for reason, those in left_out.items():
         print(f"{len(those)} are left out: {reason}", flush=True)
     os.environ["OMP_NUM_THREADS"] = "1"
+    failed = []
     with ThreadPoolExecutor(args.jobs) as pool:
         try:
             runs = {cell: pool.submit(in_own_process, *job) for cell, job in jobs.items()}
             for number, (cell, future) in enumerate(runs.items(), start=1):
-                print(f"{number} of {len(runs)}: {summary(cell, future.result())}", flush=True)
+                try:
+                    text = summary(cell, future.result())
+                except USER_ERRORS as error:  # the others may well be fine
+                    failed.append(cell)
+                    text = f"{cell.task}, {cell.arm}, seed {cell.seed} failed: {error}"
+                print(f"{number} of {len(runs)}: {text}", flush=True)
         finally:
-            # After an error or Ctrl-C, nothing more is begun.
+            # After another error or Ctrl-C, nothing more is begun.
             pool.shutdown(cancel_futures=True)
+    if failed:
+        names = "; ".join(f"{cell.task}, {cell.arm}, seed {cell.seed}" for cell in failed)
+        raise ValueError(f"{len(failed)} of {len(runs)} cells failed, as was said above: {names}.")
 
 
 def summary(cell, result):

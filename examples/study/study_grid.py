@@ -1,5 +1,6 @@
 """The cells of a study, from its settings file: tasks, arms and seeds, in the order in which they are run."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,20 @@ class Cell:
     def path(self, results):
         """Where its result is."""
         return Path(results) / self.task / self.arm / f"seed-{self.seed}.json"
+
+
+def read_result(study, cell, folder):
+    """The result of a cell, or None if there is none yet; a ValueError for one of other settings, or no whole file."""
+    path = cell.path(folder)
+    if not path.exists():
+        return None
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must be a result of run_study.py: remove it, or give another folder.") from error
+    if result.get("settings") != cell_settings(study, cell):
+        raise ValueError(f"{path} has a result of other settings: give another folder, or the file of its settings.")
+    return result
 
 
 def read_study(path):

@@ -1,10 +1,9 @@
 """Paired statistics of finished cells: runs of the same seed, data order and noise are compared with each other."""
 
-import json
 from dataclasses import dataclass
 
 import torch
-from study_grid import cells
+from study_grid import cells, read_result
 
 from diffusers_dtr.analysis import confidence_interval
 
@@ -16,12 +15,21 @@ AGREE = ("seed", "num_parameters", "first_batch", "initial_weights", "features")
 
 
 def read_results(study, folder):
-    """Finished cells: for every task and arm, the results by seed."""
-    results = {}
+    """Finished cells: for every task and arm, the results by seed.
+
+    Raises:
+        ValueError: For results of other settings than the study's, or by features of several networks.
+    """
+    results, networks = {}, {}
     for cell in cells(study):
-        path = cell.path(folder)
-        if path.exists():
-            results.setdefault((cell.task, cell.arm), {})[cell.seed] = json.loads(path.read_text(encoding="utf-8"))
+        result = read_result(study, cell, folder)
+        if result is not None:
+            results.setdefault((cell.task, cell.arm), {})[cell.seed] = result
+            networks.setdefault(cell.task, {})[result.get("features")] = cell.path(folder)
+    for task, paths in networks.items():
+        if len(paths) > 1:
+            some = " and ".join(str(path) for path in list(paths.values())[:2])
+            raise ValueError(f"The results of {task} must be by features of one network: {some} are by several.")
     return results
 
 

@@ -1,7 +1,9 @@
 """Evaluation of pipelines: samples, features, metrics, held-out losses, and what the card is told."""
 
 import json
+import math
 import pickle
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,10 +16,12 @@ from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
+    DiffusionPipeline,
     DiTPipeline,
     UNet2DModel,
 )
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from text_to_image_runs import FAMILIES, make_captioned_images
 from tiny_autoencoders import tiny_vae
 from tiny_dit import plain_dit, with_random_weights
@@ -146,8 +150,120 @@ def test_folder_of_other_settings_or_weights_is_refused(folder, tmp_path):
     evaluate(flags(folder, tmp_path / "out"))
     with pytest.raises(ValueError, match=r"other settings \(num_inference_steps, seed\)"):
         evaluate(flags(folder, tmp_path / "out", "--seed", 1, "--num_inference_steps", 3))
-    with pytest.raises(ValueError, match=r"other settings .*weights_sha256"):
+    with pytest.raises(ValueError, match=r"other settings .*models_hash"):
         evaluate(flags(folder, tmp_path / "out", pipeline="unconditional"))
+
+
+def nan_in(pipeline: Path, target: Path, part: str) -> Path:
+    """A copy of a pipeline whose weights of one name are not finite."""
+    shutil.copytree(pipeline, target, ignore=shutil.ignore_patterns("metrics.json"))
+    (file,) = (target / "transformer").glob("*.safetensors")
+    tensors = load_file(file)
+    save_file({name: value * math.nan if part in name else value for name, value in tensors.items()}, file)
+    return target
+
+
+def test_what_is_not_finite_is_not_measured(folder, tmp_path, monkeypatch):
+    broken = nan_in(folder / "labelled", tmp_path / "nan", "proj_out")
+    with pytest.raises(FloatingPointError, match="DTRPipeline draws images that are not finite"):
+        evaluate(flags(folder, tmp_path / "out", pipeline=str(broken)))
+    assert not (tmp_path / "out").exists()
+    assert not (broken / "metrics.json").exists()
+
+    class Divided(Colours):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images.float().mean([2, 3]) / 0
+
+    torch.jit.script(Divided()).save(tmp_path / "divided.pt")
+    with pytest.raises(ValueError, match=r"divided.pt must give finite features \(n, d\), got \(4, 3\), of which 12"):
+        evaluate(flags(folder, tmp_path / "divided", "--feature_extractor", tmp_path / "divided.pt"))
+
+    forward = DTRTransformer2DModel.forward
+
+    def late(self, noisy, timestep, **kwargs):
+        broken = torch.where(timestep > 900, math.nan, 1.0).reshape(-1, 1, 1, 1)
+        return (forward(self, noisy, timestep, **kwargs)[0] * broken,)
+
+    monkeypatch.setattr(DTRTransformer2DModel, "forward", late)  # two steps of DDIM come to no such timestep
+    with pytest.raises(FloatingPointError, match="held-out loss is not finite"):
+        evaluate(flags(folder, tmp_path / "late", "--validation_data_dir", folder / "held out"))
+
+
+def test_changed_data_are_measured_anew_and_changed_samples_refused(folder, tmp_path):
+    shutil.copytree(folder / "images", tmp_path / "images")
+    data = ("--train_data_dir", tmp_path / "images")
+    evaluate(flags(folder, tmp_path / "out", *data))
+    extra = next((tmp_path / "images").rglob("*.png"))
+    Image.new("RGB", (8, 8), "magenta").save(extra.with_name("another.png"))
+    again, fresh = (evaluate(flags(folder, tmp_path / name, *data))["metrics"] for name in ("out", "fresh"))
+    assert again == fresh
+    given = ["--samples", tmp_path / "images", "--resolution", 8, *data, "--output_dir", tmp_path / "given"]
+    given = [str(flag) for flag in [*given, "--feature_extractor", folder / "colours.pt"]]
+    evaluate(given)
+    Image.new("RGB", (8, 8), "cyan").save(extra)
+    with pytest.raises(ValueError, match=r"other settings \(samples_key\)"):
+        evaluate(given)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "change"),
+    [
+        ("labelled", lambda pipeline: pipeline.transformer.register_to_config(routing_type="none")),
+        ("dit", lambda pipeline: pipeline.vae.decoder.conv_out.weight.data.mul_(3)),
+    ],
+)
+def test_a_pipeline_with_other_settings_or_parts_is_another_one(folder, tmp_path, pipeline, change):
+    evaluate(flags(folder, tmp_path / "out", pipeline=pipeline))
+    other = DiffusionPipeline.from_pretrained(folder / pipeline)
+    change(other)
+    other.save_pretrained(tmp_path / pipeline)
+    with pytest.raises(ValueError, match=r"other settings \(models_hash, pipeline\)"):
+        evaluate(flags(folder, tmp_path / "out", pipeline=str(tmp_path / pipeline)))
+
+
+def test_statistics_of_other_images_are_refused_though_name_and_number_are_the_same(folder, tmp_path):
+    for name in ("one", "other"):
+        shutil.copytree(folder / "images", tmp_path / name / "images")
+    for path in (tmp_path / "other" / "images").rglob("*.png"):
+        Image.new("RGB", (8, 8), "magenta").save(path)
+    statistics = ("--statistics", tmp_path / "statistics.npz")
+    evaluate(flags(folder, tmp_path / "out", "--train_data_dir", tmp_path / "one" / "images", *statistics))
+    with pytest.raises(ValueError, match=r"`--statistics` .* are of .*'some_sha256'"):
+        evaluate(flags(folder, tmp_path / "new", "--train_data_dir", tmp_path / "other" / "images", *statistics))
+
+
+def test_what_cannot_be_drawn_or_compared_is_told_before_a_folder_is_begun(folder, tmp_path):
+    np.savez(tmp_path / "large.npz", arr_0=np.zeros((9, 16, 16, 3), np.uint8))
+    np.savez(tmp_path / "few.npz", arr_0=np.zeros((3, 8, 8, 3), np.uint8))
+    for pipeline, more, message in (
+        ("unconditional", ["--guidance_scale", 2], "guidance"),
+        ("labelled", ["--reference", tmp_path / "large.npz"], "images of 16 pixels a side, the samples of 8"),
+        ("labelled", ["--reference", tmp_path / "few.npz"], "At least 4 samples and images are needed, got 3"),
+        ("labelled", ["--max_train_samples", 3], "At least 4 samples and images are needed, got 3"),
+        ("labelled", ["--validation_data_dir", folder / "held out", "--num_clusters", 2000], r"in \[1, 1000\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate(flags(folder, tmp_path / "out", *more, pipeline=pipeline))
+        assert not (tmp_path / "out").exists()
+    evaluate(flags(folder, tmp_path / "out", pipeline="unconditional"))
+
+
+def test_defaults_are_those_of_the_pipeline_as_it_was_saved(folder, tmp_path):
+    settings = evaluate(flags(folder, tmp_path / "dit", pipeline="dit"))["settings"]
+    assert settings["guidance_scale"] == 4.0
+    assert settings["num_inference_steps"] == 2
+
+
+@pytest.mark.parametrize("damaged", ["samples/00000.npz", "features/*/00000.npz", "statistics.npz"])
+def test_a_damaged_file_is_named(folder, tmp_path, damaged):
+    argv = flags(folder, tmp_path, "--statistics", tmp_path / "statistics.npz")
+    evaluate(argv)
+    (file,) = tmp_path.glob(damaged)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=rf"{file.name}' must be a whole .npz: remove it, or give another"):
+        evaluate(argv)
+    file.unlink()
+    evaluate(argv)
 
 
 def test_a_finished_evaluation_gets_its_held_out_loss_later(folder, tmp_path):
@@ -292,3 +408,24 @@ def test_classifier_learns_tells_its_accuracy_and_is_a_network(folder, tmp_path)
     assert report["network"]["accuracy"] >= 8 / 9
     assert report["metrics"]["settings"]["features"] == 16
     assert 1 <= report["metrics"]["inception_score"] <= 3
+    with pytest.raises(ValueError, match=r"`--output` must be a new file, got .*network.pt"):
+        script.main(script.parse_args([str(flag) for flag in argv]))
+
+
+def test_classifier_takes_a_last_image_alone_and_refuses_to_diverge(folder, tmp_path):
+    script = load_script(EXAMPLES / "evaluation" / "train_feature_extractor.py")
+    make_images(tmp_path / "images", count=17)
+    data = ["--train_data_dir", tmp_path / "images", "--validation_data_dir", folder / "held out", "--resolution", 8]
+    argv = [str(flag) for flag in [*data, "--width", 4, "--num_train_epochs", 2, "--batch_size", 16, "--output"]]
+    script.main(script.parse_args([*argv, str(tmp_path / "network.pt")]))
+    with pytest.raises(FloatingPointError, match="The loss is nan in epoch 2: lower `--learning_rate`"):
+        script.main(script.parse_args([*argv, str(tmp_path / "other.pt"), "--learning_rate", "1e18"]))
+    assert not (tmp_path / "other.pt").exists()
+
+
+def test_zip_files_are_unpacked_into_the_cache_that_is_named(folder, tmp_path):
+    archive = shutil.make_archive(str(tmp_path / "data" / "images"), "zip", folder / "images")
+    evaluate(
+        flags(folder, tmp_path / "out", "--train_data_dir", Path(archive).parent, "--cache_dir", tmp_path / "cache")
+    )
+    assert [*(tmp_path / "cache").rglob("*.png")]

@@ -54,10 +54,14 @@ def study(monkeypatch):
         def __exit__(self, *_): ...
         def shutdown(self, cancel_futures): ...
         def submit(self, function, path, *job):
-            started.append(path)
-            result = function(path, *job)
-            reset_accelerate()
-            return type("Future", (), {"result": staticmethod(lambda: result)})
+            def result():
+                started.append(path)
+                try:
+                    return function(path, *job)
+                finally:
+                    reset_accelerate()
+
+            return type("Future", (), {"result": staticmethod(result)})
 
     monkeypatch.setattr(study, "ThreadPoolExecutor", Pool)
     monkeypatch.setattr(study, "in_own_process", study.run)
@@ -118,6 +122,21 @@ def test_cells_are_run_once_differ_in_routing_alone_and_are_reported(study, sett
     assert "2 of 2 cells" in capsys.readouterr().out
 
 
+def test_a_cell_that_fails_is_named_and_the_others_are_run(study, settings, digits, tmp_path, monkeypatch, capsys):
+    run_cell = study.run_cell
+
+    def diverging(settings, *job):
+        if settings["training"].get("routing_type") != "none":
+            raise FloatingPointError("the loss is nan")
+        return run_cell(settings, *job)
+
+    monkeypatch.setattr(study, "run_cell", diverging)
+    with pytest.raises(ValueError, match="1 of 2 cells failed, as was said above: digits, dtr, seed 0"):
+        run(study, settings, tmp_path, "--digits", digits)
+    assert "digits, dtr, seed 0 failed: the loss is nan" in capsys.readouterr().out
+    assert [path.parent.name for path in tmp_path.rglob("seed-0.json")] == ["unrouted"]
+
+
 @pytest.mark.slow
 def test_cells_side_by_side_are_those_one_after_the_other(study, settings, digits, tmp_path):
     one_by_one = run(study, settings, tmp_path / "one", "--digits", digits)
@@ -136,8 +155,15 @@ def test_results_of_other_settings_are_refused_and_cells_without_data_left_out(s
     other = output / "digits" / "dtr" / "seed-0.json"
     other.parent.mkdir(parents=True)
     other.write_text('{"settings": {}}')
-    with pytest.raises(ValueError, match=r"`--output_dir` must be another folder: .*seed-0.json"):
+    with pytest.raises(ValueError, match=r"seed-0.json has a result of other settings: give another folder"):
         run(study, settings, output)
+    report = load_script(FOLDER / "make_report.py")
+    with pytest.raises(ValueError, match=r"seed-0.json has a result of other settings"):
+        report.main(report.parse_args(["--settings", str(settings), "--results", str(output)]))
+    other.write_text('{"settings": ')
+    with pytest.raises(ValueError, match=r"seed-0.json must be a result of run_study.py: remove it"):
+        run(study, settings, output)
+    other.unlink()
     with pytest.raises(ValueError, match=r"`--arms` must be of .*'dtr'"):
         run(study, settings, output, "--arms", "dtx")
 
@@ -193,6 +219,20 @@ def test_share_of_the_steps_is_where_the_reference_is_reached(paired):
         "unrouted", points(9.0, 6.0, 2.0), points(9.0, 8.0, 7.0)
     )
     assert paired.share_of_steps(results, "digits", "dtr", "unrouted", "loss") == [pytest.approx(250 / 300), None]
+
+
+def test_results_by_features_of_several_networks_are_refused(tmp_path, paired):
+    grid = load_script(FOLDER / "study_grid.py")
+    study = grid.read_study(FOLDER / "study.yaml")
+    for seed, features in enumerate("aab"):
+        cell = grid.Cell("cifar10", "unrouted", seed)
+        cell.path(tmp_path).parent.mkdir(parents=True, exist_ok=True)
+        result = {"settings": grid.cell_settings(study, cell), "features": features}
+        cell.path(tmp_path).write_text(json.dumps(result))
+        if seed == 1:
+            assert len(paired.read_results(study, tmp_path)["cifar10", "unrouted"]) == 2
+    with pytest.raises(ValueError, match=r"results of cifar10 must be by features of one network: .*seed-1.*seed-2"):
+        paired.read_results(study, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["num_parameters", "first_batch", "initial_weights", "features"])
