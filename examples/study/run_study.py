@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from study_cell import run_cell
+from study_cell import check_options, check_task, run_cell
 from study_grid import cell_settings, cells, read_result, read_study
 
 from diffusers_dtr.ranges import COUNT, SEED
@@ -81,11 +81,13 @@ def in_own_process(*job):
 def main(args):
     study = read_study(args.settings)
     folders = {name: getattr(args, name) for name in DATA}
-    jobs, left_out = {}, {}
+    jobs, left_out, networks = {}, {}, {}
     chosen = chosen_cells(args, study)
     for cell in chosen:
         path, settings = cell.path(args.output_dir), cell_settings(study, cell)
-        if read_result(study, cell, args.output_dir) is not None:
+        result = read_result(study, cell, args.output_dir)
+        if result is not None:
+            networks.setdefault(cell.task, set()).add(result.get("features"))
             continue
         if flags := missing_flags(args, study, cell):
             left_out.setdefault(f"{cell.task} for want of {' and '.join(flags)}", []).append(cell)
@@ -97,6 +99,15 @@ def main(args):
     print(f"{len(chosen)} cells, of which {len(jobs)} are to be run", flush=True)
     for reason, those in left_out.items():
         print(f"{len(those)} are left out: {reason}", flush=True)
+    for _, settings, _, _, _ in jobs.values():
+        check_options(settings, folders)
+    for cell, (_, settings, _, _, _) in {cell.task: (cell, job) for cell, job in jobs.items()}.values():
+        network, others = check_task(settings, folders), networks.get(cell.task, set())
+        if network is not None and others - {network}:
+            raise ValueError(
+                f"`--cifar10_features` must be the network of the results of {cell.task} in {args.output_dir}, "
+                f"{', '.join(map(str, others))}, got {network}: give that one, or another --output_dir."
+            )
     os.environ["OMP_NUM_THREADS"] = "1"
     failed = []
     with ThreadPoolExecutor(args.jobs) as pool:

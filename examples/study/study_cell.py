@@ -83,6 +83,20 @@ def run_cell(settings, seed, folders, pipeline_dir=None):
     }
 
 
+def check_options(settings, folders):
+    """Refuse settings that no cell can be run with."""
+    try:
+        _config(settings, 0, folders, "")
+    except TypeError as error:  # an option that there is none of
+        raise ValueError(f"`training` of the settings and `arms`: {error}") from error
+
+
+def check_task(settings, folders):
+    """Refuse data and a network of features that no cell can be run with; the hash of that network."""
+    training.load_images(_config(settings, 0, folders, ""))
+    return load_extractor(settings["measure"]["feature_extractor"].format(**folders))[1]
+
+
 def _config(settings, seed, folders, folder):
     options = {**QUIET, **settings["training"], "seed": seed}
     options = {name: value.format(**folders) if isinstance(value, str) else value for name, value in options.items()}

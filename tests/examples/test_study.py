@@ -122,6 +122,35 @@ def test_cells_are_run_once_differ_in_routing_alone_and_are_reported(study, sett
     assert "2 of 2 cells" in capsys.readouterr().out
 
 
+def test_settings_data_and_networks_that_cells_cannot_be_run_with_are_refused_before_any_is(
+    study, settings, digits, tmp_path
+):
+    given = yaml.safe_load(settings.read_text())
+    given["arms"]["dtr"]["routing_tpye"] = "none"
+    misspelt = tmp_path / "misspelt.yaml"
+    misspelt.write_text(yaml.safe_dump(given))
+    with pytest.raises(ValueError, match=r"`training` of the settings and `arms`: .*routing_tpye"):
+        run(study, misspelt, tmp_path / "out", "--digits", digits)
+    with pytest.raises((ValueError, OSError), match="absent"):
+        run(study, settings, tmp_path / "out", "--digits", tmp_path / "absent")
+    given = yaml.safe_load(settings.read_text())
+    given["tasks"]["digits"]["measure"]["feature_extractor"] = "{cifar10_features}"
+    other = tmp_path / "other.yaml"
+    other.write_text(yaml.safe_dump(given))
+    grid = load_script(FOLDER / "study_grid.py")
+    there = grid.read_study(other)
+    cell = grid.Cell("digits", "unrouted", 0)
+    cell.path(tmp_path / "out").parent.mkdir(parents=True)
+    cell.path(tmp_path / "out").write_text(
+        json.dumps({"settings": grid.cell_settings(there, cell), "features": "another"})
+    )
+    with pytest.raises(
+        ValueError, match=r"`--cifar10_features` must be the network of the results of digits in .*another"
+    ):
+        run(study, other, tmp_path / "out", "--digits", digits)
+    assert study.started == []
+
+
 def test_a_cell_that_fails_is_named_and_the_others_are_run(study, settings, digits, tmp_path, monkeypatch, capsys):
     run_cell = study.run_cell
 
