@@ -33,6 +33,8 @@ from evaluation_samples import (
     draw_samples,
     export_samples,
     generator_of,
+    json_hash,
+    read_json,
     read_npz_images,
     read_samples,
     scheduler_class,
@@ -44,7 +46,6 @@ from PIL import Image
 from set_metrics import NEIGHBOURS, set_metrics
 
 from diffusers_dtr import training
-from diffusers_dtr.caches import content_key
 from diffusers_dtr.model_card import save_metrics
 from diffusers_dtr.ranges import COUNT, NON_NEGATIVE, SEED, Range
 from diffusers_dtr.run_record import public_command, publishable
@@ -186,7 +187,7 @@ def given_samples(args):
 def data_images(images, side, args):
     """The data at a resolution."""
     dataset = training.load_data(data_config(args, args.output_dir, side), images).dataset
-    key = content_key({"images": images.dataset._fingerprint, "column": args.image_column, "side": side}, [])
+    key = json_hash([images.dataset._fingerprint, args.image_column, side])
     return ImageSet(partial(images_of_rows, dataset, args.dataloader_num_workers), len(dataset), key)
 
 
@@ -353,10 +354,19 @@ def main(args):
     save_grid(samples, args, None if sampler is None else sampler.num_classes)
     if paths is not None:
         export_samples(paths, args, args.output_dir)
-    write_json(Path(args.output_dir, "evaluation.json"), report)
+    write_report(Path(args.output_dir, "evaluation.json"), report)
     local = args.pipeline is not None and os.path.isdir(args.pipeline)
     save_metrics(args.pipeline if local else args.output_dir, card_metrics(report), sys.argv)
     print(json.dumps(report, indent=2))
+
+
+def write_report(path, report):
+    """Write it beside that of another network, which is there and gets the hash of its network for a name."""
+    if path.exists():
+        before = read_json(path)["network"]["sha256"]
+        if before != report["network"]["sha256"]:
+            path.replace(path.with_name(f"evaluation-{before[:16]}.json"))
+    write_json(path, report)
 
 
 def hardware(accelerator):

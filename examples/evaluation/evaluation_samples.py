@@ -17,7 +17,6 @@ from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline, DiTPipeline
 from PIL import Image
 
 from diffusers_dtr import DTRPipeline
-from diffusers_dtr.caches import content_key
 
 
 SHARD = 256
@@ -41,6 +40,14 @@ def write_json(path, value):
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+def read_json(path):
+    """What a file of JSON holds; a ValueError that names it where it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"'{path}' must be a whole file of JSON ({error}): remove it.") from error
 
 
 def read_npz_images(path):
@@ -171,14 +178,23 @@ def scheduler_class(name):
 def models_hash(pipeline):
     """A hash of the classes, settings and weights of all models of a pipeline."""
     modules = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
-    configs = {name: [type(part).__name__, _settings_of(part.config)] for name, part in modules.items()}
-    return content_key(configs, modules.values())
+    return json_hash(
+        {
+            name: [type(part).__name__, _settings_of(part.config), tensors_hash(part.state_dict())]
+            for name, part in modules.items()
+        }
+    )
 
 
 def _settings_of(config):
     """Those that are not of where a model was loaded from, and by which version."""
     config = config if isinstance(config, dict) else config.to_dict()
     return {name: value for name, value in config.items() if not name.startswith("_") and "version" not in name}
+
+
+def json_hash(value):
+    """A hash of what JSON can hold, and of the texts of the rest."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def tensors_hash(tensors):
@@ -231,7 +247,7 @@ def claim_folder(folder, settings, accelerator):
     path = Path(folder, "settings.json")
     settings = json.loads(json.dumps(settings, default=str))
     accelerator.wait_for_everyone()
-    there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    there = read_json(path) if path.exists() else None
     accelerator.wait_for_everyone()  # all have looked before one writes
     if there is not None and there != settings:
         changed = sorted(name for name in there.keys() | settings.keys() if there.get(name) != settings.get(name))

@@ -19,7 +19,7 @@ from study_cell import check_options, check_task, run_cell
 from study_grid import cell_settings, cells, read_result, read_study
 
 from diffusers_dtr.ranges import COUNT, SEED
-from diffusers_dtr.user_errors import USER_ERRORS, run_script
+from diffusers_dtr.user_errors import run_script
 
 
 HERE = Path(__file__).resolve().parent
@@ -116,7 +116,7 @@ def main(args):
             for number, (cell, future) in enumerate(runs.items(), start=1):
                 try:
                     text = summary(cell, future.result())
-                except USER_ERRORS as error:  # the others may well be fine
+                except (ValueError, OSError, FloatingPointError) as error:  # the others may well be fine
                     failed.append(cell)
                     text = f"{cell.task}, {cell.arm}, seed {cell.seed} failed: {error}"
                 print(f"{number} of {len(runs)}: {text}", flush=True)

@@ -254,13 +254,13 @@ def test_defaults_are_those_of_the_pipeline_as_it_was_saved(folder, tmp_path):
     assert settings["num_inference_steps"] == 2
 
 
-@pytest.mark.parametrize("damaged", ["samples/00000.npz", "features/*/00000.npz", "statistics.npz"])
+@pytest.mark.parametrize("damaged", ["settings.json", "samples/00000.npz", "features/*/00000.npz", "statistics.npz"])
 def test_a_damaged_file_is_named(folder, tmp_path, damaged):
     argv = flags(folder, tmp_path, "--statistics", tmp_path / "statistics.npz")
     evaluate(argv)
     (file,) = tmp_path.glob(damaged)
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(ValueError, match=rf"{file.name}' must be a whole .npz: remove it, or give another"):
+    with pytest.raises(ValueError, match=rf"{file.name}' must be a whole .*: remove it"):
         evaluate(argv)
     file.unlink()
     evaluate(argv)
@@ -325,7 +325,10 @@ def test_networks_are_never_mixed(folder, tmp_path):
         evaluate(flags(folder, tmp_path / "new", "--statistics", tmp_path / "foreign.npz"))
     assert not (tmp_path / "new").exists()
     # Two networks in one folder, on the same samples
+    first = (tmp_path / "out" / "evaluation.json").read_text()
     assert evaluate(flags(folder, tmp_path / "out", *other))["metrics"]["inception_score"] is None
+    (kept,) = (tmp_path / "out").glob("evaluation-*.json")
+    assert kept.read_text() == first
 
 
 @pytest.mark.parametrize(
