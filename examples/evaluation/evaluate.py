@@ -110,7 +110,7 @@ def check(args):
         raise ValueError("Exactly one of --pipeline and --samples must be given.")
     unused = [f"--{name}" for name in sorted(DRAWING) if args.samples is not None and getattr(args, name)]
     if unused:
-        raise ValueError(f"{', '.join(unused)} say how samples are drawn, and --samples are there: leave them out.")
+        raise ValueError(f"--samples are there, and not drawn: leave {', '.join(unused)} out.")
     if len(data) > 1:
         raise ValueError("At most one of --dataset_name and --train_data_dir can be given.")
     if not data and args.reference is None and not (args.statistics and os.path.exists(args.statistics)):

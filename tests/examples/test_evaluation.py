@@ -347,6 +347,13 @@ def test_flags_that_do_not_go_together_are_refused(folder, tmp_path, more, messa
     assert not (tmp_path / "out").exists()
 
 
+def test_flags_of_drawing_are_refused_for_samples_that_are_there(folder, tmp_path):
+    argv = ["--samples", folder / "images", "--reference", "x.npz", "--output_dir", tmp_path / "out"]
+    with pytest.raises(ValueError, match="not drawn: leave --guidance_scale, --save_png out"):
+        evaluate([*map(str, [*argv, "--guidance_scale", 2, "--save_png"])])
+    assert not (tmp_path / "out").exists()
+
+
 def test_other_pipelines_are_called_as_they_are_and_flags_that_they_do_not_take_refused(folder, tmp_path):
     unet = tiny_unet(num_class_embeds=3)
     ConsistencyModelPipeline(unet, CMStochasticIterativeScheduler()).save_pretrained(tmp_path / "pipeline")
