@@ -97,7 +97,7 @@ class Report:
         hardware = ", ".join(sorted({str(run["hardware"]) for run in runs}))
         lines = [f"## {task}\n", f"{runs[0]['points'][-1]['step']} steps; {seconds:.0f} s of a processor for a run."]
         lines += [f"Hardware: {hardware}.\n"]
-        draw_quality(self.results, task, drawn, self.figures / f"{task}_quality.png")
+        draw_quality(self.results, task, drawn or arms, self.figures / f"{task}_quality.png")
         lines += [f"![Quality against training steps, {task}](figures/{task}_quality.png)\n"]
         pairs = self._told_pairs(task)
         if pairs:
@@ -205,6 +205,7 @@ def main(args):
         raise ValueError(f"`--results` must have finished cells of {args.settings}, got {args.results} without any.")
     if Path(args.results).resolve() != HERE / "results":
         study.pop("advice", None)  # which is about the results that are kept here
+    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(Report(study, results, output.parent, args.results).text(), encoding="utf-8")
     print(f"{sum(map(len, results.values()))} of {len(cells(study))} cells are in {output}")
 

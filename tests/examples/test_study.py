@@ -319,6 +319,14 @@ def test_report_of_the_kept_results_is_the_kept_report(monkeypatch):
     assert text == (FOLDER / "RESULTS.md").read_text()
 
 
+def test_report_of_another_study_draws_all_its_arms(tmp_path):
+    report = load_script(FOLDER / "make_report.py")
+    flags = ["--settings", FOLDER / "pilot.yaml", "--results", FOLDER / "results" / "pilot"]
+    report.main(report.parse_args([*map(str, [*flags, "--output", tmp_path / "new" / "RESULTS.md"])]))
+    assert "## digits" in (tmp_path / "new" / "RESULTS.md").read_text()
+    assert (tmp_path / "new" / "figures" / "digits_quality.png").exists()
+
+
 def test_grid_is_complete_and_every_claim_is_about_it():
     grid = load_script(FOLDER / "study_grid.py")
     study = grid.read_study(FOLDER / "study.yaml")
