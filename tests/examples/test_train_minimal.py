@@ -53,7 +53,7 @@ def test_clusters_with_small_losses_come_to_count_more(script, capsys):
     assert weights[order[:4]].min() > weights[order[4:]].max()
 
 
-def test_block_of_the_main_readme_runs_as_it_is():
+def run_block_of_the_main_readme(change=lambda block: block):
     readme = (EXAMPLES.parent / "README.md").read_text()
     section = readme.split("## Cluster and balance timesteps")[1].split("\n## ")[0]
     (block,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
@@ -66,9 +66,24 @@ def test_block_of_the_main_readme_runs_as_it_is():
         "loader": torch.randn(2, 16, 1, 4, 4),
         "generator": torch.Generator().manual_seed(0),
     }
-    exec(block, names)
+    exec(change(block), names)
     assert isinstance(names["loss_fn"], ClusteredLoss)
     assert names["out"].counts.tolist() == [2] * 8
     assert names["out"].per_sample.shape == (16,)
+    return names
+
+
+def test_block_of_the_main_readme_runs_as_it_is():
+    names = run_block_of_the_main_readme()
+    assert not names["loss_fn"].parameter_groups()
+
+
+def test_block_of_the_main_readme_runs_with_the_balancing_that_its_comment_names():
+    def balanced(block):
+        changed, found = re.subn(r'weighting="min_snr"\)  # (balancing="uncertainty") .*', r"\1)", block)
+        assert found == 1
+        return changed
+
+    names = run_block_of_the_main_readme(balanced)
     assert [group["lr"] for group in names["optimizer"].param_groups][1:] == [0.025]
     assert (names["loss_fn"].balancing.log_variance != 0).all()
