@@ -16,7 +16,7 @@ import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline, DiTPipeline, SchedulerMixin
 from PIL import Image
 
-from diffusers_dtr import DTRPipeline
+from diffusers_dtr import DTRPipeline, NoiseLevels
 
 
 SHARD = 256
@@ -101,7 +101,7 @@ class Sampler:
         if type(pipeline) in SIMPLE_PIPELINES:
             pipeline = DTRPipeline.from_pipe(pipeline)
         if args.scheduler is not None:
-            pipeline.scheduler = scheduler_class(args.scheduler).from_config(pipeline.scheduler.config)
+            pipeline.scheduler = other_scheduler(pipeline.scheduler, args.scheduler)
         self.pipeline = pipeline.to(device)
         self.pipeline.set_progress_bar_config(disable=True)
         self.parameters = inspect.signature(pipeline.__call__).parameters
@@ -173,6 +173,18 @@ def scheduler_class(name):
     if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
         raise ValueError(f"`--scheduler` must be a scheduler of diffusers, such as DDIMScheduler, got {name!r}.")
     return found
+
+
+def other_scheduler(scheduler, name):
+    """One of another class for the same model; a ValueError where that would take its output for something else."""
+    other = scheduler_class(name).from_config(scheduler.config)
+    predicted, taken_for = (NoiseLevels(one).prediction_type for one in (scheduler, other))
+    if predicted != taken_for:
+        raise ValueError(
+            f"`--scheduler` must take the model's output for what it is, {predicted}, got {name}, which takes it for "
+            f"{taken_for}."
+        )
+    return other
 
 
 def models_hash(pipeline):

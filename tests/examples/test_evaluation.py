@@ -337,6 +337,8 @@ def test_networks_are_never_mixed(folder, tmp_path):
         (["--samples", "x.npz"], "Exactly one of --pipeline and --samples"),
         (["--dataset_name", "x"], "At most one of --dataset_name and --train_data_dir"),
         (["--scheduler", "NoScheduler"], "must be a scheduler of diffusers, such as DDIMScheduler, got 'NoScheduler'"),
+        (["--scheduler", "FlowMatchEulerDiscreteScheduler"], "what it is, epsilon, got FlowMatchEuler.*flow"),
+        (["--scheduler", "EDMEulerScheduler"], "output for what it is, epsilon, got EDMEulerScheduler.* for edm"),
         (["--feature_weights", "x.pt"], "`--feature_weights` are those of `--feature_extractor inception`"),
         (["--feature_extractor", __file__], "is a file, but no TorchScript"),
     ],
