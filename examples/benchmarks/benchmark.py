@@ -25,7 +25,6 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from diffusers_dtr import (
-    DIT_PRESETS,
     ClusteredLoss,
     DTRPipeline,
     DTRTransformer2DModel,
@@ -113,6 +112,11 @@ def balanced_step(denoiser, loss_fn, optimizers, clean, labels, args):
         optimizer.zero_grad()
 
 
+def several(times, step):
+    for _ in range(times):
+        step()
+
+
 def class_conditional(args, batch_size, device):
     """A DiT in training, its optimizer, and a batch."""
     torch.manual_seed(0)
@@ -124,16 +128,16 @@ def class_conditional(args, batch_size, device):
 
 
 def balancing(args):
-    """Balancings beside the plain mean, in a step with AdamW."""
-    scheduler, k = DDPMScheduler(), args.num_clusters
+    """Balancings beside the plain mean, in steps with AdamW: an update of the weights, and those that keep them."""
+    scheduler, k, steps = DDPMScheduler(), args.num_clusters, args.balancing_update_every
     batch_size = max(k, args.batch_size)
     denoiser, optimizer, batch = class_conditional(args, batch_size, args.device)
     last = denoiser.transformer_blocks[-1]
     ways = {
         "uncertainty": "uncertainty",
-        "PCGrad": GradientBalancer(denoiser, "pcgrad", k),
-        "NashMTL": GradientBalancer(denoiser, "nash_mtl", k),
-        "PCGrad, last block": GradientBalancer(last, "pcgrad", k),
+        "PCGrad": GradientBalancer(denoiser, "pcgrad", k, update_every=steps),
+        "NashMTL": GradientBalancer(denoiser, "nash_mtl", k, update_every=steps),
+        "PCGrad, last block": GradientBalancer(last, "pcgrad", k, update_every=steps),
         "plain": "uniform",
     }
     runs = {}
@@ -141,8 +145,9 @@ def balancing(args):
         loss_fn = ClusteredLoss(scheduler, cluster_timesteps(scheduler, k), balancing=way).to(args.device)
         groups = loss_fn.parameter_groups()
         optimizers = [optimizer, torch.optim.AdamW(groups)] if groups else [optimizer]
-        runs[name] = partial(balanced_step, denoiser, loss_fn, optimizers, *batch, args)
-    yield f"{args.preset}, {k} clusters, train step", batch_size, runs
+        runs[name] = partial(several, steps, partial(balanced_step, denoiser, loss_fn, optimizers, *batch, args))
+    what = "train step" if steps == 1 else f"{steps} train steps, one of which updates the weights"
+    yield f"{args.preset}, {k} clusters, {what}", steps * batch_size, runs
 
 
 def data(args):
@@ -203,12 +208,13 @@ def parse_args():
     add("--groups", nargs="+", choices=GROUPS, default=list(GROUPS), help="What to compare.")
     models = f"Of routing: {', '.join(DENOISERS)}; with at most DEPTH blocks, sides of images divided by DIVISOR."
     add("--models", nargs="+", default=list(DENOISERS), metavar="NAME[:DEPTH[:DIVISOR]]", help=models)
-    add("--preset", choices=DIT_PRESETS, default="DiT-S/4", help="The model of the other groups.")
+    add("--preset", default="DiT-S/4", metavar="NAME[:DEPTH[:DIVISOR]]", help="The DiT of the other groups.")
     add("--shrink", type=COUNT, default=1, help="Divides all widths, to try the command out.")
     add("--batch_size", type=COUNT, default=16, help="Balancing has a sample per cluster at least.")
     add("--num_images", type=COUNT, nargs="+", default=[1, 4, 16], help="Batch sizes of sampling.")
     add("--num_inference_steps", type=COUNT, default=20, help="Of sampling.")
     add("--num_clusters", type=COUNT, default=8)
+    add("--balancing_update_every", type=COUNT, default=1, help="Steps of a turn of balancing.")
     add("--resolution", type=COUNT, default=256, help="Side of the images that are encoded.")
     add("--vae_width", type=COUNT, default=128, help="Of the first block; a multiple of 4.")
     add("--rounds", type=COUNT, default=3, help="How often everything is made and measured anew.")
@@ -243,6 +249,7 @@ def main():
     args = parse_args()
     for model in args.models:
         name_and_cuts(model)
+    dit(args.preset)
     measured = {}
     for number in range(args.rounds):
         for group in args.groups:

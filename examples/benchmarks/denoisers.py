@@ -35,9 +35,15 @@ class _Size:
         return torch.randn(self.batch, *shape)
 
 
-def dit(preset: str, shrink: int = 1, depth: int | None = None, divisor: int = 1) -> dict[str, Any]:
-    """The config of a DiT, cut like those of [`pair`]."""
-    size = _Size(1, depth, divisor, shrink)
+def dit(model: str, shrink: int = 1) -> dict[str, Any]:
+    """The config of a DiT, named and cut like those of [`pair`]; a ValueError for another model."""
+    name, depth, divisor = name_and_cuts(model)
+    if name not in DIT_PRESETS:
+        raise ValueError(f"`--preset` must be one of {', '.join(DIT_PRESETS)}, got {name!r}.")
+    return _dit_config(name, _Size(1, depth, divisor, shrink))
+
+
+def _dit_config(preset: str, size: _Size) -> dict[str, Any]:
     published = DIT_PRESETS[preset]
     layers, heads = size.layers(published["num_layers"]), size.width(published["num_attention_heads"])
     side = {"sample_size": size.side(published["sample_size"])}
@@ -45,7 +51,7 @@ def dit(preset: str, shrink: int = 1, depth: int | None = None, divisor: int = 1
 
 
 def _dit(preset: str, size: _Size):
-    config = dit(preset, size.shrink, size.depth, size.divisor)
+    config = _dit_config(preset, size)
     inputs = {"hidden_states": size.rows(4, config["sample_size"], config["sample_size"])}
     return "DiTTransformer2DModel", config, inputs | {"class_labels": torch.randint(1000, (size.batch,))}
 
@@ -127,15 +133,16 @@ DENOISERS = ("DiT-S/4", "DiT-B/2", "DiT-L/2", "DiT-XL/2", *_FAMILIES)
 _SIGMA = ("Flux", "Qwen-Image")
 
 
-def name_and_cuts(model: str) -> list[str]:
-    """The parts of NAME, NAME:DEPTH or NAME:DEPTH:DIVISOR; a ValueError for anything else."""
+def name_and_cuts(model: str) -> tuple[str, int | None, int]:
+    """Name, depth (or None) and divisor of NAME, NAME:DEPTH or NAME:DEPTH:DIVISOR; a ValueError for anything else."""
     name, *cuts = model.split(":")
     if name not in DENOISERS or len(cuts) > 2 or not all(cut.isdecimal() and int(cut) for cut in cuts):
         raise ValueError(
             f"`--models` must be NAME, NAME:DEPTH or NAME:DEPTH:DIVISOR, with a name of {', '.join(DENOISERS)}, got "
             f"{model!r}."
         )
-    return [name, *cuts]
+    depth, divisor = [*map(int, cuts), *(None, 1)[len(cuts) :]]
+    return name, depth, divisor
 
 
 def pair(
@@ -146,8 +153,7 @@ def pair(
     `model` is NAME:DEPTH:DIVISOR: at most DEPTH blocks of each kind, and sides of images divided by DIVISOR. All
     widths are divided by `shrink`.
     """
-    name, *cuts = name_and_cuts(model)
-    depth, divisor = [*map(int, cuts), *(None, 1)[len(cuts) :]]
+    name, depth, divisor = name_and_cuts(model)
     size = _Size(batch_size, depth, divisor, shrink)
     torch.manual_seed(0)
     class_name, config, inputs = _FAMILIES[name](size) if name in _FAMILIES else _dit(name, size)
