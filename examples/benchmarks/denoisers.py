@@ -136,11 +136,13 @@ _SIGMA = ("Flux", "Qwen-Image")
 def name_and_cuts(model: str) -> tuple[str, int | None, int]:
     """Name, depth (or None) and divisor of NAME, NAME:DEPTH or NAME:DEPTH:DIVISOR; a ValueError for anything else."""
     name, *cuts = model.split(":")
-    if name not in DENOISERS or len(cuts) > 2 or not all(cut.isdecimal() and int(cut) for cut in cuts):
-        raise ValueError(
-            f"`--models` must be NAME, NAME:DEPTH or NAME:DEPTH:DIVISOR, with a name of {', '.join(DENOISERS)}, got "
-            f"{model!r}."
-        )
+    if (
+        name not in (*DIT_PRESETS, *_FAMILIES)
+        or len(cuts) > 2
+        or not all(cut.isdecimal() and int(cut) for cut in cuts)
+    ):
+        names = ", ".join((*DIT_PRESETS, *_FAMILIES))
+        raise ValueError(f"A model must be NAME, NAME:DEPTH or NAME:DEPTH:DIVISOR, of {names}, got {model!r}.")
     depth, divisor = [*map(int, cuts), *(None, 1)[len(cuts) :]]
     return name, depth, divisor
 

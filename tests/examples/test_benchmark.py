@@ -58,8 +58,8 @@ def test_a_turn_of_balancing_has_one_update_of_the_weights(script, monkeypatch):
     ("preset", "message"), [("SD3", "`--preset` must be one of .*, got 'SD3'"), ("DiT-S/4:x", "DEPTH")]
 )
 def test_preset_is_a_dit_that_may_be_cut(script, preset, message, monkeypatch):
-    cut = script.dit("DiT-S/4:2:4", shrink=3)
-    assert [cut[name] for name in ("num_layers", "num_attention_heads", "sample_size")] == [2, 2, 8]
+    cut = script.dit("DiT-S/2:2:4", shrink=3)
+    assert [cut[name] for name in ("num_layers", "num_attention_heads", "sample_size", "patch_size")] == [2, 2, 8, 2]
     monkeypatch.setattr("sys.argv", ["benchmark.py", "--preset", preset])
     with pytest.raises(ValueError, match=message):
         script.main()
