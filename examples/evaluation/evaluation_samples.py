@@ -24,22 +24,25 @@ SHARD = 256
 SIMPLE_PIPELINES = (DTRPipeline, DiTPipeline, DDPMPipeline, DDIMPipeline)
 
 
-def write_npz(path, **arrays):
-    """Write a file that an interruption leaves complete or not there."""
-    path = Path(path)
+@contextmanager
+def written_whole(path):
+    """A path to write to, which an interruption leaves complete at `path` or not there, whoever else writes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with open(partial, "wb") as file:
+    yield partial
+    partial.replace(path)
+
+
+def write_npz(path, **arrays):
+    """Write arrays to a file that is complete or not there."""
+    with written_whole(Path(path)) as partial, open(partial, "wb") as file:
         np.savez(file, **arrays)
-    os.replace(partial, path)
 
 
 def write_json(path, value):
     """Write a file of JSON likewise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read_json(path):

@@ -441,3 +441,18 @@ def test_zip_files_are_unpacked_into_the_cache_that_is_named(folder, tmp_path):
         flags(folder, tmp_path / "out", "--train_data_dir", Path(archive).parent, "--cache_dir", tmp_path / "cache")
     )
     assert [*(tmp_path / "cache").rglob("*.png")]
+
+
+def test_two_evaluations_may_write_one_file_at_once(tmp_path, monkeypatch):
+    script, path = load_script(EXAMPLES / "evaluation" / "evaluation_samples.py"), tmp_path / "settings.json"
+    with script.written_whole(path) as partial:
+        partial.write_text("1")
+        with monkeypatch.context() as other_process:
+            other_process.setattr("os.getpid", lambda: 0)
+            script.write_json(path, 2)
+            assert script.read_json(path) == 2
+    assert script.read_json(path) == 1
+    assert [*tmp_path.iterdir()] == [path]
+    with pytest.raises(OSError, match="full"), script.written_whole(path) as partial:
+        raise OSError("the disk is full")
+    assert script.read_json(path) == 1
