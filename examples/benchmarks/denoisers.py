@@ -142,7 +142,10 @@ def name_and_cuts(model: str) -> tuple[str, int | None, int]:
         or not all(cut.isdecimal() and int(cut) for cut in cuts)
     ):
         names = ", ".join((*DIT_PRESETS, *_FAMILIES))
-        raise ValueError(f"A model must be NAME, NAME:DEPTH or NAME:DEPTH:DIVISOR, of {names}, got {model!r}.")
+        raise ValueError(
+            f"`--models` and `--preset` take NAME, NAME:DEPTH or NAME:DEPTH:DIVISOR, with a name of {names}, got "
+            f"{model!r}."
+        )
     depth, divisor = [*map(int, cuts), *(None, 1)[len(cuts) :]]
     return name, depth, divisor
 

@@ -4,6 +4,7 @@ import json
 from importlib import import_module
 
 import pytest
+import torch
 from training_runs import EXAMPLES
 
 from diffusers_dtr import GradientBalancer
@@ -47,10 +48,13 @@ def test_a_turn_of_balancing_has_one_update_of_the_weights(script, monkeypatch):
     ((name, items, runs),) = script.balancing(script.parse_args())
     assert name == "DiT-S/4:1:4, 2 clusters, 3 train steps, one of which updates the weights"
     assert items == 3 * 2
-    updates = []
+    updates, steps = [], []
     monkeypatch.setattr(GradientBalancer, "_update", lambda balancer, losses: updates.append(balancer))
-    for run in runs.values():
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda optimizer: steps.append(optimizer))
+    for name, run in runs.items():
+        steps.clear()
         run()
+        assert len(steps) == 3 * (2 if name == "uncertainty" else 1)  # which has an optimizer of its own
     assert len(updates) == len(set(updates)) == 3
 
 
